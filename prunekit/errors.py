@@ -1,0 +1,34 @@
+"""The errors a user can cause; the command line prints their message and exits with status 2."""
+
+
+class PrunekitError(Exception):
+    """A mistake in what was asked: the message says what was expected, what came and where."""
+
+
+class ConfigError(PrunekitError):
+    """A configuration that can't be composed or lies out of range."""
+
+
+class DataError(PrunekitError):
+    """A corpus, a batch or an activation that can't be used."""
+
+
+class TraceError(PrunekitError):
+    """A model the tracer can't follow, or a plan that doesn't fit its graph."""
+
+
+class SurgeryError(PrunekitError):
+    """A cut that did not leave the masked model's outputs; the model was put back."""
+
+
+class CheckpointError(PrunekitError):
+    """A model folder that is missing, damaged, or already in the way."""
+
+
+def suggest(name: str, available: list[str]) -> str:
+    """The tail of an unknown-name message: the nearest names, then all of them."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, available, n=2, cutoff=0.5)
+    did_you_mean = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{did_you_mean}available: {', '.join(sorted(available))}"

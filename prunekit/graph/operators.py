@@ -1,0 +1,537 @@
+"""One small rule per ATen operator: how its output's axes follow from its inputs'.
+
+A rule takes a `Call` and returns a `Value` (or a tuple of them). It may unify axes, pin them, mark them inexact, and note
+a contraction, which makes the weight's axis a consumer. Register one for an operator of your own:
+
+    @prunekit.graph.operator_rule("aten.foo.default")
+    def foo(call: Call) -> Value:
+        return call.elementwise(call.value("self"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from prunekit.graph import axes as ax
+from prunekit.graph.axes import Axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """What is known of a tensor: its axes, and where it comes from.
+
+    `tainted`: a parameter or buffer went into it; `data`: a model input did; `sources`: the parameters of a weight-only
+    value; `softmax`: it holds softmax probabilities.
+    """
+
+    axes: tuple[Axis, ...]
+    tainted: bool = False
+    data: bool = False
+    sources: frozenset[str] = frozenset()
+    softmax: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(ax.axis_size(axis) for axis in self.axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contraction:
+    """An axis of a weight summed over against activations."""
+
+    sources: frozenset[str]
+    axis: Axis
+    order: int
+
+
+@dataclass
+class Call:
+    """One operator call: its arguments by schema name, `Value`s in place of tensors."""
+
+    node: Node
+    arguments: dict[str, Any]
+    contractions: list[Contraction] = field(default_factory=list)
+
+    def value(self, name: str) -> Value:
+        """The tensor argument `name`."""
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument `name`, or the default where it is absent or None."""
+        found = self.arguments.get(name)
+        return default if found is None else found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the (first) output."""
+        meta = self.node.meta["val"]
+        return tuple((meta[0] if isinstance(meta, list | tuple) else meta).shape)
+
+    @property
+    def where(self) -> str:
+        """The operator and the module that called it, for messages."""
+        stack = list(self.node.meta.get("nn_module_stack", {}).values())
+        path = stack[-1][0] if stack else ""
+        return f"{self.node.target} in {path or 'the model'}"
+
+    def inputs(self) -> list[Value]:
+        """Every tensor argument, those inside lists included."""
+        flat = torch.utils._pytree.tree_leaves(self.arguments, is_leaf=lambda x: isinstance(x, Value))
+        return [leaf for leaf in flat if isinstance(leaf, Value)]
+
+    def make(self, axes: Sequence[Axis], *inputs: Value, softmax: bool = False) -> Value:
+        """The output with these axes, coming from `inputs` (all tensor arguments unless told)."""
+        inputs = inputs or tuple(self.inputs())
+        data = any(value.data for value in inputs)
+        return Value(
+            axes=tuple(axes),
+            tainted=any(value.tainted for value in inputs),
+            data=data,
+            sources=frozenset() if data else frozenset().union(*(value.sources for value in inputs)),
+            softmax=softmax,
+        )
+
+    def elementwise(self, *values: Value) -> Value:
+        """Broadcast the values against each other, unifying axes position by position; axes of size 1 aside."""
+        rank = max(len(value.axes) for value in values)
+        merged: list[Axis] = [()] * rank
+        for value in values:
+            for i, axis in enumerate(value.axes, start=rank - len(value.axes)):
+                if ax.axis_size(axis) == 1:
+                    continue
+                if ax.axis_size(merged[i]) == 1:
+                    merged[i] = axis
+                else:
+                    ax.unify(merged[i], axis)
+        return self.make(merged, *values, softmax=any(value.softmax for value in values))
+
+    def contract(self, left: Value, left_axis: Axis, right: Value, right_axis: Axis) -> None:
+        """Sum over two axes against each other; in a weight this makes the axis a consumer."""
+        ax.unify(left_axis, right_axis)
+        for value, axis in ((left, left_axis), (right, right_axis)):
+            if value.sources:
+                self.contractions.append(Contraction(sources=value.sources, axis=axis, order=0))
+
+
+Rule = Callable[[Call], Any]
+_RULES: dict[str, Rule] = {}
+
+
+def operator_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators: "aten.mul.Tensor" for one overload, "aten.mul" for all of them."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def find_rule(target: Any) -> Rule | None:
+    """The rule of an operator, its overload's before its family's."""
+    name = str(target)
+    return _RULES.get(name) or _RULES.get(name.rsplit(".", 1)[0])
+
+
+def _dim(value: Value, dim: int) -> int:
+    return dim % len(value.axes) if value.axes else 0
+
+
+def _replace(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
+    return [*axes[:dim], *new, *axes[dim + 1 :]]
+
+
+# --- elementwise -------------------------------------------------------------------------------------------------------
+
+@operator_rule(
+    "aten.mul", "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
+    "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.__and__", "aten.__or__", "aten.logical_and", "aten.logical_or",
+    "aten.bitwise_and", "aten.bitwise_or", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.rsub", "aten.mul_",
+    "aten.remainder", "aten.floor_divide", "aten.clamp", "aten.prelu", "aten.masked_fill_", "aten.fmod", "aten.atan2",
+)  # fmt: skip
+def _elementwise(call: Call) -> Value:
+    return call.elementwise(*call.inputs())
+
+
+@operator_rule("aten.add", "aten.add_")
+def _add(call: Call) -> Value:
+    values = call.inputs()
+    out = call.elementwise(*values)
+    if len(values) == 2 and all(value.data and value.tainted for value in values) and values[0].shape == values[1].shape:
+        ax.tag(out.axes[-1] if len(out.axes) != 4 else out.axes[1], "residual")
+    return out
+
+
+@operator_rule(
+    "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach", "aten.alias", "aten.neg",
+    "aten.dropout", "aten.silu", "aten.gelu", "aten.relu", "aten.relu_", "aten.sigmoid", "aten.tanh", "aten.exp",
+    "aten.log", "aten.sqrt", "aten.rsqrt", "aten.reciprocal", "aten.cos", "aten.sin", "aten.abs", "aten.square",
+    "aten.softplus", "aten.hardtanh", "aten.leaky_relu", "aten.elu", "aten.mish", "aten.hardswish", "aten.relu6",
+    "aten.lift_fresh_copy", "aten.detach_", "aten.float", "aten.bitwise_not", "aten.logical_not", "aten.erf", "aten.sign",
+    "aten.silu_", "aten.nan_to_num", "aten.feature_dropout", "aten.alpha_dropout", "aten.log1p", "aten.expm1",
+    "aten.hardsigmoid", "aten.log_sigmoid", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
+)  # fmt: skip
+def _unary(call: Call) -> Value:
+    first = call.inputs()[0]
+    return call.make(first.axes, first, softmax=first.softmax)
+
+
+# --- layout ------------------------------------------------------------------------------------------------------------
+
+@operator_rule(
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as", "aten._reshape_alias",
+)  # fmt: skip
+def _reshape(call: Call) -> Value:
+    first = call.inputs()[0]
+    return call.make(ax.regroup(list(first.axes), list(call.shape)), first, softmax=first.softmax)
+
+
+@operator_rule("aten.transpose", "aten.swapaxes", "aten.transpose_")
+def _transpose(call: Call) -> Value:
+    value = call.value("self")
+    axes = list(value.axes)
+    i, j = _dim(value, call.arguments.get("dim0", 0)), _dim(value, call.arguments.get("dim1", 0))
+    axes[i], axes[j] = axes[j], axes[i]
+    return call.make(axes, value, softmax=value.softmax)
+
+
+@operator_rule("aten.t", "aten.numpy_T", "aten.mT")
+def _reverse(call: Call) -> Value:
+    value = call.value("self")
+    return call.make(value.axes[::-1], value, softmax=value.softmax)
+
+
+@operator_rule("aten.permute")
+def _permute(call: Call) -> Value:
+    value = call.value("self")
+    return call.make([value.axes[_dim(value, d)] for d in call.arguments["dims"]], value, softmax=value.softmax)
+
+
+@operator_rule("aten.unsqueeze")
+def _unsqueeze(call: Call) -> Value:
+    value = call.value("self")
+    dim = call.arguments["dim"] % (len(value.axes) + 1)
+    return call.make([*value.axes[:dim], (), *value.axes[dim:]], value, softmax=value.softmax)
+
+
+@operator_rule("aten.squeeze")
+def _squeeze(call: Call) -> Value:
+    value = call.value("self")
+    return call.make([axis for axis in value.axes if ax.axis_size(axis) > 1], value, softmax=value.softmax) if (
+        "dim" not in call.arguments
+    ) else _squeeze_dims(call, value)  # fmt: skip
+
+
+def _squeeze_dims(call: Call, value: Value) -> Value:
+    dims = call.arguments["dim"]
+    gone = {_dim(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    axes = [axis for i, axis in enumerate(value.axes) if i not in gone or ax.axis_size(axis) > 1]
+    return call.make(axes, value, softmax=value.softmax)
+
+
+@operator_rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def _expand(call: Call) -> Value:
+    value, shape = call.value("self"), call.shape
+    axes: list[Axis] = [()] * (len(shape) - len(value.axes)) + list(value.axes)
+    for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        if ax.axis_size(axis) != size:
+            axes[i] = ax.fresh(size)
+            ax.tag(axes[i], "broadcast")
+    return call.make(axes, value, softmax=value.softmax)
+
+
+@operator_rule("aten.repeat")
+def _repeat(call: Call) -> Value:
+    value, repeats = call.value("self"), call.arguments["repeats"]
+    axes: list[Axis] = [()] * (len(repeats) - len(value.axes)) + list(value.axes)
+    for i, times in enumerate(repeats):
+        copies = ax.fresh(times)
+        ax.tag(copies, "broadcast")
+        axes[i] = copies + axes[i]
+    return call.make(axes, value)
+
+
+@operator_rule("aten.repeat_interleave.self_int")
+def _repeat_interleave(call: Call) -> Value:
+    value = call.value("self")
+    dim = _dim(value, call.arguments["dim"])
+    copies = ax.fresh(call.arguments["repeats"])
+    ax.tag(copies, "broadcast")
+    return call.make(_replace(value.axes, dim, value.axes[dim] + copies), value)
+
+
+@operator_rule("aten.slice")
+def _slice(call: Call) -> Value:
+    value = call.value("self")
+    dim = _dim(value, call.get("dim", 0))
+    axis, size = value.axes[dim], value.shape[dim]
+    start, stop, _ = slice(call.get("start"), call.get("end")).indices(size)
+    step = call.get("step", 1)
+    if step > 1:
+        axis = _every(axis, size, start, stop, step, call)
+    else:
+        axis = _between(axis, start, stop)
+    return call.make(_replace(value.axes, dim, axis), value, softmax=value.softmax)
+
+
+def _between(axis: Axis, start: int, stop: int) -> Axis:
+    if stop < ax.axis_size(axis):
+        if stop <= start:
+            return ax.fresh(0)
+        axis, _ = ax.cut(axis, stop)
+    return ax.cut(axis, start)[1] if start else axis
+
+
+def _every(axis: Axis, size: int, start: int, stop: int, step: int, call: Call) -> Axis:
+    """Every step-th position (interleaved rotary): the axis splits into (size / step, step), the inner one is fixed."""
+    if size % step == 0 and start < step and stop > size - step + start:
+        outer, inner = ax.regroup([axis], [size // step, step])
+        ax.pin(inner, f"{call.where} takes every {step}-th position")
+        return outer
+    ax.pin(axis, f"{call.where} takes every {step}-th position")
+    return ax.fresh(len(range(start, stop, step)), "a stepped slice")
+
+
+@operator_rule("aten.select")
+def _select(call: Call) -> Value:
+    value = call.value("self")
+    dim = _dim(value, call.arguments["dim"])
+    ax.pin(value.axes[dim], f"{call.where} takes one index of it")
+    return call.make(_replace(value.axes, dim), value)
+
+
+@operator_rule("aten.unbind")
+def _unbind(call: Call) -> tuple[Value, ...]:
+    value = call.value("self")
+    dim = _dim(value, call.get("dim", 0))
+    ax.pin(value.axes[dim], f"{call.where} takes its indices apart")
+    return tuple(call.make(_replace(value.axes, dim), value) for _ in range(value.shape[dim]))
+
+
+@operator_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split")
+def _split(call: Call) -> tuple[Value, ...]:
+    value = call.value("self")
+    dim = _dim(value, call.get("dim", 0))
+    rest, outputs = value.axes[dim], []
+    sizes = [meta.shape[dim] for meta in call.node.meta["val"]]
+    for size in sizes[:-1]:
+        head, rest = ax.cut(rest, size)
+        outputs.append(head)
+    return tuple(call.make(_replace(value.axes, dim, axis), value) for axis in [*outputs, rest])
+
+
+@operator_rule("aten.cat")
+def _cat(call: Call) -> Value:
+    values = [value for value in call.inputs() if value.shape != (0,)]
+    dim = _dim(values[0], call.get("dim", 0))
+    joined = ax.concatenate([value.axes[dim] for value in values])
+    for i in range(len(values[0].axes)):
+        for value in values[1:]:
+            if i != dim:
+                ax.unify(values[0].axes[i], value.axes[i])
+    return call.make(_replace(values[0].axes, dim, joined), *values)
+
+
+@operator_rule("aten.stack")
+def _stack(call: Call) -> Value:
+    values = call.inputs()
+    merged = call.elementwise(*values)
+    dim = call.get("dim", 0) % (len(merged.axes) + 1)
+    place = ax.fresh(len(values), f"stacked by {call.where}")
+    return call.make([*merged.axes[:dim], place, *merged.axes[dim:]], *values)
+
+
+@operator_rule("aten.roll", "aten.flip", "aten.cumsum")
+def _shuffle(call: Call) -> Value:
+    value = call.value("self")
+    dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
+    for dim in dims if isinstance(dims, list | tuple) else [dims]:
+        ax.pin(value.axes[_dim(value, dim)], f"{call.where} moves its positions")
+    return call.make(value.axes, value)
+
+
+@operator_rule("aten.index.Tensor")
+def _index(call: Call) -> Value:
+    value, indices = call.value("self"), list(call.arguments["indices"])
+    indices += [None] * (len(value.axes) - len(indices))
+    at = [i for i, index in enumerate(indices) if index is not None]
+    for i in at:
+        ax.pin(value.axes[i], f"{call.where} looks its indices up")
+    kept = [axis for i, axis in enumerate(value.axes) if i not in at]
+    place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    rank = max(len(indices[i].axes) for i in at)
+    looked_up = [ax.fresh(size, "looked up by index") for size in call.shape[place : place + rank]]
+    return call.make([*kept[:place], *looked_up, *kept[place:]])
+
+
+# --- contractions ------------------------------------------------------------------------------------------------------
+
+@operator_rule("aten.linear")
+def _linear(call: Call) -> Value:
+    x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
+    call.contract(x, x.axes[-1], weight, weight.axes[1])
+    if bias is not None:
+        ax.unify(weight.axes[0], bias.axes[0])
+    return call.make([*x.axes[:-1], weight.axes[0]])
+
+
+@operator_rule("aten.matmul", "aten.mm", "aten.bmm")
+def _matmul(call: Call) -> Value:
+    left, right = call.value("self"), call.get("other") or call.value("mat2")
+    return _product(call, left, right)
+
+
+def _product(call: Call, left: Value, right: Value) -> Value:
+    right_rows = right.axes[-2] if len(right.axes) > 1 else right.axes[0]
+    call.contract(left, left.axes[-1], right, right_rows)
+    batch = call.elementwise(
+        Value(axes=left.axes[:-2], tainted=left.tainted, data=left.data),
+        Value(axes=right.axes[:-2], tainted=right.tainted, data=right.data),
+    ).axes
+    if left.softmax or right.softmax:
+        for axis in batch:
+            ax.tag(axis, "attention")
+    rows = [left.axes[-2]] if len(left.axes) > 1 else []
+    columns = [right.axes[-1]] if len(right.axes) > 1 else []
+    return call.make([*batch, *rows, *columns], left, right)
+
+
+@operator_rule("aten.addmm", "aten.baddbmm")
+def _addmm(call: Call) -> Value:
+    out = _product(call, call.get("mat1") or call.value("batch1"), call.get("mat2") or call.value("batch2"))
+    bias = call.value("self")
+    merged = call.elementwise(out, bias)
+    return call.make(merged.axes)
+
+
+@operator_rule("aten.einsum")
+def _einsum(call: Call) -> Value:
+    operands = call.inputs()
+    left, _, output = call.arguments["equation"].replace(" ", "").partition("->")
+    seen: dict[str, tuple[Value, Axis]] = {}
+    for labels, value in zip(left.split(","), operands, strict=True):
+        for label, axis in zip(labels, value.axes, strict=True):
+            if label in seen and ax.axis_size(axis) > 1:
+                other, other_axis = seen[label]
+                if label in output:
+                    ax.unify(other_axis, axis)
+                else:
+                    call.contract(other, other_axis, value, axis)
+            else:
+                seen.setdefault(label, (value, axis))
+    for label, (_, axis) in seen.items():
+        if label not in output and left.count(label) == 1:
+            ax.mark_inexact(axis, f"{call.where} sums over it")
+        if label in output and sum(value.softmax for value in operands) and left.count(label) > 1:
+            ax.tag(axis, "attention")
+    return call.make([seen[label][1] for label in output])
+
+
+@operator_rule("aten.scaled_dot_product_attention")
+def _attention(call: Call) -> Value:
+    query, key, value = call.value("query"), call.value("key"), call.value("value")
+    call.contract(query, query.axes[-1], key, key.axes[-1])
+    ax.unify(key.axes[-2], value.axes[-2])
+    batch = [_heads(q, k) for q, k in zip(query.axes[:-2], key.axes[:-2], strict=True)]
+    for q, v in zip(batch, value.axes[:-2], strict=True):
+        _heads(q, v)
+    for axis in batch[1:] if len(batch) > 1 else batch:
+        ax.tag(axis, "attention")
+    scores = Value(axes=(*batch, query.axes[-2], key.axes[-2]))
+    if (mask := call.get("attn_mask")) is not None:
+        call.elementwise(scores, mask)
+    return call.make([*batch, query.axes[-2], value.axes[-1]])
+
+
+def _heads(query: Axis, key: Axis) -> Axis:
+    """Unify head axes; with `enable_gqa` a query head is (key head, repeat), like torch's repeat_interleave."""
+    heads, kv = ax.axis_size(query), ax.axis_size(key)
+    if heads != kv and kv:
+        repeats = ax.fresh(heads // kv)
+        ax.tag(repeats, "broadcast")
+        ax.unify(query, key + repeats)
+    else:
+        ax.unify(query, key)
+    return query
+
+
+@operator_rule("aten.embedding")
+def _embedding(call: Call) -> Value:
+    weight, indices = call.value("weight"), call.value("indices")
+    ax.pin(weight.axes[0], f"{call.where} looks its rows up (a vocabulary)")
+    return call.make([*indices.axes, weight.axes[1]])
+
+
+@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+def _convolution(call: Call) -> Value:
+    x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
+    groups = call.get("groups", 1)
+    out, inner = weight.shape[:2]
+    x_group, x_inner = ax.regroup([x.axes[1]], [groups, inner])
+    w_group, w_out = ax.regroup([weight.axes[0]], [groups, out // groups])
+    ax.unify(x_group, w_group)
+    call.contract(x, x_inner, weight, weight.axes[1])
+    if bias is not None:
+        ax.unify(bias.axes[0], weight.axes[0])
+    spatial = [ax.fresh(size, "a spatial axis") for size in call.shape[2:]]
+    return call.make([x.axes[0], ax.resolve(w_group + w_out), *spatial])
+
+
+# --- reductions and norms ----------------------------------------------------------------------------------------------
+
+@operator_rule("aten.mean", "aten.sum", "aten.var", "aten.amax", "aten.amin", "aten.std", "aten.argmax", "aten.any", "aten.all",
+               "aten.linalg_vector_norm", "aten.norm", "aten.prod", "aten.logsumexp")  # fmt: skip
+def _reduce(call: Call) -> Value:
+    value = call.inputs()[0]
+    dims = call.get("dim", list(range(len(value.axes))))
+    dims = {_dim(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    for dim in dims:
+        ax.mark_inexact(value.axes[dim], f"{call.where} reduces over it")
+    if call.get("keepdim", False):
+        return call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
+    return call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
+
+
+@operator_rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax")
+def _softmax(call: Call) -> Value:
+    value = call.value("self")
+    ax.mark_inexact(value.axes[_dim(value, call.arguments["dim"])], f"{call.where} normalises over it")
+    return call.make(value.axes, value, softmax=True)
+
+
+@operator_rule("aten.layer_norm", "aten.rms_norm")
+def _norm(call: Call) -> Value:
+    value = call.value("input")
+    rank = len(call.arguments["normalized_shape"])
+    for name in ("weight", "bias"):
+        if (affine := call.get(name)) is not None:
+            for axis, own in zip(value.axes[-rank:], affine.axes, strict=True):
+                ax.unify(axis, own)
+    for axis in value.axes[-rank:]:
+        ax.mark_inexact(axis, f"{call.where} normalises over it")
+    return call.make(value.axes)
+
+
+@operator_rule("aten.batch_norm")
+def _batch_norm(call: Call) -> Value:
+    value = call.value("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (own := call.get(name)) is not None:
+            ax.unify(value.axes[1], own.axes[0])
+    return call.make(value.axes)
+
+
+@operator_rule(
+    "aten.max_pool1d", "aten.max_pool2d", "aten.avg_pool1d", "aten.avg_pool2d", "aten.adaptive_avg_pool1d",
+    "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d",
+)  # fmt: skip
+def _pool(call: Call) -> Value:
+    value = call.inputs()[0]
+    spatial = [ax.fresh(size, "a spatial axis") for size in call.shape[2:]]
+    return call.make([*value.axes[:2], *spatial], value)
