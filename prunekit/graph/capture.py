@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from prunekit.errors import TraceError
 
 
-def meta_copy[M: nn.Module](model: M) -> M:
+def meta_copy(model: nn.Module) -> nn.Module:
     """The module's structure with parameters and buffers on the meta device; ties are kept, no weight is copied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

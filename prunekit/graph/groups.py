@@ -1,0 +1,386 @@
+"""Coupled groups: run the operator rules over a captured graph and read the prunable dimensions off the axes.
+
+This is the dependency of LLM-Pruner (section 3.1) found by what the tensors do instead of by layer names; which member
+triggers the search does not matter, since a group is a class of the union-find.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from prunekit.errors import TraceError, suggest
+from prunekit.graph import axes as ax
+from prunekit.graph.axes import DIAGONAL, Atom, Axis
+from prunekit.graph.capture import capture
+from prunekit.graph.operators import Call, Contraction, Value, find_rule
+
+if TYPE_CHECKING:
+    import networkx
+
+Kind = Literal["attention", "query_head", "mlp", "expert", "channel", "head_dim", "other"]
+_RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "channel", "other")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """One (parameter, dim) of a group; `index` [num_units, width], int64, holds the positions each unit owns in it.
+
+    A consumer's dim is contracted with activations (columns of `o_proj`); a producer's makes them (rows of `q_proj`).
+    """
+
+    parameter: str
+    dim: int
+    role: Literal["producer", "consumer"]
+    index: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CoupledGroup:
+    """Units of one kind at one place that compete with each other, with the parameter slices each of them owns."""
+
+    name: str
+    kind: Kind
+    layer: int | None
+    module: str
+    num_units: int
+    members: tuple[Member, ...]
+    prunable: bool
+    exact: bool
+    reason: str | None
+    parameters_per_unit: int
+    order: int = 0
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The members whose dim is contracted with activations."""
+        return tuple(member for member in self.members if member.role == "consumer")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CouplingGraph:
+    """All groups of a model, in execution order, with the shapes of its parameters and traced buffers.
+
+    `example_inputs` are those it was traced with; surgery checks itself on them.
+    """
+
+    groups: tuple[CoupledGroup, ...]
+    shapes: dict[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, CoupledGroup]:
+        """Group name → group."""
+        return {group.name: group for group in self.groups}
+
+    def __getitem__(self, name: str) -> CoupledGroup:
+        if name not in self.by_name:
+            raise TraceError(f"no group is called {name!r}: {suggest(name, list(self.by_name))}")
+        return self.by_name[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the parameter shapes and the groups' index tables: equal where a plan means the same."""
+        digest = hashlib.sha256(repr(sorted(self.shapes.items())).encode())
+        for group in self.groups:
+            digest.update(f"{group.name} {group.num_units}".encode())
+            for member in group.members:
+                digest.update(f"{member.parameter} {member.dim}".encode() + member.index.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def num_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(_numel(shape) for name, shape in self.shapes.items() if name not in self.buffers)
+
+    def removed_parameters(self, removed: Mapping[str, list[int]]) -> int:
+        """How many parameters go when these units (group name → unit indices) are removed; overlaps count once."""
+        gone: dict[tuple[str, int], set[int]] = defaultdict(set)
+        for name, units in removed.items():
+            for member in self[name].members if units else ():
+                gone[member.parameter, member.dim].update(member.index[units].flatten().tolist())
+        cut: dict[str, list[int]] = {}
+        for (parameter, dim), positions in gone.items():
+            cut.setdefault(parameter, list(self.shapes[parameter]))[dim] -= len(positions)
+        return sum(_numel(self.shapes[p]) - _numel(kept) for p, kept in cut.items() if p not in self.buffers)
+
+    def to_networkx(self) -> networkx.Graph:
+        """A bipartite graph: groups on one side, (parameter, dim) on the other; edges carry role and width."""
+        import networkx
+
+        graph = networkx.Graph()
+        for group in self.groups:
+            graph.add_node(group.name, type="group", kind=group.kind, units=group.num_units, prunable=group.prunable)
+            for member in group.members:
+                node = f"{member.parameter}[{member.dim}]"
+                graph.add_node(node, type="member", parameter=member.parameter, dim=member.dim)
+                graph.add_edge(group.name, node, role=member.role, width=member.index.shape[1])
+        return graph
+
+
+def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> CouplingGraph:
+    """Find the coupled groups of a model from one captured forward pass; no weight is read or copied.
+
+    Args:
+        model: any module that `torch.export` can capture.
+        example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one forward call. Use sizes of
+            two or more, so that no axis looks like a broadcast one.
+
+    Raises:
+        TraceError: the forward pass can't be captured, or an operator has no rule (the message says how to add one).
+    """
+    program = capture(model, example_inputs)
+    return replace(_Tracer(model).run(program), example_inputs=example_inputs)
+
+
+@dataclass
+class _Tracer:
+    model: nn.Module
+    tensors: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
+    contractions: list[Contraction] = field(default_factory=list)
+
+    def run(self, program: torch.export.ExportedProgram) -> CouplingGraph:
+        canonical = _canonical_names(self.model)
+        signature = program.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        values: dict[str, Any] = {}
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node.name] = self._input(node, canonical.get(names.get(node.name, ""), names.get(node.name)))
+        outputs = self._interpret(program.graph_module, values)
+        for value in _values(outputs):
+            for axis in value.axes:
+                ax.pin(axis, "it is an axis of the model's output")
+        buffers = frozenset(n for n in self.tensors if n not in dict(self.model.named_parameters()))
+        groups = _Reader(self.model, self.tensors, buffers, self.contractions).groups()
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        shapes |= {name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers}
+        return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers)
+
+    def _input(self, node: Node, name: str | None) -> Any:
+        meta = node.meta.get("val")
+        if not isinstance(meta, Tensor):
+            return meta
+        if name is None:
+            reason = "it is an axis of the model's input"
+            return Value(axes=tuple(ax.fresh(size, reason) for size in meta.shape), data=True)
+        if name not in self.tensors:
+            self.tensors[name] = tuple(ax.fresh(size) for size in meta.shape)
+        return Value(axes=self.tensors[name], tainted=True, sources=frozenset([name]))
+
+    def _interpret(self, module: GraphModule, values: dict[str, Any]) -> Any:
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                values[node.name] = _attribute(module, node.target)
+            elif node.op == "call_function":
+                values[node.name] = self._call(node, values)
+            elif node.op == "output":
+                return torch.fx.map_arg(node.args[0], lambda n: values[n.name])
+        return None
+
+    def _call(self, node: Node, values: dict[str, Any]) -> Any:
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], tuple | list) else args[0]
+        inner = next((i for i, arg in enumerate(args) if isinstance(arg, GraphModule)), None)
+        if inner is not None:  # a higher-order operator around a region of the graph
+            names = [n.name for n in args[inner].graph.nodes if n.op == "placeholder"]
+            return self._interpret(args[inner], dict(zip(names, args[inner + 1 :], strict=False)))
+        inputs = _values((args, kwargs))
+        if not any(value.tainted for value in inputs):
+            return _untainted(node, data=any(value.data for value in inputs))
+        rule = find_rule(node.target)
+        call = Call(node, {**_bind(node.target, args), **kwargs})
+        if rule is None:
+            if node.meta.get("val") is None:  # an assertion
+                return None
+            raise TraceError(_missing_rule(node, call.where))
+        result = rule(call)
+        for contraction in call.contractions:
+            self.contractions.append(
+                Contraction(sources=contraction.sources, axis=contraction.axis, order=len(self.contractions))
+            )
+        return result
+
+
+def _values(tree: Any) -> list[Value]:
+    leaves = torch.utils._pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, Value))
+    return [leaf for leaf in leaves if isinstance(leaf, Value)]
+
+
+def _untainted(node: Node, *, data: bool) -> Any:
+    """The outputs of an operator that no weight went into: all sizes are fixed."""
+    meta = node.meta.get("val")
+
+    def fixed(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        reason = f"its size is fixed by {node.target}"
+        return Value(axes=tuple(ax.fresh(size, reason) for size in tensor.shape), data=data)
+
+    return tuple(map(fixed, meta)) if isinstance(meta, list | tuple) else fixed(meta)
+
+
+def _attribute(module: GraphModule, target: Any) -> Any:
+    found: Any = module
+    for part in str(target).split("."):
+        found = getattr(found, part)
+    if not isinstance(found, Tensor):
+        return found
+    return Value(axes=tuple(ax.fresh(size, "it is an axis of a constant") for size in found.shape))
+
+
+def _bind(target: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    return {argument.name: arg for argument, arg in zip(target._schema.arguments, args, strict=False)}
+
+
+def _missing_rule(node: Node, where: str) -> str:
+    line = next((s.strip() for s in reversed((node.meta.get("stack_trace") or "").splitlines()) if "File" in s), "")
+    name = str(node.target).rsplit(".", 1)[-2].split(".")[-1]
+    return (
+        f"no rule for operator {where}{f' ({line})' if line else ''}; register one:\n"
+        f'  @prunekit.graph.operator_rule("{node.target}")\n'
+        f"  def {name}(call):\n"
+        f"      return call.elementwise(*call.inputs())  # how its output's axes follow from its inputs'"
+    )
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a tied parameter → the one `named_parameters` lists."""
+    names: dict[int, str] = {}
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: names.setdefault(id(tensor), name) for name, tensor in pairs}
+
+
+@dataclass
+class _Reader:
+    """Turns the axes of the parameters into groups."""
+
+    model: nn.Module
+    tensors: dict[str, tuple[Axis, ...]]
+    buffers: frozenset[str]
+    contractions: list[Contraction]
+
+    def groups(self) -> tuple[CoupledGroup, ...]:
+        places: dict[Atom, list[tuple[str, int]]] = defaultdict(list)
+        for name, axes in self.tensors.items():
+            for dim, axis in enumerate(axes):
+                for atom in dict.fromkeys(ax.atoms(axis)):
+                    places[atom].append((name, dim))
+        consumed = self._consumed()
+        attention = {atom for atom in places if "attention" in atom.tags}
+        beside = {a for n, d in {p for atom in attention for p in places[atom]} for a in ax.atoms(self.tensors[n][d])}
+        drafts = []
+        for atom, where in places.items():
+            if any(name not in self.buffers for name, _ in where) and atom.size > 1:
+                drafts.append(self._draft(atom, where, consumed, attention, beside))
+        drafts.sort(key=lambda draft: (draft["order"], _RANK.index(draft["kind"])))
+        return tuple(CoupledGroup(name=name, **d) for name, d in zip(_name(drafts), drafts, strict=True))
+
+    def _consumed(self) -> dict[tuple[str, Atom], int]:
+        """(parameter, atom) → when it was last contracted with activations."""
+        found: dict[tuple[str, Atom], int] = {}
+        for contraction in self.contractions:
+            for atom in ax.atoms(contraction.axis):
+                for name in contraction.sources:
+                    found[name, atom] = contraction.order
+        return found
+
+    def _draft(self, atom: Atom, where: list, consumed: dict, attention: set[Atom], beside: set[Atom]) -> dict[str, Any]:
+        members, reason = [], atom.pinned
+        for name, dim in where:
+            owners = ax.owners(self.tensors[name][dim], atom)
+            counts = torch.bincount(owners[owners >= 0], minlength=atom.size)
+            if owners[0] == DIAGONAL or len(counts.unique()) != 1:
+                reason = reason or f"its units own uneven parts of {name}"
+                continue
+            index = owners.argsort(stable=True)[int((owners < 0).sum()) :].view(atom.size, -1)
+            role = "consumer" if (name, atom) in consumed and self._is_consumed(name, dim, atom) else "producer"
+            members.append(Member(parameter=name, dim=dim, role=role, index=index))
+        kind = self._kind(atom, where, attention, beside)
+        module, layer = self._place([name for name, _ in where if name not in self.buffers])
+        cost = sum(self._numel_of_unit(m, atom) for m in members if m.parameter not in self.buffers)
+        return {
+            "kind": kind,
+            "layer": layer,
+            "module": module,
+            "num_units": atom.size,
+            "members": tuple(members),
+            "prunable": reason is None,
+            "exact": reason is None and atom.inexact is None,
+            "reason": reason or atom.inexact,
+            "parameters_per_unit": cost,
+            "order": max((consumed[m.parameter, atom] for m in members if m.role == "consumer"), default=-1),
+        }
+
+    def _is_consumed(self, name: str, dim: int, atom: Atom) -> bool:
+        """Whether this dim of the parameter (it may hold the atom in another one too) is the contracted one."""
+        own = ax.resolve(self.tensors[name][dim])
+        axes = (c.axis for c in self.contractions if name in c.sources)
+        return any(set(ax.atoms(axis)) & set(ax.atoms(own)) >= {atom} for axis in axes)
+
+    def _numel_of_unit(self, member: Member, atom: Atom) -> int:
+        shape = [ax.axis_size(axis) for axis in self.tensors[member.parameter]]
+        return member.index.shape[1] * _numel(tuple(s for i, s in enumerate(shape) if i != member.dim))
+
+    def _kind(self, atom: Atom, where: list, attention: set[Atom], beside: set[Atom]) -> Kind:
+        if atom in attention:
+            others = {a for n, d in where for a in ax.atoms(self.tensors[n][d])} & attention - {atom}
+            shared = "broadcast" in atom.tags and any("broadcast" not in other.tags for other in others)
+            return "query_head" if shared else "attention"
+        if "expert" in atom.tags:
+            return "expert"
+        if atom in beside:
+            return "head_dim"
+        if "residual" in atom.tags:
+            return "channel"
+        convolved = any(len(self.tensors[name]) > 2 for name, _ in where)
+        return "other" if len(where) == 1 else "channel" if convolved else "mlp"
+
+    def _place(self, names: list[str]) -> tuple[str, int | None]:
+        """The innermost module that holds all of these parameters, and its layer where it lies in a `ModuleList`."""
+        paths = [name.split(".")[:-1] for name in names]
+        common: list[str] = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        for i, part in enumerate(common):
+            if part.isdigit() and isinstance(self.model.get_submodule(".".join(common[:i])), nn.ModuleList):
+                return ".".join(common), int(part)
+        return ".".join(common), None
+
+
+def _name(drafts: list[dict[str, Any]]) -> list[str]:
+    """Short unique names: the module from its `ModuleList` on, then the kind where it is not the main one there."""
+    short = []
+    for draft in drafts:
+        parts = draft["module"].split(".") if draft["module"] else []
+        if draft["layer"] is not None:
+            parts = parts[parts.index(str(draft["layer"])) - 1 :]
+        name = ".".join(parts)
+        main = draft["kind"] in ("attention", "mlp") and name
+        short.append(name if main else f"{name}.{draft['kind']}".lstrip("."))
+    counts, seen, names = Counter(short), Counter(), []
+    for name, draft in zip(short, drafts, strict=True):
+        if counts[name] > 1 and draft["members"]:
+            seen[name] += 1
+            name = f"{name}.{seen[name] - 1}"
+        names.append(name)
+    return names
+
+
+def _numel(shape: tuple[int, ...] | list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

@@ -1,0 +1,71 @@
+"""The pruning plan: which units of which group go. JSON in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from prunekit.errors import TraceError
+from prunekit.graph import CouplingGraph
+
+FORMAT = 1
+
+
+class PruningPlan:
+    """Group name → the units removed from it, sorted; groups nothing is removed from are left out.
+
+    Args:
+        removed: group name → unit indices, each once.
+        fingerprint: of the graph the plan was made for, where it is known.
+    """
+
+    def __init__(self, removed: Mapping[str, Iterable[int]], fingerprint: str | None = None) -> None:
+        units = {name: [int(u) for u in indices] for name, indices in removed.items()}
+        for name, indices in units.items():
+            if len(set(indices)) != len(indices):
+                raise TraceError(f"{name}: the plan removes a unit twice: {sorted(indices)}")
+        self.removed: dict[str, list[int]] = {name: sorted(indices) for name, indices in units.items() if indices}
+        self.fingerprint = fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PruningPlan) and self.removed == other.removed
+
+    def __repr__(self) -> str:
+        return f"PruningPlan({sum(map(len, self.removed.values()))} units of {len(self.removed)} groups)"
+
+    def check(self, graph: CouplingGraph) -> None:
+        """Raise TraceError where the plan doesn't fit the graph: a name, an index, a group that can't be pruned."""
+        if self.fingerprint and self.fingerprint != graph.fingerprint:
+            raise TraceError(f"the plan was made for model {self.fingerprint}, this one is {graph.fingerprint}")
+        for name, units in self.removed.items():
+            group = graph[name]
+            if not group.prunable:
+                raise TraceError(f"{name}: not prunable: {group.reason}")
+            if units[0] < 0 or units[-1] >= group.num_units:
+                raise TraceError(f"{name}: units must lie in [0, {group.num_units}), got {units[0]} to {units[-1]}")
+            if len(units) == group.num_units:
+                raise TraceError(f"{name}: at least one of {group.num_units} units must stay")
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "removed": self.removed}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read what `to_json` wrote; TraceError where it is something else."""
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise TraceError(f"plan: expected format {FORMAT}, got {content['format']!r}")
+            return cls(content["removed"], content["fingerprint"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TraceError(f"plan: not a pruning plan: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan file."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except OSError as error:
+            raise TraceError(f"{path}: can't read the plan: {error.strerror}") from error
