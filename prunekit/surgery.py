@@ -283,6 +283,18 @@ def group_sizes(
     return {"num_attention_heads": heads, "num_key_value_heads": units, "num_key_value_groups": repeats}
 
 
+def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
+    """What a layer's own config values (`per_layer_config`) change against the model's: quantity → (old, new)."""
+    named = {quantity: config_name(config, quantity) for quantity in _SYNONYMS}
+    sizes = {q: (_read(config, name), values[name]) for q, name in named.items() if name in values}
+    heads, kv = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    if named["num_key_value_heads"] and (heads or kv):
+        heads = heads or (_read(config, "num_attention_heads"),) * 2
+        kv = kv or (_read(config, named["num_key_value_heads"]),) * 2
+        sizes["num_key_value_groups"] = (heads[0] // kv[0], heads[1] // kv[1])
+    return sizes
+
+
 def _single_kv_head(config: Any, units: int) -> bool:
     """Whether all query heads read one key-value head, so that the units are query heads."""
     values = [_read(config, name) for name in _SYNONYMS["num_key_value_heads"]]
@@ -309,23 +321,36 @@ def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
 def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> None:
     """Set the config's per-layer values and let every module inside a layer see its layer's.
 
-    Where all layers agree the values become global ones, and the config is an ordinary one again.
+    Where all layers agree the values become global ones (unless the config's class refuses them, as it does head counts
+    that don't divide the hidden size), and the config is an ordinary one again.
     """
     config: Any = model.config
     if (head_dim := _head_dim(config)) and not isinstance(_read(config, "head_dim"), int):
         config.head_dim = head_dim
     overrides = {layer: dict(values) for layer, values in overrides.items()}
     config.per_layer_config = None
-    for name in {name for values in overrides.values() for name in values}:
-        column = [overrides.get(i, {}).get(name, getattr(config, name)) for i in range(config.num_hidden_layers)]
-        if len(set(column)) == 1:
-            setattr(config, name, column[0])
-            for values in overrides.values():
-                values.pop(name, None)
+    names = {name for values in overrides.values() for name in values}
+    columns = {n: {overrides.get(i, {}).get(n, getattr(config, n)) for i in range(config.num_hidden_layers)} for n in names}
+    if all(len(column) == 1 for column in columns.values()):
+        if _become_global(config, {name: column.pop() for name, column in columns.items()}):
+            overrides = {}
     config.per_layer_config = {layer: values for layer, values in overrides.items() if values} or None
     for path, module in model.named_modules():
         if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
             module.config = LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
+
+
+def _become_global(config: Any, values: Mapping[str, int]) -> bool:
+    before = {name: getattr(config, name) for name in values}
+    for name, value in values.items():
+        setattr(config, name, value)
+    try:
+        config.validate_architecture()
+    except ValueError:
+        for name, value in before.items():
+            setattr(config, name, value)
+        return False
+    return True
 
 
 def _head_dim(config: Any) -> int | None:

@@ -1,0 +1,170 @@
+"""Load a model folder, dense or pruned, whose layers may all differ in width.
+
+transformers stores such widths as `per_layer_config` but its stock models don't read it: the skeleton is built from the
+dense values without allocating a weight, every parameter takes the shape it has in the file, and each layer gets its own
+view of the config.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import CheckpointError
+from prunekit.surgery import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
+
+
+def from_pretrained(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model of a folder written by `save_pretrained`, or of any Hugging Face causal language model.
+
+    Args:
+        directory: a local folder; or a hub name, for dense models.
+        dtype: of the weights; their stored one by default.
+        device: where the weights go.
+        trust_remote_code: allow transformers to run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged: a file that can't be parsed, a tensor missing or left over.
+    """
+    folder = Path(directory)
+    config = _read_config(folder) if folder.is_dir() else None
+    if config is None or "per_layer_config" not in config:
+        return _load_dense(directory, dtype, device, trust_remote_code)
+    overrides = {int(layer): values for layer, values in config.pop("per_layer_config").items()}
+    tensors = _read_tensors(folder)
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    model = _skeleton(folder, config, overrides)
+    _adopt(model, tensors, folder)
+    _generation_config(model, folder)
+    return model.to(device).eval()
+
+
+def _load_dense(directory: str | Path, dtype: torch.dtype | None, device: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = Path(directory)
+    if not folder.is_dir() and (folder.is_absolute() or str(directory).startswith((".", "~")) or folder.exists()):
+        raise CheckpointError(f"{directory}: no such model folder")
+    if folder.is_dir() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))):
+        raise CheckpointError(f"{directory}: expected safetensors in the model folder, found none")
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{directory}: can't load the model: {first_line}") from error
+    finally:
+        logging.set_verbosity(level)
+    if missing := [*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))]:
+        raise CheckpointError(f"{directory}: damaged model folder: missing or misshapen {', '.join(sorted(missing)[:3])}")
+    return model.to(device).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: expected a config.json in the model folder, found none") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: damaged: expected a JSON object")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
+
+
+def _skeleton(folder: Path, config: dict[str, Any], overrides: dict[int, dict[str, Any]]) -> Any:
+    """The model with its parameters on meta, every layer's attributes and config at their pruned sizes."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        name = config.pop("model_type")
+        dense = AutoConfig.for_model(name, **config)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(dense)
+        for layer, values in overrides.items():
+            resize(modules_of_layer(model, layer), layer_sizes(dense, values))
+        set_per_layer(model, overrides)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {error}") from error
+    return model
+
+
+def _adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give every parameter its tensor of the file, whatever its shape; tied ones stay tied."""
+    tied: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                tied.setdefault(id(parameter), []).append((module, attribute, name))
+    used: set[str] = set()
+    for places in tied.values():
+        name = next((name for *_, name in places if name in tensors), None)
+        if name is None:
+            raise CheckpointError(f"{folder}: damaged weights: {places[0][2]} is missing")
+        used.update(name for *_, name in places)
+        parameter = nn.Parameter(tensors[name], requires_grad=tensors[name].is_floating_point())
+        for module, attribute, _ in places:
+            module._parameters[attribute] = parameter
+            fit_to_weight(module)
+    for name, buffer in model.named_buffers():
+        if name in tensors:
+            buffer.copy_(tensors[name])
+            used.add(name)
+    if left := sorted(set(tensors) - used):
+        raise CheckpointError(f"{folder}: damaged weights: no place for {', '.join(left[:3])}")
+
+
+def _generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'}: damaged: {error}") from error
+
+
+def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub name."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{directory}: can't load the tokenizer: {first_line}") from error

@@ -1,0 +1,86 @@
+"""Save a model folder: `config.json` with transformers' own `per_layer_config`, safetensors, the tokenizer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prunekit.errors import CheckpointError
+
+
+def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
+    """Write `model` (and its tokenizer) to a folder that `prunekit.from_pretrained` loads bit for bit.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        CheckpointError: `directory` exists and is not empty, or can't be written.
+    """
+    with new_folder(Path(directory)) as folder, _unvalidated(model.config):
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _unvalidated(config: Any) -> Iterator[None]:
+    """Let the config be written although its class refuses some of its layers' sizes (a head count that doesn't divide
+    the hidden size, say)."""
+
+    def write(directory: str | Path, **_: Any) -> None:
+        config.__dict__.pop("save_pretrained", None)
+        config.to_json_file(Path(directory) / "config.json", use_diff=True)
+
+    config.__dict__["save_pretrained"] = write
+    try:
+        yield
+    finally:
+        config.__dict__.pop("save_pretrained", None)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes it at the end of the `with` block, or vanishes on an error."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: expected a new or empty folder, found one with files in it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: can't be written: {error.strerror}") from error
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk(error):
+            raise CheckpointError(f"{target}: can't be written: {error}") from error
+        raise
+
+
+def _is_disk(error: BaseException) -> bool:
+    """Whether an exception means that the disk is full or forbids writing; safetensors wraps the system's."""
+    codes = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EIO}
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: can't be written: {error.strerror}") from error

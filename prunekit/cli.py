@@ -1,0 +1,62 @@
+"""The command line: `python -m prunekit key=value …`; errors become one line and status 2."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from prunekit.config import check, check_choices, config_dir, one_line
+from prunekit.errors import PrunekitError
+
+
+_failures: list[PrunekitError] = []
+
+
+def _complain(error: Exception) -> None:
+    if os.environ.get("PRUNEKIT_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    print(f"prunekit: {error if isinstance(error, PrunekitError) else one_line(error)}", file=sys.stderr)
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+def _job(config: DictConfig) -> None:
+    from prunekit import console, pipeline
+    from prunekit.report import print_summary
+
+    console.speak()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        run_config = check(config)
+        result = pipeline.run(run_config, folder)
+    except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
+        _failures.append(error)
+        _complain(error)
+    else:
+        print_summary(result.report, Path(os.path.relpath(folder)))
+
+
+def main() -> None:
+    """Run; exit with 0, or 2 after one line on what was wrong, or 130 after Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        check_choices(sys.argv[1:])
+        _job()
+    except (PrunekitError, HydraException, OmegaConfBaseException) as error:
+        _complain(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("prunekit: interrupted; no result was written", file=sys.stderr)
+        sys.exit(130)
+    if _failures:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Find `conf/`, compose it with Hydra, and check it against typed dataclasses before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prunekit.errors import CheckpointError, ConfigError, suggest
+
+GROUPS = ("model", "data", "importance", "policy", "compensation", "schedule", "recovery", "eval", "export", "method",
+          "experiment")  # fmt: skip
+TASKS = ("prune",)
+KINDS = {"block": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
+
+
+@dataclass
+class ModelConfig:
+    """Which model."""
+
+    path: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class CalibrationConfig:
+    """Which text, how much of it."""
+
+    corpus: str = "embedded"
+    path: str | None = None
+    samples: int = 128
+    sequence_length: int = 128
+    seed: int = 0
+    batch_size: int = 16
+
+
+@dataclass
+class DataConfig:
+    """The data a method needs."""
+
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@dataclass
+class EvalConfig:
+    """What is measured, dense and pruned."""
+
+    corpora: list[str] = field(default_factory=list)
+    window: int = 128
+    batch_size: int = 32
+    max_tokens: int | None = None
+    speed: bool = True
+    prompt: str | None = None
+    new_tokens: int = 32
+
+
+@dataclass
+class RunConfig:
+    """The composed configuration; groups with a `_target_` are checked by the class they name."""
+
+    task: str = "prune"
+    ratio: float = 0.2
+    groups: str = "block"
+    seed: int = 0
+    output_dir: str = MISSING
+    device: str = "auto"
+    dtype: str = "auto"
+    method_name: str = "slimgpt"
+    corpora: dict[str, Any] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    importance: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    compensation: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: dict[str, Any] = field(default_factory=dict)
+
+
+def config_dir() -> Path:
+    """The folder of the configuration: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The configuration the command line would compose from these overrides.
+
+    Raises:
+        ConfigError: an unknown key or choice, a value of the wrong type.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    check_choices(overrides)
+    running = GlobalHydra.instance().is_initialized()
+    state = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return hydra.compose("config", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    finally:
+        if running:
+            GlobalHydra.instance().hydra = state
+
+
+def check_choices(overrides: list[str]) -> None:
+    """Raise ConfigError where an override names a choice its group doesn't have."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+")
+        if key not in GROUPS or not value:
+            continue
+        available = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
+        for choice in value.strip("\"'").split(","):
+            if choice.strip() not in [*available, "null", "choice()"] and "(" not in choice:
+                raise ConfigError(f"{key}: unknown choice {choice.strip()!r}: {suggest(choice.strip(), available)}")
+
+
+def one_line(error: BaseException) -> str:
+    """What a Hydra or OmegaConf error says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__ if error.__cause__ is not error else None
+    text = "; ".join(lines[:2]).replace("Could not override", "can't set")
+    return f"{text}: {str(cause).splitlines()[0]}" if cause and str(cause) and str(cause) not in text else text
+
+
+def check(config: DictConfig) -> RunConfig:
+    """The configuration as typed dataclasses; ConfigError names the key, what was expected and what came."""
+    plain = OmegaConf.create({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != "hydra"})
+    plain._set_parent(None)
+    known = {f.name for f in fields(RunConfig)}
+    if unknown := [key for key in plain if key not in known]:
+        raise ConfigError(f"unknown key {unknown[0]!r}: {suggest(str(unknown[0]), sorted(known))}")
+    try:
+        run: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    for key, value, choices in (("task", run.task, TASKS), ("groups", run.groups, KINDS)):
+        if value not in choices:
+            raise ConfigError(f"{key}: unknown choice {value!r}: {suggest(value, list(choices))}")
+    if not 0 < run.ratio < 1:
+        raise ConfigError(f"ratio: expected a number in (0, 1), got {run.ratio:g}")
+    for key, value, least in (
+        ("eval.window", run.eval.window, 2),
+        ("eval.batch_size", run.eval.batch_size, 1),
+        ("eval.max_tokens", run.eval.max_tokens or 2, 2),
+        ("eval.new_tokens", run.eval.new_tokens, 1),
+        ("data.calibration.samples", run.data.calibration.samples, 1),
+        ("data.calibration.sequence_length", run.data.calibration.sequence_length, 2),
+        ("data.calibration.batch_size", run.data.calibration.batch_size, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{key}: expected a whole number ≥ {least}, got {value}")
+    return run
+
+
+def build(section: dict[str, Any], name: str) -> Any:
+    """The object a config group's `_target_` names, or None; ConfigError where its arguments don't fit."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    if section.get("_target_") is None:
+        return None
+    if missing := [key for key, value in section.items() if value == MISSING]:
+        raise ConfigError(f"{name}.{missing[0]}: expected a value, e.g. {name}.{missing[0]}=…")
+    try:
+        return instantiate(section, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{name}: {one_line(error)}") from error
+
+
+def ensure_empty(folder: Path) -> None:
+    """Raise CheckpointError where the output folder holds more than the configuration of a run that failed."""
+    if folder.is_file() or (folder.is_dir() and any(p.name != ".hydra" for p in folder.iterdir())):
+        raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
+
+
+class CheckOutput(Callback):
+    """Refuses a non-empty output folder before Hydra writes into it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder and the configuration of a single run."""
+        ensure_empty(Path(config.output_dir))
+        check(config)

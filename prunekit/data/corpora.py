@@ -1,0 +1,90 @@
+"""Corpora: named ones (the embedded text, hub data sets) and local files, as lists of documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunekit.data import embedded
+from prunekit.errors import DataError, suggest
+
+_TEXT = {".txt", ".raw", ".tokens", ".md", ".text"}
+_RECORDS = {".jsonl", ".json", ".parquet"}
+
+
+def load_corpus(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The documents of a corpus, by a name from the configuration's `corpora` or by a path.
+
+    Args:
+        name: "embedded", another key of `known`, or a text (.txt, .raw, .tokens, .md), JSON (.json, .jsonl) or
+            parquet file.
+        purpose: "calibration" or "eval": picks the split.
+        known: name → how to load it: `hub`, `config`, `splits`, `data_files`, `field`.
+
+    Raises:
+        DataError: an unknown name, a file that can't be read or lacks the field, no text in it.
+    """
+    if name == "embedded":
+        split: embedded.Split = "train" if purpose == "calibration" else "heldout"
+        documents = [text for _, text in embedded.documents(split)]
+    elif name in known:
+        documents = _from_hub(name, purpose, known[name])
+    elif Path(name).exists():
+        documents = read_file(Path(name))
+    elif "/" in name or Path(name).suffix in _TEXT | _RECORDS:
+        raise DataError(f"{purpose} corpus: no such file: {name}")
+    else:
+        raise DataError(f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path")
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise DataError(f"{purpose} corpus {name}: it holds no text")
+    return documents
+
+
+def read_file(path: Path, field: str = "text") -> list[str]:
+    """The documents of a local file: a text file is one document, a record's is its `field`."""
+    if path.is_dir() or path.suffix not in _TEXT | _RECORDS:
+        raise DataError(f"{path}: expected a file ending in {', '.join(sorted(_TEXT | _RECORDS))}")
+    try:
+        if path.suffix in _TEXT:
+            return [path.read_text(encoding="utf-8")]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".jsonl":
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise DataError(f"{path}: can't be read: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise DataError(f"{path}: expected a list of records")
+    return [_text_of(record, field, path) for record in records]
+
+
+def _text_of(record: Mapping[str, Any], field: str, where: object) -> str:
+    if isinstance(record.get(field), str):
+        return record[field]
+    if {"instruction", "output"} <= record.keys():
+        parts = (record["instruction"], record.get("input", ""), record["output"])
+        return "\n".join(part for part in parts if part)
+    raise DataError(f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}")
+
+
+def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(
+            source["hub"],
+            source.get("config"),
+            data_files=source.get("data_files"),
+            split=source["splits"][purpose],
+        )
+    except Exception as error:
+        message = str(error).strip().splitlines()[0]
+        raise DataError(f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}") from error
+    return [_text_of(row, source.get("field", "text"), source["hub"]) for row in rows]

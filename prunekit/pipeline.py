@@ -1,0 +1,371 @@
+"""The stages of a run in order: load, trace, measure, prune, measure again, save. The only module that knows them all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit import config as cfg
+from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
+from prunekit.checkpoint.save import write_text
+from prunekit.config import RunConfig
+from prunekit.console import say
+from prunekit.data.corpora import load_corpus
+from prunekit.data.tokens import batches as token_batches
+from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.errors import ConfigError, DataError, PrunekitError
+from prunekit.evaluation.cost import size, tokens_per_second
+from prunekit.evaluation.generation import continuation
+from prunekit.evaluation.perplexity import perplexity, protocol
+from prunekit.graph import CoupledGroup, CouplingGraph, trace
+from prunekit.plan import PruningPlan
+from prunekit.policies import allocate
+from prunekit.report import render_markdown, to_json, write_pictures
+from prunekit.schedules import Schedule, Task
+from prunekit.surgery import apply_plan
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+_BESIDE_LIMIT = 2 << 30  # bytes up to which a dense copy stays in memory for timing both models in turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What pruning leaves: the model (changed in place), the plan, the report's figures, the graph it was cut by."""
+
+    model: Any
+    plan: PruningPlan
+    report: dict[str, Any]
+    graph: CouplingGraph
+
+
+@dataclass
+class Stages:
+    """Seconds and peak memory of every stage."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        reset_peak(self.device)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)
+        self.peak_memory_bytes[name] = max(peak_memory(self.device), self.peak_memory_bytes.get(name, 0))
+
+
+def prune(
+    model: nn.Module,
+    *,
+    ratio: float = 0.2,
+    method: str = "slimgpt",
+    calibration: Tensor | Iterable[Mapping[str, Any]] | None = None,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Prune a model in place: trace it, choose units, repair what stays, cut.
+
+    Args:
+        model: any module `torch.export` can capture.
+        ratio: share of all the model's parameters to remove, in (0, 1).
+        method: slimgpt, llm_pruner, magnitude or random.
+        calibration: token ids, int64 [N, T], of a causal language model; or keyword-argument dicts of any model's
+            forward call. The first one (two of its sequences) is also what the model is traced and checked with.
+        overrides: the strings the command line takes, e.g. ["policy=uniform", "importance.heads=diagonal"].
+
+    Returns:
+        The result; `report` holds `method`, `seed`, `versions`, `ratio`, `parameters`, `layers`, `seconds`.
+
+    Raises:
+        ConfigError: an unknown method or option, a ratio out of range or of reach.
+        DataError: calibration data missing, empty, or leading to NaN.
+        TraceError: a model the tracer can't follow, or with nothing to prune.
+        SurgeryError: the cut model would not compute what it should; the model is then put back.
+    """
+    config = cfg.check(cfg.compose([f"method={method}", f"ratio={ratio}", *overrides]))
+    batches = _batches(model, calibration, config.data.calibration.batch_size)
+    return prune_model(model, config, batches, Stages(_device_of(model)))
+
+
+def _batches(model: nn.Module, calibration: Any, batch_size: int) -> list[Mapping[str, Any]]:
+    if calibration is None:
+        raise DataError("calibration: expected token ids [N, T] or keyword-argument dicts, got None")
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[1] < 2:
+            raise DataError(
+                f"calibration: expected int64 token ids [N, T] with T ≥ 2, got {calibration.dtype} {tuple(calibration.shape)}"
+            )
+        batches: list[Any] = token_batches(calibration, batch_size, _device_of(model))
+    else:
+        batches = list(calibration)
+    if not batches or not all(isinstance(batch, Mapping) for batch in batches):
+        raise DataError("calibration: expected at least one dict of keyword arguments")
+    return batches
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def prune_model(model: nn.Module, config: RunConfig, batches: Sequence[Mapping[str, Any]], stages: Stages) -> Result:
+    """Trace, allocate, choose and repair, cut."""
+    check_finite(model)
+    with stages("trace"):
+        graph = trace(model, example_of(batches[0]))
+    groups = chosen_groups(graph, config.groups)
+    with stages("prune"):
+        counts = allocate(graph, groups, cfg.build(config.policy, "policy"), config.ratio)
+        schedule: Schedule = cfg.build(config.schedule, "schedule")
+        task = Task(
+            model=model,
+            graph=graph,
+            counts=counts,
+            batches=batches,
+            importance=cfg.build(config.importance, "importance"),
+            compensation=cfg.build(config.compensation, "compensation"),
+        )
+        total = graph.num_parameters()
+        before = weights_of(model, groups)
+        try:
+            plan = schedule.run(task)
+            apply_plan(model, graph, plan)
+        except BaseException:
+            restore(model, before)
+            raise
+    return Result(model=model, plan=plan, report=figures(config, graph, groups, plan, total, stages), graph=graph)
+
+
+def weights_of(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, Tensor]:
+    """Copies of the consumers a compensation may change."""
+    return {m.parameter: model.get_parameter(m.parameter).detach().clone() for g in groups for m in g.consumers}
+
+
+def restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Put copied weights back."""
+    for name, weight in before.items():
+        model.get_parameter(name).data.copy_(weight)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise DataError where a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DataError(f"{name}: the weights hold NaN or infinity")
+
+
+def example_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A small example for tracing: two samples, of token ids the first eight."""
+
+    def small(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        value = value[:2] if len(value) > 1 else torch.cat([value, value])
+        return value[:, :8] if value.ndim == 2 and not value.is_floating_point() else value
+
+    return {name: small(value) for name, value in batch.items()}
+
+
+def chosen_groups(graph: CouplingGraph, choice: str) -> list[CoupledGroup]:
+    """The prunable groups of the kinds a choice names; for `block` of a model without any, every exact group."""
+    kinds = cfg.KINDS[choice]
+    groups = [group for group in graph.groups if group.prunable and group.kind in kinds]
+    if not groups and choice == "block":
+        groups = [group for group in graph.groups if group.prunable and group.exact]
+    if not groups:
+        found = ", ".join(sorted({group.kind for group in graph.groups if group.prunable})) or "none"
+        raise ConfigError(f"groups={choice}: the model has no prunable group of that kind; it has: {found}")
+    return groups
+
+
+def figures(
+    config: RunConfig, graph: CouplingGraph, groups: Sequence[CoupledGroup], plan: PruningPlan, total: int, stages: Stages
+) -> dict[str, Any]:
+    """The report of pruning alone."""
+    gone = graph.removed_parameters(plan.removed)
+    layers: dict[int | None, dict[str, Any]] = {}
+    for group in groups:
+        kept = group.num_units - len(plan.removed.get(group.name, ()))
+        row = layers.setdefault(group.layer, {"index": group.layer})
+        row[group.kind if group.layer is not None else group.name] = {"kept": kept, "total": group.num_units}
+    return {
+        "method": config.method_name,
+        "seed": config.seed,
+        "versions": versions(),
+        "ratio": {"target": config.ratio, "achieved": gone / total},
+        "parameters": {"dense": total, "pruned": total - gone},
+        "layers": list(layers.values()),
+        "seconds": stages.seconds,
+        "peak_memory_bytes": stages.peak_memory_bytes,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("prunekit", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "checkout"
+    return found
+
+
+def run(config: RunConfig, output: Path) -> Result:
+    """The command line's job: everything from the model's name to the finished folder.
+
+    Raises:
+        PrunekitError: whatever was wrong with the request; `output` then holds no result.
+    """
+    cfg.ensure_empty(output)
+    torch.manual_seed(config.seed)
+    device, stored = pick_device(config.device), pick_dtype(config.dtype)
+    stages = Stages(device)
+    source = config.model.path or DEMO_MODEL
+    with stages("load"):
+        model, tokenizer, stored = load(source, device, stored, config.model.trust_remote_code)
+        data = config.data.calibration
+        documents = load_corpus(data.path or data.corpus, "calibration", config.corpora)
+        windows = calibration_windows(documents, tokenizer, data.samples, data.sequence_length, data.seed)
+        evals = eval_windows(config, tokenizer)
+    check_finite(model)
+    say(f"{config.model.path or 'the embedded model'}: {size(model)['parameters']:,} parameters; {config.method_name}, "
+        f"{config.ratio:.0%} of them to go; {windows.numel():,} calibration tokens")  # fmt: skip
+    with stages("evaluate_dense"):
+        dense = measure(model, tokenizer, evals, config)
+    beside = copy.deepcopy(model) if size(model)["weight_bytes"] <= _BESIDE_LIMIT and config.eval.speed and evals else None
+    dense_size = size(model, stored)
+    result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages)
+    round_to(model, stored)
+    with stages("evaluate_pruned"):
+        pruned = measure(model, tokenizer, evals, config)
+        speeds = tokens_per_second([beside or model, model], next(iter(evals.values()))[:8]) if evals and beside else []
+    report = result.report | {
+        "weight_bytes": {"dense": dense_size["weight_bytes"], "pruned": size(model, stored)["weight_bytes"]},
+        "perplexity": {
+            name: {"dense": dense["perplexity"][name], "pruned": value, "protocol": protocol(evals[name])}
+            for name, value in pruned["perplexity"].items()
+        },
+        "samples": {"dense": dense["sample"], "pruned": pruned["sample"]},
+    }
+    if speeds:
+        report["tokens_per_second"] = {"dense": speeds[0], "pruned": speeds[1]}
+    with stages("save"):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored)
+        model.config.dtype = stored
+        write_run(output, model, tokenizer, result.plan, report)
+    return Result(model=model, plan=result.plan, report=report, graph=result.graph)
+
+
+def load(source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool) -> Any:
+    """The model in the type it computes in, its tokenizer, and the type its result is stored in.
+
+    Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint was, or as asked.
+    """
+    model = from_pretrained(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    stored = stored or next(model.parameters()).dtype
+    compute = torch.float32 if device.type == "cpu" and stored in (torch.float16, torch.bfloat16) else stored
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(compute)
+    model.config.dtype = compute
+    return model.to(device), tokenizer, stored
+
+
+def round_to(model: nn.Module, stored: torch.dtype) -> None:
+    """Round the weights to the type they will be stored in: what is measured is what is saved."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).to(parameter.dtype)
+
+
+def eval_windows(config: RunConfig, tokenizer: Any) -> dict[str, Tensor]:
+    """Corpus name → token windows [N, window]."""
+    found = {}
+    for name in config.eval.corpora:
+        documents = load_corpus(name, "eval", config.corpora)
+        key = Path(name).stem if "/" in name else name
+        found[key] = evaluation_windows(documents, tokenizer, config.eval.window, config.eval.max_tokens, name)
+    return found
+
+
+def measure(model: Any, tokenizer: Any, evals: Mapping[str, Tensor], config: RunConfig) -> dict[str, Any]:
+    """Perplexity on every corpus, and a sample."""
+    values = {name: perplexity(model, w, config.eval.batch_size, name) for name, w in evals.items()}
+    sample = continuation(model, tokenizer, config.eval.prompt, config.eval.new_tokens) if config.eval.prompt else None
+    return {"perplexity": values, "sample": sample}
+
+
+def write_run(output: Path, model: Any, tokenizer: Any, plan: PruningPlan, report: Mapping[str, Any]) -> None:
+    """Write the run folder, `report.json` last; on any failure nothing of it stays."""
+    names = ("report.json", "report.md", "layers.svg", "plan.json", "model")
+    try:
+        save_pretrained(model, output / "model", tokenizer)
+        write_text(output / "plan.json", plan.to_json())
+        write_pictures(report, output)
+        write_text(output / "report.md", render_markdown(report))
+        write_text(output / "report.json", to_json(report))
+    except BaseException as error:
+        for name in names:
+            shutil.rmtree(output / name, ignore_errors=True) if (output / name).is_dir() else (
+                (output / name).unlink(missing_ok=True)
+            )
+        if isinstance(error, OSError):
+            raise PrunekitError(f"{output}: can't be written: {error.strerror}") from error
+        raise
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name stands for; `auto` takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {name!r} can't be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The type a name stands for; None for `auto`."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"dtype: unknown {name!r}; available: {', '.join(known)}")
+    return known[name]
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes since `reset_peak`: allocated on a GPU; resident elsewhere (of the whole process where the system
+    can't start anew)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
