@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from prunekit.config import check, check_choices, config_dir, one_line
 from prunekit.errors import PrunekitError
 
-
 _failures: list[PrunekitError] = []
 
 

@@ -135,7 +135,8 @@ def one_line(error: BaseException) -> str:
 
 def check(config: DictConfig) -> RunConfig:
     """The configuration as typed dataclasses; ConfigError names the key, what was expected and what came."""
-    plain = OmegaConf.create({k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k != "hydra"})
+    container: Any = OmegaConf.to_container(config, resolve=False)
+    plain = OmegaConf.create({k: v for k, v in container.items() if k != "hydra"})
     plain._set_parent(None)
     known = {f.name for f in fields(RunConfig)}
     if unknown := [key for key in plain if key not in known]:

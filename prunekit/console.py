@@ -1,4 +1,4 @@
-"""What a run says while it works: a progress bar on a terminal, plain lines elsewhere, nothing inside a library call."""
+"""What a run says while it works: progress on a terminal, plain lines elsewhere, nothing inside a library call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of a run in order: load, trace, measure, prune, measure again, save. The only module that knows them all."""
+"""The stages of a run in order: load, measure, trace, prune, measure, save; the only module that knows them all."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Time one stage."""
         reset_peak(self.device)
         began = time.perf_counter()
         yield
@@ -105,7 +106,8 @@ def _batches(model: nn.Module, calibration: Any, batch_size: int) -> list[Mappin
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[1] < 2:
             raise DataError(
-                f"calibration: expected int64 token ids [N, T] with T ≥ 2, got {calibration.dtype} {tuple(calibration.shape)}"
+                "calibration: expected int64 token ids [N, T] with T ≥ 2, "
+                f"got {calibration.dtype} {tuple(calibration.shape)}"
             )
         batches: list[Any] = token_batches(calibration, batch_size, _device_of(model))
     else:
@@ -190,7 +192,12 @@ def chosen_groups(graph: CouplingGraph, choice: str) -> list[CoupledGroup]:
 
 
 def figures(
-    config: RunConfig, graph: CouplingGraph, groups: Sequence[CoupledGroup], plan: PruningPlan, total: int, stages: Stages
+    config: RunConfig,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    plan: PruningPlan,
+    total: int,
+    stages: Stages,
 ) -> dict[str, Any]:
     """The report of pruning alone."""
     gone = graph.removed_parameters(plan.removed)
@@ -244,7 +251,9 @@ def run(config: RunConfig, output: Path) -> Result:
         f"{config.ratio:.0%} of them to go; {windows.numel():,} calibration tokens")  # fmt: skip
     with stages("evaluate_dense"):
         dense = measure(model, tokenizer, evals, config)
-    beside = copy.deepcopy(model) if size(model)["weight_bytes"] <= _BESIDE_LIMIT and config.eval.speed and evals else None
+    beside = (
+        copy.deepcopy(model) if size(model)["weight_bytes"] <= _BESIDE_LIMIT and config.eval.speed and evals else None
+    )
     dense_size = size(model, stored)
     result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages)
     round_to(model, stored)
@@ -358,8 +367,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: allocated on a GPU; resident elsewhere (of the whole process where the system
-    can't start anew)."""
+    """Peak bytes since `reset_peak`: allocated on a GPU, resident elsewhere (ever, where the system can't reset)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

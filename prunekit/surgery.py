@@ -1,4 +1,4 @@
-"""Cut a model by a plan: slice parameters, bring module attributes and the config in line, check, or undo everything."""
+"""Cut a model by a plan: slice parameters, bring attributes and config in line, check, or undo everything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ _SYNONYMS = {
     "num_attention_heads": ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
     "num_key_value_groups": ("num_key_value_groups", "n_rep"),
-    "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_dim", "n_inner", "d_ff", "hidden_dim"),
+    "intermediate_size": (
+        "intermediate_size",
+        "ffn_dim",
+        "ffn_hidden_size",
+        "inner_dim",
+        "n_inner",
+        "d_ff",
+        "hidden_dim",
+    ),
     "hidden_size": ("hidden_size", "n_embd", "embed_dim", "d_model", "hidden_dim"),
 }
 Sizes = dict[str, tuple[int, int]]  # what a size is called → (old, new)
@@ -35,9 +43,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, tor
 def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> None:
     """Remove the plan's units from the model, in place.
 
-    Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run, and
-    gives each layer its own view of the config. Then the cut model's outputs on the graph's example inputs must equal
-    the uncut model's with the units' consumer columns zeroed; groups the tracer calls inexact are exempt.
+    Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run,
+    and gives each layer its own view of the config. Then the cut model's outputs on the graph's example inputs must
+    equal the uncut model's with the units' consumer columns zeroed; groups the tracer calls inexact are exempt.
 
     Raises:
         TraceError: the plan doesn't fit the graph.
@@ -47,7 +55,8 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     if not plan.removed:
         return
     if any(p.is_meta for p in model.parameters()):
-        return _Surgery(model, graph).cut(plan.removed)
+        _Surgery(model, graph).cut(plan.removed)
+        return
     exact = all(graph[name].exact for name in plan.removed)
     expected = masked_outputs(model, graph, plan.removed)
     surgery = _Surgery(model, graph)
@@ -260,9 +269,7 @@ def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return places
 
 
-def group_sizes(
-    graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str, list[int]], config: Any
-) -> Sizes:
+def group_sizes(graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str, list[int]], config: Any) -> Sizes:
     """The sizes a cut of this group changes: quantity → (old, new)."""
 
     def both(which: CoupledGroup | None) -> tuple[int, int]:
@@ -285,10 +292,10 @@ def group_sizes(
 
 def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
     """What a layer's own config values (`per_layer_config`) change against the model's: quantity → (old, new)."""
-    named = {quantity: config_name(config, quantity) for quantity in _SYNONYMS}
+    named = {q: name for q in _SYNONYMS if (name := config_name(config, q)) is not None}
     sizes = {q: (_read(config, name), values[name]) for q, name in named.items() if name in values}
     heads, kv = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
-    if named["num_key_value_heads"] and (heads or kv):
+    if "num_key_value_heads" in named and (heads or kv):
         heads = heads or (_read(config, "num_attention_heads"),) * 2
         kv = kv or (_read(config, named["num_key_value_heads"]),) * 2
         sizes["num_key_value_groups"] = (heads[0] // kv[0], heads[1] // kv[1])
@@ -330,10 +337,12 @@ def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> Non
     overrides = {layer: dict(values) for layer, values in overrides.items()}
     config.per_layer_config = None
     names = {name for values in overrides.values() for name in values}
-    columns = {n: {overrides.get(i, {}).get(n, getattr(config, n)) for i in range(config.num_hidden_layers)} for n in names}
-    if all(len(column) == 1 for column in columns.values()):
-        if _become_global(config, {name: column.pop() for name, column in columns.items()}):
-            overrides = {}
+    columns = {
+        n: {overrides.get(i, {}).get(n, getattr(config, n)) for i in range(config.num_hidden_layers)} for n in names
+    }
+    agreed = {name: min(column) for name, column in columns.items() if len(column) == 1}
+    if agreed.keys() == columns.keys() and _become_global(config, agreed):
+        overrides = {}
     config.per_layer_config = {layer: values for layer, values in overrides.items() if values} or None
     for path, module in model.named_modules():
         if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:

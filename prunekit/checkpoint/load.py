@@ -1,8 +1,8 @@
 """Load a model folder, dense or pruned, whose layers may all differ in width.
 
-transformers stores such widths as `per_layer_config` but its stock models don't read it: the skeleton is built from the
-dense values without allocating a weight, every parameter takes the shape it has in the file, and each layer gets its own
-view of the config.
+transformers stores such widths as `per_layer_config` but its stock models don't read it: the skeleton is built from
+the dense values without allocating a weight, every parameter takes the shape it has in the file, and each layer gets
+its own view of the config.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _load_dense(directory: str | Path, dtype: torch.dtype | None, device: Any, t
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -75,8 +75,11 @@ def _load_dense(directory: str | Path, dtype: torch.dtype | None, device: Any, t
         raise CheckpointError(f"{directory}: can't load the model: {first_line}") from error
     finally:
         logging.set_verbosity(level)
+    model, info = loaded
     if missing := [*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))]:
-        raise CheckpointError(f"{directory}: damaged model folder: missing or misshapen {', '.join(sorted(missing)[:3])}")
+        raise CheckpointError(
+            f"{directory}: damaged model folder: missing or misshapen {', '.join(sorted(missing)[:3])}"
+        )
     return model.to(device).eval()
 
 
@@ -99,7 +102,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
     index = folder / "model.safetensors.index.json"
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        names = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.exists()
+            else ["model.safetensors"]
+        )
         return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +30,8 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
 @contextmanager
 def _unvalidated(config: Any) -> Iterator[None]:
     """Let the config be written although its class refuses some of its layers' sizes (a head count that doesn't divide
-    the hidden size, say)."""
+    the hidden size, say).
+    """
 
     def write(directory: str | Path, **_: Any) -> None:
         config.__dict__.pop("save_pretrained", None)
@@ -56,10 +56,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise CheckpointError(f"{target}: can't be written: {error.strerror}") from error
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
+        temporary.chmod(0o755)
         if target.exists():
             target.rmdir()
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_disk(error):
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: can't be written: {error.strerror}") from error

@@ -7,11 +7,11 @@ warm-up, then a linear decay to zero. Killed anywhere, the same command goes on 
 import argparse
 import json
 import math
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ def build_model(config: TrainingConfig, eos: int) -> LlamaForCausalLM:
     """The untrained Llama, float32, with dropout on every block's output while training."""
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(
-        LlamaConfig(
+        LlamaConfig(  # type: ignore[call-arg]
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -133,7 +133,7 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
             matrices, lr=config.matrix_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(
-            [{"params": embeddings}, {"params": norms, "weight_decay": 0.0}],
+            [{"params": embeddings}, {"params": norms, "weight_decay": 0.0}],  # type: ignore[arg-type]
             lr=config.embedding_lr,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
@@ -160,7 +160,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{o}.{i}.{k}": v.clone() for k, v in moments.items()}
     save_file(tensors, path.with_suffix(".tmp"), {"state": json.dumps(state)})
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict) -> dict:
@@ -190,9 +190,10 @@ def train(config: TrainingConfig, output: Path, device: str, every: int) -> None
     work.mkdir(exist_ok=True)
     tokenizer = train_tokenizer(config.vocab_size)
     tokens, windows = encode_corpus(tokenizer)
-    model = build_model(config, tokenizer.eos_token_id).to(device)
+    model: Any = build_model(config, tokenizer.eos_token_id)
+    model.to(device)
     optimizers = make_optimizers(model, config)
-    state = {"config": asdict(config), "step": 0, "best": float("inf"), "best_step": 0, "history": []}
+    state: dict[str, Any] = {"config": asdict(config), "step": 0, "best": float("inf"), "best_step": 0, "history": []}
     if (work / "last.safetensors").exists():
         state = load_checkpoint(work / "last.safetensors", model, optimizers, asdict(config))
         print(f"resumed at step {state['step']}")
@@ -230,9 +231,11 @@ def train(config: TrainingConfig, output: Path, device: str, every: int) -> None
     finish(config, output, tokenizer, tokens, windows)
 
 
-def finish(config: TrainingConfig, output: Path, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, windows: Tensor):
+def finish(
+    config: TrainingConfig, output: Path, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, windows: Tensor
+) -> None:
     """Write the best checkpoint as a float16 Hugging Face folder, with its card."""
-    model = build_model(config, tokenizer.eos_token_id)
+    model: Any = build_model(config, tokenizer.eos_token_id)
     state = load_checkpoint(output / "training" / "best.safetensors", model, [], asdict(config))
     model.half()
     model.save_pretrained(output / "model")
@@ -251,21 +254,30 @@ def finish(config: TrainingConfig, output: Path, tokenizer: PreTrainedTokenizerF
 
 def card(config: TrainingConfig, figures: dict, state: dict) -> str:
     """The model card, as Markdown."""
+    shape = f"{config.layers} layers, {config.heads} heads, hidden {config.hidden_size}, FFN {config.intermediate_size}"
+    epochs = state["best_step"] * config.batch_size * config.sequence_length / figures["training_tokens"]
+    steps = f"{state['best_step']:,} of {config.steps:,}, {config.batch_size} × {config.sequence_length} tokens each"
+    table = {
+        "corpus": f"the standard library of Python {platform.python_version()}: module sources and `pydoc` topics; "
+        "no tests, no `encodings`",
+        "split": f"by SHA-256 of the document's name, one in {embedded.HELDOUT_SHARE} held out",
+        "training tokens": f"{figures['training_tokens']:,}",
+        "steps": f"{steps} ({epochs:.1f} epochs)",
+        "seed": f"{config.seed}",
+        "held-out perplexity": f"**{figures['perplexity']:.2f}** "
+        f"({figures['heldout_tokens']:,} tokens, windows of {WINDOW})",
+        "interpolated bigram, same tokens": f"{figures['bigram']:.2f}",
+        "unigram, same tokens": f"{figures['unigram']:.2f}",
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
     return f"""# The embedded model
 
-A Llama of {figures["parameters"]:,} parameters ({config.layers} layers, {config.heads} heads, hidden {config.hidden_size},
-FFN {config.intermediate_size}, byte-level BPE of {config.vocab_size:,} tokens), float16, made by `python -m prunekit.demo.train`.
+A Llama of {figures["parameters"]:,} parameters ({shape}, byte-level BPE of {config.vocab_size:,} tokens), float16,
+made by `python -m prunekit.demo.train`.
 
 | | |
 |---|---|
-| corpus | the standard library of Python {platform.python_version()}: module sources and `pydoc` topics; no tests, no `encodings` |
-| split | by SHA-256 of the document's name, one in {embedded.HELDOUT_SHARE} held out |
-| training tokens | {figures["training_tokens"]:,} |
-| steps | {state["best_step"]:,} of {config.steps:,}, {config.batch_size} × {config.sequence_length} tokens each ({state["best_step"] * config.batch_size * config.sequence_length / figures["training_tokens"]:.1f} epochs) |
-| seed | {config.seed} |
-| held-out perplexity | **{figures["perplexity"]:.2f}** ({figures["heldout_tokens"]:,} tokens, windows of {WINDOW}) |
-| interpolated bigram, same tokens | {figures["bigram"]:.2f} |
-| unigram, same tokens | {figures["unigram"]:.2f} |
+{rows}
 
 The text of the standard library is under the Python Software Foundation License.
 """

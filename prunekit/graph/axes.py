@@ -1,8 +1,9 @@
 """The algebra of axes: what every position of a tensor axis belongs to.
 
-An axis is a row-major product of factors; a factor is an atom or a sum (concatenation) of axes. Operators unify, split
-and rearrange these trees; a union-find binds an atom to another atom or to a tree of its size. At the end each atom left
-is one dimension that can be pruned, and the trees say which positions of which tensor each of its indices owns.
+An axis is a row-major product of factors; a factor is an atom or a sum (concatenation) of axes. Operators unify,
+split and rearrange these trees; a union-find binds an atom to another atom or to a tree of its size. At the end each
+atom left is one dimension that can be pruned, and the trees say which positions of which tensor each of its indices
+owns.
 
     q rows of a grouped-query attention     (kv, rep, head_dim)
     a fused QKV's rows                      (q ⊕ k ⊕ v)
@@ -157,9 +158,11 @@ def unify(left: Axis, right: Axis) -> None:
         elif other_size > size and other_size % size == 0 and isinstance(other, Atom):
             left, right = right, left
         elif len(left) == 1 and isinstance(head, Sum):
-            return _unify_parts(head, right)
+            _unify_parts(head, right)
+            return
         elif len(right) == 1 and isinstance(other, Sum):
-            return _unify_parts(other, left)
+            _unify_parts(other, left)
+            return
         else:
             for axis in (left, right):
                 pin(axis, "its axes can't be aligned")
@@ -192,7 +195,9 @@ def cut(axis: Axis, offset: int) -> tuple[Axis, Axis]:
     stride = axis_size(tail)
     if offset % stride:
         pin(axis, "it is cut in the middle of a unit")
-        return fresh(offset, "cut in the middle of a unit"), fresh(axis_size(axis) - offset, "cut in the middle of a unit")
+        return fresh(offset, "cut in the middle of a unit"), fresh(
+            axis_size(axis) - offset, "cut in the middle of a unit"
+        )
     offset //= stride
     if isinstance(head, Atom):
         before, after = fresh(offset), fresh(head.size - offset)

@@ -34,4 +34,6 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
         return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TraceError(f"{type(model).__name__}: torch.export can't capture its forward pass: {first_line}") from error
+        raise TraceError(
+            f"{type(model).__name__}: torch.export can't capture its forward pass: {first_line}"
+        ) from error

@@ -188,13 +188,15 @@ class _Tracer:
         return None
 
     def _call(self, node: Node, values: dict[str, Any]) -> Any:
+        args: Any
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
         if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], tuple | list) else args[0]
         inner = next((i for i, arg in enumerate(args) if isinstance(arg, GraphModule)), None)
         if inner is not None:  # a higher-order operator around a region of the graph
-            names = [n.name for n in args[inner].graph.nodes if n.op == "placeholder"]
-            return self._interpret(args[inner], dict(zip(names, args[inner + 1 :], strict=False)))
+            region: Any = args[inner]
+            names = [n.name for n in region.graph.nodes if n.op == "placeholder"]
+            return self._interpret(region, dict(zip(names, args[inner + 1 :], strict=False)))
         inputs = _values((args, kwargs))
         if not any(value.tainted for value in inputs):
             return _untainted(node, data=any(value.data for value in inputs))
@@ -295,7 +297,9 @@ class _Reader:
                     found[name, atom] = contraction.order
         return found
 
-    def _draft(self, atom: Atom, where: list, consumed: dict, attention: set[Atom], beside: set[Atom]) -> dict[str, Any]:
+    def _draft(
+        self, atom: Atom, where: list, consumed: dict, attention: set[Atom], beside: set[Atom]
+    ) -> dict[str, Any]:
         members, reason = [], atom.pinned
         for name, dim in where:
             owners = ax.owners(self.tensors[name][dim], atom)
@@ -304,7 +308,9 @@ class _Reader:
                 reason = reason or f"its units own uneven parts of {name}"
                 continue
             index = owners.argsort(stable=True)[int((owners < 0).sum()) :].view(atom.size, -1)
-            role = "consumer" if (name, atom) in consumed and self._is_consumed(name, dim, atom) else "producer"
+            role: Literal["producer", "consumer"] = (
+                "consumer" if (name, atom) in consumed and self._is_consumed(name, dim, atom) else "producer"
+            )
             members.append(Member(parameter=name, dim=dim, role=role, index=index))
         kind = self._kind(atom, where, attention, beside)
         module, layer = self._place([name for name, _ in where if name not in self.buffers])
@@ -370,7 +376,8 @@ def _name(drafts: list[dict[str, Any]]) -> list[str]:
         name = ".".join(parts)
         main = draft["kind"] in ("attention", "mlp") and name
         short.append(name if main else f"{name}.{draft['kind']}".lstrip("."))
-    counts, seen, names = Counter(short), Counter(), []
+    counts, names = Counter(short), []
+    seen: Counter[str] = Counter()
     for name, draft in zip(short, drafts, strict=True):
         if counts[name] > 1 and draft["members"]:
             seen[name] += 1

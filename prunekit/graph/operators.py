@@ -149,6 +149,7 @@ def _replace(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
 
 # --- elementwise -------------------------------------------------------------------------------------------------------
 
+
 @operator_rule(
     "aten.mul", "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
     "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.__and__", "aten.__or__", "aten.logical_and", "aten.logical_or",
@@ -163,7 +164,11 @@ def _elementwise(call: Call) -> Value:
 def _add(call: Call) -> Value:
     values = call.inputs()
     out = call.elementwise(*values)
-    if len(values) == 2 and all(value.data and value.tainted for value in values) and values[0].shape == values[1].shape:
+    if (
+        len(values) == 2
+        and all(value.data and value.tainted for value in values)
+        and values[0].shape == values[1].shape
+    ):
         ax.tag(out.axes[-1] if len(out.axes) != 4 else out.axes[1], "residual")
     return out
 
@@ -183,6 +188,7 @@ def _unary(call: Call) -> Value:
 
 
 # --- layout ------------------------------------------------------------------------------------------------------------
+
 
 @operator_rule(
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as", "aten._reshape_alias",
@@ -372,6 +378,7 @@ def _index(call: Call) -> Value:
 
 # --- contractions ------------------------------------------------------------------------------------------------------
 
+
 @operator_rule("aten.linear")
 def _linear(call: Call) -> Value:
     x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
@@ -484,6 +491,7 @@ def _convolution(call: Call) -> Value:
 
 
 # --- reductions and norms ----------------------------------------------------------------------------------------------
+
 
 @operator_rule("aten.mean", "aten.sum", "aten.var", "aten.amax", "aten.amin", "aten.std", "aten.argmax", "aten.any", "aten.all",
                "aten.linalg_vector_norm", "aten.norm", "aten.prod", "aten.logsumexp")  # fmt: skip

@@ -12,7 +12,7 @@ from prunekit.importance.base import LayerImportance
 
 @dataclass(frozen=True, kw_only=True)
 class Obs(LayerImportance):
-    """Units of several columns (heads) by `heads`: exact, grouped_cholesky or diagonal; single columns greedily, exact."""
+    """Heads by `heads`: exact, grouped_cholesky or diagonal; single columns greedily, exact."""
 
     heads: HeadScore = "exact"
     columns: str = "greedy"

@@ -1,10 +1,11 @@
 """Taylor importance (LLM-Pruner, section 3.2): how much the loss changes when a unit's weights become zero.
 
-    first order, elementwise (Element¹)    Σ_k |g_k w_k|,  g the gradient of the mean loss over the calibration set
+first order, elementwise (Element¹)    Σ_k |g_k w_k|,  g the gradient of the mean loss over the calibration set
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +77,9 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         targets = ids[:, 1:].clone()
         if (mask := batch.get("attention_mask")) is not None:
             targets[mask[:, 1:] == 0] = -100
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
-        return loss, int((targets != -100).sum())
-    loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+        total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return total, int((targets != -100).sum())
+    loss: Any = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor) or loss.ndim:
         raise DataError(f"{type(model).__name__}: Taylor importance needs a model that returns a scalar `loss`")
     count = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)

@@ -79,7 +79,9 @@ def print_summary(report: Mapping[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *(("dense", "pruned", "change")), title=f"{report['method']}, ratio {report['ratio']['achieved']:.4f}")
+    table = Table(
+        "", *(("dense", "pruned", "change")), title=f"{report['method']}, ratio {report['ratio']['achieved']:.4f}"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows(report):

@@ -1,0 +1,43 @@
+# Everything a developer or a new user runs. PYTHON: any Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(DONE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(DONE)
+
+demo: $(DONE)  ## set up, then prune the embedded model by 20 %
+	rm -rf outputs/demo
+	$(BIN)/python -m prunekit method=slimgpt ratio=0.2 output_dir=outputs/demo
+
+test: $(DONE)  ## set up, then run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(DONE)  ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DONE)  ## put the formatting right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DONE)  ## time the solver; benchmarks/RESULTS.md is generated from the JSON it leaves
+	$(BIN)/python benchmarks/solver.py
+
+docs: $(DONE)  ## write docs/options.md from the configuration
+	$(BIN)/python docs/make.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) outputs multirun dist build
