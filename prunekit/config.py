@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from prunekit.errors import CheckpointError, ConfigError, suggest
 
@@ -143,6 +143,8 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(f"unknown key {unknown[0]!r}: {suggest(str(unknown[0]), sorted(known))}")
     try:
         run: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: expected a value, e.g. {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     for key, value, choices in (("task", run.task, TASKS), ("groups", run.groups, KINDS)):
@@ -171,8 +173,6 @@ def build(section: dict[str, Any], name: str) -> Any:
 
     if section.get("_target_") is None:
         return None
-    if missing := [key for key, value in section.items() if value == MISSING]:
-        raise ConfigError(f"{name}.{missing[0]}: expected a value, e.g. {name}.{missing[0]}=…")
     try:
         return instantiate(section, _convert_="all")
     except InstantiationException as error:

@@ -122,6 +122,7 @@ def _skeleton(folder: Path, config: dict[str, Any], overrides: dict[int, dict[st
         dense = AutoConfig.for_model(name, **config)
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(dense)
+        model.tie_weights()
         for layer, values in overrides.items():
             resize(modules_of_layer(model, layer), layer_sizes(dense, values))
         set_per_layer(model, overrides)

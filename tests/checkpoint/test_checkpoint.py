@@ -1,0 +1,184 @@
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_llama, token_ids
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prunekit
+from prunekit.errors import CheckpointError, PrunekitError
+
+READ = """
+import sys, torch, prunekit
+model = prunekit.from_pretrained(sys.argv[1])
+ids = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    generated = model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
+    torch.save([model(input_ids=ids).logits, generated], sys.argv[3])
+"""
+
+
+def pruned(kv_heads=4, tied=False, dtype=torch.float32, ratio=0.3):
+    model = tiny_llama(kv_heads, tied=tied, layers=4)
+    prunekit.prune(model, ratio=ratio, calibration=token_ids(8, 12))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "tied"), [(8, False), (4, True), (1, False)])
+def test_a_fresh_process_gives_the_same_logits_bit_for_bit(tmp_path, kv_heads, tied, dtype):
+    model = pruned(kv_heads, tied, dtype)
+    prunekit.save_pretrained(model, tmp_path / "model")
+    ids = token_ids()
+    torch.save(ids, tmp_path / "ids")
+    subprocess.run([sys.executable, "-c", READ, tmp_path / "model", tmp_path / "ids", tmp_path / "out"], check=True)
+    logits, generated = torch.load(tmp_path / "out", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(logits, model(input_ids=ids).logits)
+    assert torch.equal(generated, model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False))
+    per_layer = json.loads((tmp_path / "model" / "config.json").read_text())["per_layer_config"]
+    widths = {values["intermediate_size"] for values in per_layer.values()}
+    assert len(widths) > 1, "layers of different widths are the normal case"
+
+
+def test_a_loaded_model_can_be_pruned_and_saved_again(tmp_path):
+    model = pruned()
+    prunekit.save_pretrained(model, tmp_path / "one")
+    again = prunekit.from_pretrained(tmp_path / "one")
+    prunekit.prune(again, ratio=0.2, calibration=token_ids(8, 12))
+    prunekit.save_pretrained(again, tmp_path / "two")
+    last = prunekit.from_pretrained(tmp_path / "two")
+    ids = token_ids()
+    assert torch.equal(last(input_ids=ids).logits, again(input_ids=ids).logits)
+    assert sum(p.numel() for p in last.parameters()) < sum(p.numel() for p in model.parameters())
+    assert tied_like(last, again)
+
+
+def tied_like(left, right):
+    return [tuple(p.shape) for p in left.parameters()] == [tuple(p.shape) for p in right.parameters()]
+
+
+def test_a_uniformly_pruned_model_is_an_ordinary_one(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama(8)
+    graph = prunekit.trace(model, {"input_ids": token_ids(), "use_cache": False})
+    removed = {f"layers.{i}.mlp": [i, i + 5] for i in range(3)} | {f"layers.{i}.self_attn": [2, 7] for i in range(3)}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+    prunekit.save_pretrained(model, tmp_path / "model")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = token_ids()
+    assert torch.equal(stock(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert (stock.config.num_attention_heads, stock.config.intermediate_size) == (6, 38)
+
+
+def test_sharded_and_other_dtype(tmp_path):
+    model = pruned(tied=True)
+    prunekit.save_pretrained(model, tmp_path / "whole")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in shards.items():
+        save_file({name: tensors[name] for name in own}, tmp_path / "whole" / file)
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, own in shards.items() for name in own}}
+    (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps(index))
+    ids = token_ids()
+    assert torch.equal(prunekit.from_pretrained(tmp_path / "whole")(input_ids=ids).logits, model(input_ids=ids).logits)
+    half = prunekit.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+        prunekit.save_pretrained(tiny_llama(), tmp_path / "model")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["precious"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    import safetensors.torch
+    import transformers.modeling_utils
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        prunekit.save_pretrained(tiny_llama(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    target = tmp_path_factory.mktemp("saved") / "model"
+    prunekit.save_pretrained(pruned(), target)
+    return target
+
+
+def damaged(folder, tmp_path, file, change):
+    import shutil
+
+    copy = tmp_path / "damaged"
+    shutil.copytree(folder, copy)
+    path = copy / file
+    content = change(path.read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    return copy
+
+
+def drop_tensor(content):
+    from safetensors.torch import load, save
+
+    tensors = load(content)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    return save(tensors)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("config.json", lambda b: None, "config.json|safetensors|load"),
+        ("config.json", lambda b: b[:100], "config.json: damaged"),
+        ("config.json", lambda b: b"[]", "expected a JSON object"),
+        ("config.json", lambda b: b.replace(b'"llama"', b'"lama"'), "config.json: damaged"),
+        ("model.safetensors", lambda b: None, "damaged weights"),
+        ("model.safetensors", lambda b: b[: len(b) // 2], "damaged weights"),
+        ("model.safetensors", drop_tensor, "up_proj.weight is missing"),
+    ],
+)
+def test_damaged_folders(folder, tmp_path, file, change, match):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        prunekit.from_pretrained(damaged(folder, tmp_path, file, change))
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    position=st.integers(0, 1200), byte=st.integers(0, 255), file=st.sampled_from(["config.json", "model.safetensors"])
+)
+def test_any_damaged_byte_is_a_clean_error_or_loads(folder, tmp_path_factory, position, byte, file):
+    def change(content):
+        return content[:position] + bytes([byte]) + content[position + 1 :]
+
+    copy = damaged(folder, tmp_path_factory.mktemp("fuzz"), file, change)
+    try:
+        prunekit.from_pretrained(copy)
+    except PrunekitError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_folder_that_is_missing():
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        prunekit.from_pretrained("/nowhere/model")

@@ -1,0 +1,55 @@
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)
+DATA = Path(os.environ.get("PRUNEKIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+
+
+def tiny_llama(kv_heads=4, attention="sdpa", tied=False, layers=3, heads=8, seed=0, **kwargs):
+    """A Llama with random weights everywhere (norms and biases too), so that nothing cancels."""
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=6,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+        mlp_bias=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        **kwargs,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model
+
+
+def token_ids(rows=4, length=9, vocabulary=97, seed=0):
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def example(rows=2, length=7):
+    return {"input_ids": token_ids(rows, length), "use_cache": False}
+
+
+@pytest.fixture
+def data():
+    if not (DATA / "models" / "stories260K").is_dir():
+        pytest.skip("PRUNEKIT_DATA (the development data) is missing")
+    return DATA

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+
+from prunekit.data import embedded
+from prunekit.data.corpora import load_corpus, read_file
+from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.errors import DataError
+
+
+class Characters:
+    """A tokenizer of code points that starts every text with a special 0."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [0] * add_special_tokens + [ord(c) for c in text]}
+
+
+def test_splits_are_disjoint_and_depend_on_names_alone():
+    train, heldout = ({name for name, _ in embedded.documents(split)} for split in ("train", "heldout"))
+    assert not train & heldout
+    assert len(train) > 300
+    assert len(heldout) > 10
+    assert all(embedded.split_of(name) == "heldout" for name in heldout)
+    assert embedded.split_of("ast.py") == embedded.split_of("ast.py")
+
+
+def test_evaluation_windows_are_consecutive_and_drop_the_tail():
+    windows = evaluation_windows(["abc", "defg"], Characters(), 4, None, "x")
+    assert windows.tolist() == [[0, 97, 98, 99], [10, 10, 100, 101]]
+    assert len(evaluation_windows(["abcdefghijkl" * 50], Characters(), 4, 12, "x")) == 3
+    with pytest.raises(DataError, match=r"it has 4 tokens, one window needs 128 \(eval.window\)"):
+        evaluation_windows(["abc"], Characters(), 128, None, "x")
+
+
+def test_calibration_windows_are_seeded_crops_of_long_documents():
+    documents = ["a" * 3, "".join(map(chr, range(200, 240))), "b" * 50]
+    one, two = (calibration_windows(documents, Characters(), 12, 10, seed) for seed in (3, 3))
+    assert torch.equal(one, two)
+    assert one.shape == (12, 10)
+    assert not torch.equal(one, calibration_windows(documents, Characters(), 12, 10, 4))
+    for row in one.tolist():
+        assert row == [98] * 10 or row == list(range(row[0], row[0] + 10))
+
+
+def test_short_documents_are_joined():
+    windows = calibration_windows(["abc"] * 10, Characters(), 4, 10, 0)
+    assert windows.shape == (4, 10)
+    with pytest.raises(DataError, match="the text has 8 tokens, one window needs 64"):
+        calibration_windows(["abc", "abc"], Characters(), 4, 64, 0)
+
+
+def test_local_files(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["one\ntwo", "three é"]
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "do", "input": "", "output": "done"}]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert read_file(tmp_path / "a.txt") == texts[:1]
+    assert read_file(tmp_path / "a.jsonl") == read_file(tmp_path / "a.parquet") == texts
+    assert read_file(tmp_path / "a.json") == ["do\ndone"]
+    assert load_corpus(str(tmp_path / "a.jsonl"), "eval", {}) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.txt", " \n ", "it holds no text"),
+        ("a.jsonl", '{"text": "x"}\n{"te', "can't be read"),
+        ("a.jsonl", '{"content": "x"}', "expected a text field 'text', found content"),
+        ("a.json", "3", "expected a list of records"),
+        ("a.parquet", "nope", "can't be read"),
+        ("a.bin", "x", "expected a file ending in"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, match):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=match):
+        load_corpus(str(tmp_path / name), "calibration", {})
+
+
+def test_unknown_corpora_suggest_and_missing_files_say_so():
+    with pytest.raises(DataError, match="did you mean wikitext2"):
+        load_corpus("wikitext", "eval", {"wikitext2": {}, "c4": {}})
+    with pytest.raises(DataError, match="no such file: missing.jsonl"):
+        load_corpus("missing.jsonl", "eval", {})
+
+
+def test_hub_corpora_are_asked_for_by_their_names(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [{"sentence": "hello"}]
+    )
+    source = {"hub": "ptb-text-only/ptb_text_only", "config": "penn_treebank", "field": "sentence"}
+    known = {"ptb": source | {"splits": {"eval": "validation", "calibration": "train"}}}
+    assert load_corpus("ptb", "eval", known) == ["hello"]
+    assert asked == [((source["hub"], "penn_treebank"), {"data_files": None, "split": "validation"})]
+
+
+def test_an_unreachable_hub_is_one_line():
+    source = {"hub": "nobody/nothing-here", "splits": {"eval": "test"}}
+    with pytest.raises(DataError, match="can't load nobody/nothing-here from the hub") as caught:
+        load_corpus("nothing", "eval", {"nothing": source})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,157 @@
+import copy
+
+import pytest
+import torch
+from conftest import example, tiny_llama, token_ids
+from torch import nn
+
+import prunekit
+from prunekit.errors import ConfigError, DataError
+from prunekit.graph import trace
+from prunekit.schedules import walk as walking
+
+
+def batches(ids, size=3):
+    return [{"input_ids": chunk, "use_cache": False} for chunk in ids.split(size)]
+
+
+def block(graph):
+    return [group for group in graph.groups if group.kind in ("attention", "mlp")]
+
+
+def inputs_of(model, name, ids):
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+def test_each_group_sees_the_inputs_the_changed_prefix_gives():
+    model = tiny_llama()
+    graph = trace(model, example())
+    ids = token_ids(7, 9)
+    for group, consumer, moments in walking.walk(model, block(graph), batches(ids)):
+        x = inputs_of(model, consumer.name, ids)  # of the model as it now is
+        torch.testing.assert_close(moments.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        consumer.store(consumer.weight() * 0.5)
+        assert group.layer is not None
+
+
+def test_whole_model_passes_give_the_same_moments(monkeypatch):
+    graph = trace(tiny_llama(), example())
+    ids = token_ids(5, 8)
+
+    def moments():
+        model = tiny_llama()
+        found = []
+        for _, consumer, m in walking.walk(model, block(graph), batches(ids)):
+            found.append(m.hessian.clone())
+            consumer.store(consumer.weight() * 0.5)
+        return found
+
+    streamed = moments()
+    monkeypatch.setattr(walking._Stream, "open", classmethod(lambda *args: None))
+    for left, right in zip(streamed, moments(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_does_not_count():
+    model = tiny_llama()
+    graph = trace(model, example())
+    group = [graph["layers.0.self_attn"]]
+    ids = token_ids(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    padded = [{"input_ids": ids, "attention_mask": mask, "use_cache": False}]
+    ((_, _, with_padding),) = walking.walk(model, group, padded)
+    parts = [{"input_ids": ids[:1, :5], "use_cache": False}, {"input_ids": ids[1:], "use_cache": False}]
+    ((_, _, without),) = walking.walk(model, group, parts)
+    assert with_padding.tokens == without.tokens == 13
+    torch.testing.assert_close(with_padding.hessian, without.hessian, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["slimgpt", "llm_pruner", "magnitude", "random"])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_methods_end_to_end(method, kv_heads):
+    model = tiny_llama(kv_heads, layers=4)
+    dense = sum(p.numel() for p in model.parameters())
+    result = prunekit.prune(model, ratio=0.3, method=method, calibration=token_ids(8, 12))
+    pruned = sum(p.numel() for p in model.parameters())
+    assert result.report["parameters"] == {"dense": dense, "pruned": pruned}
+    assert abs(1 - pruned / dense - 0.3) < 145 / dense
+    assert result.report["ratio"]["achieved"] == pytest.approx(1 - pruned / dense)
+    assert torch.isfinite(model(input_ids=token_ids()).logits).all()
+    again = prunekit.prune(tiny_llama(kv_heads, layers=4), ratio=0.3, method=method, calibration=token_ids(8, 12))
+    assert again.plan == result.plan
+    for left, right in zip(model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_compensation_brings_the_layers_output_nearer():
+    errors = {}
+    ids = token_ids(32, 16)
+    for compensation in ("obs", "none"):
+        model = tiny_llama(8)
+        before = inputs_of(model, "lm_head", ids)
+        prunekit.prune(model, ratio=0.3, calibration=ids, overrides=[f"compensation={compensation}"])
+        errors[compensation] = (inputs_of(model, "lm_head", ids) - before).square().mean().item()
+    assert errors["obs"] < 0.8 * errors["none"]
+
+
+def test_compensation_after_another_methods_choice():
+    ids = token_ids(16, 12)
+    plain, repaired = tiny_llama(), tiny_llama()
+    one = prunekit.prune(plain, method="llm_pruner", calibration=ids)
+    two = prunekit.prune(repaired, method="llm_pruner", calibration=ids, overrides=["compensation=obs"])
+    assert one.plan == two.plan
+    assert not torch.equal(plain.model.layers[1].mlp.down_proj.weight, repaired.model.layers[1].mlp.down_proj.weight)
+
+
+def test_obs_needs_the_layerwise_schedule():
+    with pytest.raises(ConfigError, match="use schedule=layerwise"):
+        prunekit.prune(tiny_llama(), calibration=token_ids(), overrides=["schedule=oneshot"])
+
+
+@pytest.mark.parametrize("where", ["weight", "activation"])
+def test_nan_is_an_error_and_the_model_stays_as_it_was(where):
+    model = tiny_llama()
+    if where == "weight":
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+        match = r"layers\.1\.mlp\.up_proj\.weight.*NaN"
+    else:
+        model.model.layers[2].mlp.up_proj.weight.data.mul_(3e38)
+        model.model.layers[2].mlp.up_proj.weight.data.clamp_(-3e38, 3e38)
+        match = r"layers\.2\.mlp\.down_proj.*NaN or infinity"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(DataError, match=match):
+        prunekit.prune(model, calibration=token_ids())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_five_lines_that_are_no_language_model():
+    net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+    x = torch.randn(400, 10)
+    dense = copy.deepcopy(net)
+    result = prunekit.prune(net, ratio=0.5, method="slimgpt", calibration=[{"input": x}], overrides=["policy=uniform"])
+    assert result.report["ratio"]["achieved"] == pytest.approx(0.5, abs=0.02)
+    plain = copy.deepcopy(dense)
+    prunekit.prune(plain, ratio=0.5, method="random", calibration=[{"input": x}])
+    assert (net(x) - dense(x)).square().mean() < 0.5 * (plain(x) - dense(x)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "match"),
+    [
+        (None, "got None"),
+        (torch.randn(2, 3), "int64 token ids"),
+        (torch.zeros(3, 1, dtype=torch.long), "T ≥ 2"),
+        ([], "at least one dict"),
+        ([torch.zeros(1)], "at least one dict"),
+    ],
+)
+def test_calibration_that_cannot_be_used(calibration, match):
+    with pytest.raises(DataError, match=match):
+        prunekit.prune(tiny_llama(), calibration=calibration)

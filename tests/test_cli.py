@@ -1,0 +1,188 @@
+"""The commands a user types, as processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+
+import prunekit
+from prunekit.pipeline import DEMO_MODEL
+
+QUICK = [
+    "data.calibration.samples=8",
+    "data.calibration.sequence_length=64",
+    "eval.max_tokens=2048",
+    "eval.speed=false",
+    "eval.new_tokens=4",
+]
+
+
+def prunekit_command(*arguments, cwd, **kwargs):
+    command = [sys.executable, "-m", "prunekit", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, **kwargs)
+
+
+def fails(*arguments, cwd, match):
+    done = prunekit_command(*arguments, cwd=cwd)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert match in lines[0]
+    assert not list(Path(cwd).rglob("model"))
+
+
+def test_help_is_quick_and_lists_what_is_needed_first(tmp_path):
+    began = time.perf_counter()
+    done = prunekit_command("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert time.perf_counter() - began < 3
+    for word in ("slimgpt", "llm_pruner", "log_increase", "window", "ratio=", "output_dir=", "data.calibration.path="):
+        assert word in done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    done = prunekit_command(*QUICK, "ratio=0.2", "output_dir=result", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "result", done.stdout
+
+
+def test_a_run_leaves_the_folder_of_the_design(finished):
+    folder, output = finished
+    assert {path.name for path in folder.iterdir()} == {
+        *("model", "plan.json", "report.json", "report.md", "layers.svg", ".hydra")
+    }
+    report = json.loads((folder / "report.json").read_text())
+    assert {"method", "seed", "versions", "ratio", "parameters", "perplexity", "layers", "seconds"} <= report.keys()
+    assert report["ratio"]["achieved"] == pytest.approx(0.2, abs=2e-4)
+    assert report["perplexity"]["embedded"]["pruned"] > report["perplexity"]["embedded"]["dense"] > 1
+    assert len(report["layers"]) == 8
+    assert report["layers"][3]["attention"]["total"] == 8
+    assert set(report["seconds"]) == set(report["peak_memory_bytes"])
+    assert "prunekit.from_pretrained('result/model')" in output
+    assert "perplexity, embedded" in output
+    assert "layers.3.mlp: 640 → " in output
+
+
+def test_the_saved_model_is_the_reported_one_and_small(finished):
+    folder, _ = finished
+    report = json.loads((folder / "report.json").read_text())
+    model = prunekit.from_pretrained(folder / "model")
+    assert sum(p.numel() for p in model.parameters()) == report["parameters"]["pruned"]
+    assert model.dtype == torch.float16, "stored as the checkpoint was"
+    ratio = (folder / "model" / "model.safetensors").stat().st_size / (DEMO_MODEL / "model.safetensors").stat().st_size
+    assert ratio == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_api_gives_the_same_plan(finished):
+    from prunekit.checkpoint import load_tokenizer
+    from prunekit.data.corpora import load_corpus
+    from prunekit.data.tokens import calibration_windows
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    model = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    documents = load_corpus("embedded", "calibration", {})
+    tokens = calibration_windows(documents, load_tokenizer(DEMO_MODEL), 8, 64, 0)
+    result = prunekit.prune(model, ratio=0.2, calibration=tokens)
+    assert prunekit.PruningPlan.from_json((finished[0] / "plan.json").read_text()) == result.plan
+    assert result.plan.fingerprint == result.graph.fingerprint
+
+
+def test_an_output_folder_with_files_is_refused_and_kept(finished):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = prunekit_command(*QUICK, "output_dir=result", "ratio=0.5", cwd=folder.parent)
+    assert done.returncode == 2
+    assert "exists and is not empty" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_sweep_runs_every_combination(tmp_path):
+    done = prunekit_command(
+        "-m", "method=magnitude,random", "ratio=0.1,0.3", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(path.read_text()) for path in (tmp_path / "sweep").rglob("report.json")]
+    assert {(r["method"], r["ratio"]["target"]) for r in reports} == {
+        (method, ratio) for method in ("magnitude", "random") for ratio in (0.1, 0.3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["ratio=1.5"], "ratio: expected a number in (0, 1), got 1.5"),
+        (["method=slim"], "method: unknown choice 'slim': did you mean slimgpt"),
+        (["model.paht=x"], "paht"),
+    ],
+)
+def test_mistakes_found_at_once(tmp_path, arguments, match):
+    fails(*arguments, "output_dir=out", cwd=tmp_path, match=match)
+
+
+def test_missing_model_and_corpus(tmp_path):
+    fails("model.path=./nowhere", "output_dir=out", cwd=tmp_path, match="./nowhere: no such model folder")
+    (tmp_path / "short.txt").write_text("import os")
+    fails(
+        "data.calibration.path=short.txt",
+        "output_dir=out",
+        cwd=tmp_path,
+        match="one window needs 128 (sequence_length)",
+    )
+
+
+def test_out_of_reach(tmp_path):
+    fails(*QUICK, "ratio=0.99", "output_dir=out", cwd=tmp_path, match="this policy can remove at most")
+    done = prunekit_command(*QUICK, "eval=none", "output_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, "the folder of a run that failed can be used again"
+
+
+def test_interrupted_runs_leave_no_model(tmp_path):
+    command = [sys.executable, "-u", "-m", "prunekit", "eval=none", "output_dir=out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "layers.0.self_attn" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "prunekit: interrupted; no result was written"
+    assert not list(tmp_path.rglob("model*"))
+
+
+def test_a_disk_that_fills_leaves_nothing(tmp_path):
+    """A file-size limit of 1 MB stands in for the full disk: the weights need 10."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        f"sys.argv = ['prunekit', 'eval=none', 'output_dir=out', *{QUICK!r}];"
+        "from prunekit.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    assert "can't be written" in done.stderr.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".hydra"}
+
+
+def test_real_checkpoint_from_the_command_line(data, tmp_path):
+    stories = DATA.resolve() / "tinystories" / "stories.jsonl"
+    done = prunekit_command(
+        f"model.path={DATA.resolve() / 'models' / 'stories260K'}",
+        f"data.calibration.path={stories}",
+        f"eval.corpora=[{stories}]",
+        "eval.prompt=Once upon a time",
+        "output_dir=out",
+        *QUICK[:3],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["perplexity"]["stories"]["pruned"] < 12

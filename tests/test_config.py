@@ -1,0 +1,93 @@
+import itertools
+
+import pytest
+from omegaconf import OmegaConf
+
+from prunekit.config import GROUPS, build, check, compose, config_dir
+from prunekit.errors import ConfigError
+from prunekit.policies import Manual
+
+CHOICES = [
+    (group, path.stem)
+    for group in GROUPS
+    for path in sorted((config_dir() / group).glob("*.yaml"))
+    if (group, path.stem) != ("policy", "manual")
+]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_checks_and_builds(group, choice):
+    run = check(compose([f"{group}={choice}"]))
+    for name in ("importance", "policy", "compensation", "schedule"):
+        build(getattr(run, name), name)
+
+
+@pytest.mark.parametrize(
+    ("method", "importance", "policy"),
+    itertools.product(
+        ["slimgpt", "llm_pruner"], ["obs", "taylor_first", "magnitude"], ["uniform", "window", "linear_decrease"]
+    ),
+)
+def test_groups_override_the_method(method, importance, policy):
+    run = check(compose([f"method={method}", f"importance={importance}", f"policy={policy}"]))
+    assert run.importance["_target_"].lower().endswith(importance.replace("_", ""))
+    assert run.policy["_target_"].lower().endswith(policy.replace("_", ""))
+    assert run.method_name == method
+
+
+def test_all_groups_of_the_design_exist():
+    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == set(GROUPS)
+
+
+def test_seed_and_values_reach_their_places():
+    run = check(compose(["seed=7", "method=random", "policy=manual", "policy.values=[1,2]"]))
+    assert run.data.calibration.seed == 7
+    assert run.importance["seed"] == 7
+    assert build(run.policy, "policy") == Manual(values=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("method=slimgtp", "method: unknown choice 'slimgtp': did you mean slimgpt"),
+        ("policy=ramp", "available: linear_decrease, linear_increase, log_decrease"),
+        ("importance=wand", "importance: unknown choice"),
+        ("ratoi=0.2", "ratoi"),
+        ("+ratoi=0.2", "unknown key 'ratoi': did you mean ratio"),
+        ("ratio=much", "much"),
+        ("ratio=1.2", r"ratio: expected a number in \(0, 1\), got 1.2"),
+        ("ratio=0", r"got 0$"),
+        ("ratio=nan", r"got nan"),
+        ("policy=manual", "policy.values: expected a value"),
+        ("task=purne", "did you mean prune"),
+        ("groups=heads", "groups: unknown choice"),
+        ("eval.window=1", "eval.window: expected a whole number ≥ 2, got 1"),
+        ("data.calibration.samples=0", "data.calibration.samples: expected a whole number ≥ 1"),
+        ("data.calibration.samples=many", "many"),
+    ],
+)
+def test_mistakes_are_one_clear_line(override, match):
+    with pytest.raises(ConfigError, match=match) as caught:
+        check(compose([override]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "match"),
+    [
+        (["policy=window", "policy.start=40"], "policy", "expected 0 ≤ start < end"),
+        (["policy.low_share=2"], "policy", r"policy.low_share: expected a number in \[0, 1\]"),
+        (["importance.heads=exakt"], "importance", "did you mean exact"),
+        (["+importance.colour=red"], "importance", "colour"),
+        (["schedule.damping=-1"], "schedule", "expected a number ≥ 0"),
+    ],
+)
+def test_arguments_that_do_not_fit(overrides, section, match):
+    run = check(compose(overrides))
+    with pytest.raises(ConfigError, match=match):
+        build(getattr(run, section), section)
+
+
+def test_composed_configuration_has_no_loose_ends():
+    config = compose([])
+    assert OmegaConf.missing_keys(config) == set()

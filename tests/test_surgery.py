@@ -1,0 +1,148 @@
+import copy
+
+import pytest
+import torch
+from conftest import example, tiny_llama, token_ids
+from torch import nn
+
+import prunekit
+from prunekit.errors import SurgeryError, TraceError
+from prunekit.graph import trace
+from prunekit.plan import PruningPlan
+from prunekit.surgery import apply_plan
+
+
+def test_gradients_go_with_their_parameters_and_ties_stay():
+    model = tiny_llama(tied=True)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    old = model.model.layers[0].mlp.down_proj.weight.grad.clone()
+    graph = trace(model, example())
+    channel = next(group for group in graph.groups if group.kind == "channel")
+    apply_plan(model, graph, PruningPlan({"layers.0.mlp": [1, 2], channel.name: [0]}))
+    down = model.model.layers[0].mlp.down_proj
+    assert torch.equal(down.weight.grad, old[1:, [0, *range(3, 40)]])
+    assert down.in_features == 38
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.embed_tokens.weight.shape == (97, 47)
+    assert model.config.hidden_size == 47
+
+
+def test_channel_cut_equals_a_directly_built_smaller_model():
+    model = tiny_llama()
+    graph = trace(model, example())
+    channel = next(group for group in graph.groups if group.kind == "channel")
+    small = copy.deepcopy(model)
+    for member in channel.members:
+        module, attribute = member.parameter.rsplit(".", 1)
+        weight = model.get_parameter(member.parameter)
+        kept = [i for i in range(48) if i not in (3, 11)]
+        current = getattr(small.get_submodule(module), attribute)
+        assert current.shape[member.dim] == 48
+        setattr(
+            small.get_submodule(module), attribute, nn.Parameter(weight.index_select(member.dim, torch.tensor(kept)))
+        )
+    apply_plan(model, graph, PruningPlan({channel.name: [3, 11]}))
+    ids = token_ids()
+    assert torch.equal(model(input_ids=ids).logits, small(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_generation_with_a_cache_works_afterwards(kv_heads):
+    model = tiny_llama(kv_heads)
+    prunekit.prune(model, ratio=0.3, calibration=token_ids(8, 12))
+    prompt = token_ids(1, 5)
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompt, **kwargs), model.generate(prompt, use_cache=False, **kwargs))
+
+
+def test_attention_implementation_can_be_switched_afterwards():
+    model = tiny_llama(4, "sdpa")
+    prunekit.prune(model, ratio=0.3, calibration=token_ids(8, 12))
+    before = model(input_ids=token_ids()).logits
+    model.set_attn_implementation("eager")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(input_ids=token_ids()).logits, before, rtol=1e-4, atol=1e-4)
+
+
+class Fixed(nn.Module):
+    """Its forward multiplies by the width it was built with: cutting it changes what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.width = nn.Linear(4, 10), nn.Linear(10, 2), 10
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.a.weight.shape[0] + self.width
+
+
+def test_a_cut_that_changes_the_outputs_is_undone_and_named():
+    net = Fixed()
+    graph = trace(net, (torch.randn(3, 4),))
+    (group,) = [group for group in graph.groups if group.prunable]
+    before = net(torch.ones(2, 4))
+    weights = [p.data_ptr() for p in net.parameters()]
+    with pytest.raises(SurgeryError, match=rf"^{group.name}: .*the model was put back"):
+        apply_plan(net, graph, PruningPlan({group.name: [0, 1]}))
+    assert torch.equal(net(torch.ones(2, 4)), before)
+    assert [p.data_ptr() for p in net.parameters()] == weights
+    assert net.a.out_features == 10
+
+
+def test_a_failed_cut_of_a_language_model_leaves_config_and_weights(monkeypatch):
+    model = tiny_llama(8)
+    graph = trace(model, example())
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    from prunekit import surgery
+
+    monkeypatch.setattr(surgery, "_difference", lambda *args: "differs")
+    with pytest.raises(SurgeryError, match=r"layers\.0\.mlp"):
+        apply_plan(model, graph, PruningPlan({"layers.0.mlp": [1], "layers.2.self_attn": [0]}))
+    assert model.config.to_dict() == config
+    assert not model.config.is_heterogeneous
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.model.layers[2].self_attn.config is model.config
+
+
+@pytest.mark.parametrize(
+    ("removed", "match"),
+    [
+        ({"layers.9.mlp": [0]}, "no group is called 'layers.9.mlp': did you mean"),
+        ({"layers.0.mlp": [40]}, r"units must lie in \[0, 40\), got 40 to 40"),
+        ({"layers.0.mlp": range(40)}, "at least one of 40 units must stay"),
+        ({"model.embed_tokens.other": [0]}, "not prunable: .*vocabulary"),
+    ],
+)
+def test_plans_that_do_not_fit(removed, match):
+    model = tiny_llama(tied=True)
+    with pytest.raises(TraceError, match=match):
+        apply_plan(model, trace(model, example()), PruningPlan(removed))
+
+
+def test_plan_json_round_trip_and_fingerprint():
+    model = tiny_llama()
+    graph = trace(model, example())
+    plan = PruningPlan({"layers.0.mlp": [5, 2], "layers.1.mlp": []}, graph.fingerprint)
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.removed == {"layers.0.mlp": [2, 5]}
+    other = trace(tiny_llama(2), example())
+    with pytest.raises(TraceError, match="made for model"):
+        again.check(other)
+    with pytest.raises(TraceError, match="twice"):
+        PruningPlan({"a": [1, 1]})
+    for text in ("", "[]", "{}", '{"format": 9, "removed": {}, "fingerprint": null}', '{"format": 1, "removed": 3}'):
+        with pytest.raises(TraceError):
+            PruningPlan.from_json(text)
+
+
+def test_half_precision_and_meta():
+    half = tiny_llama().bfloat16()
+    graph = trace(half, example())
+    apply_plan(half, graph, PruningPlan({"layers.0.mlp": [1], "layers.1.self_attn": [2]}))
+    assert half.model.layers[1].self_attn.o_proj.in_features == 36
+    from prunekit.graph.capture import meta_copy
+
+    skeleton = meta_copy(tiny_llama())
+    apply_plan(skeleton, graph, PruningPlan({"layers.0.mlp": [1]}))
+    assert skeleton.model.layers[0].mlp.up_proj.weight.shape == (39, 48)
+    assert skeleton.model.layers[0].mlp.up_proj.weight.is_meta
