@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prunekit.config import check, check_choices, config_dir, one_line
@@ -23,6 +23,11 @@ def _complain(error: Exception) -> None:
     print(f"prunekit: {error if isinstance(error, PrunekitError) else one_line(error)}", file=sys.stderr)
 
 
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _job(config: DictConfig) -> None:
     from prunekit import console, pipeline
@@ -30,12 +35,20 @@ def _job(config: DictConfig) -> None:
 
     console.speak()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    provenance = {
+        "config.yaml": OmegaConf.to_yaml(config),
+        "overrides.yaml": OmegaConf.to_yaml(HydraConfig.get().overrides.task),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})),
+    }
     try:
-        run_config = check(config)
-        result = pipeline.run(run_config, folder)
+        result = pipeline.run(check(config), folder, provenance)
     except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
         _failures.append(error)
         _complain(error)
+        _remove_if_empty(folder)
+    except KeyboardInterrupt:
+        _remove_if_empty(folder)
+        raise
     else:
         print_summary(result.report, Path(os.path.relpath(folder)))
 

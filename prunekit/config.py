@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from prunekit.errors import CheckpointError, ConfigError, suggest
+from prunekit.errors import ConfigError, suggest
 
 GROUPS = ("model", "data", "importance", "policy", "compensation", "schedule", "recovery", "eval", "export", "method",
           "experiment")  # fmt: skip
@@ -179,18 +178,3 @@ def build(section: dict[str, Any], name: str) -> Any:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"{name}: {one_line(error)}") from error
-
-
-def ensure_empty(folder: Path) -> None:
-    """Raise CheckpointError where the output folder holds more than the configuration of a run that failed."""
-    if folder.is_file() or (folder.is_dir() and any(p.name != ".hydra" for p in folder.iterdir())):
-        raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
-
-
-class CheckOutput(Callback):
-    """Refuses a non-empty output folder before Hydra writes into it."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the folder and the configuration of a single run."""
-        ensure_empty(Path(config.output_dir))
-        check(config)

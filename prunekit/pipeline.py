@@ -25,7 +25,7 @@ from prunekit.console import say
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import batches as token_batches
 from prunekit.data.tokens import calibration_windows, evaluation_windows
-from prunekit.errors import ConfigError, DataError, PrunekitError
+from prunekit.errors import CheckpointError, ConfigError, DataError, PrunekitError
 from prunekit.evaluation.cost import size, tokens_per_second
 from prunekit.evaluation.generation import continuation
 from prunekit.evaluation.perplexity import perplexity, protocol
@@ -229,13 +229,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run(config: RunConfig, output: Path) -> Result:
+def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = None) -> Result:
     """The command line's job: everything from the model's name to the finished folder.
+
+    Args:
+        config: what to do.
+        output: a new or empty folder.
+        provenance: file name → text, kept in `.hydra/`: what repeats the run.
 
     Raises:
         PrunekitError: whatever was wrong with the request; `output` then holds no result.
     """
-    cfg.ensure_empty(output)
+    ensure_empty(output)
     torch.manual_seed(config.seed)
     device, stored = pick_device(config.device), pick_dtype(config.dtype)
     stages = Stages(device)
@@ -274,7 +279,7 @@ def run(config: RunConfig, output: Path) -> Result:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
         model.config.dtype = stored
-        write_run(output, model, tokenizer, result.plan, report)
+        write_run(output, model, tokenizer, result.plan, report, provenance or {})
     return Result(model=model, plan=result.plan, report=report, graph=result.graph)
 
 
@@ -316,10 +321,26 @@ def measure(model: Any, tokenizer: Any, evals: Mapping[str, Tensor], config: Run
     return {"perplexity": values, "sample": sample}
 
 
-def write_run(output: Path, model: Any, tokenizer: Any, plan: PruningPlan, report: Mapping[str, Any]) -> None:
+def ensure_empty(folder: Path) -> None:
+    """Raise CheckpointError where the output folder holds anything."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
+
+
+def write_run(
+    output: Path,
+    model: Any,
+    tokenizer: Any,
+    plan: PruningPlan,
+    report: Mapping[str, Any],
+    provenance: Mapping[str, str],
+) -> None:
     """Write the run folder, `report.json` last; on any failure nothing of it stays."""
-    names = ("report.json", "report.md", "layers.svg", "plan.json", "model")
+    names = ("report.json", "report.md", "layers.svg", "plan.json", "model", ".hydra")
     try:
+        (output / ".hydra").mkdir(parents=True)
+        for name, text in provenance.items():
+            write_text(output / ".hydra" / name, text)
         save_pretrained(model, output / "model", tokenizer)
         write_text(output / "plan.json", plan.to_json())
         write_pictures(report, output)

@@ -35,7 +35,7 @@ def fails(*arguments, cwd, match):
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
     assert match in lines[0]
-    assert not list(Path(cwd).rglob("model"))
+    assert not list(Path(cwd).rglob("out"))
 
 
 def test_help_is_quick_and_lists_what_is_needed_first(tmp_path):
@@ -155,7 +155,7 @@ def test_interrupted_runs_leave_no_model(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip() == "prunekit: interrupted; no result was written"
-    assert not list(tmp_path.rglob("model*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_leaves_nothing(tmp_path):
@@ -169,7 +169,7 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2, done.stderr
     assert "can't be written" in done.stderr.splitlines()[-1]
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".hydra"}
+    assert not (tmp_path / "out").exists()
 
 
 def test_real_checkpoint_from_the_command_line(data, tmp_path):
@@ -180,7 +180,7 @@ def test_real_checkpoint_from_the_command_line(data, tmp_path):
         f"eval.corpora=[{stories}]",
         "eval.prompt=Once upon a time",
         "output_dir=out",
-        *QUICK[:3],
+        "data.calibration.samples=32",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
