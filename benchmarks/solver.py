@@ -23,7 +23,8 @@ def timed(function):
 def measure(n: int, share: float) -> dict[str, float]:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(4 * n, n, generator=generator)
-    hessian, weight = x.T @ x / len(x), torch.randn(n // 3, n, generator=generator, dtype=torch.float64)
+    hessian = x.T @ x / len(x)
+    weight = torch.randn(n // 3, n, generator=generator, dtype=torch.float64)
     inverse = invert(hessian).matrix
     inversions, choices = [], []
     for _ in range(REPEATS + 1):
@@ -44,11 +45,11 @@ def main() -> None:
     machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     result = {"command": "python benchmarks/solver.py", "repeats": REPEATS, **machine, "rows": rows}
     (HERE / "solver.json").write_text(json.dumps(result, indent=1) + "\n")
+    where = f"{machine['machine']}, torch {machine['torch']}, {machine['threads']} threads"
     lines = [
         "# Greedy column selection against the inverse it works on",
         "",
-        f"`{result['command']}`, {machine['machine']}, torch {machine['torch']}, {machine['threads']} threads, float64, "
-        f"medians of {REPEATS}. Generated from `solver.json`.",
+        f"`{result['command']}`, {where}, float64, medians of {REPEATS}. Generated from `solver.json`.",
         "",
         "| n | columns removed | invert, s | choose, s | choose / invert |",
         "|---:|---:|---:|---:|---:|",

@@ -6,6 +6,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
+    """Write the page."""
     lines = [
         "# Options",
         "",
