@@ -25,6 +25,7 @@ _SYNONYMS = {
     "num_attention_heads": ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
     "num_key_value_groups": ("num_key_value_groups", "n_rep"),
+    "attention_width": ("split_size", "all_head_size"),
     "intermediate_size": (
         "intermediate_size",
         "ffn_dim",
@@ -198,6 +199,8 @@ class _Surgery:
             self._remember_configs(config)
             overrides = per_layer_overrides(config)
             for layer, sizes in layers.items():
+                if "intermediate_size" in sizes and config_name(config, "intermediate_size") is None:
+                    config.intermediate_size = sizes["intermediate_size"][0]  # a class that derives it: store it anyway
                 named = {config_name(config, quantity): new for quantity, (_, new) in sizes.items()}
                 overrides.setdefault(layer, {}).update({k: v for k, v in named.items() if k is not None})
             set_per_layer(self.model, overrides)
@@ -285,9 +288,12 @@ def group_sizes(graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str,
     here = {g.kind: g for g in graph.groups if g.module == group.module and g.kind in ("attention", "query_head")}
     units, repeats = both(here.get("attention")), both(here.get("query_head"))
     heads = (units[0] * repeats[0], units[1] * repeats[1])
+    sizes = {"num_attention_heads": heads}
+    if head_dim := _head_dim(config):
+        sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
     if _single_kv_head(config, units[0]):
-        return {"num_attention_heads": heads, "num_key_value_groups": units}
-    return {"num_attention_heads": heads, "num_key_value_heads": units, "num_key_value_groups": repeats}
+        return {**sizes, "num_key_value_groups": units}
+    return {**sizes, "num_key_value_heads": units, "num_key_value_groups": repeats}
 
 
 def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
@@ -299,6 +305,8 @@ def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
         heads = heads or (_read(config, "num_attention_heads"),) * 2
         kv = kv or (_read(config, named["num_key_value_heads"]),) * 2
         sizes["num_key_value_groups"] = (heads[0] // kv[0], heads[1] // kv[1])
+    if heads and (head_dim := _head_dim(config)):
+        sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
     return sizes
 
 
@@ -316,7 +324,13 @@ def _read(config: Any, name: str) -> Any:
 
 def config_name(config: Any, quantity: str) -> str | None:
     """What a config calls a size."""
-    return next((name for name in _SYNONYMS[quantity] if _read(config, name) is not None), None)
+    names = [name for name in _SYNONYMS[quantity] if _has(config, name)]
+    return next((name for name in names if _read(config, name) is not None), names[0] if names else None)
+
+
+def _has(config: Any, name: str) -> bool:
+    reader = getattr(config, "_hasattr_without_heterogeneous_validation", None)
+    return reader(name) if reader else hasattr(config, name)
 
 
 def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
@@ -350,6 +364,9 @@ def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> Non
 
 
 def _become_global(config: Any, values: Mapping[str, int]) -> bool:
+    known = {*getattr(config, "attribute_map", {}), *dir(type(config))}
+    if not values.keys() <= known:
+        return False
     before = {name: getattr(config, name) for name in values}
     for name, value in values.items():
         setattr(config, name, value)
@@ -363,6 +380,8 @@ def _become_global(config: Any, values: Mapping[str, int]) -> bool:
 
 
 def _head_dim(config: Any) -> int | None:
+    if isinstance(stored := _read(config, "head_dim"), int):
+        return stored
     heads, hidden = _read(config, "num_attention_heads"), _read(config, "hidden_size")
     return hidden // heads if heads and hidden and hidden % heads == 0 else None
 

@@ -22,7 +22,7 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
         CheckpointError: `directory` exists and is not empty, or can't be written.
     """
     with new_folder(Path(directory)) as folder, _unvalidated(model.config):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=not model.config.is_heterogeneous)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

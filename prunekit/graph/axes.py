@@ -83,9 +83,11 @@ def resolve(axis: Axis) -> Axis:
 def _concatenate(parts: list[Axis]) -> Axis:
     """The concatenation of resolved axes, nested sums opened."""
     flat: list[Axis] = []
-    for part in parts:
+    for part in (part for part in parts if axis_size(part)):
         only = part[0] if len(part) == 1 else None
         flat.extend(only.parts if isinstance(only, Sum) else [part])
+    if not flat:
+        return fresh(0)
     return flat[0] if len(flat) == 1 else (Sum(tuple(flat)),)
 
 

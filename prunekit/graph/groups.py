@@ -312,8 +312,8 @@ class _Reader:
                 "consumer" if (name, atom) in consumed and self._is_consumed(name, dim, atom) else "producer"
             )
             members.append(Member(parameter=name, dim=dim, role=role, index=index))
-        kind = self._kind(atom, where, attention, beside)
         module, layer = self._place([name for name, _ in where if name not in self.buffers])
+        kind = self._kind(atom, where, attention, beside, layer)
         cost = sum(self._numel_of_unit(m, atom) for m in members if m.parameter not in self.buffers)
         return {
             "kind": kind,
@@ -338,7 +338,7 @@ class _Reader:
         shape = [ax.axis_size(axis) for axis in self.tensors[member.parameter]]
         return member.index.shape[1] * _numel(tuple(s for i, s in enumerate(shape) if i != member.dim))
 
-    def _kind(self, atom: Atom, where: list, attention: set[Atom], beside: set[Atom]) -> Kind:
+    def _kind(self, atom: Atom, where: list, attention: set[Atom], beside: set[Atom], layer: int | None) -> Kind:
         if atom in attention:
             others = {a for n, d in where for a in ax.atoms(self.tensors[n][d])} & attention - {atom}
             shared = "broadcast" in atom.tags and any("broadcast" not in other.tags for other in others)
@@ -347,7 +347,7 @@ class _Reader:
             return "expert"
         if atom in beside:
             return "head_dim"
-        if "residual" in atom.tags:
+        if "residual" in atom.tags and layer is None:
             return "channel"
         convolved = any(len(self.tensors[name]) > 2 for name, _ in where)
         return "other" if len(where) == 1 else "channel" if convolved else "mlp"

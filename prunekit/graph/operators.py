@@ -151,9 +151,9 @@ def _replace(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
 
 
 @operator_rule(
-    "aten.mul", "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
+    "aten.mul", "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.max.other", "aten.min.other", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
     "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.__and__", "aten.__or__", "aten.logical_and", "aten.logical_or",
-    "aten.bitwise_and", "aten.bitwise_or", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.rsub", "aten.mul_",
+    "aten.bitwise_and", "aten.div_", "aten.sub_", "aten.bitwise_or", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.rsub", "aten.mul_",
     "aten.remainder", "aten.floor_divide", "aten.clamp", "aten.prelu", "aten.masked_fill_", "aten.fmod", "aten.atan2",
 )  # fmt: skip
 def _elementwise(call: Call) -> Value:
@@ -287,9 +287,9 @@ def _slice(call: Call) -> Value:
 
 
 def _between(axis: Axis, start: int, stop: int) -> Axis:
+    if stop <= start:
+        return ax.fresh(0, "an empty slice")
     if stop < ax.axis_size(axis):
-        if stop <= start:
-            return ax.fresh(0)
         axis, _ = ax.cut(axis, stop)
     return ax.cut(axis, start)[1] if start else axis
 
@@ -374,6 +374,14 @@ def _index(call: Call) -> Value:
     rank = max(len(indices[i].axes) for i in at)
     looked_up = [ax.fresh(size, "looked up by index") for size in call.shape[place : place + rank]]
     return call.make([*kept[:place], *looked_up, *kept[place:]])
+
+
+@operator_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
+def _pick(call: Call) -> Value:
+    value = call.value("self")
+    dim = _dim(value, call.get("dim", 0))
+    ax.pin(value.axes[dim], f"{call.where} looks its indices up")
+    return call.make(_replace(value.axes, dim, ax.fresh(call.shape[dim], "looked up by index")))
 
 
 # --- contractions ------------------------------------------------------------------------------------------------------
