@@ -1,5 +1,9 @@
 """`python -m prunekit`."""
 
-from prunekit.cli import main
+import sys
 
+try:
+    from prunekit.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 main()

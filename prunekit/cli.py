@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prunekit.config import check, check_choices, config_dir, one_line
-from prunekit.errors import PrunekitError
+from prunekit.errors import CheckpointError, PrunekitError
 
 _failures: list[PrunekitError] = []
 
@@ -30,10 +30,6 @@ def _remove_if_empty(folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _job(config: DictConfig) -> None:
-    from prunekit import console, pipeline
-    from prunekit.report import print_summary
-
-    console.speak()
     folder = Path(HydraConfig.get().runtime.output_dir)
     provenance = {
         "config.yaml": OmegaConf.to_yaml(config),
@@ -41,6 +37,10 @@ def _job(config: DictConfig) -> None:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})),
     }
     try:
+        from prunekit import console, pipeline
+        from prunekit.report import print_summary
+
+        console.speak()
         result = pipeline.run(check(config), folder, provenance)
     except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
         _failures.append(error)
@@ -62,6 +62,9 @@ def main() -> None:
         _job()
     except (PrunekitError, HydraException, OmegaConfBaseException) as error:
         _complain(error)
+        sys.exit(2)
+    except OSError as error:  # Hydra could not make the output folder
+        _complain(CheckpointError(f"output_dir: {error.filename or ''}: can't be written: {error.strerror}"))
         sys.exit(2)
     except KeyboardInterrupt:
         print("prunekit: interrupted; no result was written", file=sys.stderr)

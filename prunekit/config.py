@@ -115,7 +115,12 @@ def check_choices(overrides: list[str]) -> None:
     """Raise ConfigError where an override names a choice its group doesn't have."""
     for override in overrides:
         key, _, value = override.partition("=")
-        key = key.lstrip("+")
+        key = key.lstrip("+~")
+        if override.startswith("-") or not (value or override.startswith("~")):
+            continue  # a flag, or a flag's value
+        known = {*GROUPS, "hydra", *(f.name for f in fields(RunConfig))}
+        if (first := key.split(".")[0].split("/")[0].split("@")[0]) not in known:
+            raise ConfigError(f"unknown key {first!r}: {suggest(first, sorted(known))}")
         if key not in GROUPS or not value:
             continue
         available = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
@@ -136,7 +141,8 @@ def check(config: DictConfig) -> RunConfig:
     """The configuration as typed dataclasses; ConfigError names the key, what was expected and what came."""
     container: Any = OmegaConf.to_container(config, resolve=False)
     plain = OmegaConf.create({k: v for k, v in container.items() if k != "hydra"})
-    plain._set_parent(None)
+    if isinstance(OmegaConf.select(plain, "eval.corpora"), str):
+        plain.eval.corpora = [plain.eval.corpora]
     known = {f.name for f in fields(RunConfig)}
     if unknown := [key for key in plain if key not in known]:
         raise ConfigError(f"unknown key {unknown[0]!r}: {suggest(str(unknown[0]), sorted(known))}")
@@ -154,7 +160,7 @@ def check(config: DictConfig) -> RunConfig:
     for key, value, least in (
         ("eval.window", run.eval.window, 2),
         ("eval.batch_size", run.eval.batch_size, 1),
-        ("eval.max_tokens", run.eval.max_tokens or 2, 2),
+        ("eval.max_tokens", 2 if run.eval.max_tokens is None else run.eval.max_tokens, 2),
         ("eval.new_tokens", run.eval.new_tokens, 1),
         ("data.calibration.samples", run.data.calibration.samples, 1),
         ("data.calibration.sequence_length", run.data.calibration.sequence_length, 2),

@@ -25,11 +25,12 @@ from prunekit.console import say
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import batches as token_batches
 from prunekit.data.tokens import calibration_windows, evaluation_windows
-from prunekit.errors import CheckpointError, ConfigError, DataError, PrunekitError
+from prunekit.errors import CheckpointError, ConfigError, DataError, PrunekitError, TraceError
 from prunekit.evaluation.cost import size, tokens_per_second
 from prunekit.evaluation.generation import continuation
 from prunekit.evaluation.perplexity import perplexity, protocol
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
+from prunekit.graph.capture import without_cache
 from prunekit.plan import PruningPlan
 from prunekit.policies import allocate
 from prunekit.report import render_markdown, to_json, write_pictures
@@ -104,21 +105,28 @@ def _batches(model: nn.Module, calibration: Any, batch_size: int) -> list[Mappin
     if calibration is None:
         raise DataError("calibration: expected token ids [N, T] or keyword-argument dicts, got None")
     if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[1] < 2:
+        if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[1] < 2 or not len(calibration):
             raise DataError(
                 "calibration: expected int64 token ids [N, T] with T ≥ 2, "
                 f"got {calibration.dtype} {tuple(calibration.shape)}"
             )
+        rows = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
+        if rows and not 0 <= int(calibration.min()) <= int(calibration.max()) < rows:
+            found = f"{int(calibration.min())} to {int(calibration.max())}"
+            raise DataError(f"calibration: expected token ids in [0, {rows}), got {found}")
         batches: list[Any] = token_batches(calibration, batch_size, _device_of(model))
     else:
-        batches = list(calibration)
+        batches = [without_cache(model, batch) for batch in calibration]
     if not batches or not all(isinstance(batch, Mapping) for batch in batches):
         raise DataError("calibration: expected at least one dict of keyword arguments")
     return batches
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    first = next(model.parameters(), None)
+    if first is None:
+        raise TraceError(f"{type(model).__name__}: it has no parameters to prune")
+    return first.device
 
 
 def prune_model(model: nn.Module, config: RunConfig, batches: Sequence[Mapping[str, Any]], stages: Stages) -> Result:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import SurgeryError
+from prunekit.errors import DataError, SurgeryError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.plan import PruningPlan
 
@@ -50,6 +50,7 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
 
     Raises:
         TraceError: the plan doesn't fit the graph.
+        DataError: the uncut model's outputs hold NaN or infinity.
         SurgeryError: the outputs differ; the model is as it was, and the message names the group.
     """
     plan.check(graph)
@@ -60,6 +61,8 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
         return
     exact = all(graph[name].exact for name in plan.removed)
     expected = masked_outputs(model, graph, plan.removed)
+    if not all(torch.isfinite(output).all() for output in expected):
+        raise DataError("the model's outputs hold NaN or infinity before anything is cut")
     surgery = _Surgery(model, graph)
     try:
         surgery.cut(plan.removed)
@@ -291,7 +294,7 @@ def group_sizes(graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str,
     sizes = {"num_attention_heads": heads}
     if head_dim := _head_dim(config):
         sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
-    if _single_kv_head(config, units[0]):
+    if _single_kv_head(config, group.layer, units[0]):
         return {**sizes, "num_key_value_groups": units}
     return {**sizes, "num_key_value_heads": units, "num_key_value_groups": repeats}
 
@@ -310,9 +313,10 @@ def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
     return sizes
 
 
-def _single_kv_head(config: Any, units: int) -> bool:
-    """Whether all query heads read one key-value head, so that the units are query heads."""
-    values = [_read(config, name) for name in _SYNONYMS["num_key_value_heads"]]
+def _single_kv_head(config: Any, layer: int | None, units: int) -> bool:
+    """Whether all query heads of the layer read one key-value head, so that the units are query heads."""
+    own = per_layer_overrides(config).get(layer, {}) if layer is not None and hasattr(config, "to_dict") else {}
+    values = [own.get(name, _read(config, name)) for name in _SYNONYMS["num_key_value_heads"]]
     return units > 1 and 1 in values
 
 

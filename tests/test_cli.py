@@ -139,6 +139,22 @@ def test_missing_model_and_corpus(tmp_path):
     )
 
 
+@pytest.mark.parametrize("target", ["afile", "afile/out", "x" * 300])
+def test_an_output_folder_that_cannot_be(tmp_path, target):
+    (tmp_path / "afile").write_text("x")
+    fails(*QUICK, "eval=none", f"output_dir={target}", cwd=tmp_path, match="output_dir")
+
+
+def test_a_result_can_be_pruned_again_from_the_command_line(finished, tmp_path):
+    done = prunekit_command(f"model.path={finished[0] / 'model'}", "output_dir=out", "ratio=0.1", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, again = (json.loads((f / "report.json").read_text()) for f in (finished[0], tmp_path / "out"))
+    assert again["parameters"]["dense"] == first["parameters"]["pruned"]
+    assert again["perplexity"]["embedded"]["dense"] == pytest.approx(
+        first["perplexity"]["embedded"]["pruned"], rel=1e-4
+    )
+
+
 def test_out_of_reach(tmp_path):
     fails(*QUICK, "ratio=0.99", "output_dir=out", cwd=tmp_path, match="this policy can remove at most")
     done = prunekit_command(*QUICK, "eval=none", "output_dir=out", cwd=tmp_path)

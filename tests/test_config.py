@@ -52,7 +52,9 @@ def test_seed_and_values_reach_their_places():
         ("method=slimgtp", "method: unknown choice 'slimgtp': did you mean slimgpt"),
         ("policy=ramp", "available: linear_decrease, linear_increase, log_decrease"),
         ("importance=wand", "importance: unknown choice"),
-        ("ratoi=0.2", "ratoi"),
+        ("ratoi=0.2", "unknown key 'ratoi': did you mean ratio"),
+        ("data.calibration.sample=3", "sample"),
+        ("eval.max_tokens=0", "eval.max_tokens: expected a whole number"),
         ("+ratoi=0.2", "unknown key 'ratoi': did you mean ratio"),
         ("ratio=much", "much"),
         ("ratio=1.2", r"ratio: expected a number in \(0, 1\), got 1.2"),
@@ -80,6 +82,7 @@ def test_mistakes_are_one_clear_line(override, match):
         (["importance.heads=exakt"], "importance", "did you mean exact"),
         (["+importance.colour=red"], "importance", "colour"),
         (["schedule.damping=-1"], "schedule", "expected a number ≥ 0"),
+        (["schedule.damping=abc"], "schedule", "expected a number ≥ 0, got abc"),
     ],
 )
 def test_arguments_that_do_not_fit(overrides, section, match):
@@ -91,3 +94,7 @@ def test_arguments_that_do_not_fit(overrides, section, match):
 def test_composed_configuration_has_no_loose_ends():
     config = compose([])
     assert OmegaConf.missing_keys(config) == set()
+
+
+def test_one_corpus_needs_no_brackets():
+    assert check(compose(["eval.corpora=/some/file.txt"])).eval.corpora == ["/some/file.txt"]

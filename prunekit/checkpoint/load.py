@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError
 from prunekit.surgery import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
 
@@ -23,6 +24,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model of a folder written by `save_pretrained`, or of any Hugging Face causal language model.
@@ -31,26 +33,32 @@ def from_pretrained(
         directory: a local folder; or a hub name, for dense models.
         dtype: of the weights; their stored one by default.
         device: where the weights go.
+        attn_implementation: transformers' choice (sdpa, eager, …); its default for the model if None.
         trust_remote_code: allow transformers to run code that comes with the checkpoint.
 
     Raises:
         CheckpointError: the folder is missing or damaged: a file that can't be parsed, a tensor missing or left over.
     """
     folder = Path(directory)
-    config = _read_config(folder) if folder.is_dir() else None
-    if config is None or "per_layer_config" not in config:
-        return _load_dense(directory, dtype, device, trust_remote_code)
-    overrides = {int(layer): values for layer, values in config.pop("per_layer_config").items()}
+    if folder.is_dir():
+        check_manifest(folder)
+    config = _read_config(folder) if folder.is_dir() else {}
+    if not config.get("per_layer_config"):
+        return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
+    overrides = _overrides(folder, config)
     tensors = _read_tensors(folder)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    model = _skeleton(folder, config, overrides)
+    model = _skeleton(folder, _dense_config(folder, config), overrides, attn_implementation)
     _adopt(model, tensors, folder)
+    model.config.dtype = dtype or model.config.dtype
     _generation_config(model, folder)
     return model.to(device).eval()
 
 
-def _load_dense(directory: str | Path, dtype: torch.dtype | None, device: Any, trust_remote_code: bool) -> Any:
+def _load_dense(
+    directory: str | Path, dtype: torch.dtype | None, device: Any, attention: str | None, trust_remote_code: bool
+) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -66,13 +74,13 @@ def _load_dense(directory: str | Path, dtype: torch.dtype | None, device: Any, t
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype or "auto",
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{directory}: can't load the model: {first_line}") from error
+        raise CheckpointError(f"{directory}: can't load the model: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
     model, info = loaded
@@ -112,22 +120,43 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
 
 
-def _skeleton(folder: Path, config: dict[str, Any], overrides: dict[int, dict[str, Any]]) -> Any:
+def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    try:
+        return {int(layer): dict(values) for layer, values in config["per_layer_config"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: per_layer_config: {error}") from error
+
+
+def _dense_config(folder: Path, config: dict[str, Any]) -> Any:
+    """The config of a pruned folder without its per-layer values, which transformers' classes stumble over."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key not in ("per_layer_config", "model_type")}
+    try:
+        return AutoConfig.for_model(config["model_type"], **values)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _skeleton(folder: Path, dense: Any, overrides: dict[int, dict[str, Any]], attention: str | None) -> Any:
     """The model with its parameters on meta, every layer's attributes and config at their pruned sizes."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        name = config.pop("model_type")
-        dense = AutoConfig.for_model(name, **config)
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(dense)
+            model: Any = AutoModelForCausalLM.from_config(dense, attn_implementation=attention)
         model.tie_weights()
         for layer, values in overrides.items():
             resize(modules_of_layer(model, layer), layer_sizes(dense, values))
         set_per_layer(model, overrides)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {_first_line(error)}") from error
     return model
 
 
@@ -171,8 +200,10 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
     """The tokenizer of a model folder or hub name."""
     from transformers import AutoTokenizer
 
+    folder = Path(directory)
+    config = _read_config(folder) if folder.is_dir() else {}
+    dense = _dense_config(folder, config) if config.get("per_layer_config") else None
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{directory}: can't load the tokenizer: {first_line}") from error
+        raise CheckpointError(f"{directory}: can't load the tokenizer: {_first_line(error)}") from error

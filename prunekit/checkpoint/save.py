@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 
 
@@ -25,6 +26,7 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
         model.save_pretrained(folder, save_original_format=not model.config.is_heterogeneous)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_manifest(folder)
 
 
 @contextmanager
@@ -57,6 +59,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if target.exists():
             target.rmdir()
         temporary.replace(target)

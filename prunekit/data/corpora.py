@@ -55,7 +55,7 @@ def read_file(path: Path, field: str = "text") -> list[str]:
 
             records = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            records = _json_lines(path)
         else:
             records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
@@ -63,6 +63,16 @@ def read_file(path: Path, field: str = "text") -> list[str]:
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: expected a list of records")
     return [_text_of(record, field, path) for record in records]
+
+
+def _json_lines(path: Path) -> list[Any]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} can't be read: {error}") from error
+    return records
 
 
 def _text_of(record: Mapping[str, Any], field: str, where: object) -> str:

@@ -21,6 +21,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def without_cache(model: nn.Module, inputs: Any) -> Any:
+    """Keyword arguments of a forward call that keeps no key-value cache, where the model would keep one by default."""
+    keeps = getattr(getattr(model, "config", None), "use_cache", False)
+    return {"use_cache": False, **inputs} if keeps and isinstance(inputs, Mapping) else inputs
+
+
 def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> ExportedProgram:
     """The ATen graph of `model(*example_inputs)` or `model(**example_inputs)`, in evaluation mode.
 

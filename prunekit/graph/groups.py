@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from prunekit.errors import TraceError, suggest
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import DIAGONAL, Atom, Axis
-from prunekit.graph.capture import capture
+from prunekit.graph.capture import capture, without_cache
 from prunekit.graph.operators import Call, Contraction, Value, find_rule
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
     Raises:
         TraceError: the forward pass can't be captured, or an operator has no rule (the message says how to add one).
     """
+    example_inputs = without_cache(model, example_inputs)
     program = capture(model, example_inputs)
     return replace(_Tracer(model).run(program), example_inputs=example_inputs)
 
@@ -345,7 +346,7 @@ class _Reader:
             return "query_head" if shared else "attention"
         if "expert" in atom.tags:
             return "expert"
-        if atom in beside:
+        if atom in beside or "head_dim" in atom.tags:
             return "head_dim"
         if "residual" in atom.tags and layer is None:
             return "channel"

@@ -405,6 +405,8 @@ def _matmul(call: Call) -> Value:
 def _product(call: Call, left: Value, right: Value) -> Value:
     right_rows = right.axes[-2] if len(right.axes) > 1 else right.axes[0]
     call.contract(left, left.axes[-1], right, right_rows)
+    if left.data and right.data:
+        ax.tag(right_rows, "head_dim")  # scores: what queries and keys are compared over
     batch = call.elementwise(
         Value(axes=left.axes[:-2], tainted=left.tainted, data=left.data),
         Value(axes=right.axes[:-2], tainted=right.tainted, data=right.data),
@@ -412,6 +414,7 @@ def _product(call: Call, left: Value, right: Value) -> Value:
     if left.softmax or right.softmax:
         for axis in batch:
             ax.tag(axis, "attention")
+        ax.tag(right.axes[-1], "head_dim")
     rows = [left.axes[-2]] if len(left.axes) > 1 else []
     columns = [right.axes[-1]] if len(right.axes) > 1 else []
     return call.make([*batch, *rows, *columns], left, right)
@@ -453,6 +456,8 @@ def _attention(call: Call) -> Value:
     query, key, value = call.value("query"), call.value("key"), call.value("value")
     call.contract(query, query.axes[-1], key, key.axes[-1])
     ax.unify(key.axes[-2], value.axes[-2])
+    for axis in (key.axes[-1], value.axes[-1]):
+        ax.tag(axis, "head_dim")
     batch = [_heads(q, k) for q, k in zip(query.axes[:-2], key.axes[:-2], strict=True)]
     for q, v in zip(batch, value.axes[:-2], strict=True):
         _heads(q, v)
@@ -492,6 +497,8 @@ def _convolution(call: Call) -> Value:
     w_group, w_out = ax.regroup([weight.axes[0]], [groups, out // groups])
     ax.unify(x_group, w_group)
     call.contract(x, x_inner, weight, weight.axes[1])
+    for extent in weight.axes[2:]:
+        ax.pin(extent, f"it is the extent of a kernel of {call.where}")
     if bias is not None:
         ax.unify(bias.axes[0], weight.axes[0])
     spatial = [ax.fresh(size, "a spatial axis") for size in call.shape[2:]]

@@ -36,8 +36,18 @@ class Task:
         return [group for group in self.graph.groups if self.counts.get(group.name, 0) > 0]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """Chooses the units, and leaves repaired consumers (their removed columns zero) where there is a compensation."""
+    """Chooses the units, and leaves repaired consumers (their removed columns zero) where there is a compensation.
+
+    `damping`: λ / mean(diag H) to start with; raised where the factorisation needs it.
+    """
+
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, str) or not self.damping >= 0:
+            raise ConfigError(f"schedule.damping: expected a number ≥ 0, got {self.damping}")
 
     @abstractmethod
     def run(self, task: Task) -> PruningPlan:
@@ -47,8 +57,6 @@ class Schedule(ABC):
 @dataclass(frozen=True, kw_only=True)
 class OneShot(Schedule):
     """Every unit is scored once on the dense model; the lowest go. A compensation follows layer by layer."""
-
-    damping: float = 0.0
 
     def run(self, task: Task) -> PruningPlan:
         """Score, choose, and repair where asked to."""
@@ -63,16 +71,7 @@ class OneShot(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise(Schedule):
-    """SlimGPT: each group on the inputs it gets from the pruned layers before it.
-
-    `damping`: λ / mean(diag H) to start with; raised where the factorisation needs it.
-    """
-
-    damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.damping >= 0:
-            raise ConfigError(f"schedule.damping: expected a number ≥ 0, got {self.damping}")
+    """SlimGPT: each group on the inputs it gets from the pruned layers before it."""
 
     def run(self, task: Task) -> PruningPlan:
         """Choose and repair group by group; scores that need no moments are taken from the dense model first."""

@@ -89,6 +89,7 @@ def test_sharded_and_other_dtype(tmp_path):
     for file, own in shards.items():
         save_file({name: tensors[name] for name in own}, tmp_path / "whole" / file)
     (tmp_path / "whole" / "model.safetensors").unlink()
+    (tmp_path / "whole" / "prunekit.json").unlink()
     index = {"weight_map": {name: file for file, own in shards.items() for name in own}}
     (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps(index))
     ids = token_ids()
@@ -146,22 +147,85 @@ def drop_tensor(content):
     return save(tensors)
 
 
+def one_row_less(content):
+    from safetensors.torch import load, save
+
+    tensors = load(content)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][1:].contiguous()
+    return save(tensors)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "match"),
     [
-        ("config.json", lambda b: None, "config.json|safetensors|load"),
-        ("config.json", lambda b: b[:100], "config.json: damaged"),
-        ("config.json", lambda b: b"[]", "expected a JSON object"),
-        ("config.json", lambda b: b.replace(b'"llama"', b'"lama"'), "config.json: damaged"),
-        ("model.safetensors", lambda b: None, "damaged weights"),
-        ("model.safetensors", lambda b: b[: len(b) // 2], "damaged weights"),
-        ("model.safetensors", drop_tensor, "up_proj.weight is missing"),
+        ("config.json", lambda b: None, "config.json is missing"),
+        (
+            "config.json",
+            lambda b: b.replace(b'"intermediate_size": 3', b'"intermediate_size": 2'),
+            "not as it was saved",
+        ),
+        ("model.safetensors", lambda b: None, "model.safetensors is missing"),
+        ("model.safetensors", lambda b: b[: len(b) // 2], "model.safetensors is not as it was saved"),
+        ("model.safetensors", one_row_less, "model.safetensors is not as it was saved"),
+        ("prunekit.json", lambda b: b[:10], "damaged"),
+        ("prunekit.json", lambda b: b.replace(b'"format": 1', b'"format": 2'), "expected format 1, got 2"),
     ],
 )
 def test_damaged_folders(folder, tmp_path, file, change, match):
     with pytest.raises(CheckpointError, match=match) as caught:
         prunekit.from_pretrained(damaged(folder, tmp_path, file, change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("config.json", lambda b: None, "expected a config.json"),
+        ("config.json", lambda b: b[:100], "config.json: damaged"),
+        ("config.json", lambda b: b"[]", "expected a JSON object"),
+        ("config.json", lambda b: b.replace(b'"llama"', b'"lama"'), "config.json: damaged"),
+        (
+            "config.json",
+            lambda b: b.replace(b'"per_layer_config": {', b'"per_layer_config": [3], "x": {'),
+            "per_layer_config",
+        ),
+        ("model.safetensors", lambda b: None, "damaged weights"),
+        ("model.safetensors", lambda b: b[: len(b) // 2], "damaged weights"),
+        ("model.safetensors", drop_tensor, "up_proj.weight is missing"),
+    ],
+)
+def test_damaged_folders_without_a_manifest(folder, tmp_path, file, change, match):
+    copy = damaged(folder, tmp_path, file, change)
+    (copy / "prunekit.json").unlink()
+    with pytest.raises(CheckpointError, match=match) as caught:
+        prunekit.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_of_a_pruned_folder(tmp_path):
+    from prunekit.checkpoint import load_tokenizer
+    from prunekit.pipeline import DEMO_MODEL
+
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    prunekit.save_pretrained(pruned(), tmp_path / "model", tokenizer)
+    assert load_tokenizer(tmp_path / "model")("import os")["input_ids"] == tokenizer("import os")["input_ids"]
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_pruning_again_down_to_one_key_value_head(tmp_path, kv_heads):
+    """Once a layer has one KV head its units are query heads: sizes and bits must still be right after a reload."""
+    model = tiny_llama(kv_heads, layers=2)
+    for step, ratio in enumerate((0.3, 0.15, 0.1)):
+        prunekit.prune(model, ratio=ratio, method="magnitude", calibration=token_ids(4, 12))
+        prunekit.save_pretrained(model, tmp_path / str(step))
+        again = prunekit.from_pretrained(tmp_path / str(step))
+        assert torch.equal(again(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+        for layer in range(2):
+            attention, own = again.model.layers[layer].self_attn, again.config.per_layer_config[layer]
+            assert attention.q_proj.out_features == 6 * own.num_attention_heads
+            assert attention.k_proj.out_features == 6 * own.num_key_value_heads
+            assert attention.num_key_value_groups == own.num_attention_heads // own.num_key_value_heads
+            assert model.model.layers[layer].self_attn.num_key_value_groups == attention.num_key_value_groups
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -182,6 +182,34 @@ def test_a_module_that_cannot_be_captured():
         trace(Dynamic(), (torch.randn(2, 2),))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_single_head_leaves_no_attention_group(attention):
+    model = tiny_llama(1, attention, heads=1)
+    graph = trace(model, example())
+    assert {group.kind for group in graph.groups if group.prunable} == {"mlp", "head_dim", "channel"}
+    assert [group.num_units for group in graph.groups if group.kind == "mlp"] == [40, 40, 40]
+    prunekit.prune(model, ratio=0.2, calibration=token_ids(4, 12))
+
+
+def test_a_call_that_would_keep_a_cache_is_traced_without_one():
+    graph = trace(tiny_llama(), {"input_ids": token_ids(), "attention_mask": torch.ones_like(token_ids())})
+    assert graph.fingerprint == trace(tiny_llama(), example()).fingerprint
+
+
+def test_a_kernels_extent_is_no_unit():
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 9, 3), nn.Flatten(), nn.Linear(81, 2)
+    )
+    x = torch.randn(4, 3, 7, 7)
+    graph = trace(net, (x,))
+    assert [group.num_units for group in graph.groups if group.prunable] == [12, 9]
+    result = prunekit.prune(
+        net, ratio=0.3, method="magnitude", calibration=[{"input": x}], overrides=["policy=uniform"]
+    )
+    assert net(x).shape == (4, 2)
+    assert result.report["ratio"]["achieved"] == pytest.approx(0.3, abs=0.1)
+
+
 def test_networkx_view():
     graph = trace(tiny_llama(), example()).to_networkx()
     assert graph.has_edge("layers.0.mlp", "model.layers.0.mlp.down_proj.weight[1]")

@@ -6,7 +6,7 @@ from conftest import example, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
-from prunekit.errors import ConfigError, DataError
+from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
 from prunekit.schedules import walk as walking
 
@@ -148,6 +148,8 @@ def test_five_lines_that_are_no_language_model():
         (None, "got None"),
         (torch.randn(2, 3), "int64 token ids"),
         (torch.zeros(3, 1, dtype=torch.long), "T ≥ 2"),
+        (torch.full((2, 5), 97), r"expected token ids in \[0, 97\), got 97 to 97"),
+        (torch.zeros(0, 5, dtype=torch.long), "int64 token ids"),
         ([], "at least one dict"),
         ([torch.zeros(1)], "at least one dict"),
     ],
@@ -155,3 +157,15 @@ def test_five_lines_that_are_no_language_model():
 def test_calibration_that_cannot_be_used(calibration, match):
     with pytest.raises(DataError, match=match):
         prunekit.prune(tiny_llama(), calibration=calibration)
+
+
+def test_batches_that_would_keep_a_cache_give_the_same_plan():
+    ids = token_ids(4, 12)
+    one = prunekit.prune(tiny_llama(), calibration=[{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    two = prunekit.prune(tiny_llama(), calibration=ids)
+    assert one.plan == two.plan
+
+
+def test_nothing_to_prune():
+    with pytest.raises(TraceError, match="no parameters"):
+        prunekit.prune(nn.ReLU(), calibration=[{"input": torch.randn(2, 3)}])
