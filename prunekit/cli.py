@@ -39,9 +39,14 @@ def _job(config: DictConfig) -> None:
     try:
         from prunekit import console, pipeline
         from prunekit.report import print_summary
+        from prunekit.report.couplings import print_groups
 
         console.speak()
-        result = pipeline.run(check(config), folder, provenance)
+        run_config = check(config)
+        if run_config.task == "trace":
+            print_groups(pipeline.run_trace(run_config, folder))
+            return
+        result = pipeline.run(run_config, folder, provenance)
     except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
         _failures.append(error)
         _complain(error)

@@ -13,7 +13,7 @@ from prunekit.errors import ConfigError, suggest
 
 GROUPS = ("model", "data", "importance", "policy", "compensation", "schedule", "recovery", "eval", "export", "method",
           "experiment")  # fmt: skip
-TASKS = ("prune",)
+TASKS = ("prune", "trace")
 KINDS = {"block": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
 

@@ -34,6 +34,7 @@ from prunekit.graph.capture import without_cache
 from prunekit.plan import PruningPlan
 from prunekit.policies import allocate
 from prunekit.report import render_markdown, to_json, write_pictures
+from prunekit.report.couplings import write_couplings
 from prunekit.schedules import Schedule, Task
 from prunekit.surgery import apply_plan
 
@@ -289,6 +290,18 @@ def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = 
         model.config.dtype = stored
         write_run(output, model, tokenizer, result.plan, report, provenance or {})
     return Result(model=model, plan=result.plan, report=report, graph=result.graph)
+
+
+def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
+    """`task=trace`: the model's coupled groups, with `graph.graphml` and `layer.svg` in the output folder."""
+    ensure_empty(output)
+    source = config.model.path or DEMO_MODEL
+    model = from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(config.seed))
+    graph = trace(model, {"input_ids": ids})
+    write_couplings(graph, output)
+    return graph
 
 
 def load(source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool) -> Any:

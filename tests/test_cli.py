@@ -155,6 +155,19 @@ def test_a_result_can_be_pruned_again_from_the_command_line(finished, tmp_path):
     )
 
 
+def test_trace_lists_the_groups_and_draws_a_layer(tmp_path):
+    import networkx
+
+    done = prunekit_command("task=trace", "output_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "layers.3.self_attn" in done.stdout
+    assert "vocabulary" in done.stdout
+    graph = networkx.read_graphml(tmp_path / "out" / "graph.graphml")
+    assert graph.nodes["layers.3.mlp"]["units"] == 640
+    assert graph.has_edge("layers.3.mlp", "model.layers.3.mlp.down_proj.weight[1]")
+    assert (tmp_path / "out" / "layer.svg").read_text().startswith("<?xml")
+
+
 def test_out_of_reach(tmp_path):
     fails(*QUICK, "ratio=0.99", "output_dir=out", cwd=tmp_path, match="this policy can remove at most")
     done = prunekit_command(*QUICK, "eval=none", "output_dir=out", cwd=tmp_path)

@@ -19,7 +19,7 @@ ALLOWED = {
     "evaluation": {"data", "errors", "console"},
     "recovery": {"data", "errors", "console"},
     "checkpoint": {"plan", "surgery", "errors"},
-    "report": {"errors"},
+    "report": {"errors", "graph"},
     "config": {"errors"},
     "demo": {"data"},
 }

@@ -69,7 +69,7 @@ def write_pictures(report: Mapping[str, Any], folder: Path) -> None:
         places = [i + (k - (len(kinds) - 1) / 2) * width for i in range(len(shares))]
         axes.bar(places, shares, width, label=kind, color=colour, hatch="//" * (k % 2), edgecolor="white")
     axes.set(xlabel="layer", ylabel="units kept, %", ylim=(0, 100))
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=max(len(kinds), 1))
     figure.savefig(folder / "layers.svg", metadata={"Date": None})
     pyplot.close(figure)
 
