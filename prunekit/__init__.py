@@ -43,8 +43,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f"prunekit.{_PUBLIC[name]}"), name)
-    if name == "graph":
-        return import_module("prunekit.graph")
+    if name in ("checkpoint", "graph"):
+        return import_module(f"prunekit.{name}")
     raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
 
 
