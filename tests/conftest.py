@@ -48,6 +48,15 @@ def example(rows=2, length=7):
     return {"input_ids": token_ids(rows, length), "use_cache": False}
 
 
+def zero_consumers(model, graph, removed):
+    """An independent mask: the consumers' columns that the units own, zeroed by hand."""
+    for name, units in removed.items():
+        for member in graph[name].consumers:
+            weight = model.get_parameter(member.parameter)
+            for unit in units:
+                weight.data.index_fill_(member.dim, member.index[unit], 0)
+
+
 @pytest.fixture
 def data():
     if not (DATA / "models" / "stories260K").is_dir():

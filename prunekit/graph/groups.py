@@ -351,7 +351,7 @@ class _Reader:
         if "residual" in atom.tags and layer is None:
             return "channel"
         convolved = any(len(self.tensors[name]) > 2 for name, _ in where)
-        return "other" if len(where) == 1 else "channel" if convolved else "mlp"
+        return "other" if len(where) == 1 else "channel" if convolved and layer is None else "mlp"
 
     def _place(self, names: list[str]) -> tuple[str, int | None]:
         """The innermost module that holds all of these parameters, and its layer where it lies in a `ModuleList`."""

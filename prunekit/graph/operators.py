@@ -11,7 +11,7 @@ a contraction, which makes the weight's axis a consumer. Register one for an ope
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Value:
     """What is known of a tensor: its axes, and where it comes from.
 
     `tainted`: a parameter or buffer went into it; `data`: a model input did; `sources`: the parameters of a weight-only
-    value; `softmax`: it holds softmax probabilities.
+    value; `softmax`: it holds softmax probabilities; `indexes`: its numbers are positions of this axis (routing).
     """
 
     axes: tuple[Axis, ...]
@@ -34,6 +34,7 @@ class Value:
     data: bool = False
     sources: frozenset[str] = frozenset()
     softmax: bool = False
+    indexes: Axis | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,11 +181,11 @@ def _add(call: Call) -> Value:
     "aten.softplus", "aten.hardtanh", "aten.leaky_relu", "aten.elu", "aten.mish", "aten.hardswish", "aten.relu6",
     "aten.lift_fresh_copy", "aten.detach_", "aten.float", "aten.bitwise_not", "aten.logical_not", "aten.erf", "aten.sign",
     "aten.silu_", "aten.nan_to_num", "aten.feature_dropout", "aten.alpha_dropout", "aten.log1p", "aten.expm1",
-    "aten.hardsigmoid", "aten.log_sigmoid", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
+    "aten.hardsigmoid", "aten.log_sigmoid", "aten.zeros_like", "aten.empty_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
 )  # fmt: skip
 def _unary(call: Call) -> Value:
     first = call.inputs()[0]
-    return call.make(first.axes, first, softmax=first.softmax)
+    return replace(call.make(first.axes, first, softmax=first.softmax), indexes=first.indexes)
 
 
 # --- layout ------------------------------------------------------------------------------------------------------------
@@ -195,7 +196,8 @@ def _unary(call: Call) -> Value:
 )  # fmt: skip
 def _reshape(call: Call) -> Value:
     first = call.inputs()[0]
-    return call.make(ax.regroup(list(first.axes), list(call.shape)), first, softmax=first.softmax)
+    shaped = call.make(ax.regroup(list(first.axes), list(call.shape)), first, softmax=first.softmax)
+    return replace(shaped, indexes=first.indexes)
 
 
 @operator_rule("aten.transpose", "aten.swapaxes", "aten.transpose_")
@@ -357,6 +359,8 @@ def _stack(call: Call) -> Value:
 def _shuffle(call: Call) -> Value:
     value = call.value("self")
     dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
+    if str(call.node.target).startswith("aten.cumsum"):
+        return call.make(value.axes, value)  # positions stay where they are; only their numbers depend on one another
     for dim in dims if isinstance(dims, list | tuple) else [dims]:
         ax.pin(value.axes[_dim(value, dim)], f"{call.where} moves its positions")
     return call.make(value.axes, value)
@@ -503,6 +507,52 @@ def _convolution(call: Call) -> Value:
         ax.unify(bias.axes[0], weight.axes[0])
     spatial = [ax.fresh(size, "a spatial axis") for size in call.shape[2:]]
     return call.make([x.axes[0], ax.resolve(w_group + w_out), *spatial])
+
+
+# --- routing (mixtures of experts) ---------------------------------------------------------------------------------------
+
+_EXPERTS = "its experts are chosen by index; cutting them is not supported yet"
+
+
+@operator_rule("aten.topk", "aten.sort")
+def _ranked(call: Call) -> tuple[Value, Value]:
+    """Values and the positions they came from: of `topk`, positions of the axis chosen from (the experts)."""
+    value = call.value("self")
+    dim = _dim(value, call.get("dim", -1))
+    chosen_from = value.axes[dim]
+    if str(call.node.target).startswith("aten.topk"):
+        ax.tag(chosen_from, "expert")
+        ax.pin(chosen_from, _EXPERTS)
+    axes = _replace(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
+    return replace(call.make(axes, value), indexes=value.indexes), replace(call.make(axes, value), indexes=chosen_from)
+
+
+@operator_rule("aten.histc", "aten.bincount")
+def _counts(call: Call) -> Value:
+    """How often each position occurs: an axis of what the numbers index."""
+    value = call.value("self")
+    (size,) = call.shape
+    known = value.indexes is not None and ax.axis_size(value.indexes) == size
+    return call.make([value.indexes if known and value.indexes else ax.fresh(size, "counted")], value)
+
+
+@operator_rule("aten.index_put_", "aten.index_put")
+def _index_put(call: Call) -> Value:
+    value = call.value("self")
+    for axis, index in zip(value.axes, call.arguments["indices"], strict=False):
+        if index is not None:
+            ax.pin(axis, f"{call.where} writes by index")
+    return call.make(value.axes)
+
+
+@operator_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+def _grouped_product(call: Call) -> Value:
+    """Rows [S, K] sorted by group times one matrix [E, K, N] a group: out [S, N]."""
+    rows, weight, *ends = call.inputs()
+    call.contract(rows, rows.axes[-1], weight, weight.axes[1])
+    for end in ends[:1]:
+        ax.unify(weight.axes[0], end.axes[0])
+    return call.make([rows.axes[0], weight.axes[2]])
 
 
 # --- reductions and norms ----------------------------------------------------------------------------------------------

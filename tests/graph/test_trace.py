@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import example, tiny_llama, token_ids
+from conftest import example, tiny_llama, token_ids, zero_consumers
 from torch import nn
 
 import prunekit
@@ -15,15 +15,6 @@ RATIOS = [8, 4, 2, 1]
 def logits(model, ids):
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
-
-
-def zero_consumers(model, graph, removed):
-    """An independent mask: the columns of o_proj and down_proj that the units own, zeroed by hand."""
-    for name, units in removed.items():
-        for member in graph[name].consumers:
-            weight = model.get_parameter(member.parameter)
-            for unit in units:
-                weight.data.index_fill_(member.dim, member.index[unit], 0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
