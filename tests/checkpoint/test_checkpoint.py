@@ -228,7 +228,7 @@ def test_pruning_again_down_to_one_key_value_head(tmp_path, kv_heads):
             assert model.model.layers[layer].self_attn.num_key_value_groups == attention.num_key_value_groups
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     position=st.integers(0, 1200), byte=st.integers(0, 255), file=st.sampled_from(["config.json", "model.safetensors"])
 )
@@ -237,6 +237,7 @@ def test_any_damaged_byte_is_a_clean_error_or_loads(folder, tmp_path_factory, po
         return content[:position] + bytes([byte]) + content[position + 1 :]
 
     copy = damaged(folder, tmp_path_factory.mktemp("fuzz"), file, change)
+    (copy / "prunekit.json").unlink()  # its checksums would see everything
     try:
         prunekit.from_pretrained(copy)
     except PrunekitError as error:
