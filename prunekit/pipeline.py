@@ -214,7 +214,9 @@ def figures(
     for group in groups:
         kept = group.num_units - len(plan.removed.get(group.name, ()))
         row = layers.setdefault(group.layer, {"index": group.layer})
-        row[group.kind if group.layer is not None else group.name] = {"kept": kept, "total": group.num_units}
+        entry = row.setdefault(group.kind if group.layer is not None else group.name, {"kept": 0, "total": 0})
+        entry["kept"] += kept  # a layer may hold two groups of a kind: shared and routed experts
+        entry["total"] += group.num_units
     return {
         "method": config.method_name,
         "seed": config.seed,

@@ -231,13 +231,7 @@ def _unsqueeze(call: Call) -> Value:
 @operator_rule("aten.squeeze")
 def _squeeze(call: Call) -> Value:
     value = call.value("self")
-    return call.make([axis for axis in value.axes if ax.axis_size(axis) > 1], value, softmax=value.softmax) if (
-        "dim" not in call.arguments
-    ) else _squeeze_dims(call, value)  # fmt: skip
-
-
-def _squeeze_dims(call: Call, value: Value) -> Value:
-    dims = call.arguments["dim"]
+    dims = call.get("dim", list(range(len(value.axes))))
     gone = {_dim(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     axes = [axis for i, axis in enumerate(value.axes) if i not in gone or ax.axis_size(axis) > 1]
     return call.make(axes, value, softmax=value.softmax)

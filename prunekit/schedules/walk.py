@@ -84,11 +84,8 @@ def _whole_model(model: nn.Module, groups: Sequence[CoupledGroup], batches: Sequ
         consumer = consumer_of(model, group)
         moments = _moments(consumer)
         for batch in batches:
-            with _observe(consumer, moments, batch, stop=True), torch.no_grad():
-                try:
-                    model(**batch)
-                except _Stop:
-                    pass
+            with _observe(consumer, moments, batch), torch.no_grad():
+                model(**batch)
         yield group, consumer, moments
 
 
@@ -98,23 +95,23 @@ def _moments(consumer: Consumer) -> Moments:
 
 
 class _observe:
-    """Feed the inputs of a consumer to its moments during a `with` block."""
+    """Feed the inputs of a consumer to its moments during a `with` block, and end the block there."""
 
-    def __init__(self, consumer: Consumer, moments: Moments, batch: Batch, *, stop: bool) -> None:
-        self.consumer, self.moments, self.stop = consumer, moments, stop
+    def __init__(self, consumer: Consumer, moments: Moments, batch: Batch) -> None:
+        self.consumer, self.moments = consumer, moments
         mask = batch.get("attention_mask")
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all() else None
 
     def __enter__(self) -> None:
         self.handle = self.consumer.module.register_forward_pre_hook(self._hook)
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
         self.handle.remove()
+        return kind is _Stop
 
     def _hook(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.moments.add(args[0], self.mask)
-        if self.stop:
-            raise _Stop
+        raise _Stop
 
 
 @dataclass
@@ -187,11 +184,8 @@ class _Stream:
                 consumer = consumer_of(self.model, group)
                 moments = _moments(consumer)
                 for b, batch in enumerate(self.batches):
-                    with _observe(consumer, moments, batch, stop=True):
-                        try:
-                            self._run(i, b)
-                        except _Stop:
-                            pass
+                    with _observe(consumer, moments, batch):
+                        self._run(i, b)
                 yield group, consumer, moments
             self.hidden = [self._run(i, b) for b in range(len(self.batches))]
             if not all(torch.isfinite(hidden).all() for hidden in self.hidden):

@@ -21,7 +21,7 @@ def batches(ids, size=2):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_taylor_from_finite_differences_is_credited_to_the_right_unit(kv_heads):
     """Σ |g w| over what a KV head owns, g by central differences in float64; a (rep, kv) mix-up would fail here."""
-    model = tiny_llama(kv_heads, layers=1).double()
+    model = tiny_llama(kv_heads, layers=1).double()  # its norms still compute in float32: hence the step of 1e-3
     graph = trace(model, example())
     ids = token_ids(5, 6)
     group = graph["layers.0.self_attn"]
