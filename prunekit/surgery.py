@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,30 +14,18 @@ from torch import Tensor, nn
 from prunekit.errors import DataError, SurgeryError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.plan import PruningPlan
+from prunekit.sizes import (
+    Sizes,
+    config_values,
+    fit_to_weight,
+    layer_of,
+    per_layer_overrides,
+    resize,
+    set_per_layer,
+    single_kv_head,
+)
 
-# Attributes that repeat a dim of the module's own weight: name → dim.
-_WEIGHT_DIMS = {
-    "out_features": 0, "in_features": 1, "embedding_dim": 1, "num_embeddings": 0, "num_features": 0, "num_channels": 0,
-    "nf": 1, "nx": 0,
-}  # fmt: skip
-# What attributes call the sizes a group decides, in modules and configs; changed only where the old value agrees.
-_SYNONYMS = {
-    "num_attention_heads": ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
-    "num_key_value_groups": ("num_key_value_groups", "n_rep"),
-    "attention_width": ("split_size", "all_head_size"),
-    "intermediate_size": (
-        "intermediate_size",
-        "ffn_dim",
-        "ffn_hidden_size",
-        "inner_dim",
-        "n_inner",
-        "d_ff",
-        "hidden_dim",
-    ),
-    "hidden_size": ("hidden_size", "n_embd", "embed_dim", "d_model", "hidden_dim"),
-}
-Sizes = dict[str, tuple[int, int]]  # what a size is called → (old, new)
+_BROKEN = "the cut model doesn't run"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -46,7 +34,8 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
 
     Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run,
     and gives each layer its own view of the config. Then the cut model's outputs on the graph's example inputs must
-    equal the uncut model's with the units' consumer columns zeroed; groups the tracer calls inexact are exempt.
+    equal the uncut model's with the units' consumer columns zeroed. Groups the tracer calls inexact must leave outputs
+    of the right shape; those cut beside them are checked without them first. On meta nothing can be checked.
 
     Raises:
         TraceError: the plan doesn't fit the graph.
@@ -56,25 +45,45 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     plan.check(graph)
     if not plan.removed:
         return
-    if any(p.is_meta for p in model.parameters()):
+    on_meta = {p.is_meta for p in model.parameters()}
+    if len(on_meta) > 1:
+        raise SurgeryError("some weights are on the meta device (offloaded?): expected all of them loaded, or none")
+    if on_meta.pop():
         _Surgery(model, graph).cut(plan.removed)
         return
-    exact = all(graph[name].exact for name in plan.removed)
-    expected = masked_outputs(model, graph, plan.removed)
+    exact = {name: units for name, units in plan.removed.items() if graph[name].exact}
+    if exact and len(exact) < len(plan.removed):
+        surgery, problem = _attempt(model, graph, exact)
+        if problem and not problem.startswith(_BROKEN):  # some only run together with the others
+            raise _refusal(model, graph, exact, problem)
+        surgery.undo()
+    surgery, problem = _attempt(model, graph, plan.removed)
+    if problem and len(exact) == len(plan.removed):
+        surgery, still = _attempt(model, graph, plan.removed, by_value=True)
+        problem = problem if still else None
+    if problem:
+        raise _refusal(model, graph, plan.removed, problem)
+
+
+def _attempt(
+    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], by_value: bool = False
+) -> tuple[_Surgery, str | None]:
+    """Cut; with None, or with what is wrong with the result after undoing it."""
+    exact = all(graph[name].exact for name in removed)
+    expected = masked_outputs(model, graph, removed)
     if not all(torch.isfinite(output).all() for output in expected):
         raise DataError("the model's outputs hold NaN or infinity before anything is cut")
-    surgery = _Surgery(model, graph)
+    surgery = _Surgery(model, graph, by_value)
+    problem: str | None = "interrupted"
     try:
-        surgery.cut(plan.removed)
+        surgery.cut(removed)
         problem = _difference(expected, run_example(model, graph), exact)
-    except BaseException as error:
-        surgery.undo()
-        if isinstance(error, RuntimeError | ValueError | AttributeError | TypeError):
-            raise SurgeryError(f"{_culprit(model, graph, plan)}: the cut model doesn't run: {error}") from error
-        raise
-    if problem:
-        surgery.undo()
-        raise SurgeryError(f"{_culprit(model, graph, plan)}: {problem}; the model was put back")
+    except (RuntimeError, ValueError, AttributeError, TypeError, IndexError, AssertionError) as error:
+        problem = f"{_BROKEN}: {str(error) or type(error).__name__}"
+    finally:
+        if problem:
+            surgery.undo()
+    return surgery, problem
 
 
 @torch.no_grad()
@@ -105,7 +114,11 @@ def masked(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[in
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for name, units in removed.items():
-            for member in graph[name].consumers or graph[name].members:
+            group = graph[name]
+            compared = group.kind == "head_dim" or not group.consumers  # by activations, no weight reads them
+            for member in group.members if compared else group.consumers:
+                if compared and member.parameter in graph.buffers:
+                    continue
                 tensor = tensors[member.parameter].data
                 saved.append((tensor, tensor.clone()))
                 tensor.index_fill_(member.dim, member.index[units].flatten().to(tensor.device), 0)
@@ -128,28 +141,28 @@ def _difference(expected: list[Tensor], got: list[Tensor], exact: bool) -> str |
     return None
 
 
-def _culprit(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> str:
-    """The first group that, cut alone, does not leave the masked model's outputs."""
-    for name, units in plan.removed.items():
-        surgery = _Surgery(model, graph)
-        expected = masked_outputs(model, graph, {name: units})
-        try:
-            surgery.cut({name: units})
-            if _difference(expected, run_example(model, graph), graph[name].exact):
-                return name
-        except (RuntimeError, ValueError, AttributeError, TypeError):
-            return name
-        finally:
-            surgery.undo()
-    return ", ".join(plan.removed)
+def _refusal(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], problem: str) -> SurgeryError:
+    """The error, with the first group that, cut alone, does not leave the masked model's outputs; or all of them."""
+    culprit = ", ".join(removed)
+    for name, units in removed.items():
+        surgery, alone = _attempt(model, graph, {name: units})
+        if alone:
+            culprit = name
+            break
+        surgery.undo()
+    hint = ""
+    if graph[culprit.split(", ")[0]].kind == "head_dim":
+        hint = "; a module with one width for queries, keys and values needs as many of each cut"
+    return SurgeryError(f"{culprit}: {problem}; the model was put back{hint}")
 
 
 @dataclass
 class _Surgery:
-    """One cut and the way back."""
+    """One cut and the way back; `by_value`: also change attributes that hold an old size under another name."""
 
     model: nn.Module
     graph: CouplingGraph
+    by_value: bool = False
     undone: list[Any] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -164,6 +177,9 @@ class _Surgery:
         owners = _owners(self.model)
         for name, dims in gone.items():
             self._slice(owners[name], {dim: torch.cat(positions) for dim, positions in dims.items()})
+        for module in self.model.modules():  # wrappers that repeat the sizes of what they wrap
+            if "in_features" in module.__dict__:
+                fit_to_weight(module, self._set)
         self._configure(removed)
 
     def _slice(self, places: list[tuple[nn.Module, str]], dims: dict[int, Tensor]) -> None:
@@ -177,7 +193,14 @@ class _Surgery:
                 new.grad = _select(old.grad, kept)
         for module, attribute in places:
             self._set(module, attribute, new)
+            self._persist(module, attribute)
             fit_to_weight(module, self._set)
+
+    def _persist(self, module: nn.Module, attribute: str) -> None:
+        """A cut buffer belongs to the state: its module would make it anew in the old size."""
+        if attribute in module._non_persistent_buffers_set:
+            self.undone.append(lambda: module._non_persistent_buffers_set.add(attribute))
+            module._non_persistent_buffers_set.discard(attribute)
 
     def _set(self, target: Any, name: str, value: Any) -> None:
         before = getattr(target, name)
@@ -190,23 +213,68 @@ class _Surgery:
         for name in removed:
             group = self.graph[name]
             sizes = group_sizes(self.graph, group, removed, config)
+            resize(self._around(group), sizes, self._set)
             if group.layer is not None:
                 layers[group.layer] |= sizes
-            else:
-                resize([self.model.get_submodule(group.module)], sizes, self._set)
-                for quantity, (old, new) in sizes.items() if config is not None else ():
-                    _resize_one(config, quantity, old, new, self._set)
-        for layer, sizes in layers.items():
-            resize(modules_of_layer(self.model, layer), sizes, self._set)
+            elif config is not None:
+                resize([config], sizes, self._set)
+        for path, sizes in self._extents(removed).items():
+            module = self.model.get_submodule(path)
+            resize([module, *(self.model.get_submodule(outer) for outer in _outer_paths(path))], sizes, self._set)
+            if (layer := layer_of(self.model, path)) is not None:
+                layers[layer] |= {q: size for q, size in sizes.items() if q == "head_dim"}
+        if self.by_value:
+            self._resize_by_value(removed)
         if config is not None and layers and hasattr(config, "per_layer_config"):
             self._remember_configs(config)
             overrides = per_layer_overrides(config)
             for layer, sizes in layers.items():
-                if "intermediate_size" in sizes and config_name(config, "intermediate_size") is None:
-                    config.intermediate_size = sizes["intermediate_size"][0]  # a class that derives it: store it anyway
-                named = {config_name(config, quantity): new for quantity, (_, new) in sizes.items()}
-                overrides.setdefault(layer, {}).update({k: v for k, v in named.items() if k is not None})
+                overrides.setdefault(layer, {}).update(config_values(config, sizes))
             set_per_layer(self.model, overrides)
+
+    def _around(self, group: CoupledGroup) -> list[nn.Module]:
+        """The modules that may read a group's size: its members' holders, what lies in them and around them."""
+        if group.layer is None and group.kind == "channel":
+            return list(self.model.modules())
+        holders = {_outer(_outer(member.parameter)) for member in group.members}
+        paths = dict.fromkeys(outer for holder in holders for outer in (holder, *_outer_paths(holder)))
+        if group.layer is not None:
+            paths = {path: None for path in paths if layer_of(self.model, path) == group.layer}
+        inside = (module for holder in sorted(holders) for module in self.model.get_submodule(holder).modules())
+        return list(dict.fromkeys([*map(self.model.get_submodule, paths), *inside]))
+
+    def _extents(self, removed: Mapping[str, list[int]]) -> dict[str, Sizes]:
+        """Module path → the sizes noted there that this cut changes; `head_dim` where one number serves q, k and v."""
+        found: dict[str, Sizes] = defaultdict(dict)
+        for extent in self.graph.extents:
+            if (after := extent.after(removed)) != extent.size:
+                found[extent.module][extent.quantity] = (extent.size, after)
+            if extent.quantity == "qk_head_dim":
+                pairs = {name: index for name, index in extent.owned.items() if index.shape[1] == 2}
+                rotary = sum(index.numel() for index in pairs.values())
+                gone = sum(2 * len(removed.get(name, ())) for name in pairs)
+                found[extent.module] |= {"rotary_dim": (rotary, rotary - gone)} if gone else {}
+        for sizes in found.values():
+            if "qk_head_dim" in sizes and sizes["qk_head_dim"] == sizes.get("v_head_dim"):
+                sizes["head_dim"] = sizes["qk_head_dim"]
+        return found
+
+    def _resize_by_value(self, removed: Mapping[str, list[int]]) -> None:
+        """Attributes of any name that hold a size this cut changes, in the modules around the group."""
+        for name in removed:
+            group = self.graph[name]
+            values: dict[int, set[int]] = defaultdict(set)
+            values[group.num_units].add(group.num_units - len(removed[name]))
+            for member in group.members:
+                size = self.graph.shapes[member.parameter][member.dim]
+                values[size].add(size - member.index[removed[name]].numel())
+            for extent in self.graph.extents:
+                if name in extent.owned:
+                    values[extent.size].add(extent.after(removed))
+            for module in self._around(group):
+                for attribute, value in list(module.__dict__.items()):
+                    if type(value) is int and len(values.get(value, ())) == 1:
+                        self._set(module, attribute, *values[value])
 
     def _remember_configs(self, config: Any) -> None:
         state = dict(config.__dict__)
@@ -221,34 +289,17 @@ class _Surgery:
         self.undone.append(restore)
 
 
-def modules_of_layer(model: nn.Module, layer: int) -> list[nn.Module]:
-    """Every module inside the `layer`-th entry of a `ModuleList`."""
-    return [module for path, module in model.named_modules() if layer_of(model, path) == layer]
+def _outer(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
-def resize(modules: Iterable[nn.Module], sizes: Sizes, setter: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Bring attributes that repeat a changed size in line, where their value is the old one."""
-    for module in modules:
-        for quantity, (old, new) in sizes.items():
-            _resize_one(module, quantity, old, new, setter)
-
-
-def _resize_one(target: Any, quantity: str, old: int, new: int, setter: Callable[[Any, str, Any], None]) -> None:
-    for name in _SYNONYMS[quantity]:
-        if name in target.__dict__ and isinstance(target.__dict__[name], int) and target.__dict__[name] == old:
-            setter(target, name, new)
-
-
-def fit_to_weight(module: nn.Module, setter: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Set the attributes of a module that repeat its own weight's shape (`in_features`, `normalized_shape`, …)."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return
-    for name, dim in _WEIGHT_DIMS.items():
-        if name in module.__dict__ and dim < weight.ndim:
-            setter(module, name, weight.shape[dim])
-    if "normalized_shape" in module.__dict__:
-        setter(module, "normalized_shape", tuple(weight.shape))
+def _outer_paths(path: str) -> list[str]:
+    """The paths of the modules around a module, the nearest first."""
+    paths = []
+    while path:
+        path = _outer(path)
+        paths.append(path)
+    return paths
 
 
 def _select(tensor: Tensor, kept: list[tuple[int, Tensor]]) -> Tensor:
@@ -286,135 +337,29 @@ def group_sizes(graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str,
         return {"intermediate_size": (old, new)}
     if group.kind == "channel":
         return {"hidden_size": (old, new)}
+    if group.kind == "expert":
+        return {"num_experts": (old, new)}
+    if group.kind == "head_dim" and group.consumers:
+        return {"attention_width": _attention_width(graph, group, removed)}
     if group.kind not in ("attention", "query_head"):
         return {}
     here = {g.kind: g for g in graph.groups if g.module == group.module and g.kind in ("attention", "query_head")}
     units, repeats = both(here.get("attention")), both(here.get("query_head"))
     heads = (units[0] * repeats[0], units[1] * repeats[1])
-    sizes = {"num_attention_heads": heads}
-    if head_dim := _head_dim(config):
-        sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
-    if _single_kv_head(config, group.layer, units[0]):
+    sizes = {"num_attention_heads": heads, "attention_width": _attention_width(graph, group, removed)}
+    if single_kv_head(config, group.layer, units[0]):
         return {**sizes, "num_key_value_groups": units}
     return {**sizes, "num_key_value_heads": units, "num_key_value_groups": repeats}
 
 
-def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
-    """What a layer's own config values (`per_layer_config`) change against the model's: quantity → (old, new)."""
-    named = {q: name for q in _SYNONYMS if (name := config_name(config, q)) is not None}
-    sizes = {q: (_read(config, name), values[name]) for q, name in named.items() if name in values}
-    heads, kv = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
-    if "num_key_value_heads" in named and (heads or kv):
-        heads = heads or (_read(config, "num_attention_heads"),) * 2
-        kv = kv or (_read(config, named["num_key_value_heads"]),) * 2
-        sizes["num_key_value_groups"] = (heads[0] // kv[0], heads[1] // kv[1])
-    if heads and (head_dim := _head_dim(config)):
-        sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
-    return sizes
-
-
-def _single_kv_head(config: Any, layer: int | None, units: int) -> bool:
-    """Whether all query heads of the layer read one key-value head, so that the units are query heads."""
-    own = per_layer_overrides(config).get(layer, {}) if layer is not None and hasattr(config, "to_dict") else {}
-    values = [own.get(name, _read(config, name)) for name in _SYNONYMS["num_key_value_heads"]]
-    return units > 1 and 1 in values
-
-
-def _read(config: Any, name: str) -> Any:
-    """A config attribute's global value, also where transformers calls it ambiguous."""
-    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
-    return reader(name, None) if reader else getattr(config, name, None)
-
-
-def config_name(config: Any, quantity: str) -> str | None:
-    """What a config calls a size."""
-    names = [name for name in _SYNONYMS[quantity] if _has(config, name)]
-    return next((name for name in names if _read(config, name) is not None), names[0] if names else None)
-
-
-def _has(config: Any, name: str) -> bool:
-    reader = getattr(config, "_hasattr_without_heterogeneous_validation", None)
-    return reader(name) if reader else hasattr(config, name)
-
-
-def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
-    """A copy of the config's per-layer values (transformers' `per_layer_config`), as plain dictionaries."""
-    stored = config.to_dict().get("per_layer_config") or {}
-    return {int(layer): dict(values) for layer, values in stored.items()}
-
-
-def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> None:
-    """Set the config's per-layer values and let every module inside a layer see its layer's.
-
-    Where all layers agree the values become global ones (unless the config's class refuses them, as it does head counts
-    that don't divide the hidden size), and the config is an ordinary one again.
-    """
-    config: Any = model.config
-    if (head_dim := _head_dim(config)) and not isinstance(_read(config, "head_dim"), int):
-        config.head_dim = head_dim
-    overrides = {layer: dict(values) for layer, values in overrides.items()}
-    config.per_layer_config = None
-    names = {name for values in overrides.values() for name in values}
-    columns = {
-        n: {overrides.get(i, {}).get(n, getattr(config, n)) for i in range(config.num_hidden_layers)} for n in names
-    }
-    agreed = {name: min(column) for name, column in columns.items() if len(column) == 1}
-    if agreed.keys() == columns.keys() and _become_global(config, agreed):
-        overrides = {}
-    config.per_layer_config = {layer: values for layer, values in overrides.items() if values} or None
-    for path, module in model.named_modules():
-        if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
-            module.config = LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
-
-
-def _become_global(config: Any, values: Mapping[str, int]) -> bool:
-    known = {*getattr(config, "attribute_map", {}), *dir(type(config))}
-    if not values.keys() <= known:
-        return False
-    before = {name: getattr(config, name) for name in values}
-    for name, value in values.items():
-        setattr(config, name, value)
-    try:
-        config.validate_architecture()
-    except ValueError:
-        for name, value in before.items():
-            setattr(config, name, value)
-        return False
-    return True
-
-
-def _head_dim(config: Any) -> int | None:
-    if isinstance(stored := _read(config, "head_dim"), int):
-        return stored
-    heads, hidden = _read(config, "num_attention_heads"), _read(config, "hidden_size")
-    return hidden // heads if heads and hidden and hidden % heads == 0 else None
-
-
-def layer_of(model: nn.Module, path: str) -> int | None:
-    """Index of the layer (the first `ModuleList` entry) the module path lies in, or None."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-            return int(part)
-    return None
-
-
-class LayerConfig:
-    """One layer's view of a model's config: its own sizes, everything else live from the model's."""
-
-    def __init__(self, base: Any, overrides: dict[str, Any]) -> None:
-        self.__dict__.update(_base=base, _overrides=dict(overrides))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_base" not in self.__dict__:
-            raise AttributeError(name)
-        name = getattr(self._base, "attribute_map", {}).get(name, name)
-        return self._overrides[name] if name in self._overrides else _live(self._base, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._overrides[name] = value
-
-
-def _live(config: Any, name: str) -> Any:
-    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
-    return reader(name) if reader else getattr(config, name)
+def _attention_width(graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str, list[int]]) -> tuple[int, int]:
+    """Width of what all heads hold together: of the axis the output projection reads."""
+    member = group.consumers[0] if group.consumers else group.members[0]
+    size = graph.shapes[member.parameter][member.dim]
+    gone = [
+        other.index[removed[name]].flatten()
+        for name in removed
+        for other in graph[name].members
+        if (other.parameter, other.dim) == (member.parameter, member.dim) and removed[name]
+    ]
+    return size, size - (len(torch.cat(gone).unique()) if gone else 0)

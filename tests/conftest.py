@@ -51,6 +51,32 @@ def example(rows=2, length=7):
     return {"input_ids": token_ids(rows, length), "use_cache": False}
 
 
+def randomise(model, scale=0.2):
+    """Random numbers in every parameter and in batch norms' statistics, so that nothing cancels."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return model.eval()
+
+
+def zero_units(model, graph, removed):
+    """An independent mask: what reads the units is zeroed by hand; what makes them where only activations read them."""
+    parameters = dict(model.named_parameters())
+    for name, units in removed.items():
+        group = graph[name]
+        by_activations = group.kind == "head_dim" or not group.consumers
+        for member in group.members:
+            if member.parameter in parameters and (by_activations or member.role == "consumer"):
+                parameters[member.parameter].data.index_fill_(member.dim, member.index[units].flatten(), 0)
+    return model
+
+
 def zero_consumers(model, graph, removed):
     """An independent mask: the consumers' columns that the units own, zeroed by hand."""
     for name, units in removed.items():

@@ -1,13 +1,14 @@
-"""Architectures the tracer was never told about: pruned equals masked, and the saved folder gives the same bits."""
+"""Architectures the tracer was never told about: pruned equals masked, or a smaller model built directly."""
 
 import copy
 
 import pytest
 import torch
-from conftest import token_ids, zero_consumers
+from conftest import randomise, token_ids, zero_units
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
+from prunekit.errors import SurgeryError
 
 IDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 NEW = IDS | {
@@ -15,97 +16,243 @@ NEW = IDS | {
     "intermediate_size": 40,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
-    "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }
-OLD = IDS | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8, "max_position_embeddings": 64}
+NAMED = NEW | {"head_dim": 6}
+WIDE = NEW | {"hidden_size": 64}  # an even number of rotary dimensions
 GPT2 = IDS | {"n_embd": 48, "n_head": 8, "n_layer": 2, "n_positions": 64}
-FAMILIES = {
-    "mistral": NEW,
-    "qwen2": NEW,
-    "qwen3": NEW | {"head_dim": 6},
-    "phi3": NEW,
-    "gemma2": NEW | {"head_dim": 6},
-    "gemma3_text": NEW | {"head_dim": 6},
-    "granite": NEW,
-    "cohere": NEW,
-    "glm": NEW | {"head_dim": 8},
-    "olmo": NEW,
-    "stablelm": NEW,
-    "starcoder2": NEW,
-    "helium": NEW | {"head_dim": 6},
-    "smollm3": NEW,
+FALCON = IDS | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8, "ffn_hidden_size": 40}
+GROUPED = {  # families with a free number of key-value heads
+    "llama": NAMED, "mistral": NAMED, "qwen2": NEW, "qwen3": NAMED, "phi3": NEW, "phi": WIDE, "gemma2": NAMED,
+    "gemma3_text": NAMED, "granite": NEW, "cohere": NEW, "glm": NEW | {"head_dim": 8}, "olmo": NEW, "olmo2": NEW,
+    "stablelm": WIDE, "starcoder2": NEW, "helium": NAMED, "ernie4_5": NAMED, "smollm3": NEW,
+    "falcon": FALCON | {"new_decoder_architecture": True},
+}  # fmt: skip
+SINGLE = {
     "gpt2": GPT2,
+    "gpt_neo": IDS | {"hidden_size": 48, "num_layers": 2, "num_heads": 8, "max_position_embeddings": 64,
+                      "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": GPT2 | {"n_head": 4, "rotary_dim": 8},
-    "gpt_neox": OLD | {"intermediate_size": 40},
-    "opt": OLD | {"ffn_dim": 40, "word_embed_proj_dim": 48},
-    "biogpt": OLD | {"intermediate_size": 40},
+    "gpt_neox": WIDE,
+    "opt": NEW | {"ffn_dim": 40, "word_embed_proj_dim": 48},
     "bloom": IDS | {"hidden_size": 48, "n_layer": 2, "n_head": 8},
-}
-
-
-def build(family):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
-    try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except ValueError:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    return model.eval()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pruned_equals_masked_and_survives_the_disk(family, tmp_path):
-    model = build(family)
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
-    groups = [group for group in graph.groups if group.prunable and group.exact and group.kind in ("attention", "mlp")]
-    kinds = {group.kind for group in groups}
-    assert kinds == ({"mlp"} if family == "bloom" else {"attention", "mlp"}), "ALiBi fixes the number of heads"
-    removed = {group.name: list(range(1, 2 + group.layer)) for group in groups}
-    masked = copy.deepcopy(model)
-    zero_consumers(masked, graph, removed)
-    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
-    ids = token_ids(3, 9, seed=2)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        torch.testing.assert_close(
-            logits, masked(input_ids=ids).logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item()
-        )
-        prunekit.save_pretrained(model, tmp_path / "model")
-        again = prunekit.from_pretrained(tmp_path / "model")
-        again.set_attn_implementation(model.config._attn_implementation)
-        assert torch.equal(again(input_ids=ids).logits, logits)
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(again.generate(ids[:1], **settings), model.generate(ids[:1], use_cache=False, **settings))
-
-
+    "falcon": FALCON | {"multi_query": True},
+    "falcon:dense": FALCON | {"multi_query": False, "parallel_attn": False},
+    "falcon:alibi": FALCON | {"multi_query": False, "alibi": True},
+    "xglm": IDS | {"d_model": 48, "ffn_dim": 40, "num_layers": 2, "attention_heads": 8, "max_position_embeddings": 64},
+    "biogpt": NEW,
+}  # fmt: skip
 EXPERTS = {
     "mixtral": NEW | {"num_local_experts": 4},
-    "qwen2_moe": NEW
-    | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2},
-    "qwen3_moe": NEW | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "head_dim": 6},
-}
+    "qwen2_moe": NEW | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
+                        "num_experts_per_tok": 2},
+    "qwen3_moe": NAMED | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+}  # fmt: skip
+CASES = [(f, v | {"num_key_value_heads": kv, "num_kv_heads": kv}) for f, v in GROUPED.items() for kv in (8, 4, 2, 1)]
+CASES = [(f, v) for f, v in CASES if f != "falcon" or v["num_kv_heads"] > 1]
+CASES += [*SINGLE.items(), *((f, v | {"num_key_value_heads": kv}) for f, v in EXPERTS.items() for kv in (8, 2))]
+NAMES = [f"{family}-{values.get('num_key_value_heads', '')}".strip("-") for family, values in CASES]
+FIXED_HEADS = ("bloom", "falcon:alibi")
+
+
+def build(family, values, *implementations):
+    """A model of random numbers with the first of these attention implementations that the family has."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family.split(":")[0], **values)
+    for attention in implementations or ("sdpa", "eager"):
+        try:
+            return randomise(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+        except ValueError as error:
+            assert "does not support an attention implementation" in str(error)
+    return None
+
+
+def configured(family):
+    if family in SINGLE and family != "falcon":
+        return SINGLE[family]
+    return (GROUPED | EXPERTS)[family] | {"num_key_value_heads": 4, "num_kv_heads": 4}
+
+
+def agree(model, reference, exact=True):
+    ids = token_ids(3, 9, seed=2)
+    with torch.no_grad():
+        logits, expected = (m(input_ids=ids, use_cache=False).logits for m in (model, reference))
+    assert logits.std() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def cut(model, graph, removed):
+    masked = zero_units(copy.deepcopy(model), graph, removed)
+    pruned = copy.deepcopy(model)
+    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan(removed))
+    return pruned, masked
+
+
+def heads_narrowed(graph):
+    """A plan that takes two positions off every head's query, key and value."""
+    removed = {}
+    for extent in graph.extents:
+        owned = {n: i for n, i in extent.owned.items() if graph[n].kind == "head_dim" and graph[n].prunable}
+        if extent.quantity in ("qk_head_dim", "v_head_dim") and owned and not owned.keys() & removed.keys():
+            name, index = max(owned.items(), key=lambda item: item[1].shape[1])  # rotary pairs where there are any
+            removed[name] = list(range(2 // index.shape[1]))
+    return removed
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "values"), CASES, ids=NAMES)
+def test_pruned_equals_masked(family, values, attention):
+    model = build(family, values, attention)
+    if model is None:  # the family has one implementation only, which the other case tests
+        return
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    kinds = {}
+    for group in graph.groups:
+        kinds.setdefault(group.kind, []).append(group)
+    attention_groups = kinds.get("attention", [])
+    heads, kv = 8 if family != "gptj" else 4, values.get("num_key_value_heads", 1)
+    if family in FIXED_HEADS:
+        assert not any(group.prunable for group in attention_groups)
+        assert all("fixed by" in group.reason for group in attention_groups)
+    else:
+        assert [(g.layer, g.num_units) for g in attention_groups] == [(i, kv if kv > 1 else heads) for i in (0, 1)]
+        query_heads = [group.num_units for group in kinds.get("query_head", [])]
+        assert query_heads == ([heads // kv] * 2 if 1 < kv < heads else [])
+    assert [group.num_units for group in kinds["channel"]] == [model.config.hidden_size]
+
+    exact = [group for group in graph.groups if group.prunable and group.exact]
+    wanted = {"attention", "query_head", "mlp"}
+    removed = {g.name: [1, 3, 5, 6] if g.kind == "mlp" else [0] for g in exact if g.kind in wanted}
+    assert {graph[name].kind for name in removed} >= (
+        {"mlp"} if family in (*FIXED_HEADS, "olmo2") else {"mlp", "attention"}
+    )
+    pruned, masked = cut(model, graph, removed)
+    agree(pruned, masked)
+    settings = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+    ids = token_ids(1, 5, seed=3)
+    assert torch.equal(pruned.generate(ids, **settings), masked.generate(ids, use_cache=False, **settings)), (
+        "the key-value cache keeps up"
+    )
+
+    removed = heads_narrowed(graph)
+    if all(graph[name].exact for name in removed) and not (family.startswith("falcon") and attention == "eager"):
+        pruned, masked = cut(model, graph, removed)
+        agree(pruned, masked)
+    elif family in ("falcon", "falcon:dense") and attention == "eager":
+        with pytest.raises(
+            SurgeryError, match="head_dim"
+        ):  # it divides by the root of an attribute it also reshapes by
+            cut(model, graph, removed)
+
+
+def shrunk(family, values, dense, **smaller):
+    """The family's own class built smaller, holding the first positions of each of the dense model's tensors."""
+    reference = build(family, values | smaller)
+    state = dense.state_dict()
+    with torch.no_grad():
+        for name, tensor in reference.state_dict().items():
+            tensor.copy_(state[name][tuple(slice(size) for size in tensor.shape)])
+        buffers = dict(dense.named_buffers())
+        for name, buffer in reference.named_buffers():  # an embedding's scale, which the pruned model keeps
+            if buffer.ndim == 0:
+                buffer.copy_(buffers[name])
+    return reference
+
+
+TOLD = ("qwen2", "phi3", "granite", "cohere", "olmo", "olmo2", "starcoder2", "smollm3", "qwen2_moe", "mixtral")
+"""Classes that take the width of a head from the hidden size unless told."""
+DERIVED = ("phi", "stablelm", "helium", "falcon")
+"""Classes that can't be told: no smaller model can be built directly."""
+
+
+@pytest.mark.parametrize("family", [*GROUPED, *SINGLE, *EXPERTS])
+def test_residual_channels_equal_a_smaller_model(family):
+    values = configured(family)
+    if family in TOLD:
+        values = values | {"head_dim": 6}
+    model = build(family, values)
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    (channel,) = (group for group in graph.groups if group.kind == "channel")
+    assert channel.prunable
+    assert not channel.exact
+    assert "over it" in channel.reason
+    width = model.config.hidden_size
+    pruned = copy.deepcopy(model)
+    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan({channel.name: list(range(width - 8, width))}))
+    assert pruned.config.hidden_size == width - 8
+    if family in {**GROUPED, **EXPERTS} and family not in DERIVED:
+        agree(pruned, shrunk(family, values, model, hidden_size=width - 8))
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_mixtures_of_experts(family):
-    """Heads and all experts' channels can go (in fours: the kernel wants aligned rows), whole experts not yet."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **EXPERTS[family])).eval()
+def test_experts_equal_a_smaller_mixture(family):
+    values = configured(family)
+    model = build(family, values)
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     experts = [group for group in graph.groups if group.kind == "expert"]
-    assert [(group.layer, group.num_units, group.prunable) for group in experts] == [(0, 4, False), (1, 4, False)]
-    assert {member.parameter.rsplit(".", 1)[-1] for member in experts[0].members} >= {"gate_up_proj", "down_proj"}
-    assert "model.layers.0.mlp.gate.weight" in {member.parameter for member in experts[0].members}
-    groups = [group for group in graph.groups if group.prunable and group.kind in ("attention", "mlp")]
-    removed = {group.name: [0] if group.kind == "attention" else [1, 3, 5, 6] for group in groups}
-    assert sum(group.kind == "mlp" for group in groups) == (4 if family == "qwen2_moe" else 2)
-    masked = copy.deepcopy(model)
-    zero_consumers(masked, graph, removed)
+    assert [(g.layer, g.num_units, g.prunable, g.exact) for g in experts] == [(0, 4, True, False), (1, 4, True, False)]
+    assert "chooses among them" in experts[0].reason or "normalises" in experts[0].reason
+    members = {member.parameter.removeprefix("model.layers.0.mlp.") for member in experts[0].members}
+    assert members == {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
+    pruned = copy.deepcopy(model)
+    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan({group.name: [3] for group in experts}))
+    name = "num_local_experts" if family == "mixtral" else "num_experts"
+    agree(pruned, shrunk(family, values, model, **{name: 3}))
+    with pytest.raises(SurgeryError, match=experts[0].name):
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan({experts[0].name: [0, 1, 2]}))  # the router takes two
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_a_norm_over_all_heads_is_inexact_and_equals_a_smaller_model(kv_heads):
+    values = GROUPED["olmo2"] | {"num_key_value_heads": kv_heads, "head_dim": 6}
+    model = build("olmo2", values)
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    groups = [group for group in graph.groups if group.kind == "attention"]
+    assert all(group.prunable and not group.exact and "aten.mean" in group.reason for group in groups)
+    pruned = copy.deepcopy(model)
+    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan({group.name: [kv_heads - 1] for group in groups}))
+    smaller = {"num_key_value_heads": kv_heads - 1, "num_attention_heads": 8 - 8 // kv_heads}
+    agree(pruned, shrunk("olmo2", values, model, **smaller))
+
+
+def test_a_norm_over_each_head_is_inexact_and_equals_a_smaller_model():
+    values = GROUPED["qwen3"] | {"num_key_value_heads": 4}
+    model = build("qwen3", values)
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    removed = heads_narrowed(graph)
+    inexact = [name for name in removed if not graph[name].exact]
+    assert [graph[name].num_units for name in inexact] == [3], "three rotary pairs, the same in all layers"
+    removed = {name: [2] if name in inexact else [2, 5] for name in removed}  # position 2 and its other half, 5
+    pruned = copy.deepcopy(model)
+    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan(removed))
+    reference = build("qwen3", values | {"head_dim": 4})
+    kept = torch.tensor([6 * head + i for head in range(8) for i in (0, 1, 3, 4)])
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            dense = model.get_parameter(name)
+            for dim, size in enumerate(parameter.shape):
+                if size != dense.shape[dim]:
+                    dense = dense.index_select(dim, kept[kept < dense.shape[dim]])
+            parameter.copy_(dense)
+    reference.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:2]
+    for layer in reference.model.layers:
+        layer.self_attn.scaling = 6**-0.5
+    agree(pruned, reference)
+
+
+@pytest.mark.parametrize("family", [*GROUPED, *SINGLE, *EXPERTS])
+def test_pruned_model_survives_the_disk(family, tmp_path):
+    values = configured(family)
+    model = build(family, values)
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    groups = [group for group in graph.groups if group.prunable and group.kind in ("attention", "mlp", "expert")]
+    removed = {g.name: [1, 3, 5, 6] if g.kind == "mlp" else [0] for g in groups if g.layer == 1}
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model")
+    again.set_attn_implementation(model.config._attn_implementation)
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, masked(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(again.generate(ids[:1], **settings), model.generate(ids[:1], use_cache=False, **settings))

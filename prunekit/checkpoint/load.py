@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError
-from prunekit.surgery import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
+from prunekit.sizes import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
 
 
 def from_pretrained(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
 
@@ -27,6 +28,27 @@ def without_cache(model: nn.Module, inputs: Any) -> Any:
     return {"use_cache": False, **inputs} if keeps and isinstance(inputs, Mapping) else inputs
 
 
+class _ListsAsSlices(TorchFunctionMode):
+    """Reads `x[:, [-2]]` as the slice it is: an index list would become a constant whose numbers meta does not keep."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if sum(isinstance(place, list) for place in places) == 1:
+                args = (args[0], tuple(map(_as_slice, places)))
+        return func(*args, **(kwargs or {}))
+
+
+def _as_slice(place: Any) -> Any:
+    """A list of consecutive positions as a slice; anything else as it is."""
+    if not isinstance(place, list) or not place or not all(type(i) is int for i in place):
+        return place
+    first, last = place[0], place[-1]
+    if place != list(range(first, first + len(place))) or first < 0 <= last:
+        return place
+    return slice(first, last + 1 or None)
+
+
 def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> ExportedProgram:
     """The ATen graph of `model(*example_inputs)` or `model(**example_inputs)`, in evaluation mode.
 
@@ -37,7 +59,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     skeleton = meta_copy(model).eval()
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     try:
-        return torch.export.export(skeleton, args, kwargs, strict=False)
+        with _ListsAsSlices():
+            return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TraceError(

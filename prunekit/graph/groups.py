@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from prunekit.errors import TraceError, suggest
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import DIAGONAL, Atom, Axis
 from prunekit.graph.capture import capture, without_cache
-from prunekit.graph.operators import Call, Contraction, Value, find_rule
+from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
 
 if TYPE_CHECKING:
     import networkx
@@ -67,6 +67,24 @@ class CoupledGroup:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Extent:
+    """A size that a module may keep in an attribute while it runs (a convolution's `groups`, the width of a head).
+
+    `owned` maps a group's name to the positions of that size each unit owns, int64 [num_units, width].
+    """
+
+    module: str
+    quantity: str
+    size: int
+    owned: Mapping[str, Tensor]
+
+    def after(self, removed: Mapping[str, list[int]]) -> int:
+        """The size once these units (group name → unit indices) are gone."""
+        gone = [index[removed[name]].flatten() for name, index in self.owned.items() if removed.get(name)]
+        return self.size - (len(torch.cat(gone).unique()) if gone else 0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CouplingGraph:
     """All groups of a model, in execution order, with the shapes of its parameters and traced buffers.
 
@@ -76,6 +94,7 @@ class CouplingGraph:
     groups: tuple[CoupledGroup, ...]
     shapes: dict[str, tuple[int, ...]]
     buffers: frozenset[str]
+    extents: tuple[Extent, ...] = ()
     example_inputs: Mapping[str, Any] | tuple[Any, ...] = ()
 
     @cached_property
@@ -148,6 +167,8 @@ class _Tracer:
     model: nn.Module
     tensors: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
 
     def run(self, program: torch.export.ExportedProgram) -> CouplingGraph:
         canonical = _canonical_names(self.model)
@@ -155,27 +176,42 @@ class _Tracer:
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         values: dict[str, Any] = {}
         for node in program.graph.nodes:
-            if node.op == "placeholder":
+            if node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
+                values[node.name] = _fixed(node.meta["val"], "it is an axis of a constant", data=False)
+            elif node.op == "placeholder":
                 values[node.name] = self._input(node, canonical.get(names.get(node.name, ""), names.get(node.name)))
         outputs = self._interpret(program.graph_module, values)
         for value in _values(outputs):
             for axis in value.axes:
                 ax.pin(axis, "it is an axis of the model's output")
+        for name in self.tensors.keys() - self.used:
+            for axis in self.tensors[name]:
+                ax.pin(axis, "the forward pass does not use it")
+        self._pin_fixed_modules()
         buffers = frozenset(n for n in self.tensors if n not in dict(self.model.named_parameters()))
-        groups = _Reader(self.model, self.tensors, buffers, self.contractions).groups()
+        groups, extents = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes).read()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         shapes |= {name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers}
-        return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers)
+        return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers, extents=extents)
+
+    def _pin_fixed_modules(self) -> None:
+        """Torch's own attention takes the width of its heads from its input's: neither can go alone."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                for name, axes in self.tensors.items():
+                    for axis in axes if name.startswith(f"{path}." if path else "") else ():
+                        ax.pin(axis, "torch.nn.MultiheadAttention needs heads × head width equal to its input's width")
 
     def _input(self, node: Node, name: str | None) -> Any:
         meta = node.meta.get("val")
         if not isinstance(meta, Tensor):
             return meta
         if name is None:
-            reason = "it is an axis of the model's input"
-            return Value(axes=tuple(ax.fresh(size, reason) for size in meta.shape), data=True)
+            return _fixed(meta, "it is an axis of the model's input", data=True)
         if name not in self.tensors:
             self.tensors[name] = tuple(ax.fresh(size) for size in meta.shape)
+        if node.users:
+            self.used.add(name)
         return Value(axes=self.tensors[name], tainted=True, sources=frozenset([name]))
 
     def _interpret(self, module: GraphModule, values: dict[str, Any]) -> Any:
@@ -208,6 +244,7 @@ class _Tracer:
                 return None
             raise TraceError(_missing_rule(node, call.where))
         result = rule(call)
+        self.notes.extend(call.notes)
         for contraction in call.contractions:
             self.contractions.append(
                 Contraction(sources=contraction.sources, axis=contraction.axis, order=len(self.contractions))
@@ -225,21 +262,22 @@ def _untainted(node: Node, *, data: bool) -> Any:
     meta = node.meta.get("val")
 
     def fixed(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        reason = f"its size is fixed by {node.target}"
-        return Value(axes=tuple(ax.fresh(size, reason) for size in tensor.shape), data=data)
+        return (
+            _fixed(tensor, f"its size is fixed by {node.target}", data=data) if isinstance(tensor, Tensor) else tensor
+        )
 
     return tuple(map(fixed, meta)) if isinstance(meta, list | tuple) else fixed(meta)
+
+
+def _fixed(tensor: Tensor, reason: str, *, data: bool) -> Value:
+    return Value(axes=tuple(ax.fresh(size, reason) for size in tensor.shape), data=data)
 
 
 def _attribute(module: GraphModule, target: Any) -> Any:
     found: Any = module
     for part in str(target).split("."):
         found = getattr(found, part)
-    if not isinstance(found, Tensor):
-        return found
-    return Value(axes=tuple(ax.fresh(size, "it is an axis of a constant") for size in found.shape))
+    return _fixed(found, "it is an axis of a constant", data=False) if isinstance(found, Tensor) else found
 
 
 def _bind(target: Any, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -272,8 +310,10 @@ class _Reader:
     tensors: dict[str, tuple[Axis, ...]]
     buffers: frozenset[str]
     contractions: list[Contraction]
+    notes: list[Note]
 
-    def groups(self) -> tuple[CoupledGroup, ...]:
+    def read(self) -> tuple[tuple[CoupledGroup, ...], tuple[Extent, ...]]:
+        """The groups in order of execution, and the sizes modules may keep of them."""
         places: dict[Atom, list[tuple[str, int]]] = defaultdict(list)
         for name, axes in self.tensors.items():
             for dim, axis in enumerate(axes):
@@ -287,7 +327,17 @@ class _Reader:
             if any(name not in self.buffers for name, _ in where) and atom.size > 1:
                 drafts.append(self._draft(atom, where, consumed, attention, beside))
         drafts.sort(key=lambda draft: (draft["order"], _RANK.index(draft["kind"])))
-        return tuple(CoupledGroup(name=name, **d) for name, d in zip(_name(drafts), drafts, strict=True))
+        names = {draft.pop("atom"): name for draft, name in zip(drafts, _name(drafts), strict=True)}
+        groups = (CoupledGroup(name=name, **d) for name, d in zip(names.values(), drafts, strict=True))
+        return tuple(groups), tuple(self._extents(names))
+
+    def _extents(self, names: dict[Atom, str]) -> Iterator[Extent]:
+        for note in self.notes:
+            owned = {}
+            for atom in dict.fromkeys(ax.atoms(note.axis)):
+                if atom in names and (owners := ax.owners(note.axis, atom))[0] != DIAGONAL:
+                    owned[names[atom]] = _table(owners, atom.size)
+            yield Extent(module=note.module, quantity=note.quantity, size=ax.axis_size(note.axis), owned=owned)
 
     def _consumed(self) -> dict[tuple[str, Atom], int]:
         """(parameter, atom) → when it was last contracted with activations."""
@@ -308,15 +358,17 @@ class _Reader:
             if owners[0] == DIAGONAL or len(counts.unique()) != 1:
                 reason = reason or f"its units own uneven parts of {name}"
                 continue
-            index = owners.argsort(stable=True)[int((owners < 0).sum()) :].view(atom.size, -1)
+            index = _table(owners, atom.size)
             role: Literal["producer", "consumer"] = (
                 "consumer" if (name, atom) in consumed and self._is_consumed(name, dim, atom) else "producer"
             )
             members.append(Member(parameter=name, dim=dim, role=role, index=index))
-        module, layer = self._place([name for name, _ in where if name not in self.buffers])
+        module, layer, short = self._place([name for name, _ in where if name not in self.buffers])
         kind = self._kind(atom, where, attention, beside, layer)
         cost = sum(self._numel_of_unit(m, atom) for m in members if m.parameter not in self.buffers)
         return {
+            "atom": atom,
+            "short": short,
             "kind": kind,
             "layer": layer,
             "module": module,
@@ -353,8 +405,8 @@ class _Reader:
         convolved = any(len(self.tensors[name]) > 2 for name, _ in where)
         return "other" if len(where) == 1 else "channel" if convolved and layer is None else "mlp"
 
-    def _place(self, names: list[str]) -> tuple[str, int | None]:
-        """The innermost module that holds all of these parameters, and its layer where it lies in a `ModuleList`."""
+    def _place(self, names: list[str]) -> tuple[str, int | None, str]:
+        """The innermost module that holds all of these parameters, its layer in a `ModuleList`, its path from there."""
         paths = [name.split(".")[:-1] for name in names]
         common: list[str] = []
         for parts in zip(*paths, strict=False):
@@ -363,27 +415,31 @@ class _Reader:
             common.append(parts[0])
         for i, part in enumerate(common):
             if part.isdigit() and isinstance(self.model.get_submodule(".".join(common[:i])), nn.ModuleList):
-                return ".".join(common), int(part)
-        return ".".join(common), None
+                return ".".join(common), int(part), ".".join(common[i - 1 :])
+        return ".".join(common), None, ".".join(common)
+
+
+def _table(owners: Tensor, units: int) -> Tensor:
+    """LongTensor [units, width]: the positions each unit owns, from the owner of every position."""
+    return owners.argsort(stable=True)[int((owners < 0).sum()) :].view(units, -1)
 
 
 def _name(drafts: list[dict[str, Any]]) -> list[str]:
-    """Short unique names: the module from its `ModuleList` on, then the kind where it is not the main one there."""
-    short = []
+    """Unique names: the module, from its `ModuleList` on where that is enough, and its kind unless the main one."""
+    full: dict[str, set[str]] = defaultdict(set)
     for draft in drafts:
-        parts = draft["module"].split(".") if draft["module"] else []
-        if draft["layer"] is not None:
-            parts = parts[parts.index(str(draft["layer"])) - 1 :]
-        name = ".".join(parts)
-        main = draft["kind"] in ("attention", "mlp") and name
-        short.append(name if main else f"{name}.{draft['kind']}".lstrip("."))
-    counts, names = Counter(short), []
-    seen: Counter[str] = Counter()
-    for name, draft in zip(short, drafts, strict=True):
-        if counts[name] > 1 and draft["members"]:
+        full[draft["short"]].add(draft["module"])
+    names = []
+    for draft in drafts:
+        short = draft.pop("short")
+        path = short if len(full[short]) == 1 else draft["module"]
+        main = draft["kind"] in ("attention", "mlp") and path
+        names.append(path if main else f"{path}.{draft['kind']}".lstrip("."))
+    counts, seen = Counter(names), Counter[str]()
+    for i, name in enumerate(names):
+        if counts[name] > 1:
+            names[i] = f"{name}.{seen[name]}"
             seen[name] += 1
-            name = f"{name}.{seen[name] - 1}"
-        names.append(name)
     return names
 
 

@@ -51,6 +51,15 @@ class Contraction:
     order: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A size a module may keep in an attribute: the path of the module, what it is a size of, the axis it counts."""
+
+    module: str
+    quantity: str
+    axis: Axis
+
+
 @dataclass
 class Call:
     """One operator call: its arguments by schema name, `Value`s in place of tensors."""
@@ -58,6 +67,7 @@ class Call:
     node: Node
     arguments: dict[str, Any]
     contractions: list[Contraction] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def value(self, name: str) -> Value:
         """The tensor argument `name`."""
@@ -75,11 +85,19 @@ class Call:
         return tuple((meta[0] if isinstance(meta, list | tuple) else meta).shape)
 
     @property
+    def module(self) -> str:
+        """Path of the module that made the call."""
+        stack = list(self.node.meta.get("nn_module_stack", {}).values())
+        return stack[-1][0] if stack else ""
+
+    @property
     def where(self) -> str:
         """The operator and the module that called it, for messages."""
-        stack = list(self.node.meta.get("nn_module_stack", {}).values())
-        path = stack[-1][0] if stack else ""
-        return f"{self.node.target} in {path or 'the model'}"
+        return f"{self.node.target} in {self.module or 'the model'}"
+
+    def note(self, quantity: str, axis: Axis) -> None:
+        """Note that the calling module may keep the size of an axis in an attribute."""
+        self.notes.append(Note(module=self.module, quantity=quantity, axis=axis))
 
     def inputs(self) -> list[Value]:
         """Every tensor argument, those inside lists included."""
@@ -155,7 +173,9 @@ def _replace(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
     "aten.mul", "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.max.other", "aten.min.other", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
     "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.__and__", "aten.__or__", "aten.logical_and", "aten.logical_or",
     "aten.bitwise_and", "aten.div_", "aten.sub_", "aten.bitwise_or", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.rsub", "aten.mul_",
-    "aten.remainder", "aten.floor_divide", "aten.clamp", "aten.prelu", "aten.masked_fill_", "aten.fmod", "aten.atan2",
+    "aten.remainder", "aten.floor_divide", "aten.clamp", "aten.masked_fill_", "aten.fmod", "aten.atan2", "aten.copy_",
+    "aten.copy", "aten.addcdiv", "aten.logical_xor", "aten.clamp_min", "aten.clamp_max", "aten.pow_", "aten.true_divide",
+    "aten.bitwise_xor", "aten.hypot", "aten.logaddexp", "aten.lerp_", "aten.clamp_", "aten.fmax", "aten.fmin", "aten.xlogy",
 )  # fmt: skip
 def _elementwise(call: Call) -> Value:
     return call.elementwise(*call.inputs())
@@ -181,11 +201,40 @@ def _add(call: Call) -> Value:
     "aten.softplus", "aten.hardtanh", "aten.leaky_relu", "aten.elu", "aten.mish", "aten.hardswish", "aten.relu6",
     "aten.lift_fresh_copy", "aten.detach_", "aten.float", "aten.bitwise_not", "aten.logical_not", "aten.erf", "aten.sign",
     "aten.silu_", "aten.nan_to_num", "aten.feature_dropout", "aten.alpha_dropout", "aten.log1p", "aten.expm1",
-    "aten.hardsigmoid", "aten.log_sigmoid", "aten.zeros_like", "aten.empty_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
+    "aten.hardsigmoid", "aten.log_sigmoid", "aten.selu", "aten.celu", "aten.softshrink", "aten.hardshrink", "aten.threshold",
+    "aten.tanhshrink", "aten.logit", "aten.erfc", "aten.floor", "aten.ceil", "aten.round", "aten.trunc", "aten.frac",
+    "aten.sinh", "aten.cosh", "aten.tan", "aten.asin", "aten.acos", "aten.atan", "aten.log2", "aten.log10", "aten.exp2",
+    "aten.isnan", "aten.isinf", "aten.isfinite", "aten.softplus_", "aten.leaky_relu_", "aten.elu_", "aten.hardtanh_",
+    "aten.hardswish_", "aten.sigmoid_", "aten.tanh_", "aten.gelu_", "aten.exp_", "aten.neg_", "aten.zero_", "aten.fill_",
+    "aten.native_dropout", "aten.feature_dropout_", "aten.bernoulli", "aten.rrelu", "aten.positive", "aten.lift_fresh",
+    "aten.zeros_like", "aten.empty_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
 )  # fmt: skip
 def _unary(call: Call) -> Value:
     first = call.inputs()[0]
     return replace(call.make(first.axes, first, softmax=first.softmax), indexes=first.indexes)
+
+
+@operator_rule("aten.prelu")
+def _prelu(call: Call) -> Value:
+    value, slope = call.value("self"), call.value("weight")
+    if slope.shape[0] > 1:
+        ax.unify(value.axes[1], slope.axes[0])
+        call.note("num_parameters", slope.axes[0])
+    return call.make(value.axes)
+
+
+@operator_rule("aten.glu")
+def _glu(call: Call) -> Value:
+    value = call.value("self")
+    dim = _dim(value, call.get("dim", -1))
+    half, gate = ax.cut(value.axes[dim], value.shape[dim] // 2)
+    ax.unify(half, gate)
+    return call.make(_replace(value.axes, dim, half))
+
+
+@operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
+def _new(call: Call) -> Value:
+    return Value(axes=tuple(ax.fresh(size, f"its size is fixed by {call.where}") for size in call.shape))
 
 
 # --- layout ------------------------------------------------------------------------------------------------------------
@@ -300,6 +349,64 @@ def _every(axis: Axis, size: int, start: int, stop: int, step: int, call: Call) 
     return ax.fresh(len(range(start, stop, step)), "a stepped slice")
 
 
+@operator_rule("aten.narrow")
+def _narrow(call: Call) -> Value:
+    value, start = call.value("self"), call.arguments["start"]
+    dim = _dim(value, call.arguments["dim"])
+    start %= max(value.shape[dim], 1)
+    axis = _between(value.axes[dim], start, start + call.arguments["length"])
+    return call.make(_replace(value.axes, dim, axis), value, softmax=value.softmax)
+
+
+@operator_rule("aten.slice_scatter", "aten.select_scatter")
+def _scatter(call: Call) -> Value:
+    value, source = call.value("self"), call.value("src")
+    dim = _dim(value, call.get("dim", 0))
+    ax.pin(value.axes[dim], f"{call.where} writes into a part of it")
+    others = [axis for i, axis in enumerate(value.axes) if i != dim]
+    written = (
+        list(source.axes) if len(source.axes) < len(value.axes) else [a for i, a in enumerate(source.axes) if i != dim]
+    )
+    for axis, own in zip(others, written, strict=True):
+        if ax.axis_size(own) == ax.axis_size(axis):
+            ax.unify(axis, own)
+    return call.make(value.axes)
+
+
+@operator_rule("aten.pad", "aten.constant_pad_nd")
+def _pad(call: Call) -> Value:
+    """Constant padding puts fixed positions around an axis; any other mode fixes the axis."""
+    value, pad = call.value("self"), call.arguments["pad"]
+    axes = list(value.axes)
+    for i in range(len(pad) // 2):
+        dim, before, after = len(axes) - 1 - i, pad[2 * i], pad[2 * i + 1]
+        axis = _between(axes[dim], max(-before, 0), ax.axis_size(axes[dim]) - max(-after, 0))
+        reason = f"padded by {call.where}"
+        if call.get("mode", "constant") == "constant":
+            axes[dim] = ax.concatenate([ax.fresh(n, reason) for n in (before,) if n > 0] + [axis]
+                                       + [ax.fresh(n, reason) for n in (after,) if n > 0])  # fmt: skip
+        elif before or after:
+            ax.pin(axis, reason)
+            axes[dim] = ax.fresh(call.shape[dim], reason)
+    return call.make(axes, value)
+
+
+@operator_rule("aten.pixel_shuffle")
+def _pixel_shuffle(call: Call) -> Value:
+    value, factor = call.value("self"), call.arguments["upscale_factor"]
+    channels, inner = ax.regroup([value.axes[-3]], [value.shape[-3] // factor**2, factor**2])
+    ax.pin(inner, f"{call.where} turns it into space")
+    return call.make([*value.axes[:-3], channels, *(ax.fresh(size, "a spatial axis") for size in call.shape[-2:])])
+
+
+@operator_rule("aten.tril", "aten.triu")
+def _triangle(call: Call) -> Value:
+    value = call.value("self")
+    for axis in value.axes[-2:]:
+        ax.pin(axis, f"{call.where} depends on its positions")
+    return call.make(value.axes)
+
+
 @operator_rule("aten.select")
 def _select(call: Call) -> Value:
     value = call.value("self")
@@ -349,11 +456,11 @@ def _stack(call: Call) -> Value:
     return call.make([*merged.axes[:dim], place, *merged.axes[dim:]], *values)
 
 
-@operator_rule("aten.roll", "aten.flip", "aten.cumsum")
+@operator_rule("aten.roll", "aten.flip", "aten.cumsum", "aten.cumprod")
 def _shuffle(call: Call) -> Value:
     value = call.value("self")
     dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
-    if str(call.node.target).startswith("aten.cumsum"):
+    if str(call.node.target).startswith("aten.cum"):
         return call.make(value.axes, value)  # positions stay where they are; only their numbers depend on one another
     for dim in dims if isinstance(dims, list | tuple) else [dims]:
         ax.pin(value.axes[_dim(value, dim)], f"{call.where} moves its positions")
@@ -394,6 +501,32 @@ def _linear(call: Call) -> Value:
     return call.make([*x.axes[:-1], weight.axes[0]])
 
 
+@operator_rule("aten.mv", "aten.dot", "aten.vdot", "aten.inner")
+def _vector(call: Call) -> Value:
+    left = call.value("self")
+    right = call.inputs()[1]
+    call.contract(left, left.axes[-1], right, right.axes[-1])
+    return call.make([*left.axes[:-1], *right.axes[:-1]], left, right)
+
+
+@operator_rule("aten.outer")
+def _outer(call: Call) -> Value:
+    left, right = call.inputs()
+    return call.make([*left.axes, *right.axes])
+
+
+@operator_rule("aten.bilinear")
+def _bilinear(call: Call) -> Value:
+    left, right, weight, *bias = call.inputs()
+    call.contract(left, left.axes[-1], weight, weight.axes[1])
+    call.contract(right, right.axes[-1], weight, weight.axes[2])
+    for own in bias:
+        ax.unify(weight.axes[0], own.axes[0])
+    for i, quantity in enumerate(("out_features", "in1_features", "in2_features")):
+        call.note(quantity, weight.axes[i])
+    return call.make([*left.axes[:-1], weight.axes[0]])
+
+
 @operator_rule("aten.matmul", "aten.mm", "aten.bmm")
 def _matmul(call: Call) -> Value:
     left, right = call.value("self"), call.get("other") or call.value("mat2")
@@ -403,8 +536,9 @@ def _matmul(call: Call) -> Value:
 def _product(call: Call, left: Value, right: Value) -> Value:
     right_rows = right.axes[-2] if len(right.axes) > 1 else right.axes[0]
     call.contract(left, left.axes[-1], right, right_rows)
-    if left.data and right.data:
+    if left.data and right.data and not (left.softmax or right.softmax):
         ax.tag(right_rows, "head_dim")  # scores: what queries and keys are compared over
+        call.note("qk_head_dim", right_rows)
     batch = call.elementwise(
         Value(axes=left.axes[:-2], tainted=left.tainted, data=left.data),
         Value(axes=right.axes[:-2], tainted=right.tainted, data=right.data),
@@ -413,6 +547,7 @@ def _product(call: Call, left: Value, right: Value) -> Value:
         for axis in batch:
             ax.tag(axis, "attention")
         ax.tag(right.axes[-1], "head_dim")
+        call.note("v_head_dim", right.axes[-1])
     rows = [left.axes[-2]] if len(left.axes) > 1 else []
     columns = [right.axes[-1]] if len(right.axes) > 1 else []
     return call.make([*batch, *rows, *columns], left, right)
@@ -430,21 +565,33 @@ def _addmm(call: Call) -> Value:
 def _einsum(call: Call) -> Value:
     operands = call.inputs()
     left, _, output = call.arguments["equation"].replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = max(len(v.axes) - len(t.replace("...", "")) for t, v in zip(terms, operands, strict=True))
+    spare = "".join(c for c in "ZYXWVUTS" if c not in left)[:hidden]  # what an ellipsis stands for
+    terms = [t.replace("...", spare[hidden - len(v.axes) + len(t) - 3 :]) for t, v in zip(terms, operands, strict=True)]
+    output = output.replace("...", spare)
+    if "->" not in call.arguments["equation"]:
+        output = "".join(sorted(c for c in set("".join(terms)) if "".join(terms).count(c) == 1))
     seen: dict[str, tuple[Value, Axis]] = {}
-    for labels, value in zip(left.split(","), operands, strict=True):
+    for labels, value in zip(terms, operands, strict=True):
         for label, axis in zip(labels, value.axes, strict=True):
             if label in seen and ax.axis_size(axis) > 1:
                 other, other_axis = seen[label]
-                if label in output:
-                    ax.unify(other_axis, axis)
-                else:
-                    call.contract(other, other_axis, value, axis)
+                if label in output or ax.axis_size(other_axis) == 1:
+                    ax.unify(other_axis, axis) if ax.axis_size(other_axis) > 1 else seen.update({label: (value, axis)})
+                    continue
+                call.contract(other, other_axis, value, axis)
+                if other.data and value.data and not (other.softmax or value.softmax):
+                    ax.tag(axis, "head_dim")
+                    call.note("qk_head_dim", axis)
             else:
                 seen.setdefault(label, (value, axis))
+    joined = "".join(terms)
+    weighted = [labels[:-1] for labels, value in zip(terms, operands, strict=True) if value.softmax]
     for label, (_, axis) in seen.items():
-        if label not in output and left.count(label) == 1:
+        if joined.count(label) == 1 and label not in output:
             ax.mark_inexact(axis, f"{call.where} sums over it")
-        if label in output and sum(value.softmax for value in operands) and left.count(label) > 1:
+        if joined.count(label) > 1 and any(label in labels for labels in weighted):
             ax.tag(axis, "attention")
     return call.make([seen[label][1] for label in output])
 
@@ -454,8 +601,11 @@ def _attention(call: Call) -> Value:
     query, key, value = call.value("query"), call.value("key"), call.value("value")
     call.contract(query, query.axes[-1], key, key.axes[-1])
     ax.unify(key.axes[-2], value.axes[-2])
-    for axis in (key.axes[-1], value.axes[-1]):
+    for axis, quantity in ((key.axes[-1], "qk_head_dim"), (value.axes[-1], "v_head_dim")):
         ax.tag(axis, "head_dim")
+        call.note(quantity, axis)
+    if call.get("scale") is None:
+        ax.mark_inexact(key.axes[-1], f"{call.where} divides by the root of its size")
     batch = [_heads(q, k) for q, k in zip(query.axes[:-2], key.axes[:-2], strict=True)]
     for q, v in zip(batch, value.axes[:-2], strict=True):
         _heads(q, v)
@@ -486,26 +636,45 @@ def _embedding(call: Call) -> Value:
     return call.make([*indices.axes, weight.axes[1]])
 
 
-@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
+@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
+               "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
 def _convolution(call: Call) -> Value:
+    """Weight [out, in / groups, …], transposed [in, out / groups, …]; the groups are an axis of input and output."""
     x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
-    groups = call.get("groups", 1)
-    out, inner = weight.shape[:2]
-    x_group, x_inner = ax.regroup([x.axes[1]], [groups, inner])
-    w_group, w_out = ax.regroup([weight.axes[0]], [groups, out // groups])
-    ax.unify(x_group, w_group)
-    call.contract(x, x_inner, weight, weight.axes[1])
+    transposed = "transpose" in str(call.node.target) or call.get("transposed", False)
+    groups, spatial = call.get("groups", 1), len(weight.axes) - 2
+    outer, inner = ax.regroup([weight.axes[0]], [groups, weight.shape[0] // groups])
+    into, out = (inner, weight.axes[1]) if transposed else (weight.axes[1], inner)
+    x_group, x_inner = ax.regroup([x.axes[-1 - spatial]], [groups, ax.axis_size(into)])
+    ax.unify(x_group, outer)
+    call.contract(x, x_inner, weight, into)
+    produced = ax.resolve(outer + out)
+    if bias is not None:
+        ax.unify(bias.axes[0], produced)
     for extent in weight.axes[2:]:
         ax.pin(extent, f"it is the extent of a kernel of {call.where}")
-    if bias is not None:
-        ax.unify(bias.axes[0], weight.axes[0])
-    spatial = [ax.fresh(size, "a spatial axis") for size in call.shape[2:]]
-    return call.make([x.axes[0], ax.resolve(w_group + w_out), *spatial])
+    for quantity, axis in (("groups", outer), ("in_channels", outer + into), ("out_channels", produced)):
+        call.note(quantity, axis)
+    return call.make([*x.axes[: -1 - spatial], produced, *_space(call, spatial)])
+
+
+def _space(call: Call, rank: int) -> list[Axis]:
+    """The last `rank` axes of the output, which no channel decides."""
+    return [ax.fresh(size, "a spatial axis") for size in call.shape[len(call.shape) - rank :]]
+
+
+@operator_rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+def _recurrent(call: Call) -> tuple[Value, ...]:
+    """A recurrent cell: one kernel holds all its weights, so every size stays."""
+    reason = f"{call.where} is recurrent: its hidden state feeds itself"
+    for value in call.inputs():
+        for axis in value.axes:
+            ax.pin(axis, reason)
+    metas = call.node.meta["val"]
+    return tuple(call.make([ax.fresh(size, reason) for size in meta.shape]) for meta in metas)
 
 
 # --- routing (mixtures of experts) ---------------------------------------------------------------------------------------
-
-_EXPERTS = "its experts are chosen by index; cutting them is not supported yet"
 
 
 @operator_rule("aten.topk", "aten.sort")
@@ -516,7 +685,7 @@ def _ranked(call: Call) -> tuple[Value, Value]:
     chosen_from = value.axes[dim]
     if str(call.node.target).startswith("aten.topk"):
         ax.tag(chosen_from, "expert")
-        ax.pin(chosen_from, _EXPERTS)
+        ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
     axes = _replace(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
     return replace(call.make(axes, value), indexes=value.indexes), replace(call.make(axes, value), indexes=chosen_from)
 
@@ -565,6 +734,12 @@ def _reduce(call: Call) -> Value:
     return call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
 
 
+@operator_rule("aten.max.dim", "aten.min.dim", "aten.var_mean", "aten.std_mean", "aten.median.dim", "aten.aminmax")
+def _reduce_twice(call: Call) -> tuple[Value, Value]:
+    out = _reduce(call)
+    return out, out
+
+
 @operator_rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax")
 def _softmax(call: Call) -> Value:
     value = call.value("self")
@@ -582,23 +757,47 @@ def _norm(call: Call) -> Value:
                 ax.unify(axis, own)
     for axis in value.axes[-rank:]:
         ax.mark_inexact(axis, f"{call.where} normalises over it")
+    if rank == 1:
+        call.note("normalized_shape", value.axes[-1])
     return call.make(value.axes)
 
 
-@operator_rule("aten.batch_norm")
+@operator_rule("aten.batch_norm", "aten.instance_norm")
 def _batch_norm(call: Call) -> Value:
     value = call.value("input")
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (own := call.get(name)) is not None:
             ax.unify(value.axes[1], own.axes[0])
+    call.note("num_features", value.axes[1])
     return call.make(value.axes)
 
 
-@operator_rule(
-    "aten.max_pool1d", "aten.max_pool2d", "aten.avg_pool1d", "aten.avg_pool2d", "aten.adaptive_avg_pool1d",
-    "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d",
-)  # fmt: skip
-def _pool(call: Call) -> Value:
+@operator_rule("aten.group_norm")
+def _group_norm(call: Call) -> Value:
+    """A whole group leaves the others as they are; a channel inside each group changes the statistics."""
+    value, groups = call.value("input"), call.arguments["num_groups"]
+    for name in ("weight", "bias"):
+        if (own := call.get(name)) is not None:
+            ax.unify(value.axes[1], own.axes[0])
+    outer, inner = ax.regroup([value.axes[1]], [groups, value.shape[1] // groups])
+    ax.mark_inexact(inner, f"{call.where} normalises over it")
+    call.note("num_groups", outer)
+    call.note("num_channels", value.axes[1])
+    return call.make(value.axes)
+
+
+@operator_rule(*(
+    f"aten.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for rank in (1, 2, 3)
+), *(f"aten.max_pool{rank}d_with_indices" for rank in (1, 2, 3)))  # fmt: skip
+def _pool(call: Call) -> Any:
+    value, rank = call.inputs()[0], int(str(call.node.target).split("_pool")[1][0])
+    out = call.make([*value.axes[:-rank], *_space(call, rank)], value)
+    return (out, out) if isinstance(call.node.meta["val"], list | tuple) else out
+
+
+@operator_rule(*(f"aten.upsample_{kind}" for kind in (
+    "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")),
+    "aten._upsample_nearest_exact2d", "aten._upsample_bilinear2d_aa")  # fmt: skip
+def _upsample(call: Call) -> Value:
     value = call.inputs()[0]
-    spatial = [ax.fresh(size, "a spatial axis") for size in call.shape[2:]]
-    return call.make([*value.axes[:2], *spatial], value)
+    return call.make([*value.axes[:2], *_space(call, len(value.axes) - 2)], value)

@@ -1,0 +1,218 @@
+"""What modules and configs call the sizes that groups decide, and each layer's own view of its model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+# Attributes that repeat a dim of the module's own weight: name → dim.
+_WEIGHT_DIMS = {
+    "out_features": 0, "in_features": 1, "embedding_dim": 1, "num_embeddings": 0, "num_features": 0, "nf": 1, "nx": 0,
+}  # fmt: skip
+# What attributes call a size, in modules and configs; changed only where the old value agrees.
+_SYNONYMS = {
+    "num_attention_heads": ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_query_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
+    "num_key_value_groups": ("num_key_value_groups", "n_rep"),
+    "attention_width": ("split_size", "all_head_size"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_dim", "n_inner", "d_ff",
+                          "intermediate_dim", "hidden_dim"),
+    "hidden_size": ("hidden_size", "n_embd", "embed_dim", "d_model", "hidden_dim", "normalized_shape"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "head_dim": ("head_dim", "head_size", "attn_head_size", "key_value_proj_dim", "d_kv", "kv_channels"),
+    "rotary_dim": ("rotary_ndims", "rotary_dim"),
+}  # fmt: skip
+# Inside attention these mean what all heads hold together.
+_WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model")
+Sizes = dict[str, tuple[int, int]]  # what a size is called → (old, new)
+Setter = Callable[[Any, str, Any], None]
+
+
+def modules_of_layer(model: nn.Module, layer: int) -> list[nn.Module]:
+    """Every module inside the `layer`-th entry of a `ModuleList`."""
+    return [module for path, module in model.named_modules() if layer_of(model, path) == layer]
+
+
+def resize(modules: Iterable[nn.Module], sizes: Sizes, setter: Setter = setattr) -> None:
+    """Bring attributes that repeat a changed size in line, where their value is the old one."""
+    for module in modules:
+        for quantity, (old, new) in sizes.items():
+            _resize_one(module, quantity, old, new, setter)
+
+
+def _resize_one(target: Any, quantity: str, old: int, new: int, setter: Setter) -> None:
+    for name in _names(target, quantity):
+        value = target.__dict__.get(name)
+        if type(value) is int and value == old:
+            setter(target, name, new)
+        elif isinstance(value, list | tuple) and tuple(value) == (old,):
+            setter(target, name, (new,))
+
+
+def _names(target: Any, quantity: str) -> tuple[str, ...]:
+    """What `target` may call a size."""
+    names = _SYNONYMS.get(quantity, (quantity,))
+    if isinstance(target, nn.Module) and any(n in target.__dict__ for n in _SYNONYMS["num_attention_heads"]):
+        if quantity == "attention_width":
+            return (*names, *_WIDTHS)
+        if quantity in ("hidden_size", "intermediate_size"):
+            return tuple(name for name in names if name not in _WIDTHS)
+    return names
+
+
+def fit_to_weight(module: nn.Module, setter: Setter = setattr) -> None:
+    """Set the attributes of a module that repeat its weight's shape (`in_features`, `normalized_shape`, …).
+
+    The weight may be that of a module it wraps (an adapter's `base_layer`).
+    """
+    weight = module._parameters.get("weight")
+    if weight is None and "in_features" in module.__dict__:
+        weight = getattr(module, "weight", None)
+    if weight is None:
+        return
+    for name, dim in _WEIGHT_DIMS.items():
+        if name in module.__dict__ and dim < weight.ndim:
+            setter(module, name, weight.shape[dim])
+    if "normalized_shape" in module.__dict__:
+        setter(module, "normalized_shape", tuple(weight.shape))
+
+
+def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
+    """What a layer's own config values (`per_layer_config`) change against the model's: quantity → (old, new)."""
+    named = {q: name for q in _SYNONYMS if (name := config_name(config, q)) is not None}
+    sizes = {q: (_read(config, name), values[name]) for q, name in named.items() if name in values}
+    heads, kv = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    if "num_key_value_heads" in named and (heads or kv):
+        heads = heads or (_read(config, "num_attention_heads"),) * 2
+        kv = kv or (_read(config, named["num_key_value_heads"]),) * 2
+        sizes["num_key_value_groups"] = (heads[0] // kv[0], heads[1] // kv[1])
+    if heads and (head_dim := _head_dim(config)):
+        sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
+    return sizes
+
+
+def single_kv_head(config: Any, layer: int | None, units: int) -> bool:
+    """Whether all query heads of the layer read one key-value head, so that the units are query heads."""
+    own = per_layer_overrides(config).get(layer, {}) if layer is not None and hasattr(config, "to_dict") else {}
+    values = [own.get(name, _read(config, name)) for name in _SYNONYMS["num_key_value_heads"]]
+    return units > 1 and 1 in values
+
+
+def _read(config: Any, name: str) -> Any:
+    """A config attribute's global value, also where transformers calls it ambiguous."""
+    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return reader(name, None) if reader else getattr(config, name, None)
+
+
+def config_name(config: Any, quantity: str) -> str | None:
+    """What a config calls a size."""
+    names = [name for name in _SYNONYMS[quantity] if _has(config, name)]
+    return next((name for name in names if _read(config, name) is not None), names[0] if names else None)
+
+
+def config_values(config: Any, sizes: Sizes) -> dict[str, int]:
+    """What a layer's config must say after a cut: config name → new size."""
+    if "intermediate_size" in sizes and config_name(config, "intermediate_size") is None:
+        config.intermediate_size = sizes["intermediate_size"][0]  # a class that derives it: store it anyway
+    if "head_dim" in sizes and config_name(config, "head_dim") is None:
+        config.head_dim = sizes["head_dim"][0]
+    named = {config_name(config, quantity): new for quantity, (_, new) in sizes.items() if quantity in _SYNONYMS}
+    return {name: new for name, new in named.items() if name is not None and not _is_derived(config, name)}
+
+
+def _is_derived(config: Any, name: str) -> bool:
+    """Whether a config's class computes the value (a property without a setter)."""
+    found = getattr(type(config), name, None)
+    return isinstance(found, property) and found.fset is None
+
+
+def _has(config: Any, name: str) -> bool:
+    reader = getattr(config, "_hasattr_without_heterogeneous_validation", None)
+    return reader(name) if reader else hasattr(config, name)
+
+
+def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """A copy of the config's per-layer values (transformers' `per_layer_config`), as plain dictionaries."""
+    stored = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(values) for layer, values in stored.items()}
+
+
+def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> None:
+    """Set the config's per-layer values and let every module inside a layer see its layer's.
+
+    Where all layers agree the values become global ones (unless the config's class refuses them, as it does head counts
+    that don't divide the hidden size), and the config is an ordinary one again.
+    """
+    config: Any = model.config
+    if (head_dim := _head_dim(config)) and not isinstance(_read(config, "head_dim"), int):
+        config.head_dim = head_dim
+    overrides = {layer: dict(values) for layer, values in overrides.items()}
+    config.per_layer_config = None
+    names = {name for values in overrides.values() for name in values}
+    columns = {
+        n: {overrides.get(i, {}).get(n, getattr(config, n)) for i in range(config.num_hidden_layers)} for n in names
+    }
+    agreed = {name: min(column) for name, column in columns.items() if len(column) == 1}
+    if agreed.keys() == columns.keys() and _become_global(config, agreed):
+        overrides = {}
+    config.per_layer_config = {layer: values for layer, values in overrides.items() if values} or None
+    for path, module in model.named_modules():
+        if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
+            module.config = LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
+
+
+def _become_global(config: Any, values: Mapping[str, int]) -> bool:
+    if "head_dim" in values:  # the class takes the scores' scale and the rotary frequencies from it
+        return False
+    known = {*getattr(config, "attribute_map", {}), *dir(type(config))}
+    if not values.keys() <= known:
+        return False
+    before = {name: getattr(config, name) for name in values}
+    for name, value in values.items():
+        setattr(config, name, value)
+    try:
+        config.validate_architecture()
+    except ValueError:
+        for name, value in before.items():
+            setattr(config, name, value)
+        return False
+    return True
+
+
+def _head_dim(config: Any) -> int | None:
+    if isinstance(stored := _read(config, "head_dim"), int):
+        return stored
+    heads, hidden = _read(config, "num_attention_heads"), _read(config, "hidden_size")
+    return hidden // heads if heads and hidden and hidden % heads == 0 else None
+
+
+def layer_of(model: nn.Module, path: str) -> int | None:
+    """Index of the layer (the first `ModuleList` entry) the module path lies in, or None."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return int(part)
+    return None
+
+
+class LayerConfig:
+    """One layer's view of a model's config: its own sizes, everything else live from the model's."""
+
+    def __init__(self, base: Any, overrides: dict[str, Any]) -> None:
+        self.__dict__.update(_base=base, _overrides=dict(overrides))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_base" not in self.__dict__:
+            raise AttributeError(name)
+        name = getattr(self._base, "attribute_map", {}).get(name, name)
+        return self._overrides[name] if name in self._overrides else _live(self._base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._overrides[name] = value
+
+
+def _live(config: Any, name: str) -> Any:
+    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return reader(name) if reader else getattr(config, name)
