@@ -17,8 +17,8 @@ _SYNONYMS = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
     "num_key_value_groups": ("num_key_value_groups", "n_rep"),
     "attention_width": ("split_size", "all_head_size"),
-    "intermediate_size": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "inner_dim", "n_inner", "d_ff",
-                          "intermediate_dim", "hidden_dim"),
+    "intermediate_size": ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim",
+                          "ffn_hidden_size", "inner_dim", "n_inner", "d_ff", "intermediate_dim", "hidden_dim"),
     "hidden_size": ("hidden_size", "n_embd", "embed_dim", "d_model", "hidden_dim", "normalized_shape"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "head_dim": ("head_dim", "head_size", "attn_head_size", "key_value_proj_dim", "d_kv", "kv_channels"),
@@ -54,12 +54,18 @@ def _resize_one(target: Any, quantity: str, old: int, new: int, setter: Setter) 
 def _names(target: Any, quantity: str) -> tuple[str, ...]:
     """What `target` may call a size."""
     names = _SYNONYMS.get(quantity, (quantity,))
-    if isinstance(target, nn.Module) and any(n in target.__dict__ for n in _SYNONYMS["num_attention_heads"]):
+    if isinstance(target, nn.Module) and _is_attention(target):
         if quantity == "attention_width":
             return (*names, *_WIDTHS)
         if quantity in ("hidden_size", "intermediate_size"):
             return tuple(name for name in names if name not in _WIDTHS)
     return names
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module counts heads and holds no layers that do."""
+    counts = any(name in module.__dict__ for name in _SYNONYMS["num_attention_heads"])
+    return counts and not any(isinstance(child, nn.ModuleList) for child in module.children())
 
 
 def fit_to_weight(module: nn.Module, setter: Setter = setattr) -> None:
@@ -79,18 +85,26 @@ def fit_to_weight(module: nn.Module, setter: Setter = setattr) -> None:
         setter(module, "normalized_shape", tuple(weight.shape))
 
 
-def layer_sizes(config: Any, values: Mapping[str, int]) -> Sizes:
+def layer_sizes(config: Any, values: Mapping[str, int]) -> list[Sizes]:
     """What a layer's own config values (`per_layer_config`) change against the model's: quantity → (old, new)."""
-    named = {q: name for q in _SYNONYMS if (name := config_name(config, q)) is not None}
-    sizes = {q: (_read(config, name), values[name]) for q, name in named.items() if name in values}
-    heads, kv = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
-    if "num_key_value_heads" in named and (heads or kv):
+    changes = [
+        {quantity: (_read(config, name), values[name])}
+        for quantity, names in _SYNONYMS.items()
+        for name in names
+        if name in values and _has(config, name)
+    ]
+    sizes = {quantity: change for entry in reversed(changes) for quantity, change in entry.items()}
+    heads, kv, width = (sizes.get(q) for q in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    kv_name = config_name(config, "num_key_value_heads")
+    if kv_name and (heads or kv):
         heads = heads or (_read(config, "num_attention_heads"),) * 2
-        kv = kv or (_read(config, named["num_key_value_heads"]),) * 2
-        sizes["num_key_value_groups"] = (heads[0] // kv[0], heads[1] // kv[1])
-    if heads and (head_dim := _head_dim(config)):
-        sizes["attention_width"] = (heads[0] * head_dim, heads[1] * head_dim)
-    return sizes
+        kv = kv or (_read(config, kv_name),) * 2
+        changes.append({"num_key_value_groups": (heads[0] // kv[0], heads[1] // kv[1])})
+    if (heads or width) and (head_dim := _head_dim(config)):
+        heads = heads or (_read(config, "num_attention_heads"),) * 2
+        width = width or (head_dim, head_dim)
+        changes.append({"attention_width": (heads[0] * width[0], heads[1] * width[1])})
+    return changes
 
 
 def single_kv_head(config: Any, layer: int | None, units: int) -> bool:
@@ -112,14 +126,21 @@ def config_name(config: Any, quantity: str) -> str | None:
     return next((name for name in names if _read(config, name) is not None), names[0] if names else None)
 
 
-def config_values(config: Any, sizes: Sizes) -> dict[str, int]:
-    """What a layer's config must say after a cut: config name → new size."""
+def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
+    """What a layer's config must say after a cut: config name → new size; `layer` holds what it says of its own now."""
     if "intermediate_size" in sizes and config_name(config, "intermediate_size") is None:
         config.intermediate_size = sizes["intermediate_size"][0]  # a class that derives it: store it anyway
     if "head_dim" in sizes and config_name(config, "head_dim") is None:
         config.head_dim = sizes["head_dim"][0]
-    named = {config_name(config, quantity): new for quantity, (_, new) in sizes.items() if quantity in _SYNONYMS}
-    return {name: new for name, new in named.items() if name is not None and not _is_derived(config, name)}
+    values = {}
+    for quantity, (old, new) in sizes.items():
+        names = [name for name in _SYNONYMS.get(quantity, ()) if _has(config, name)]
+        agreeing = [name for name in names if layer.get(name, _read(config, name)) == old]
+        fallback = config_name(config, quantity) if quantity in _SYNONYMS else None
+        name = agreeing[0] if agreeing else fallback
+        if name is not None and not _is_derived(config, name):
+            values[name] = new
+    return values
 
 
 def _is_derived(config: Any, name: str) -> bool:

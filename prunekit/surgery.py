@@ -209,27 +209,31 @@ class _Surgery:
 
     def _configure(self, removed: Mapping[str, list[int]]) -> None:
         config = getattr(self.model, "config", None)
-        layers: dict[int, Sizes] = defaultdict(dict)
+        if getattr(config, "is_encoder_decoder", False):
+            config = None  # it counts one stack of layers only
+        layers: dict[int, list[Sizes]] = defaultdict(list)
         for name in removed:
             group = self.graph[name]
             sizes = group_sizes(self.graph, group, removed, config)
             resize(self._around(group), sizes, self._set)
             if group.layer is not None:
-                layers[group.layer] |= sizes
+                layers[group.layer].append(sizes)
             elif config is not None:
                 resize([config], sizes, self._set)
         for path, sizes in self._extents(removed).items():
             module = self.model.get_submodule(path)
             resize([module, *(self.model.get_submodule(outer) for outer in _outer_paths(path))], sizes, self._set)
-            if (layer := layer_of(self.model, path)) is not None:
-                layers[layer] |= {q: size for q, size in sizes.items() if q == "head_dim"}
+            if "head_dim" in sizes and (layer := layer_of(self.model, path)) is not None:
+                layers[layer].append({"head_dim": sizes["head_dim"]})
         if self.by_value:
             self._resize_by_value(removed)
         if config is not None and layers and hasattr(config, "per_layer_config"):
             self._remember_configs(config)
             overrides = per_layer_overrides(config)
-            for layer, sizes in layers.items():
-                overrides.setdefault(layer, {}).update(config_values(config, sizes))
+            for layer, changes in layers.items():
+                own = overrides.setdefault(layer, {})
+                for values in [config_values(config, own, sizes) for sizes in changes]:
+                    own.update(values)
             set_per_layer(self.model, overrides)
 
     def _around(self, group: CoupledGroup) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from conftest import randomise, token_ids, zero_units
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
-from prunekit.errors import SurgeryError
+from prunekit.errors import CheckpointError, SurgeryError
 
 IDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 NEW = IDS | {
@@ -256,3 +256,45 @@ def test_pruned_model_survives_the_disk(family, tmp_path):
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     settings = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(again.generate(ids[:1], **settings), model.generate(ids[:1], use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma2", "cohere", "helium", "gpt2", "opt", "xglm"])
+def test_narrower_heads_survive_the_disk(family, tmp_path):
+    """The frequencies of the rotary pairs that stay are saved; the scores keep the scale of the dense model."""
+    model = build(family, configured(family))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    removed = heads_narrowed(graph) | {g.name: [1] for g in graph.groups if g.kind == "attention" and g.layer == 1}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
+    ids = token_ids(3, 9, seed=2)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    prunekit.save_pretrained(again, tmp_path / "copy")
+
+
+def test_a_width_the_config_can_not_hold_is_not_saved(tmp_path):
+    model = build("falcon", configured("falcon"))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(heads_narrowed(graph)))
+    with pytest.raises(CheckpointError, match="can't be saved"):  # the class computes head_dim
+        prunekit.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("family", "problem"), [("llama", None), ("gemma2", "embed_scale"), ("opt", "embedding_dim")])
+def test_fewer_residual_channels_survive_the_disk_or_are_refused(family, problem, tmp_path):
+    model = build(family, configured(family))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    (channel,) = (group for group in graph.groups if group.kind == "channel")
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
+    if problem:
+        with pytest.raises(CheckpointError, match=problem):
+            prunekit.save_pretrained(model, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        return
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model")
+    ids = token_ids(3, 9, seed=2)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import example, tiny_llama, token_ids
+from conftest import example, randomise, tiny_llama, token_ids, zero_units
 from torch import nn
 
 import prunekit
@@ -146,3 +146,119 @@ def test_half_precision_and_meta():
     apply_plan(skeleton, graph, PruningPlan({"layers.0.mlp": [1]}))
     assert skeleton.model.layers[0].mlp.up_proj.weight.shape == (39, 48)
     assert skeleton.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+PLAN = {"layers.0.mlp": [0, 7], "layers.1.self_attn": [1], "layers.2.self_attn.query_head": [0]}
+
+
+def test_a_model_wrapped_by_peft():
+    """The adapters are cut with the layers they adapt, and merge into them afterwards."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = randomise(get_peft_model(tiny_llama(), settings))
+    graph = trace(model, example())
+    ranks = [group for group in graph.groups if group.module.endswith("gate_proj") and group.layer == 0]
+    assert [(group.kind, group.num_units) for group in ranks] == [("other", 4)], "a rank is no FFN channel"
+    masked = zero_units(copy.deepcopy(model), graph, PLAN)
+    apply_plan(model, graph, PruningPlan(PLAN))
+    ids = token_ids(3, 9, seed=5)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        torch.testing.assert_close(logits, masked(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        gate = model.base_model.model.model.layers[0].mlp.gate_proj
+        assert (gate.out_features, gate.base_layer.out_features, gate.lora_B.default.out_features) == (38, 38, 38)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+    assert merged.config.per_layer_config[0] is not None
+
+
+def test_bfloat16():
+    model = tiny_llama().to(torch.bfloat16)
+    graph = trace(model, example())
+    masked = zero_units(copy.deepcopy(model), graph, PLAN)
+    apply_plan(model, graph, PruningPlan(PLAN))
+    ids = token_ids(3, 9, seed=5)
+    with torch.no_grad():
+        logits, expected = (m(input_ids=ids).logits.float() for m in (model, masked))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+def test_on_meta_then_filled_equals_cut_in_memory():
+    model, skeleton = tiny_llama(), tiny_llama()
+    graph = trace(model, example())
+    skeleton.to("meta")
+    assert trace(skeleton, example()).fingerprint == graph.fingerprint
+    apply_plan(skeleton, graph, PruningPlan(PLAN))
+    apply_plan(model, graph, PruningPlan(PLAN))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    skeleton.model.rotary_emb = model.model.rotary_emb
+    ids = token_ids(3, 9, seed=5)
+    assert torch.equal(skeleton(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_weights_left_on_disk_are_refused(tmp_path):
+    from accelerate import disk_offload
+
+    model = tiny_llama()
+    graph = trace(model, example())
+    model.lm_head = disk_offload(model.lm_head, str(tmp_path))
+    with pytest.raises(SurgeryError, match="meta device"):
+        apply_plan(model, graph, PruningPlan(PLAN))
+    assert model.model.layers[0].mlp.down_proj.in_features == 40
+
+
+def test_weights_kept_on_the_host_are_cut_too():
+    """Hooks that bring a layer's inputs to its device stay in place."""
+    from accelerate import dispatch_model
+
+    model = tiny_llama()
+    graph = trace(model, example())
+    masked = zero_units(copy.deepcopy(model), graph, PLAN)
+    model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    apply_plan(model, graph, PruningPlan(PLAN))
+    ids = token_ids(3, 9, seed=5)
+    torch.testing.assert_close(model(input_ids=ids).logits, masked(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is missing")
+def test_layers_on_several_devices():
+    from accelerate import dispatch_model
+
+    model = tiny_llama()
+    graph = trace(model, example())
+    masked = zero_units(copy.deepcopy(model), graph, PLAN)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": "cpu",
+              "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
+    model = dispatch_model(model, places, main_device=0)
+    apply_plan(model, graph, PruningPlan(PLAN))
+    ids = token_ids(3, 9, seed=5)
+    torch.testing.assert_close(model(input_ids=ids).logits.cpu(), masked(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+class Scaled(nn.Module):
+    """Divides by an attribute that surgery brings in line, as if it were the width of a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.up, self.down, self.intermediate_size = nn.Linear(8, 12), nn.Linear(12, 8), 12
+        self.places = [torch.arange(8.0)]  # tensors that are no buffers
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        return (self.down(self.up(x).relu()) / self.intermediate_size).sum(-1)
+
+
+def test_exact_groups_are_checked_beside_inexact_ones():
+    model = randomise(Scaled())
+    graph = trace(model, (torch.randn(2, 5),))
+    mlp, channel = graph["mlp"], graph["other"]
+    assert mlp.exact
+    assert not channel.exact
+    for removed in ({mlp.name: [0]}, {channel.name: [0], mlp.name: [0]}):
+        with pytest.raises(SurgeryError, match=r"^mlp: the cut model's outputs differ"):
+            apply_plan(model, graph, PruningPlan(removed))
+    assert model.intermediate_size == 12
+    apply_plan(model, graph, PruningPlan({channel.name: [0]}))

@@ -153,11 +153,44 @@ def _skeleton(folder: Path, dense: Any, overrides: dict[int, dict[str, Any]], at
             model: Any = AutoModelForCausalLM.from_config(dense, attn_implementation=attention)
         model.tie_weights()
         for layer, values in overrides.items():
-            resize(modules_of_layer(model, layer), layer_sizes(dense, values))
+            for sizes in layer_sizes(dense, values):
+                resize(modules_of_layer(model, layer), sizes)
         set_per_layer(model, overrides)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'}: damaged: {_first_line(error)}") from error
     return model
+
+
+def check_loadable(model: nn.Module, folder: Path) -> None:
+    """Raise CheckpointError where a model built from the folder's config would compute with other numbers than this.
+
+    Compares what modules keep beside their weights: sizes, scales, tables. Only for classes of transformers.
+    """
+    if not type(model).__module__.startswith("transformers."):
+        return
+    config = _read_config(folder)
+    overrides = _overrides(folder, config) if config.get("per_layer_config") else {}
+    skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
+    saved = model.state_dict()
+    if overrides:
+        _adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
+    for path, module in model.named_modules():
+        other = skeleton.get_submodule(path)
+        tables = {n: b for n, b in module._buffers.items() if f"{path}.{n}".lstrip(".") not in saved and b is not None}
+        for name, value in [*vars(module).items(), *tables.items()]:
+            built = other._buffers.get(name, vars(other).get(name, value))
+            if not name.startswith("_") and not _equal(value, built):
+                raise CheckpointError(
+                    f"{f'{path}.{name}'.lstrip('.')}: its class would make it with another number than it has here: "
+                    "a model cut like this can't be saved"
+                )
+
+
+def _equal(value: Any, built: Any) -> bool:
+    """Whether numbers or tables agree; anything else does."""
+    if isinstance(value, Tensor) and isinstance(built, Tensor) and not value.is_meta:
+        return value.shape == built.shape and torch.allclose(value.cpu().to(built.dtype), built.cpu(), equal_nan=True)
+    return type(value) not in (int, float) or value == built
 
 
 def _adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -178,9 +211,13 @@ def _adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         for module, attribute, _ in places:
             module._parameters[attribute] = parameter
             fit_to_weight(module)
-    for name, buffer in model.named_buffers():
+    for name, buffer in list(model.named_buffers()):
         if name in tensors:
-            buffer.copy_(tensors[name])
+            path, _, attribute = name.rpartition(".")
+            holder = model.get_submodule(path)
+            if tensors[name].shape != buffer.shape:  # cut, so it can't be computed from the config any more
+                holder._non_persistent_buffers_set.discard(attribute)
+            setattr(holder, attribute, tensors[name])
             used.add(name)
     if left := sorted(set(tensors) - used):
         raise CheckpointError(f"{folder}: damaged weights: no place for {', '.join(left[:3])}")

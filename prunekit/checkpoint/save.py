@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prunekit.checkpoint.load import check_loadable
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 
@@ -20,10 +21,21 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
     The folder appears whole or not at all.
 
     Raises:
-        CheckpointError: `directory` exists and is not empty, or can't be written.
+        CheckpointError: `directory` exists and is not empty, or can't be written; or the model is none that a folder
+            can describe (adapters not merged, an encoder and a decoder, a scale its class would compute anew).
     """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        hint = ": merge its adapters first" if hasattr(model, "merge_and_unload") else ""
+        raise CheckpointError(f"expected a model of transformers, got {type(model).__name__}{hint}")
+    if model.config.is_encoder_decoder:
+        raise CheckpointError(
+            "a model of an encoder and a decoder can't be saved: config.json holds one list of layers"
+        )
     with new_folder(Path(directory)) as folder, _unvalidated(model.config):
         model.save_pretrained(folder, save_original_format=not model.config.is_heterogeneous)
+        check_loadable(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder)

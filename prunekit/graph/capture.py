@@ -1,6 +1,7 @@
 """Capture a module's forward pass as an ATen graph without running or copying a weight."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,20 @@ from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
 
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The module's structure with parameters and buffers on the meta device; ties are kept, no weight is copied."""
+    """The module's structure with all its tensors on the meta device; ties are kept, no weight is copied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
+    for module in model.modules():
+        for tensor in torch.utils._pytree.tree_leaves([v for k, v in vars(module).items() if k not in _REGISTERED]):
+            if isinstance(tensor, Tensor):
+                memo.setdefault(id(tensor), tensor.detach().to("meta"))
     return copy.deepcopy(model, memo)
 
 
@@ -59,7 +66,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     skeleton = meta_copy(model).eval()
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     try:
-        with _ListsAsSlices():
+        with _ListsAsSlices(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -402,8 +402,11 @@ class _Reader:
             return "head_dim"
         if "residual" in atom.tags and layer is None:
             return "channel"
-        convolved = any(len(self.tensors[name]) > 2 for name, _ in where)
-        return "other" if len(where) == 1 else "channel" if convolved and layer is None else "mlp"
+        if len(where) == 1:
+            return "other"
+        if any(len(self.tensors[name]) > 2 for name, _ in where) and layer is None:
+            return "channel"  # of a convolution
+        return "mlp" if "nonlinear" in atom.tags else "other"
 
     def _place(self, names: list[str]) -> tuple[str, int | None, str]:
         """The innermost module that holds all of these parameters, its layer in a `ModuleList`, its path from there."""

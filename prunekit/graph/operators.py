@@ -169,10 +169,19 @@ def _replace(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
 # --- elementwise -------------------------------------------------------------------------------------------------------
 
 
+@operator_rule("aten.mul", "aten.mul_")
+def _mul(call: Call) -> Value:
+    values = call.inputs()
+    out = call.elementwise(*values)
+    if sum(value.data and value.tainted for value in values) == 2 and out.axes:
+        ax.tag(out.axes[-1], "nonlinear")  # a gate
+    return out
+
+
 @operator_rule(
-    "aten.mul", "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.max.other", "aten.min.other", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
+    "aten.sub", "aten.div", "aten.pow", "aten.maximum", "aten.max.other", "aten.min.other", "aten.minimum", "aten.where", "aten.eq", "aten.ne",
     "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.__and__", "aten.__or__", "aten.logical_and", "aten.logical_or",
-    "aten.bitwise_and", "aten.div_", "aten.sub_", "aten.bitwise_or", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.rsub", "aten.mul_",
+    "aten.bitwise_and", "aten.div_", "aten.sub_", "aten.bitwise_or", "aten.masked_fill", "aten.lerp", "aten.addcmul", "aten.rsub",
     "aten.remainder", "aten.floor_divide", "aten.clamp", "aten.masked_fill_", "aten.fmod", "aten.atan2", "aten.copy_",
     "aten.copy", "aten.addcdiv", "aten.logical_xor", "aten.clamp_min", "aten.clamp_max", "aten.pow_", "aten.true_divide",
     "aten.bitwise_xor", "aten.hypot", "aten.logaddexp", "aten.lerp_", "aten.clamp_", "aten.fmax", "aten.fmin", "aten.xlogy",
@@ -196,22 +205,27 @@ def _add(call: Call) -> Value:
 
 @operator_rule(
     "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach", "aten.alias", "aten.neg",
-    "aten.dropout", "aten.silu", "aten.gelu", "aten.relu", "aten.relu_", "aten.sigmoid", "aten.tanh", "aten.exp",
-    "aten.log", "aten.sqrt", "aten.rsqrt", "aten.reciprocal", "aten.cos", "aten.sin", "aten.abs", "aten.square",
-    "aten.softplus", "aten.hardtanh", "aten.leaky_relu", "aten.elu", "aten.mish", "aten.hardswish", "aten.relu6",
-    "aten.lift_fresh_copy", "aten.detach_", "aten.float", "aten.bitwise_not", "aten.logical_not", "aten.erf", "aten.sign",
-    "aten.silu_", "aten.nan_to_num", "aten.feature_dropout", "aten.alpha_dropout", "aten.log1p", "aten.expm1",
-    "aten.hardsigmoid", "aten.log_sigmoid", "aten.selu", "aten.celu", "aten.softshrink", "aten.hardshrink", "aten.threshold",
-    "aten.tanhshrink", "aten.logit", "aten.erfc", "aten.floor", "aten.ceil", "aten.round", "aten.trunc", "aten.frac",
-    "aten.sinh", "aten.cosh", "aten.tan", "aten.asin", "aten.acos", "aten.atan", "aten.log2", "aten.log10", "aten.exp2",
-    "aten.isnan", "aten.isinf", "aten.isfinite", "aten.softplus_", "aten.leaky_relu_", "aten.elu_", "aten.hardtanh_",
-    "aten.hardswish_", "aten.sigmoid_", "aten.tanh_", "aten.gelu_", "aten.exp_", "aten.neg_", "aten.zero_", "aten.fill_",
-    "aten.native_dropout", "aten.feature_dropout_", "aten.bernoulli", "aten.rrelu", "aten.positive", "aten.lift_fresh",
-    "aten.zeros_like", "aten.empty_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
+    "aten.dropout", "aten.log", "aten.sqrt", "aten.rsqrt", "aten.reciprocal", "aten.lift_fresh_copy", "aten.detach_",
+    "aten.float", "aten.bitwise_not", "aten.logical_not", "aten.sign", "aten.nan_to_num", "aten.feature_dropout",
+    "aten.alpha_dropout", "aten.log1p", "aten.expm1", "aten.logit", "aten.floor", "aten.ceil", "aten.round", "aten.trunc",
+    "aten.frac", "aten.log2", "aten.log10", "aten.isnan", "aten.isinf", "aten.isfinite", "aten.neg_", "aten.zero_",
+    "aten.fill_", "aten.feature_dropout_", "aten.bernoulli", "aten.positive", "aten.lift_fresh", "aten.zeros_like",
+    "aten.empty_like", "aten.ones_like", "aten.full_like", "aten.dropout_",
 )  # fmt: skip
 def _unary(call: Call) -> Value:
     first = call.inputs()[0]
     return replace(call.make(first.axes, first, softmax=first.softmax), indexes=first.indexes)
+
+
+@operator_rule(*(f"aten.{name}{suffix}" for suffix in ("", "_") for name in (
+    "silu", "gelu", "relu", "sigmoid", "tanh", "exp", "exp2", "cos", "sin", "tan", "abs", "square", "softplus", "hardtanh",
+    "leaky_relu", "elu", "mish", "hardswish", "relu6", "erf", "erfc", "hardsigmoid", "log_sigmoid", "selu", "celu",
+    "softshrink", "hardshrink", "threshold", "tanhshrink", "sinh", "cosh", "asin", "acos", "atan", "rrelu",
+)))  # fmt: skip
+def _activation(call: Call) -> Value:
+    out = _unary(call)
+    ax.tag(out.axes[-1] if out.axes else (), "nonlinear")
+    return out
 
 
 @operator_rule("aten.prelu")
@@ -229,6 +243,7 @@ def _glu(call: Call) -> Value:
     dim = _dim(value, call.get("dim", -1))
     half, gate = ax.cut(value.axes[dim], value.shape[dim] // 2)
     ax.unify(half, gate)
+    ax.tag(half, "nonlinear")
     return call.make(_replace(value.axes, dim, half))
 
 
