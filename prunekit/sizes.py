@@ -19,7 +19,7 @@ _SYNONYMS = {
     "attention_width": ("split_size", "all_head_size"),
     "intermediate_size": ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim",
                           "ffn_hidden_size", "inner_dim", "n_inner", "d_ff", "intermediate_dim", "hidden_dim"),
-    "hidden_size": ("hidden_size", "n_embd", "embed_dim", "d_model", "hidden_dim", "normalized_shape"),
+    "hidden_size": ("hidden_size", "n_embd", "embed_dim", "d_model", "hidden_dim"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "head_dim": ("head_dim", "head_size", "attn_head_size", "key_value_proj_dim", "d_kv", "kv_channels"),
     "rotary_dim": ("rotary_ndims", "rotary_dim"),

@@ -237,15 +237,15 @@ class _Surgery:
             set_per_layer(self.model, overrides)
 
     def _around(self, group: CoupledGroup) -> list[nn.Module]:
-        """The modules that may read a group's size: its members' holders, what lies in them and around them."""
-        if group.layer is None and group.kind == "channel":
-            return list(self.model.modules())
-        holders = {_outer(_outer(member.parameter)) for member in group.members}
-        paths = dict.fromkeys(outer for holder in holders for outer in (holder, *_outer_paths(holder)))
+        """The modules that may read a group's size: its members' modules, those around them and those beside them."""
+        owners = {_outer(member.parameter) for member in group.members}
+        paths = [path for owner in sorted(owners) for path in (owner, *_outer_paths(owner))]
         if group.layer is not None:
-            paths = {path: None for path in paths if layer_of(self.model, path) == group.layer}
-        inside = (module for holder in sorted(holders) for module in self.model.get_submodule(holder).modules())
-        return list(dict.fromkeys([*map(self.model.get_submodule, paths), *inside]))
+            paths = [path for path in paths if layer_of(self.model, path) == group.layer]
+        modules = map(self.model.get_submodule, dict.fromkeys(paths))
+        beside = {_outer(owner) for owner in owners} if group.kind != "channel" else ()
+        inside = (module for path in sorted(beside) for module in self.model.get_submodule(path).modules())
+        return list(dict.fromkeys([*modules, *inside]))
 
     def _extents(self, removed: Mapping[str, list[int]]) -> dict[str, Sizes]:
         """Module path → the sizes noted there that this cut changes; `head_dim` where one number serves q, k and v."""

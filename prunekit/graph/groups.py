@@ -439,9 +439,9 @@ def _name(drafts: list[dict[str, Any]]) -> list[str]:
         main = draft["kind"] in ("attention", "mlp") and path
         names.append(path if main else f"{path}.{draft['kind']}".lstrip("."))
     counts, seen = Counter(names), Counter[str]()
-    for i, name in enumerate(names):
+    for i, (name, draft) in enumerate(zip(names, drafts, strict=True)):
         if counts[name] > 1:
-            names[i] = f"{name}.{seen[name]}"
+            names[i] = f"{name.removesuffix('.' + draft['kind'])}.{draft['kind']}.{seen[name]}".lstrip(".")
             seen[name] += 1
     return names
 

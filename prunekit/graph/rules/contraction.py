@@ -1,0 +1,184 @@
+"""Operators that sum weights against activations: products, convolutions, attention, embeddings, recurrent cells."""
+
+from __future__ import annotations
+
+from prunekit.graph import axes as ax
+from prunekit.graph.axes import Axis
+from prunekit.graph.operators import Call, Value, operator_rule
+
+
+@operator_rule("aten.linear")
+def _linear(call: Call) -> Value:
+    x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
+    call.contract(x, x.axes[-1], weight, weight.axes[1])
+    if bias is not None:
+        ax.unify(weight.axes[0], bias.axes[0])
+    return call.make([*x.axes[:-1], weight.axes[0]])
+
+
+@operator_rule("aten.mv", "aten.dot", "aten.vdot", "aten.inner")
+def _vector(call: Call) -> Value:
+    left = call.value("self")
+    right = call.inputs()[1]
+    call.contract(left, left.axes[-1], right, right.axes[-1])
+    return call.make([*left.axes[:-1], *right.axes[:-1]], left, right)
+
+
+@operator_rule("aten.outer")
+def _outer(call: Call) -> Value:
+    left, right = call.inputs()
+    return call.make([*left.axes, *right.axes])
+
+
+@operator_rule("aten.bilinear")
+def _bilinear(call: Call) -> Value:
+    left, right, weight, *bias = call.inputs()
+    call.contract(left, left.axes[-1], weight, weight.axes[1])
+    call.contract(right, right.axes[-1], weight, weight.axes[2])
+    for own in bias:
+        ax.unify(weight.axes[0], own.axes[0])
+    for i, quantity in enumerate(("out_features", "in1_features", "in2_features")):
+        call.note(quantity, weight.axes[i])
+    return call.make([*left.axes[:-1], weight.axes[0]])
+
+
+@operator_rule("aten.matmul", "aten.mm", "aten.bmm")
+def _matmul(call: Call) -> Value:
+    left, right = call.value("self"), call.get("other") or call.value("mat2")
+    return _product(call, left, right)
+
+
+def _product(call: Call, left: Value, right: Value) -> Value:
+    right_rows = right.axes[-2] if len(right.axes) > 1 else right.axes[0]
+    call.contract(left, left.axes[-1], right, right_rows)
+    if left.data and right.data and not (left.softmax or right.softmax):
+        ax.tag(right_rows, "head_dim")  # scores: what queries and keys are compared over
+        call.note("qk_head_dim", right_rows)
+    batch = call.elementwise(
+        Value(axes=left.axes[:-2], tainted=left.tainted, data=left.data),
+        Value(axes=right.axes[:-2], tainted=right.tainted, data=right.data),
+    ).axes
+    if left.softmax or right.softmax:
+        for axis in batch:
+            ax.tag(axis, "attention")
+        ax.tag(right.axes[-1], "head_dim")
+        call.note("v_head_dim", right.axes[-1])
+    rows = [left.axes[-2]] if len(left.axes) > 1 else []
+    columns = [right.axes[-1]] if len(right.axes) > 1 else []
+    return call.make([*batch, *rows, *columns], left, right)
+
+
+@operator_rule("aten.addmm", "aten.baddbmm")
+def _addmm(call: Call) -> Value:
+    out = _product(call, call.get("mat1") or call.value("batch1"), call.get("mat2") or call.value("batch2"))
+    bias = call.value("self")
+    merged = call.elementwise(out, bias)
+    return call.make(merged.axes)
+
+
+@operator_rule("aten.einsum")
+def _einsum(call: Call) -> Value:
+    operands = call.inputs()
+    left, _, output = call.arguments["equation"].replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = max(len(v.axes) - len(t.replace("...", "")) for t, v in zip(terms, operands, strict=True))
+    spare = "".join(c for c in "ZYXWVUTS" if c not in left)[:hidden]  # what an ellipsis stands for
+    terms = [t.replace("...", spare[hidden - len(v.axes) + len(t) - 3 :]) for t, v in zip(terms, operands, strict=True)]
+    output = output.replace("...", spare)
+    if "->" not in call.arguments["equation"]:
+        output = "".join(sorted(c for c in set("".join(terms)) if "".join(terms).count(c) == 1))
+    seen: dict[str, tuple[Value, Axis]] = {}
+    for labels, value in zip(terms, operands, strict=True):
+        for label, axis in zip(labels, value.axes, strict=True):
+            if label in seen and ax.axis_size(axis) > 1:
+                other, other_axis = seen[label]
+                if label in output or ax.axis_size(other_axis) == 1:
+                    ax.unify(other_axis, axis) if ax.axis_size(other_axis) > 1 else seen.update({label: (value, axis)})
+                    continue
+                call.contract(other, other_axis, value, axis)
+                if other.data and value.data and not (other.softmax or value.softmax):
+                    ax.tag(axis, "head_dim")
+                    call.note("qk_head_dim", axis)
+            else:
+                seen.setdefault(label, (value, axis))
+    joined = "".join(terms)
+    weighted = [labels[:-1] for labels, value in zip(terms, operands, strict=True) if value.softmax]
+    for label, (_, axis) in seen.items():
+        if joined.count(label) == 1 and label not in output:
+            ax.mark_inexact(axis, f"{call.where} sums over it")
+        if joined.count(label) > 1 and any(label in labels for labels in weighted):
+            ax.tag(axis, "attention")
+    return call.make([seen[label][1] for label in output])
+
+
+@operator_rule("aten.scaled_dot_product_attention")
+def _attention(call: Call) -> Value:
+    query, key, value = call.value("query"), call.value("key"), call.value("value")
+    call.contract(query, query.axes[-1], key, key.axes[-1])
+    ax.unify(key.axes[-2], value.axes[-2])
+    for axis, quantity in ((key.axes[-1], "qk_head_dim"), (value.axes[-1], "v_head_dim")):
+        ax.tag(axis, "head_dim")
+        call.note(quantity, axis)
+    if call.get("scale") is None:
+        ax.mark_inexact(key.axes[-1], f"{call.where} divides by the root of its size")
+    batch = [_heads(q, k) for q, k in zip(query.axes[:-2], key.axes[:-2], strict=True)]
+    for q, v in zip(batch, value.axes[:-2], strict=True):
+        _heads(q, v)
+    for axis in batch[1:] if len(batch) > 1 else batch:
+        ax.tag(axis, "attention")
+    scores = Value(axes=(*batch, query.axes[-2], key.axes[-2]))
+    if (mask := call.get("attn_mask")) is not None:
+        call.elementwise(scores, mask)
+    return call.make([*batch, query.axes[-2], value.axes[-1]])
+
+
+def _heads(query: Axis, key: Axis) -> Axis:
+    """Unify head axes; with `enable_gqa` a query head is (key head, repeat), like torch's repeat_interleave."""
+    heads, kv = ax.axis_size(query), ax.axis_size(key)
+    if heads != kv and kv:
+        repeats = ax.fresh(heads // kv)
+        ax.tag(repeats, "broadcast")
+        ax.unify(query, key + repeats)
+    else:
+        ax.unify(query, key)
+    return query
+
+
+@operator_rule("aten.embedding")
+def _embedding(call: Call) -> Value:
+    weight, indices = call.value("weight"), call.value("indices")
+    ax.pin(weight.axes[0], f"{call.where} looks its rows up (a vocabulary)")
+    return call.make([*indices.axes, weight.axes[1]])
+
+
+@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
+               "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
+def _convolution(call: Call) -> Value:
+    """Weight [out, in / groups, …], transposed [in, out / groups, …]; the groups are an axis of input and output."""
+    x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
+    transposed = "transpose" in str(call.node.target) or call.get("transposed", False)
+    groups, spatial = call.get("groups", 1), len(weight.axes) - 2
+    outer, inner = ax.regroup([weight.axes[0]], [groups, weight.shape[0] // groups])
+    into, out = (inner, weight.axes[1]) if transposed else (weight.axes[1], inner)
+    x_group, x_inner = ax.regroup([x.axes[-1 - spatial]], [groups, ax.axis_size(into)])
+    ax.unify(x_group, outer)
+    call.contract(x, x_inner, weight, into)
+    produced = ax.resolve(outer + out)
+    if bias is not None:
+        ax.unify(bias.axes[0], produced)
+    for extent in weight.axes[2:]:
+        ax.pin(extent, f"it is the extent of a kernel of {call.where}")
+    for quantity, axis in (("groups", outer), ("in_channels", outer + into), ("out_channels", produced)):
+        call.note(quantity, axis)
+    return call.make([*x.axes[: -1 - spatial], produced, *call.space(spatial)])
+
+
+@operator_rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+def _recurrent(call: Call) -> tuple[Value, ...]:
+    """A recurrent cell: one kernel holds all its weights, so every size stays."""
+    reason = f"{call.where} is recurrent: its hidden state feeds itself"
+    for value in call.inputs():
+        for axis in value.axes:
+            ax.pin(axis, reason)
+    metas = call.node.meta["val"]
+    return tuple(call.make([ax.fresh(size, reason) for size in meta.shape]) for meta in metas)

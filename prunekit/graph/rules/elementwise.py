@@ -1,0 +1,89 @@
+"""Elementwise operators: axes meet position by position, axes of size 1 aside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from prunekit.graph import axes as ax
+from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, replaced
+
+
+@operator_rule("aten.mul", "aten.mul_")
+def _mul(call: Call) -> Value:
+    values = call.inputs()
+    out = call.elementwise(*values)
+    if sum(value.data and value.tainted for value in values) == 2 and out.axes:
+        ax.tag(out.axes[-1], "nonlinear")  # a gate
+    return out
+
+
+_BINARY = """sub div pow masked_fill lerp clamp copy addcmul remainder floor_divide fmod atan2 addcdiv clamp_min
+clamp_max true_divide bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor eq ne lt le gt ge xlogy
+hypot"""
+
+
+@operator_rule(*aten(_BINARY, in_place=True))
+@operator_rule(*aten("maximum minimum max.other min.other fmax fmin where rsub logaddexp __and__ __or__"))
+def _elementwise(call: Call) -> Value:
+    return call.elementwise(*call.inputs())
+
+
+@operator_rule("aten.add", "aten.add_")
+def _add(call: Call) -> Value:
+    values = call.inputs()
+    out = call.elementwise(*values)
+    if (
+        len(values) == 2
+        and all(value.data and value.tainted for value in values)
+        and values[0].shape == values[1].shape
+    ):
+        ax.tag(out.axes[-1] if len(out.axes) != 4 else out.axes[1], "residual")
+    return out
+
+
+_PLAIN = """neg sqrt rsqrt reciprocal log log1p log2 log10 expm1 logit sign floor ceil round trunc frac nan_to_num
+positive dropout feature_dropout alpha_dropout detach zero fill bitwise_not logical_not"""
+_ACTIVATIONS = """silu gelu relu relu6 leaky_relu elu selu celu mish sigmoid hardsigmoid log_sigmoid tanh hardtanh
+softplus hardswish softshrink hardshrink tanhshrink threshold rrelu exp exp2 erf erfc abs square sin cos tan asin acos
+atan sinh cosh"""
+
+
+@operator_rule(*aten(_PLAIN, in_place=True))
+@operator_rule(
+    *aten("to _to_copy type_as float contiguous clone alias lift_fresh lift_fresh_copy isnan isinf isfinite")
+)
+@operator_rule(*aten("zeros_like ones_like empty_like full_like bernoulli"))
+def _unary(call: Call) -> Value:
+    first = call.inputs()[0]
+    return replace(call.make(first.axes, first, softmax=first.softmax), indexes=first.indexes)
+
+
+@operator_rule(*aten(_ACTIVATIONS, in_place=True))
+def _activation(call: Call) -> Value:
+    out = _unary(call)
+    ax.tag(out.axes[-1] if out.axes else (), "nonlinear")
+    return out
+
+
+@operator_rule("aten.prelu")
+def _prelu(call: Call) -> Value:
+    value, slope = call.value("self"), call.value("weight")
+    if slope.shape[0] > 1:
+        ax.unify(value.axes[1], slope.axes[0])
+        call.note("num_parameters", slope.axes[0])
+    return call.make(value.axes)
+
+
+@operator_rule("aten.glu")
+def _glu(call: Call) -> Value:
+    value = call.value("self")
+    dim = dim_of(value, call.get("dim", -1))
+    half, gate = ax.cut(value.axes[dim], value.shape[dim] // 2)
+    ax.unify(half, gate)
+    ax.tag(half, "nonlinear")
+    return call.make(replaced(value.axes, dim, half))
+
+
+@operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
+def _new(call: Call) -> Value:
+    return Value(axes=tuple(ax.fresh(size, f"its size is fixed by {call.where}") for size in call.shape))

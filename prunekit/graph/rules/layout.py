@@ -1,0 +1,260 @@
+"""Operators that move positions about: reshapes, slices, splits, concatenations, padding, indexing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from prunekit.graph import axes as ax
+from prunekit.graph.axes import Axis
+from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, replaced
+
+
+@operator_rule(*aten("view reshape _unsafe_view flatten unflatten view_as _reshape_alias"))
+def _reshape(call: Call) -> Value:
+    first = call.inputs()[0]
+    shaped = call.make(ax.regroup(list(first.axes), list(call.shape)), first, softmax=first.softmax)
+    return replace(shaped, indexes=first.indexes)
+
+
+@operator_rule("aten.transpose", "aten.swapaxes", "aten.transpose_")
+def _transpose(call: Call) -> Value:
+    value = call.value("self")
+    axes = list(value.axes)
+    i, j = dim_of(value, call.arguments.get("dim0", 0)), dim_of(value, call.arguments.get("dim1", 0))
+    axes[i], axes[j] = axes[j], axes[i]
+    return call.make(axes, value, softmax=value.softmax)
+
+
+@operator_rule("aten.t", "aten.numpy_T", "aten.mT")
+def _reverse(call: Call) -> Value:
+    value = call.value("self")
+    return call.make(value.axes[::-1], value, softmax=value.softmax)
+
+
+@operator_rule("aten.permute")
+def _permute(call: Call) -> Value:
+    value = call.value("self")
+    return call.make([value.axes[dim_of(value, d)] for d in call.arguments["dims"]], value, softmax=value.softmax)
+
+
+@operator_rule("aten.unsqueeze")
+def _unsqueeze(call: Call) -> Value:
+    value = call.value("self")
+    dim = call.arguments["dim"] % (len(value.axes) + 1)
+    return call.make([*value.axes[:dim], (), *value.axes[dim:]], value, softmax=value.softmax)
+
+
+@operator_rule("aten.squeeze")
+def _squeeze(call: Call) -> Value:
+    value = call.value("self")
+    dims = call.get("dim", list(range(len(value.axes))))
+    gone = {dim_of(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    axes = [axis for i, axis in enumerate(value.axes) if i not in gone or ax.axis_size(axis) > 1]
+    return call.make(axes, value, softmax=value.softmax)
+
+
+@operator_rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def _expand(call: Call) -> Value:
+    value, shape = call.value("self"), call.shape
+    axes: list[Axis] = [()] * (len(shape) - len(value.axes)) + list(value.axes)
+    for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        if ax.axis_size(axis) != size:
+            axes[i] = ax.fresh(size)
+            ax.tag(axes[i], "broadcast")
+    return call.make(axes, value, softmax=value.softmax)
+
+
+@operator_rule("aten.repeat")
+def _repeat(call: Call) -> Value:
+    value, repeats = call.value("self"), call.arguments["repeats"]
+    axes: list[Axis] = [()] * (len(repeats) - len(value.axes)) + list(value.axes)
+    for i, times in enumerate(repeats):
+        copies = ax.fresh(times)
+        ax.tag(copies, "broadcast")
+        axes[i] = copies + axes[i]
+    return call.make(axes, value)
+
+
+@operator_rule("aten.repeat_interleave.self_int")
+def _repeat_interleave(call: Call) -> Value:
+    value = call.value("self")
+    dim = dim_of(value, call.arguments["dim"])
+    copies = ax.fresh(call.arguments["repeats"])
+    ax.tag(copies, "broadcast")
+    return call.make(replaced(value.axes, dim, value.axes[dim] + copies), value)
+
+
+@operator_rule("aten.slice")
+def _slice(call: Call) -> Value:
+    value = call.value("self")
+    dim = dim_of(value, call.get("dim", 0))
+    axis, size = value.axes[dim], value.shape[dim]
+    start, stop, _ = slice(call.get("start"), call.get("end")).indices(size)
+    step = call.get("step", 1)
+    if step > 1:
+        axis = _every(axis, size, start, stop, step, call)
+    else:
+        axis = _between(axis, start, stop)
+    return call.make(replaced(value.axes, dim, axis), value, softmax=value.softmax)
+
+
+def _between(axis: Axis, start: int, stop: int) -> Axis:
+    if stop <= start:
+        return ax.fresh(0, "an empty slice")
+    if stop < ax.axis_size(axis):
+        axis, _ = ax.cut(axis, stop)
+    return ax.cut(axis, start)[1] if start else axis
+
+
+def _every(axis: Axis, size: int, start: int, stop: int, step: int, call: Call) -> Axis:
+    """Every step-th position (interleaved rotary): the axis splits into (size / step, step), the inner one is fixed."""
+    if size % step == 0 and start < step and stop > size - step + start:
+        outer, inner = ax.regroup([axis], [size // step, step])
+        ax.pin(inner, f"{call.where} takes every {step}-th position")
+        return outer
+    ax.pin(axis, f"{call.where} takes every {step}-th position")
+    return ax.fresh(len(range(start, stop, step)), "a stepped slice")
+
+
+@operator_rule("aten.narrow")
+def _narrow(call: Call) -> Value:
+    value, start = call.value("self"), call.arguments["start"]
+    dim = dim_of(value, call.arguments["dim"])
+    start %= max(value.shape[dim], 1)
+    axis = _between(value.axes[dim], start, start + call.arguments["length"])
+    return call.make(replaced(value.axes, dim, axis), value, softmax=value.softmax)
+
+
+@operator_rule("aten.slice_scatter", "aten.select_scatter")
+def _scatter(call: Call) -> Value:
+    value, source = call.value("self"), call.value("src")
+    dim = dim_of(value, call.get("dim", 0))
+    ax.pin(value.axes[dim], f"{call.where} writes into a part of it")
+    others = [axis for i, axis in enumerate(value.axes) if i != dim]
+    written = (
+        list(source.axes) if len(source.axes) < len(value.axes) else [a for i, a in enumerate(source.axes) if i != dim]
+    )
+    for axis, own in zip(others, written, strict=True):
+        if ax.axis_size(own) == ax.axis_size(axis):
+            ax.unify(axis, own)
+    return call.make(value.axes)
+
+
+@operator_rule("aten.pad", "aten.constant_pad_nd")
+def _pad(call: Call) -> Value:
+    """Constant padding puts fixed positions around an axis; any other mode fixes the axis."""
+    value, pad = call.value("self"), call.arguments["pad"]
+    axes = list(value.axes)
+    for i in range(len(pad) // 2):
+        dim, before, after = len(axes) - 1 - i, pad[2 * i], pad[2 * i + 1]
+        axis = _between(axes[dim], max(-before, 0), ax.axis_size(axes[dim]) - max(-after, 0))
+        reason = f"padded by {call.where}"
+        if call.get("mode", "constant") == "constant":
+            axes[dim] = ax.concatenate([ax.fresh(n, reason) for n in (before,) if n > 0] + [axis]
+                                       + [ax.fresh(n, reason) for n in (after,) if n > 0])  # fmt: skip
+        elif before or after:
+            ax.pin(axis, reason)
+            axes[dim] = ax.fresh(call.shape[dim], reason)
+    return call.make(axes, value)
+
+
+@operator_rule("aten.pixel_shuffle")
+def _pixel_shuffle(call: Call) -> Value:
+    value, factor = call.value("self"), call.arguments["upscale_factor"]
+    channels, inner = ax.regroup([value.axes[-3]], [value.shape[-3] // factor**2, factor**2])
+    ax.pin(inner, f"{call.where} turns it into space")
+    return call.make([*value.axes[:-3], channels, *(ax.fresh(size, "a spatial axis") for size in call.shape[-2:])])
+
+
+@operator_rule("aten.tril", "aten.triu")
+def _triangle(call: Call) -> Value:
+    value = call.value("self")
+    for axis in value.axes[-2:]:
+        ax.pin(axis, f"{call.where} depends on its positions")
+    return call.make(value.axes)
+
+
+@operator_rule("aten.select")
+def _select(call: Call) -> Value:
+    value = call.value("self")
+    dim = dim_of(value, call.arguments["dim"])
+    ax.pin(value.axes[dim], f"{call.where} takes one index of it")
+    return call.make(replaced(value.axes, dim), value)
+
+
+@operator_rule("aten.unbind")
+def _unbind(call: Call) -> tuple[Value, ...]:
+    value = call.value("self")
+    dim = dim_of(value, call.get("dim", 0))
+    ax.pin(value.axes[dim], f"{call.where} takes its indices apart")
+    return tuple(call.make(replaced(value.axes, dim), value) for _ in range(value.shape[dim]))
+
+
+@operator_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split")
+def _split(call: Call) -> tuple[Value, ...]:
+    value = call.value("self")
+    dim = dim_of(value, call.get("dim", 0))
+    rest, outputs = value.axes[dim], []
+    sizes = [meta.shape[dim] for meta in call.node.meta["val"]]
+    for size in sizes[:-1]:
+        head, rest = ax.cut(rest, size)
+        outputs.append(head)
+    outputs.append(rest)
+    by_number = str(call.node.target) in ("aten.chunk.default", "aten.split.Tensor", "aten.tensor_split.sections")
+    for part in outputs[1:] if by_number and len(set(sizes)) == 1 else ():
+        ax.unify(outputs[0], part)  # one number cuts it into equal parts, which must stay equal
+    return tuple(call.make(replaced(value.axes, dim, ax.resolve(axis)), value) for axis in outputs)
+
+
+@operator_rule("aten.cat")
+def _cat(call: Call) -> Value:
+    values = [value for value in call.inputs() if value.shape != (0,)]
+    dim = dim_of(values[0], call.get("dim", 0))
+    joined = ax.concatenate([value.axes[dim] for value in values])
+    for i in range(len(values[0].axes)):
+        for value in values[1:]:
+            if i != dim:
+                ax.unify(values[0].axes[i], value.axes[i])
+    return call.make(replaced(values[0].axes, dim, joined), *values)
+
+
+@operator_rule("aten.stack")
+def _stack(call: Call) -> Value:
+    values = call.inputs()
+    merged = call.elementwise(*values)
+    dim = call.get("dim", 0) % (len(merged.axes) + 1)
+    place = ax.fresh(len(values), f"stacked by {call.where}")
+    return call.make([*merged.axes[:dim], place, *merged.axes[dim:]], *values)
+
+
+@operator_rule("aten.roll", "aten.flip", "aten.cumsum", "aten.cumprod")
+def _shuffle(call: Call) -> Value:
+    value = call.value("self")
+    dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
+    if str(call.node.target).startswith("aten.cum"):
+        return call.make(value.axes, value)  # positions stay where they are; only their numbers depend on one another
+    for dim in dims if isinstance(dims, list | tuple) else [dims]:
+        ax.pin(value.axes[dim_of(value, dim)], f"{call.where} moves its positions")
+    return call.make(value.axes, value)
+
+
+@operator_rule("aten.index.Tensor")
+def _index(call: Call) -> Value:
+    value, indices = call.value("self"), list(call.arguments["indices"])
+    indices += [None] * (len(value.axes) - len(indices))
+    at = [i for i, index in enumerate(indices) if index is not None]
+    for i in at:
+        ax.pin(value.axes[i], f"{call.where} looks its indices up")
+    kept = [axis for i, axis in enumerate(value.axes) if i not in at]
+    place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    rank = max(len(indices[i].axes) for i in at)
+    looked_up = [ax.fresh(size, "looked up by index") for size in call.shape[place : place + rank]]
+    return call.make([*kept[:place], *looked_up, *kept[place:]])
+
+
+@operator_rule("aten.index_select", "aten.gather", "aten.take_along_dim")
+def _pick(call: Call) -> Value:
+    value = call.value("self")
+    dim = dim_of(value, call.get("dim", 0))
+    ax.pin(value.axes[dim], f"{call.where} looks its indices up")
+    return call.make(replaced(value.axes, dim, ax.fresh(call.shape[dim], "looked up by index")))

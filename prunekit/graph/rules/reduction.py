@@ -1,0 +1,90 @@
+"""Reductions, norms and pools: what mixes the positions of an axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunekit.graph import axes as ax
+from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
+
+
+@operator_rule(*aten("mean sum prod var std amax amin argmax any all norm linalg_vector_norm logsumexp"))
+def _reduce(call: Call) -> Value:
+    value = call.inputs()[0]
+    dims = call.get("dim", list(range(len(value.axes))))
+    dims = {dim_of(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    for dim in dims:
+        ax.mark_inexact(value.axes[dim], f"{call.where} reduces over it")
+    if call.get("keepdim", False):
+        return call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
+    return call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
+
+
+@operator_rule("aten.max.dim", "aten.min.dim", "aten.var_mean", "aten.std_mean", "aten.median.dim", "aten.aminmax")
+def _reduce_twice(call: Call) -> tuple[Value, Value]:
+    out = _reduce(call)
+    return out, out
+
+
+@operator_rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax")
+def _softmax(call: Call) -> Value:
+    value = call.value("self")
+    ax.mark_inexact(value.axes[dim_of(value, call.arguments["dim"])], f"{call.where} normalises over it")
+    return call.make(value.axes, value, softmax=True)
+
+
+@operator_rule("aten.layer_norm", "aten.rms_norm")
+def _norm(call: Call) -> Value:
+    value = call.value("input")
+    rank = len(call.arguments["normalized_shape"])
+    for name in ("weight", "bias"):
+        if (affine := call.get(name)) is not None:
+            for axis, own in zip(value.axes[-rank:], affine.axes, strict=True):
+                ax.unify(axis, own)
+    for axis in value.axes[-rank:]:
+        ax.mark_inexact(axis, f"{call.where} normalises over it")
+    if rank == 1:
+        call.note("normalized_shape", value.axes[-1])
+    return call.make(value.axes)
+
+
+@operator_rule("aten.batch_norm", "aten.instance_norm")
+def _batch_norm(call: Call) -> Value:
+    value = call.value("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (own := call.get(name)) is not None:
+            ax.unify(value.axes[1], own.axes[0])
+    call.note("num_features", value.axes[1])
+    return call.make(value.axes)
+
+
+@operator_rule("aten.group_norm")
+def _group_norm(call: Call) -> Value:
+    """A whole group leaves the others as they are; a channel inside each group changes the statistics."""
+    value, groups = call.value("input"), call.arguments["num_groups"]
+    for name in ("weight", "bias"):
+        if (own := call.get(name)) is not None:
+            ax.unify(value.axes[1], own.axes[0])
+    outer, inner = ax.regroup([value.axes[1]], [groups, value.shape[1] // groups])
+    ax.mark_inexact(inner, f"{call.where} normalises over it")
+    call.note("num_groups", outer)
+    call.note("num_channels", value.axes[1])
+    return call.make(value.axes)
+
+
+_POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for rank in (1, 2, 3)]
+_UPSAMPLES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa"""
+
+
+@operator_rule(*aten(" ".join(_POOLS)), *(f"aten.max_pool{rank}d_with_indices" for rank in (1, 2, 3)))
+def _pool(call: Call) -> Any:
+    value, rank = call.inputs()[0], int(str(call.node.target).split("_pool")[1][0])
+    out = call.make([*value.axes[:-rank], *call.space(rank)], value)
+    return (out, out) if isinstance(call.node.meta["val"], list | tuple) else out
+
+
+@operator_rule(*aten(_UPSAMPLES))
+def _upsample(call: Call) -> Value:
+    value = call.inputs()[0]
+    return call.make([*value.axes[:2], *call.space(len(value.axes) - 2)], value)

@@ -1,0 +1,49 @@
+"""Routing of mixtures of experts: who is chosen, how often, and the products of each expert's own rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from prunekit.graph import axes as ax
+from prunekit.graph.operators import Call, Value, dim_of, operator_rule, replaced
+
+
+@operator_rule("aten.topk", "aten.sort")
+def _ranked(call: Call) -> tuple[Value, Value]:
+    """Values and the positions they came from: of `topk`, positions of the axis chosen from (the experts)."""
+    value = call.value("self")
+    dim = dim_of(value, call.get("dim", -1))
+    chosen_from = value.axes[dim]
+    if str(call.node.target).startswith("aten.topk"):
+        ax.tag(chosen_from, "expert")
+        ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
+    axes = replaced(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
+    return replace(call.make(axes, value), indexes=value.indexes), replace(call.make(axes, value), indexes=chosen_from)
+
+
+@operator_rule("aten.histc", "aten.bincount")
+def _counts(call: Call) -> Value:
+    """How often each position occurs: an axis of what the numbers index."""
+    value = call.value("self")
+    (size,) = call.shape
+    known = value.indexes is not None and ax.axis_size(value.indexes) == size
+    return call.make([value.indexes if known and value.indexes else ax.fresh(size, "counted")], value)
+
+
+@operator_rule("aten.index_put_", "aten.index_put")
+def _index_put(call: Call) -> Value:
+    value = call.value("self")
+    for axis, index in zip(value.axes, call.arguments["indices"], strict=False):
+        if index is not None:
+            ax.pin(axis, f"{call.where} writes by index")
+    return call.make(value.axes)
+
+
+@operator_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+def _grouped_product(call: Call) -> Value:
+    """Rows [S, K] sorted by group times one matrix [E, K, N] a group: out [S, N]."""
+    rows, weight, *ends = call.inputs()
+    call.contract(rows, rows.axes[-1], weight, weight.axes[1])
+    for end in ends[:1]:
+        ax.unify(weight.axes[0], end.axes[0])
+    return call.make([rows.axes[0], weight.axes[2]])
