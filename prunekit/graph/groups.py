@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
 
 if TYPE_CHECKING:
     import networkx
+    from torch_pruning.dependency import Group
 
 Kind = Literal["attention", "query_head", "mlp", "expert", "channel", "head_dim", "other"]
 _RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "channel", "other")
@@ -64,6 +65,12 @@ class CoupledGroup:
     def consumers(self) -> tuple[Member, ...]:
         """The members whose dim is contracted with activations."""
         return tuple(member for member in self.members if member.role == "consumer")
+
+    def to_torch_pruning(self, model: nn.Module, units: Sequence[int] | None = None) -> Group:
+        """This group, or some of its units, as a torch-pruning group (`prunekit.graph.interop.to_torch_pruning`)."""
+        from prunekit.graph.interop import to_torch_pruning
+
+        return to_torch_pruning(self, model, units)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,17 +40,22 @@ def _members(graph: CouplingGraph, group: CoupledGroup, most: int = 8) -> list[s
 
 
 def write_couplings(graph: CouplingGraph, folder: Path) -> None:
-    """`graph.graphml`, and `layer.svg` of the first layer (of everything where there are no layers)."""
+    """`graph.graphml`, and `layer.svg`: what cuts into the first layer (into everything where there are no layers)."""
     import networkx
 
     folder.mkdir(parents=True, exist_ok=True)
     networkx.write_graphml(graph.to_networkx(), folder / "graph.graphml")
-    layers = [group.layer for group in graph.groups if group.prunable and group.layer is not None]
-    shown = [g for g in graph.groups if g.prunable and (not layers or g.layer == min(layers))]
-    _draw(graph, shown, folder / "layer.svg")
+    prunable = [group for group in graph.groups if group.prunable]
+    first = min((g for g in prunable if g.layer is not None), key=lambda group: group.layer or 0, default=None)
+    prefix = "" if first is None else first.module[: f"{first.module}.".index(f".{first.layer}.")] + f".{first.layer}."
+    here = [
+        replace(group, members=tuple(member for member in group.members if member.parameter.startswith(prefix)))
+        for group in prunable
+    ]
+    _draw(graph, [group for group in here if group.members], prefix, folder / "layer.svg")
 
 
-def _draw(graph: CouplingGraph, groups: list[CoupledGroup], path: Path) -> None:
+def _draw(graph: CouplingGraph, groups: list[CoupledGroup], prefix: str, path: Path) -> None:
     """Groups on the left, the parameters they cut on the right; solid lines make the units, dashed ones read them."""
     import matplotlib
 
@@ -69,9 +75,11 @@ def _draw(graph: CouplingGraph, groups: list[CoupledGroup], path: Path) -> None:
         text = f"{group.name}\n{group.kind}, {group.num_units} units"
         axes.text(0.35, y, text, ha="right", va="center", color=colour, fontweight="bold")
     for name, y in right.items():
-        axes.text(0.61, y, f"{name}  {'×'.join(map(str, graph.shapes[name]))}", ha="left", va="center", fontsize=9)
+        text = f"{name.removeprefix(prefix)}  {'×'.join(map(str, graph.shapes[name]))}"
+        axes.text(0.61, y, text, ha="left", va="center", fontsize=9)
     axes.set(xlim=(0, 1.15), ylim=(0, height))
-    axes.set_title("what is cut together: solid lines make the units, dashed lines read them", fontsize=10)
+    title = "what is cut together: solid lines make the units, dashed lines read them"
+    axes.set_title(f"{prefix.rstrip('.') or 'the model'}: {title}", fontsize=10)
     axes.axis("off")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
