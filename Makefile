@@ -33,8 +33,9 @@ format: $(DONE)  ## put the formatting right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DONE)  ## time the solver; benchmarks/RESULTS.md is generated from the JSON it leaves
+bench: $(DONE)  ## time the solver and the tracer; benchmarks/RESULTS.md is generated from the JSON they leave
 	$(BIN)/python benchmarks/solver.py
+	$(BIN)/python benchmarks/tracer.py
 
 docs: $(DONE)  ## write docs/options.md from the configuration
 	$(BIN)/python docs/make.py

@@ -1,16 +1,13 @@
 """How long greedy column selection takes, against inverting the same Hessian: ratios in one run, medians of five."""
 
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from page import environment, write
 
 from prunekit.compensation.solver import choose_columns, invert
 
-HERE = Path(__file__).parent
 SIZES, SHARES, REPEATS = (512, 1024, 2048), (0.2, 0.5), 5
 
 
@@ -42,25 +39,7 @@ def measure(n: int, share: float) -> dict[str, float]:
 
 def main() -> None:
     rows = [measure(n, share) for n in SIZES for share in SHARES]
-    machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    result = {"command": "python benchmarks/solver.py", "repeats": REPEATS, **machine, "rows": rows}
-    (HERE / "solver.json").write_text(json.dumps(result, indent=1) + "\n")
-    where = f"{machine['machine']}, torch {machine['torch']}, {machine['threads']} threads"
-    lines = [
-        "# Greedy column selection against the inverse it works on",
-        "",
-        f"`{result['command']}`, {where}, float64, medians of {REPEATS}. Generated from `solver.json`.",
-        "",
-        "| n | columns removed | invert, s | choose, s | choose / invert |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['n']} | {row['share']:.0%} | {row['invert_seconds']:.4f} | {row['choose_seconds']:.4f} "
-            f"| {row['ratio']:.2f} |"
-        )
-    (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write("solver", {**environment("solver"), "repeats": REPEATS, "rows": rows})
 
 
 if __name__ == "__main__":

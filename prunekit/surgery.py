@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import DataError, SurgeryError
 from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph.capture import tensor_places
 from prunekit.plan import PruningPlan
 from prunekit.sizes import (
     Sizes,
@@ -174,7 +175,7 @@ class _Surgery:
         for name, units in removed.items():
             for member in self.graph[name].members:
                 gone[member.parameter][member.dim].append(member.index[units].flatten())
-        owners = _owners(self.model)
+        owners = tensor_places(self.model)
         for name, dims in gone.items():
             self._slice(owners[name], {dim: torch.cat(positions) for dim, positions in dims.items()})
         for module in self.model.modules():  # wrappers that repeat the sizes of what they wrap
@@ -316,18 +317,6 @@ def _kept(size: int, removed: Tensor) -> Tensor:
     keep = torch.ones(size, dtype=torch.bool)
     keep[removed] = False
     return keep.nonzero().flatten()
-
-
-def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Canonical tensor name → every (module, attribute) that holds it."""
-    names: dict[int, str] = {}
-    places: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for prefix, module in model.named_modules():
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
-                places[name].append((module, attribute))
-    return places
 
 
 def group_sizes(graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str, list[int]], config: Any) -> Sizes:

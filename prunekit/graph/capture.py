@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,3 +75,15 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
         raise TraceError(
             f"{type(model).__name__}: torch.export can't capture its forward pass: {first_line}"
         ) from error
+
+
+def tensor_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Canonical name of every parameter and buffer → every (module, attribute) that holds it."""
+    names: dict[int, str] = {}
+    places: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
+                places[name].append((module, attribute))
+    return dict(places)

@@ -1,0 +1,93 @@
+"""RESULTS.md, from the JSON files that the other scripts here leave."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def environment(script: str) -> dict:
+    """What a page says of a run: the command, the machine and the revision, without any host's name."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "revision": described.stdout.strip() or "unknown"}
+    return {"command": f"python benchmarks/{script}.py", **machine, **versions}
+
+
+def write(name: str, result: dict) -> None:
+    """Leave `<name>.json` and bring the page up to date with all of them."""
+    (HERE / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    parts = [section(json.loads((HERE / f"{n}.json").read_text())) for n, section in SECTIONS.items() if _there(n)]
+    (HERE / "RESULTS.md").write_text("\n\n".join("\n".join(lines) for lines in parts) + "\n")
+    print("\n".join(SECTIONS[name](result)))
+
+
+def _there(name: str) -> bool:
+    return (HERE / f"{name}.json").exists()
+
+
+def head(title: str, name: str, result: dict, *more: str) -> list[str]:
+    run = [f"{result['machine']}, {result['cpus']} CPUs", f"torch {result['torch']}", f"{result['threads']} thread(s)"]
+    return [
+        f"# {title}",
+        "",
+        f"`{result['command']}`, {', '.join([*run, *more])}, medians of {result['repeats']}, "
+        f"revision `{result['revision']}`. Generated from `{name}.json`.",
+        "",
+    ]
+
+
+def table(columns: str, rows: list[list[str]]) -> list[str]:
+    """A Markdown table; a column's name that starts with `>` is set to the right."""
+    names = [name.strip() for name in columns.split("|")]
+    rule = ["---:" if name.startswith(">") else "---" for name in names]
+    cells = [[name.lstrip(">") for name in names], *rows]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
+
+
+def solver(result: dict) -> list[str]:
+    rows = [
+        [str(r["n"]), f"{r['share']:.0%}", *(f"{r[k]:.4f}" for k in ("invert_seconds", "choose_seconds"))]
+        + [f"{r['ratio']:.2f}"]
+        for r in result["rows"]
+    ]
+    return [
+        *head("Greedy column selection against the inverse it works on", "solver", result, "float64"),
+        *table(">n | >columns removed | >invert, s | >choose, s | >choose / invert", rows),
+    ]
+
+
+def tracer(result: dict) -> list[str]:
+    rows = []
+    for row in result["costs"]:
+        ours, theirs = row["prunekit"], row["torch_pruning"]
+        whole = theirs["build_seconds"] + theirs["groups_seconds"]
+        rows.append(
+            [row["model"], str(row["layers"]), f"{ours['seconds']:.2f}", f"{theirs['build_seconds']:.2f}"]
+            + [f"{whole:.2f}", f"{ours['seconds'] / whole:.2f}", f"{1000 * ours['seconds'] / row['layers']:.0f}"]
+            + [f"{ours['peak_mb']:.0f}", f"{theirs['peak_mb']:.0f}", str(row["repeats"])]
+        )
+    verdicts = [[c["model"], c["cut"], c["prunekit"], c["torch_pruning"]] for c in result["verdicts"]]
+    return [
+        *head("The tracer against torch-pruning's", "tracer", result, f"torch-pruning {result['torch_pruning']}"),
+        result["costs_note"],
+        "",
+        *table(
+            "model | >layers | >prunekit, s | >torch-pruning's graph, s | >its graph and groups, s | >ratio "
+            "| >prunekit, ms a layer | >prunekit, MB | >torch-pruning, MB | >repeats",
+            rows,
+        ),
+        "",
+        result["verdicts_note"],
+        "",
+        *table("model | what goes | prunekit | torch-pruning", verdicts),
+    ]
+
+
+SECTIONS = {"solver": solver, "tracer": tracer}
