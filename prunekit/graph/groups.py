@@ -175,6 +175,7 @@ class _Tracer:
     tensors: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    folds: list[Axis] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
     def run(self, program: torch.export.ExportedProgram) -> CouplingGraph:
@@ -196,7 +197,7 @@ class _Tracer:
                 ax.pin(axis, "the forward pass does not use it")
         self._pin_fixed_modules()
         buffers = frozenset(n for n in self.tensors if n not in dict(self.model.named_parameters()))
-        groups, extents = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes).read()
+        groups, extents = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes, self.folds).read()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         shapes |= {name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers}
         return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers, extents=extents)
@@ -252,6 +253,7 @@ class _Tracer:
             raise TraceError(_missing_rule(node, call.where))
         result = rule(call)
         self.notes.extend(call.notes)
+        self.folds.extend(call.folds)
         for contraction in call.contractions:
             self.contractions.append(
                 Contraction(sources=contraction.sources, axis=contraction.axis, order=len(self.contractions))
@@ -318,6 +320,7 @@ class _Reader:
     buffers: frozenset[str]
     contractions: list[Contraction]
     notes: list[Note]
+    folds: list[Axis]
 
     def read(self) -> tuple[tuple[CoupledGroup, ...], tuple[Extent, ...]]:
         """The groups in order of execution, and the sizes modules may keep of them."""
@@ -327,6 +330,9 @@ class _Reader:
                 for atom in dict.fromkeys(ax.atoms(axis)):
                     places[atom].append((name, dim))
         consumed = self._consumed()
+        for atom in (atom for axis in self.folds for atom in ax.atoms(axis)):
+            if any((name, atom) in consumed for name, _ in places[atom]):  # not the rank of a product of two weights
+                atom.inexact = atom.inexact or "weights are summed over it, for a scale"
         attention = {atom for atom in places if "attention" in atom.tags}
         beside = {a for n, d in {p for atom in attention for p in places[atom]} for a in ax.atoms(self.tensors[n][d])}
         drafts = []
@@ -448,7 +454,8 @@ def _name(drafts: list[dict[str, Any]]) -> list[str]:
     counts, seen = Counter(names), Counter[str]()
     for i, (name, draft) in enumerate(zip(names, drafts, strict=True)):
         if counts[name] > 1:
-            names[i] = f"{name.removesuffix('.' + draft['kind'])}.{draft['kind']}.{seen[name]}".lstrip(".")
+            kind = "" if name.endswith(draft["kind"]) else f".{draft['kind']}"
+            names[i] = f"{name}{kind}.{seen[name]}"
             seen[name] += 1
     return names
 

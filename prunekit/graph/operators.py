@@ -68,6 +68,7 @@ class Call:
     arguments: dict[str, Any]
     contractions: list[Contraction] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    folds: list[Axis] = field(default_factory=list)
 
     def value(self, name: str) -> Value:
         """The tensor argument `name`."""
@@ -135,8 +136,11 @@ class Call:
         return self.make(merged, *values, softmax=any(value.softmax for value in values))
 
     def contract(self, left: Value, left_axis: Axis, right: Value, right_axis: Axis) -> None:
-        """Sum over two axes against each other; in a weight this makes the axis a consumer."""
+        """Sum over two axes against each other; in a weight summed against activations this makes the axis a consumer."""
         ax.unify(left_axis, right_axis)
+        if not left.data and not right.data:
+            self.folds.append(left_axis)
+            return
         for value, axis in ((left, left_axis), (right, right_axis)):
             if value.sources:
                 self.contractions.append(Contraction(sources=value.sources, axis=axis, order=0))

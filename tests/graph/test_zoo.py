@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from conftest import randomise, zero_units
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import prunekit
 from prunekit.errors import SurgeryError
@@ -196,6 +197,13 @@ NETS = {  # name → a network, its input, (kind, units) of what is prunable
         ROWS, [("mlp", 12), ("other", 8), ("other", 8)],
     ),
     "buffers": (Buffers, ROWS, [("channel", 8)]),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)), ROWS, [("mlp", 8)],
+    ),
+    "spectral norm": (
+        lambda: nn.Sequential(spectral_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)), ROWS, [("mlp", 8)],
+    ),
+    "bags": (lambda: nn.Sequential(nn.EmbeddingBag(11, 8), nn.ReLU(), nn.Linear(8, 3)), None, [("mlp", 8)]),
     "recurrent": (
         lambda: Net(lambda n, x: n.out(n.cell(n.stem(x))[0]), stem=nn.Linear(5, 6), cell=nn.LSTM(6, 8, num_layers=2),
                     out=mlp(8, 10, 3)),
@@ -224,7 +232,8 @@ def test_pruned_equals_masked(name):
     assert sorted((group.kind, group.num_units) for group in prunable) == sorted(expected)
     plans = [{group.name: [0] if group.num_units < 4 else [0, group.num_units - 1]} for group in prunable]
     together = [plan for plan in plans if all(graph[name].exact for name in plan)]
-    for removed in [*plans, {group: units for plan in together for group, units in plan.items()}]:
+    every = {group: units for plan in together for group, units in plan.items()}
+    for removed in [*plans, every] if every else plans:
         masked = zero_units(copy.deepcopy(net), graph, removed)
         pruned = copy.deepcopy(net)
         prunekit.apply_plan(pruned, graph, prunekit.PruningPlan(removed))
@@ -273,6 +282,14 @@ def test_why_not():
     assert "output" in reasons("mlp")["4.bias"]
     assert "input" in reasons("mlp")["0.weight"]
     assert "padded" in reasons("resnet")["wide.weight"]
+
+
+def test_a_scale_made_of_all_of_a_weight_is_inexact():
+    _, graph, _, _ = build("spectral norm")
+    assert not graph["mlp"].exact
+    assert "for a scale" in graph["mlp"].reason
+    _, graph, _, _ = build("weight norm")
+    assert graph["mlp"].exact, "each row has a norm of its own"
 
 
 def test_attributes_follow():

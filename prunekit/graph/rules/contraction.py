@@ -151,6 +151,16 @@ def _embedding(call: Call) -> Value:
     return call.make([*indices.axes, weight.axes[1]])
 
 
+@operator_rule("aten.embedding_bag", "aten._embedding_bag")
+def _embedding_bag(call: Call) -> tuple[Value, ...]:
+    weight = call.value("weight")
+    ax.pin(weight.axes[0], f"{call.where} looks its rows up (a vocabulary)")
+    bags = call.make([ax.fresh(call.shape[0], "a bag of rows"), weight.axes[1]])
+    return bags, *(
+        call.make([ax.fresh(size, "a bag of rows") for size in meta.shape]) for meta in call.node.meta["val"][1:]
+    )
+
+
 @operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
                "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
 def _convolution(call: Call) -> Value:

@@ -37,7 +37,8 @@ def _add(call: Call) -> Value:
         and all(value.data and value.tainted for value in values)
         and values[0].shape == values[1].shape
     ):
-        ax.tag(out.axes[-1] if len(out.axes) != 4 else out.axes[1], "residual")
+        for axis in (out.axes[-1], out.axes[1]) if len(out.axes) == 4 else out.axes[-1:]:
+            ax.tag(axis, "residual")
     return out
 
 

@@ -48,6 +48,18 @@ def _norm(call: Call) -> Value:
     return call.make(value.axes)
 
 
+@operator_rule("aten._weight_norm")
+def _weight_norm(call: Call) -> Value:
+    """The weight g v / ‖v‖, a norm for each position of one dim over all the others."""
+    value, scale = call.value("v"), call.value("g")
+    kept = dim_of(value, call.get("dim", 0))
+    ax.unify(value.axes[kept], scale.axes[kept])
+    for dim, axis in enumerate(value.axes):
+        if dim != kept:
+            ax.mark_inexact(axis, f"{call.where} normalises over it")
+    return call.make(value.axes)
+
+
 @operator_rule("aten.batch_norm", "aten.instance_norm")
 def _batch_norm(call: Call) -> Value:
     value = call.value("input")
