@@ -25,7 +25,7 @@ _SYNONYMS = {
     "rotary_dim": ("rotary_ndims", "rotary_dim"),
 }  # fmt: skip
 # Inside attention these mean what all heads hold together.
-_WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model")
+_WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model", "n_embd")
 Sizes = dict[str, tuple[int, int]]  # what a size is called → (old, new)
 Setter = Callable[[Any, str, Any], None]
 
@@ -138,7 +138,7 @@ def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[s
         agreeing = [name for name in names if layer.get(name, _read(config, name)) == old]
         fallback = config_name(config, quantity) if quantity in _SYNONYMS else None
         name = agreeing[0] if agreeing else fallback
-        if name is not None and not _is_derived(config, name):
+        if name is not None and not _is_derived(config, name) and isinstance(_read(config, name), int | None):
             values[name] = new
     return values
 
@@ -206,7 +206,9 @@ def _head_dim(config: Any) -> int | None:
     if isinstance(stored := _read(config, "head_dim"), int):
         return stored
     heads, hidden = _read(config, "num_attention_heads"), _read(config, "hidden_size")
-    return hidden // heads if heads and hidden and hidden % heads == 0 else None
+    if not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
+        return None
+    return hidden // heads if hidden % heads == 0 else None
 
 
 def layer_of(model: nn.Module, path: str) -> int | None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import DataError, SurgeryError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.errors import DataError, SurgeryError, TraceError
+from prunekit.graph import CoupledGroup, CouplingGraph, trace
 from prunekit.graph.capture import tensor_places
 from prunekit.plan import PruningPlan
 from prunekit.sizes import (
@@ -35,8 +35,9 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
 
     Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run,
     and gives each layer its own view of the config. Then the cut model's outputs on the graph's example inputs must
-    equal the uncut model's with the units' consumer columns zeroed. Groups the tracer calls inexact must leave outputs
-    of the right shape; those cut beside them are checked without them first. On meta nothing can be checked.
+    equal the uncut model's with the units' consumer columns zeroed, and traced again it must have as many units as were
+    left. Groups the tracer calls inexact must leave outputs
+    of the right shape; those cut beside them are checked without them first. On meta only the units are counted.
 
     Raises:
         TraceError: the plan doesn't fit the graph.
@@ -50,7 +51,11 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     if len(on_meta) > 1:
         raise SurgeryError("some weights are on the meta device (offloaded?): expected all of them loaded, or none")
     if on_meta.pop():
-        _Surgery(model, graph).cut(plan.removed)
+        surgery = _Surgery(model, graph)
+        surgery.cut(plan.removed)
+        if problem := _misread(model, graph, plan.removed):
+            surgery.undo()
+            raise SurgeryError(f"{', '.join(plan.removed)}: {problem}; the model was put back")
         return
     exact = {name: units for name, units in plan.removed.items() if graph[name].exact}
     if exact and len(exact) < len(plan.removed):
@@ -60,14 +65,17 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
         surgery.undo()
     surgery, problem = _attempt(model, graph, plan.removed)
     if problem and len(exact) == len(plan.removed):
-        surgery, still = _attempt(model, graph, plan.removed, by_value=True)
+        surgery, still = _attempt(model, graph, plan.removed, by_value="*")
+        names = sorted({name for _, name, _, _ in surgery.guessed})
+        while still and names:  # all of them were too many: one by one
+            surgery, still = _attempt(model, graph, plan.removed, by_value=names.pop(0))
         problem = problem if still else None
     if problem:
         raise _refusal(model, graph, plan.removed, problem)
 
 
 def _attempt(
-    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], by_value: bool = False
+    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], by_value: str | None = None
 ) -> tuple[_Surgery, str | None]:
     """Cut; with None, or with what is wrong with the result after undoing it."""
     exact = all(graph[name].exact for name in removed)
@@ -78,8 +86,16 @@ def _attempt(
     problem: str | None = "interrupted"
     try:
         surgery.cut(removed)
-        problem = _difference(expected, run_example(model, graph), exact)
-    except (RuntimeError, ValueError, AttributeError, TypeError, IndexError, AssertionError) as error:
+        problem = _difference(expected, run_example(model, graph), exact) or _misread(model, graph, removed)
+        for target, name, old, new in surgery.guessed if not problem else ():
+            setattr(target, name, old)  # keep only what is needed
+            try:
+                needed = _difference(expected, run_example(model, graph), exact) or _misread(model, graph, removed)
+            except Exception:
+                needed = _BROKEN
+            if needed:
+                setattr(target, name, new)
+    except Exception as error:
         problem = f"{_BROKEN}: {str(error) or type(error).__name__}"
     finally:
         if problem:
@@ -91,13 +107,17 @@ def _attempt(
 def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
     """The model's output tensors on the graph's example inputs, in evaluation mode."""
     device = next(model.parameters()).device
-    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), graph.example_inputs)
-    training = model.training
+    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), graph.example_inputs)
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
+        for buffer, before in buffers:  # a forward pass may count its calls
+            buffer.copy_(before)
     leaves = torch.utils._pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -133,12 +153,34 @@ def _difference(expected: list[Tensor], got: list[Tensor], exact: bool) -> str |
     for before, after in zip(expected, got, strict=True):
         if before.shape != after.shape:
             return f"the cut model's output has shape {tuple(after.shape)}, expected {tuple(before.shape)}"
-        if not exact or not before.is_floating_point():
+        if not exact:
+            continue
+        if not before.is_floating_point():
+            if not torch.equal(before, after):
+                return "the cut model's outputs differ from the masked model's"
             continue
         scale = before.float().abs().max().clamp_min(1e-30)
         error = ((before.float() - after.float()).abs().max() / scale).item()
         if not error <= _TOLERANCE.get(before.dtype, 1e-3):
             return f"the cut model's outputs differ from the masked model's by {error:.2g} of their size"
+    return None
+
+
+def _misread(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> str | None:
+    """What the cut model, traced again, does not have as many of as it should; sees what small numbers hide."""
+    try:
+        again = trace(model, graph.example_inputs)
+    except TraceError as error:
+        return str(error) if any(p.is_meta for p in model.parameters()) else None
+    found: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
+    for group in again.groups:
+        found[frozenset((m.parameter, m.dim) for m in group.members)].add(group.num_units)
+    for name, units in removed.items():
+        group = graph[name]
+        left = group.num_units - len(units)
+        sizes = found[frozenset((m.parameter, m.dim) for m in group.members)]
+        if left > 1 and left not in sizes:
+            return f"the cut model reads {sorted(sizes)} units where {left} were left"
     return None
 
 
@@ -159,12 +201,13 @@ def _refusal(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[
 
 @dataclass
 class _Surgery:
-    """One cut and the way back; `by_value`: also change attributes that hold an old size under another name."""
+    """One cut and the way back; `by_value`: also change attributes of this name ("*": any) that hold an old size."""
 
     model: nn.Module
     graph: CouplingGraph
-    by_value: bool = False
+    by_value: str | None = None
     undone: list[Any] = field(default_factory=list)
+    guessed: list[tuple[Any, str, int, int]] = field(default_factory=list)
 
     def undo(self) -> None:
         while self.undone:
@@ -228,7 +271,8 @@ class _Surgery:
                 layers[layer].append({"head_dim": sizes["head_dim"]})
         if self.by_value:
             self._resize_by_value(removed)
-        if config is not None and layers and hasattr(config, "per_layer_config"):
+        counted = isinstance(getattr(config, "num_hidden_layers", None), int)
+        if config is not None and layers and counted and hasattr(config, "per_layer_config"):
             self._remember_configs(config)
             overrides = per_layer_overrides(config)
             for layer, changes in layers.items():
@@ -278,8 +322,11 @@ class _Surgery:
                     values[extent.size].add(extent.after(removed))
             for module in self._around(group):
                 for attribute, value in list(module.__dict__.items()):
-                    if type(value) is int and len(values.get(value, ())) == 1:
-                        self._set(module, attribute, *values[value])
+                    wanted = self.by_value in ("*", attribute) and type(value) is int
+                    if wanted and len(values.get(value, ())) == 1:
+                        (new,) = values[value]
+                        self._set(module, attribute, new)
+                        self.guessed.append((module, attribute, value, new))
 
     def _remember_configs(self, config: Any) -> None:
         state = dict(config.__dict__)

@@ -262,3 +262,80 @@ def test_exact_groups_are_checked_beside_inexact_ones():
             apply_plan(model, graph, PruningPlan(removed))
     assert model.intermediate_size == 12
     apply_plan(model, graph, PruningPlan({channel.name: [0]}))
+
+
+class Whispering(nn.Module):
+    """Attention under a name of its own for the number of heads, on a branch too quiet for outputs to show it."""
+
+    def __init__(self, loudness):
+        super().__init__()
+        self.h, self.recent, self.loudness = 4, 4, loudness
+        self.q, self.k, self.v, self.out = nn.Linear(24, 64), nn.Linear(24, 64), nn.Linear(24, 64), nn.Linear(64, 24)
+        self.head = nn.Linear(24, 11)
+
+    def forward(self, x):
+        x = x[:, -self.recent :]
+        q, k, v = (layer(x).unflatten(-1, (self.h, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.head(x + self.loudness * self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(("loudness", "dtype"), [(1.0, torch.float32), (1e-6, torch.float32), (1e-3, torch.bfloat16)])
+def test_heads_are_counted_where_their_numbers_are_too_small_to_see(loudness, dtype):
+    model = Whispering(loudness).to(dtype).eval()
+    graph = trace(model, (torch.randn(2, 3, 24, dtype=dtype),))
+    apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
+    assert model.h == 2
+    assert model.recent == 4, "an equal number that nothing asks to change"
+
+
+def test_units_are_counted_on_meta_too():
+    model = Whispering(1.0).to("meta")
+    graph = trace(model, (torch.randn(2, 3, 24),))
+    with pytest.raises(SurgeryError, match="attention: the cut model reads"):
+        apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
+    assert model.q.weight.shape == (64, 24)
+
+
+class Stateful(nn.Module):
+    """Counts its calls, changes its input, has a part that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        x.add_(1)
+        return self.second(self.norm(self.first(x)).relu()), self.calls * 1.0
+
+
+def test_checking_leaves_no_trace():
+    model = Stateful().train()
+    model.norm.eval()
+    x = torch.randn(4, 5)
+    before = x.clone()
+    graph = trace(model, (x,))
+    apply_plan(model, graph, PruningPlan({next(g.name for g in graph.groups if g.prunable): [0]}))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert model.calls == 0
+    assert torch.equal(x, before)
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(hidden * {8: 1.0}[hidden.shape[-1]])
+
+
+def test_any_error_of_the_cut_model_is_a_refusal():
+    model = Table()
+    graph = trace(model, (torch.randn(4, 5),))
+    with pytest.raises(SurgeryError, match="doesn't run: 7"):
+        apply_plan(model, graph, PruningPlan({next(g.name for g in graph.groups if g.prunable): [0]}))
+    assert model.first.weight.shape == (8, 5)

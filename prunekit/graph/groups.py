@@ -246,6 +246,8 @@ class _Tracer:
         if not any(value.tainted for value in inputs):
             return _untainted(node, data=any(value.data for value in inputs))
         rule = find_rule(node.target)
+        if not hasattr(node.target, "_schema"):
+            raise TraceError(_missing_rule(node, f"{node.target}, which is none of ATen's"))
         call = Call(node, {**_bind(node.target, args), **kwargs})
         if rule is None:
             if node.meta.get("val") is None:  # an assertion

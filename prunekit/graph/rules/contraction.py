@@ -178,6 +178,8 @@ def _convolution(call: Call) -> Value:
         ax.unify(bias.axes[0], produced)
     for extent in weight.axes[2:]:
         ax.pin(extent, f"it is the extent of a kernel of {call.where}")
+    for axis in x.axes[len(x.axes) - spatial :]:
+        ax.pin(axis, f"{call.where} goes along it")
     for quantity, axis in (("groups", outer), ("in_channels", outer + into), ("out_channels", produced)):
         call.note(quantity, axis)
     return call.make([*x.axes[: -1 - spatial], produced, *call.space(spatial)])

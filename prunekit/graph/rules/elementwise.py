@@ -23,7 +23,7 @@ hypot"""
 
 
 @operator_rule(*aten(_BINARY, in_place=True))
-@operator_rule(*aten("maximum minimum max.other min.other fmax fmin where rsub logaddexp __and__ __or__"))
+@operator_rule(*aten("maximum minimum max.other min.other fmax fmin where rsub logaddexp polar __and__ __or__"))
 def _elementwise(call: Call) -> Value:
     return call.elementwise(*call.inputs())
 

@@ -232,6 +232,8 @@ def _shuffle(call: Call) -> Value:
     value = call.value("self")
     dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
     if str(call.node.target).startswith("aten.cum"):
+        for dim in dims if isinstance(dims, list | tuple) else [dims]:
+            ax.mark_inexact(value.axes[dim_of(value, dim)], f"{call.where} adds them up one after another")
         return call.make(value.axes, value)  # positions stay where they are; only their numbers depend on one another
     for dim in dims if isinstance(dims, list | tuple) else [dims]:
         ax.pin(value.axes[dim_of(value, dim)], f"{call.where} moves its positions")
@@ -250,6 +252,23 @@ def _index(call: Call) -> Value:
     rank = max(len(indices[i].axes) for i in at)
     looked_up = [ax.fresh(size, "looked up by index") for size in call.shape[place : place + rank]]
     return call.make([*kept[:place], *looked_up, *kept[place:]])
+
+
+@operator_rule("aten.movedim")
+def _movedim(call: Call) -> Value:
+    value = call.value("self")
+    places = [call.arguments[name] for name in ("source", "destination")]
+    source, target = ([dim_of(value, d) for d in (p if isinstance(p, list | tuple) else [p])] for p in places)
+    rest = iter(axis for i, axis in enumerate(value.axes) if i not in source)
+    moved = {to: value.axes[at] for at, to in zip(source, target, strict=True)}
+    return call.make([moved[i] if i in moved else next(rest) for i in range(len(value.axes))], value)
+
+
+@operator_rule(*aten("scatter scatter_add index_add index_fill masked_scatter", in_place=True))
+def _write(call: Call) -> Value:
+    value = call.value("self")
+    ax.pin(value.axes[dim_of(value, call.get("dim", 0))], f"{call.where} writes by index")
+    return call.make(value.axes)
 
 
 @operator_rule("aten.index_select", "aten.gather", "aten.take_along_dim")

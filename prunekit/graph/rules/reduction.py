@@ -8,7 +8,9 @@ from prunekit.graph import axes as ax
 from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
 
 
-@operator_rule(*aten("mean sum prod var std amax amin argmax any all norm linalg_vector_norm logsumexp"))
+@operator_rule(
+    *aten("mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm logsumexp")
+)
 def _reduce(call: Call) -> Value:
     value = call.inputs()[0]
     dims = call.get("dim", list(range(len(value.axes))))
@@ -92,6 +94,8 @@ upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_near
 @operator_rule(*aten(" ".join(_POOLS)), *(f"aten.max_pool{rank}d_with_indices" for rank in (1, 2, 3)))
 def _pool(call: Call) -> Any:
     value, rank = call.inputs()[0], int(str(call.node.target).split("_pool")[1][0])
+    for axis in value.axes[-rank:]:
+        ax.pin(axis, f"{call.where} goes along it")
     out = call.make([*value.axes[:-rank], *call.space(rank)], value)
     return (out, out) if isinstance(call.node.meta["val"], list | tuple) else out
 
@@ -99,4 +103,6 @@ def _pool(call: Call) -> Any:
 @operator_rule(*aten(_UPSAMPLES))
 def _upsample(call: Call) -> Value:
     value = call.inputs()[0]
+    for axis in value.axes[2:]:
+        ax.pin(axis, f"{call.where} goes along it")
     return call.make([*value.axes[:2], *call.space(len(value.axes) - 2)], value)

@@ -14,9 +14,9 @@ def _ranked(call: Call) -> tuple[Value, Value]:
     value = call.value("self")
     dim = dim_of(value, call.get("dim", -1))
     chosen_from = value.axes[dim]
+    ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
     if str(call.node.target).startswith("aten.topk"):
         ax.tag(chosen_from, "expert")
-        ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
     axes = replaced(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
     return replace(call.make(axes, value), indexes=value.indexes), replace(call.make(axes, value), indexes=chosen_from)
 
