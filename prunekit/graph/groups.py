@@ -196,7 +196,7 @@ class _Tracer:
             for axis in self.tensors[name]:
                 ax.pin(axis, "the forward pass does not use it")
         self._pin_fixed_modules()
-        buffers = frozenset(n for n in self.tensors if n not in dict(self.model.named_parameters()))
+        buffers = frozenset(self.tensors.keys() - dict(self.model.named_parameters()).keys())
         groups, extents = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes, self.folds).read()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         shapes |= {name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers}
