@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,6 @@ from prunekit.sizes import (
     single_kv_head,
 )
 
-_BROKEN = "the cut model doesn't run"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -36,8 +35,8 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run,
     and gives each layer its own view of the config. Then the cut model's outputs on the graph's example inputs must
     equal the uncut model's with the units' consumer columns zeroed, and traced again it must have as many units as were
-    left. Groups the tracer calls inexact must leave outputs
-    of the right shape; those cut beside them are checked without them first. On meta only the units are counted.
+    left. Groups the tracer calls inexact must leave outputs of the right shape; those cut beside them are checked
+    without them first. On meta only the units are counted.
 
     Raises:
         TraceError: the plan doesn't fit the graph.
@@ -50,17 +49,10 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     on_meta = {p.is_meta for p in model.parameters()}
     if len(on_meta) > 1:
         raise SurgeryError("some weights are on the meta device (offloaded?): expected all of them loaded, or none")
-    if on_meta.pop():
-        surgery = _Surgery(model, graph)
-        surgery.cut(plan.removed)
-        if problem := _misread(model, graph, plan.removed):
-            surgery.undo()
-            raise SurgeryError(f"{', '.join(plan.removed)}: {problem}; the model was put back")
-        return
     exact = {name: units for name, units in plan.removed.items() if graph[name].exact}
-    if exact and len(exact) < len(plan.removed):
+    if exact and len(exact) < len(plan.removed) and not on_meta.pop():
         surgery, problem = _attempt(model, graph, exact)
-        if problem and not problem.startswith(_BROKEN):  # some only run together with the others
+        if problem and problem.runs:  # some only run together with the others
             raise _refusal(model, graph, exact, problem)
         surgery.undo()
     surgery, problem = _attempt(model, graph, plan.removed)
@@ -74,33 +66,58 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
         raise _refusal(model, graph, plan.removed, problem)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """What is wrong with a cut model, in which group where that is known; whether it runs at all."""
+
+    text: str
+    group: str | None = None
+    runs: bool = True
+
+
 def _attempt(
-    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], by_value: str | None = None
-) -> tuple[_Surgery, str | None]:
-    """Cut; with None, or with what is wrong with the result after undoing it."""
-    exact = all(graph[name].exact for name in removed)
-    expected = masked_outputs(model, graph, removed)
+    model: nn.Module,
+    graph: CouplingGraph,
+    removed: Mapping[str, list[int]],
+    by_value: str | None = None,
+    count: bool = True,
+) -> tuple[_Surgery, _Problem | None]:
+    """Cut; with None, or with what is wrong after undoing it; `count`: also trace the result and count units."""
+    on_meta = next(model.parameters()).is_meta
+    expected = [] if on_meta else masked_outputs(model, graph, removed)
     if not all(torch.isfinite(output).all() for output in expected):
         raise DataError("the model's outputs hold NaN or infinity before anything is cut")
     surgery = _Surgery(model, graph, by_value)
-    problem: str | None = "interrupted"
-    try:
+
+    def check() -> _Problem | None:
+        got = [] if on_meta else run_example(model, graph)
+        problem = _difference(expected, got, all(graph[name].exact for name in removed))
+        return problem or (_misread(model, graph, removed) if count else None)
+
+    def cut() -> _Problem | None:
         surgery.cut(removed)
-        problem = _difference(expected, run_example(model, graph), exact) or _misread(model, graph, removed)
+        return check()
+
+    cut_and_checked = False
+    try:
+        problem = _tried(cut)
         for target, name, old, new in surgery.guessed if not problem else ():
             setattr(target, name, old)  # keep only what is needed
-            try:
-                needed = _difference(expected, run_example(model, graph), exact) or _misread(model, graph, removed)
-            except Exception:
-                needed = _BROKEN
-            if needed:
+            if _tried(check):
                 setattr(target, name, new)
-    except Exception as error:
-        problem = f"{_BROKEN}: {str(error) or type(error).__name__}"
+        cut_and_checked = not problem
     finally:
-        if problem:
+        if not cut_and_checked:
             surgery.undo()
     return surgery, problem
+
+
+def _tried(action: Callable[[], _Problem | None]) -> _Problem | None:
+    """What the action returns; any error of it is a problem too."""
+    try:
+        return action()
+    except Exception as error:
+        return _Problem(text=f"the cut model doesn't run: {str(error) or type(error).__name__}", runs=False)
 
 
 @torch.no_grad()
@@ -149,54 +166,57 @@ def masked(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[in
             tensor.copy_(original)
 
 
-def _difference(expected: list[Tensor], got: list[Tensor], exact: bool) -> str | None:
+def _difference(expected: list[Tensor], got: list[Tensor], exact: bool) -> _Problem | None:
     for before, after in zip(expected, got, strict=True):
         if before.shape != after.shape:
-            return f"the cut model's output has shape {tuple(after.shape)}, expected {tuple(before.shape)}"
+            shapes = f"{tuple(after.shape)}, expected {tuple(before.shape)}"
+            return _Problem(text=f"the cut model's output has shape {shapes}")
         if not exact:
             continue
         if not before.is_floating_point():
             if not torch.equal(before, after):
-                return "the cut model's outputs differ from the masked model's"
+                return _Problem(text="the cut model's outputs differ from the masked model's")
             continue
         scale = before.float().abs().max().clamp_min(1e-30)
         error = ((before.float() - after.float()).abs().max() / scale).item()
         if not error <= _TOLERANCE.get(before.dtype, 1e-3):
-            return f"the cut model's outputs differ from the masked model's by {error:.2g} of their size"
+            text = f"the cut model's outputs differ from the masked model's by {error:.2g} of their size"
+            return _Problem(text=text)
     return None
 
 
-def _misread(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> str | None:
-    """What the cut model, traced again, does not have as many of as it should; sees what small numbers hide."""
+def _misread(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> _Problem | None:
+    """A group of which the cut model, traced again, has another number of units; sees what small outputs hide."""
     try:
         again = trace(model, graph.example_inputs)
-    except TraceError as error:
-        return str(error) if any(p.is_meta for p in model.parameters()) else None
+    except TraceError as error:  # a model that runs may have hooks that can't be traced: its outputs must do
+        return _Problem(text=str(error)) if next(model.parameters()).is_meta else None
     found: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
     for group in again.groups:
         found[frozenset((m.parameter, m.dim) for m in group.members)].add(group.num_units)
     for name, units in removed.items():
-        group = graph[name]
-        left = group.num_units - len(units)
-        sizes = found[frozenset((m.parameter, m.dim) for m in group.members)]
+        left = graph[name].num_units - len(units)
+        sizes = found[frozenset((m.parameter, m.dim) for m in graph[name].members)]
         if left > 1 and left not in sizes:
-            return f"the cut model reads {sorted(sizes)} units where {left} were left"
+            return _Problem(text=f"the cut model reads {sorted(sizes)} units where {left} were left", group=name)
     return None
 
 
-def _refusal(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], problem: str) -> SurgeryError:
+def _refusal(
+    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], problem: _Problem
+) -> SurgeryError:
     """The error, with the first group that, cut alone, does not leave the masked model's outputs; or all of them."""
-    culprit = ", ".join(removed)
-    for name, units in removed.items():
-        surgery, alone = _attempt(model, graph, {name: units})
+    culprit = problem.group
+    for name, units in removed.items() if culprit is None else ():
+        surgery, alone = _attempt(model, graph, {name: units}, count=False)
         if alone:
             culprit = name
             break
         surgery.undo()
     hint = ""
-    if graph[culprit.split(", ")[0]].kind == "head_dim":
+    if graph[culprit or next(iter(removed))].kind == "head_dim":
         hint = "; a module with one width for queries, keys and values needs as many of each cut"
-    return SurgeryError(f"{culprit}: {problem}; the model was put back{hint}")
+    return SurgeryError(f"{culprit or ', '.join(removed)}: {problem.text}; the model was put back{hint}")
 
 
 @dataclass

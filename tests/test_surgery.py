@@ -9,7 +9,7 @@ import prunekit
 from prunekit.errors import SurgeryError, TraceError
 from prunekit.graph import trace
 from prunekit.plan import PruningPlan
-from prunekit.surgery import apply_plan
+from prunekit.surgery import apply_plan, run_example
 
 
 def test_gradients_go_with_their_parameters_and_ties_stay():
@@ -94,7 +94,7 @@ def test_a_failed_cut_of_a_language_model_leaves_config_and_weights(monkeypatch)
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     from prunekit import surgery
 
-    monkeypatch.setattr(surgery, "_difference", lambda *args: "differs")
+    monkeypatch.setattr(surgery, "_difference", lambda *args: surgery._Problem(text="differs"))
     with pytest.raises(SurgeryError, match=r"layers\.0\.mlp"):
         apply_plan(model, graph, PruningPlan({"layers.0.mlp": [1], "layers.2.self_attn": [0]}))
     assert model.config.to_dict() == config
@@ -292,7 +292,23 @@ def test_heads_are_counted_where_their_numbers_are_too_small_to_see(loudness, dt
 def test_units_are_counted_on_meta_too():
     model = Whispering(1.0).to("meta")
     graph = trace(model, (torch.randn(2, 3, 24),))
-    with pytest.raises(SurgeryError, match="attention: the cut model reads"):
+    apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
+    assert (model.h, model.recent, model.q.weight.shape) == (2, 4, (32, 24))
+
+
+class Literal(Whispering):
+    """The number of heads stands in the code."""
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.head(x + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+def test_heads_that_nothing_can_bring_in_line_are_refused_on_meta():
+    model = Literal(1.0).to("meta")
+    graph = trace(model, (torch.randn(2, 3, 24),))
+    with pytest.raises(SurgeryError, match=r"attention: the cut model reads \[4"):
         apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
     assert model.q.weight.shape == (64, 24)
 
@@ -339,3 +355,21 @@ def test_any_error_of_the_cut_model_is_a_refusal():
     with pytest.raises(SurgeryError, match="doesn't run: 7"):
         apply_plan(model, graph, PruningPlan({next(g.name for g in graph.groups if g.prunable): [0]}))
     assert model.first.weight.shape == (8, 5)
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_an_interruption_at_any_forward_pass_leaves_the_model_whole(at, monkeypatch):
+    model = Whispering(1.0).eval()
+    graph = trace(model, (torch.randn(2, 3, 24),))
+    runs = []
+
+    def run(*arguments):
+        runs.append(arguments)
+        if len(runs) == at:
+            raise KeyboardInterrupt
+        return run_example(*arguments)
+
+    monkeypatch.setattr("prunekit.surgery.run_example", run)
+    with pytest.raises(KeyboardInterrupt):
+        apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
+    assert (model.h, model.recent, model.q.weight.shape, model.q.out_features) == (4, 4, (64, 24), 64)

@@ -247,3 +247,12 @@ def test_any_damaged_byte_is_a_clean_error_or_loads(folder, tmp_path_factory, po
 def test_a_folder_that_is_missing():
     with pytest.raises(CheckpointError, match="no such model folder"):
         prunekit.from_pretrained("/nowhere/model")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_turned_into_half_precision_is_saved(tmp_path, dtype):
+    """Its tables are rounded with it; that is no cut that a folder could not describe."""
+    model = pruned().to(dtype)
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
