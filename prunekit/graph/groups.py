@@ -47,7 +47,10 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CoupledGroup:
-    """Units of one kind at one place that compete with each other, with the parameter slices each of them owns."""
+    """Units of one kind at one place that compete with each other, with the parameter slices each of them owns.
+
+    Members stand in the order in which a forward pass first uses their parameters.
+    """
 
     name: str
     kind: Kind
@@ -176,26 +179,30 @@ class _Tracer:
     contractions: list[Contraction] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
+    used: dict[str, int] = field(default_factory=dict)  # parameter → where in the graph it is first used
 
     def run(self, program: torch.export.ExportedProgram) -> CouplingGraph:
         canonical = _canonical_names(self.model)
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         values: dict[str, Any] = {}
-        for node in program.graph.nodes:
+        positions = {node: i for i, node in enumerate(program.graph.nodes)}
+        for node in positions:
             if node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
                 values[node.name] = _fixed(node.meta["val"], "it is an axis of a constant", data=False)
             elif node.op == "placeholder":
-                values[node.name] = self._input(node, canonical.get(names.get(node.name, ""), names.get(node.name)))
+                values[node.name] = self._input(
+                    node, canonical.get(names.get(node.name, ""), names.get(node.name)), positions
+                )
         outputs = self._interpret(program.graph_module, values)
         for value in _values(outputs):
             for axis in value.axes:
                 ax.pin(axis, "it is an axis of the model's output")
-        for name in self.tensors.keys() - self.used:
+        for name in self.tensors.keys() - self.used.keys():
             for axis in self.tensors[name]:
                 ax.pin(axis, "the forward pass does not use it")
         self._pin_fixed_modules()
+        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: self.used.get(item[0], len(positions))))
         buffers = frozenset(self.tensors.keys() - dict(self.model.named_parameters()).keys())
         groups, extents = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes, self.folds).read()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
@@ -210,7 +217,7 @@ class _Tracer:
                     for axis in axes if name.startswith(f"{path}." if path else "") else ():
                         ax.pin(axis, "torch.nn.MultiheadAttention needs heads × head width equal to its input's width")
 
-    def _input(self, node: Node, name: str | None) -> Any:
+    def _input(self, node: Node, name: str | None, positions: Mapping[Node, int]) -> Any:
         meta = node.meta.get("val")
         if not isinstance(meta, Tensor):
             return meta
@@ -219,7 +226,8 @@ class _Tracer:
         if name not in self.tensors:
             self.tensors[name] = tuple(ax.fresh(size) for size in meta.shape)
         if node.users:
-            self.used.add(name)
+            first = min(positions[user] for user in node.users)
+            self.used[name] = min(first, self.used.get(name, first))
         return Value(axes=self.tensors[name], tainted=True, sources=frozenset([name]))
 
     def _interpret(self, module: GraphModule, values: dict[str, Any]) -> Any:

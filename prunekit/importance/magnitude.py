@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.importance.base import Batch, ScoreImportance, sum_members
+from prunekit.graph import CoupledGroup, CouplingGraph, Member
+from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,16 @@ class Magnitude(ScoreImportance):
     p: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.p not in (1, 2):
             raise ConfigError(f"importance.p: expected 1 or 2, got {self.p}")
 
-    def score(
+    def structures(
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
-        """Σ_k |w_k|^p, summed over members."""
-        return {g.name: sum_members(model, g, lambda _, w: w.double().abs() ** self.p) for g in groups}
+        """Σ_k |w_k|^p."""
+
+        def positions(member: Member) -> Tensor:
+            return along(at_least_float32(model.get_parameter(member.parameter).detach()).abs() ** self.p, member.dim)
+
+        return {group.name: by_structure(graph, group, positions) for group in groups}

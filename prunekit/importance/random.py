@@ -17,11 +17,11 @@ class Random(ScoreImportance):
 
     seed: int = 0
 
-    def score(
+    def structures(
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         """Uniform in [0, 1)."""
-        return {group.name: self._draw(group) for group in groups}
+        return {group.name: self._draw(group)[None] for group in groups}
 
     def _draw(self, group: CoupledGroup) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()

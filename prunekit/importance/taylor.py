@@ -13,24 +13,26 @@ from torch import Tensor, nn
 
 from prunekit.console import track
 from prunekit.errors import DataError
-from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.importance.base import Batch, ScoreImportance, sum_members
+from prunekit.graph import CoupledGroup, CouplingGraph, Member
+from prunekit.importance.base import Batch, ScoreImportance, along, by_structure
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorFirst(ScoreImportance):
     """Σ_k |g_k w_k| over every member of a unit, biases and norms included."""
 
-    def score(
+    def structures(
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         """One backward pass over the calibration set; the model's own gradients and flags are left as they were."""
         wanted = {member.parameter for group in groups for member in group.members}
         gradients = mean_gradients(model, wanted, batches)
-        return {
-            group.name: sum_members(model, group, lambda m, w: (gradients[m.parameter].double() * w.double()).abs())
-            for group in groups
-        }
+
+        def positions(member: Member) -> Tensor:
+            weight = model.get_parameter(member.parameter).detach()
+            return along((gradients[member.parameter] * weight).abs(), member.dim)
+
+        return {group.name: by_structure(graph, group, positions) for group in groups}
 
 
 def mean_gradients(model: nn.Module, wanted: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
