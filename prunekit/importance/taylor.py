@@ -1,88 +1,98 @@
 """Taylor importance (LLM-Pruner, section 3.2): how much the loss changes when a unit's weights become zero.
 
-first order, elementwise (Element¹)    Σ_k |g_k w_k|,  g the gradient of the mean loss over the calibration set
+g is the gradient of the mean loss over the calibration set, F_kk = Σ_j g_jk² over its samples' own gradients.
+
+first order, by channel (Vector)         |Σ_k g_k w_k|, channels summed over a unit
+first order, elementwise (Element¹)      Σ_k |g_k w_k|
+second order, elementwise (Element²)     Σ_k w_k² F_kk
+both (the paper's equation 5)            Σ_k |g_k w_k − ½ w_k² F_kk|
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.console import track
-from prunekit.errors import DataError
-from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.importance.base import Batch, ScoreImportance, along, by_structure
+from prunekit.errors import ConfigError
+from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.importance.base import Batch, ScoreImportance, by_structure
+from prunekit.importance.gradients import FISHER, MEAN, Moments, position_scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaylorFirst(ScoreImportance):
-    """Σ_k |g_k w_k| over every member of a unit, biases and norms included."""
+class _Taylor(ScoreImportance, ABC):
+    """Over every member of a unit, biases and norms included.
+
+    `memory`: bytes that accumulated gradients may take, further passes over the data make up for it; null: no limit.
+    `checkpointing`: recompute layers in the backward pass instead of keeping their activations.
+    """
+
+    moments: ClassVar[tuple[str, ...]]
+    memory: int | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory is not None and self.memory < 1:
+            raise ConfigError(f"importance.memory: expected a positive number of bytes or null, got {self.memory}")
+
+    @abstractmethod
+    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+        """A parameter, and its gradient and Fisher information as asked for in `moments` → a term per element.
+
+        All have the parameter's shape. A position's score is |the sum of its elements' terms|.
+        """
 
     def structures(
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
-        """One backward pass over the calibration set; the model's own gradients and flags are left as they were."""
-        wanted = {member.parameter for group in groups for member in group.members}
-        gradients = mean_gradients(model, wanted, batches)
-
-        def positions(member: Member) -> Tensor:
-            weight = model.get_parameter(member.parameter).detach()
-            return along((gradients[member.parameter] * weight).abs(), member.dim)
-
-        return {group.name: by_structure(graph, group, positions) for group in groups}
+        """The model's own gradients, flags and hooks are left as they were."""
+        limits = {"memory": self.memory, "checkpointing": self.checkpointing}
+        scores = position_scores(model, graph, groups, batches, self.elements, moments=self.moments, **limits)  # type: ignore[arg-type]
+        return {g.name: by_structure(graph, g, lambda m: scores[m.parameter, m.dim]) for g in groups}
 
 
-def mean_gradients(model: nn.Module, wanted: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Gradients of the mean loss over all batches, for the parameters called `wanted`, float32 or better.
+@dataclass(frozen=True, kw_only=True)
+class TaylorVector(_Taylor):
+    """|Σ_k g_k w_k| of each channel, channels summed over a unit."""
 
-    Raises:
-        DataError: the model has no loss, or a gradient is not finite.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if name in wanted}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
-    totals: dict[str, Tensor] = {}
-    weight = 0
-    try:
-        model.eval()
-        for p, _ in flags:
-            p.requires_grad_(False)
-        for p in parameters.values():
-            p.requires_grad_(True)
-        for batch in track(batches, "gradients", len(batches)):
-            loss, count = summed_loss(model, batch)
-            for name, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-                g = g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
-                totals[name] = totals[name].add_(g) if name in totals else g
-            weight += count
-    finally:
-        model.train(training)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-    for name, total in totals.items():
-        if not torch.isfinite(total.div_(weight)).all():
-            raise DataError(f"{name}: its gradient holds NaN or infinity")
-    return totals
+    moments: ClassVar[tuple[str, ...]] = (MEAN,)
+
+    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Terms g w that cancel along a channel."""
+        return moments[MEAN] * weight
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The loss summed over what it averages, and how many that are: next tokens (padding excluded), or samples.
+@dataclass(frozen=True, kw_only=True)
+class TaylorFirst(_Taylor):
+    """Σ_k |g_k w_k|."""
 
-    A language model's loss is taken from its logits; any other model must return one (`.loss` or ["loss"]).
-    """
-    outputs = model(**batch)
-    logits, ids = getattr(outputs, "logits", None), batch.get("input_ids")
-    if logits is not None and ids is not None and logits.ndim == 3:
-        targets = ids[:, 1:].clone()
-        if (mask := batch.get("attention_mask")) is not None:
-            targets[mask[:, 1:] == 0] = -100
-        total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
-        return total, int((targets != -100).sum())
-    loss: Any = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
-    if not isinstance(loss, Tensor) or loss.ndim:
-        raise DataError(f"{type(model).__name__}: Taylor importance needs a model that returns a scalar `loss`")
-    count = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
-    return loss * count, count
+    moments: ClassVar[tuple[str, ...]] = (MEAN,)
+
+    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+        """|g w|."""
+        return (moments[MEAN] * weight).abs_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaylorSecond(_Taylor):
+    """Σ_k w_k² F_kk."""
+
+    moments: ClassVar[tuple[str, ...]] = (FISHER,)
+
+    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+        """w² F."""
+        return (moments[FISHER] * weight).mul_(weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaylorMixed(_Taylor):
+    """Σ_k |g_k w_k − ½ w_k² F_kk|."""
+
+    moments: ClassVar[tuple[str, ...]] = (MEAN, FISHER)
+
+    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+        """|w (g − ½ w F)|."""
+        return (moments[FISHER] * weight).mul_(-0.5).add_(moments[MEAN]).mul_(weight).abs_()
