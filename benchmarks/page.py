@@ -90,4 +90,23 @@ def tracer(result: dict) -> list[str]:
     ]
 
 
-SECTIONS = {"solver": solver, "tracer": tracer}
+def importance(result: dict) -> list[str]:
+    setup = result["setup"]
+    keys = ("seconds", "to_forward", "to_forward_backward")
+    rows = [
+        [r["name"].replace("_", " "), *(f"{r[k]:.2f}" for k in keys), f"{r['peak_mb']:.0f}"] for r in result["rows"]
+    ]
+    model = (
+        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
+        f"{setup['weights_mb']:.0f} MB of random float32 weights; {setup['batches']} batches of "
+        f"{setup['batch'][0]} × {setup['batch'][1]} tokens"
+    )
+    return [
+        *head("Scoring against a forward and backward pass over the same tokens", "importance", result, model),
+        result["note"],
+        "",
+        *table("pass or importance | >seconds | >/ forward | >/ forward and backward | >peak memory, MB", rows),
+    ]
+
+
+SECTIONS = {"solver": solver, "tracer": tracer, "importance": importance}
