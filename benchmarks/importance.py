@@ -1,6 +1,7 @@
 """What scoring costs beside one forward and backward pass over the same tokens, which makes all weights' gradients.
 
-Seconds: ratios in one process, medians of five. Memory: the peak of one process of its own, above what it held before.
+Seconds: CPU time of one thread, ratios in one process, medians of five. Memory: the peak of one process of its own,
+above what it held before.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import prunekit
 from prunekit.importance import LoraGradient, Magnitude, TaylorFirst, TaylorMixed, TaylorSecond
 
+torch.set_num_threads(1)  # CPU time of one thread: other processes hardly disturb it
 REPEATS, BATCHES, SHAPE = 5, 2, (4, 128)
 CONFIG = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 4096}
 SCORES = {
@@ -80,9 +82,9 @@ def seconds() -> dict[str, list[float]]:
     took: dict[str, list[float]] = {name: [] for name in todo}
     for _ in range(REPEATS + 1):
         for name, task in todo.items():
-            began = time.perf_counter()
+            began = time.process_time()
             task()
-            took[name].append(time.perf_counter() - began)
+            took[name].append(time.process_time() - began)
     return {name: times[1:] for name, times in took.items()}
 
 

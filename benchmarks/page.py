@@ -105,7 +105,7 @@ def importance(result: dict) -> list[str]:
         *head("Scoring against a forward and backward pass over the same tokens", "importance", result, model),
         result["note"],
         "",
-        *table("pass or importance | >seconds | >/ forward | >/ forward and backward | >peak memory, MB", rows),
+        *table("pass or importance | >CPU seconds | >/ forward | >/ forward and backward | >peak memory, MB", rows),
     ]
 
 
