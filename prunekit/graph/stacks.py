@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -121,13 +121,15 @@ def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
     if config is not None and any(config_around(model, other) is config for other in others):
         return f"its config counts the entries of {', '.join(others)} too"
     for (place, name), values in layer_attributes(stack).items():
-        if _INDEX.search(name) and not all(type(v) is int and v == i for i, v in values.items()) and _ints(values):
+        if _INDEX.search(name) and _first_index(values) is None and any(type(v) is int for v in values.values()):
             return f"its layers hold indices of other layers ({f'{place}.{name}'.lstrip('.')})"
     return None
 
 
-def _ints(values: Mapping[int, Any]) -> bool:
-    return any(type(value) is int for value in values.values())
+def _first_index(values: Mapping[int, Any]) -> int | None:
+    """0 or 1 where every layer's value is its own index, counted from there."""
+    firsts = {value - index if type(value) is int else None for index, value in values.items()}
+    return firsts.pop() if firsts in ({0}, {1}) else None
 
 
 def config_around(model: nn.Module, path: str) -> Any:
@@ -150,14 +152,12 @@ def layer_attributes(stack: nn.ModuleList) -> dict[tuple[str, str], dict[int, An
     return found
 
 
-def index_attributes(stack: nn.ModuleList) -> list[tuple[str, str]]:
-    """The (path inside a layer, attribute) in which every layer keeps its own index."""
-    return [
-        (path, name)
-        for (path, name), values in layer_attributes(stack).items()
-        if all(type(value) is int and value == index for index, value in values.items())
-        and (_INDEX.search(name) or len(values) > 2)
-    ]
+def index_attributes(stack: nn.ModuleList) -> Iterator[tuple[str, str, int]]:
+    """The (path inside a layer, attribute, first index) of the attributes in which every layer keeps its own index."""
+    for (path, name), values in layer_attributes(stack).items():
+        first = _first_index(values)
+        if first is not None and (_INDEX.search(name) or (first == 0 and len(values) > 2)):
+            yield path, name, first
 
 
 def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
