@@ -35,8 +35,8 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
 
     Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run,
     and gives each layer its own view of the config; whole layers (units of `graph.stacks`) leave their list, and what
-    counts layers follows. Then the cut model's outputs on the graph's example inputs must
-    equal the uncut model's with the units' consumer columns zeroed and the layers passed over, and traced again it must have as many units as were
+    counts layers follows. Then the cut model's outputs on the graph's example inputs must equal the uncut model's with
+    the units' consumer columns zeroed and the layers passed over, and traced again it must have as many units as were
     left. Groups the tracer calls inexact must leave outputs of the right shape; those cut beside them are checked
     without them first. On meta only the units are counted.
 

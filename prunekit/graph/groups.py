@@ -183,8 +183,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
     program = capture(model, example_inputs, watch.attach)
     graph = _Tracer(model).run(program)
     aliases = shared_names(model)
-    modules = (group.module for group in graph.groups if group.layer is not None)
-    stacks = find_stacks(model, modules, graph.by_name, aliases, watch)
+    stacks = find_stacks(model, graph.shapes, graph.by_name, aliases, watch)
     return replace(
         graph,
         example_inputs=example_inputs,

@@ -1,7 +1,7 @@
 """Stacks: lists of layers that run one after another, of which whole layers can be dropped.
 
-The hidden states that enter a dropped layer leave it as they came: what "Shortened LLaMA" (section 3.2), ShortGPT and
-others remove at once, and what a residual connection makes cheap.
+The hidden states that enter a dropped layer leave it as they came: depth pruning, cheap where a layer adds little to a
+residual stream (Men et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def find_stacks(
-    model: nn.Module, modules: Iterable[str], taken: Iterable[str], aliases: Mapping[str, Sequence[str]], watch: Watch
+    model: nn.Module, tensors: Iterable[str], taken: Iterable[str], aliases: Mapping[str, Sequence[str]], watch: Watch
 ) -> list[dict[str, Any]]:
-    """What the coupled groups of the model's stacks are made of: the lists that hold groups (`modules`: their paths)."""
-    modules = set(modules)
-    lists = {p: stack for p, stack in module_lists(model).items() if len(stack) > 1 and _holds(p, modules)}
+    """What the coupled groups of the model's stacks are made of: of the lists that hold any of these tensors."""
+    tensors = list(tensors)
+    lists = {p: stack for p, stack in module_lists(model).items() if len(stack) > 1 and _holds(p, tensors)}
     short = Counter(path.rpartition(".")[2] for path in lists)
     stacks = []
     for path, stack in lists.items():
@@ -105,8 +105,8 @@ def find_stacks(
     return stacks
 
 
-def _holds(path: str, modules: set[str]) -> bool:
-    return any(module.startswith(f"{path}.") for module in modules)
+def _holds(path: str, tensors: list[str]) -> bool:
+    return any(name.startswith(f"{path}.") for name in tensors)
 
 
 def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
