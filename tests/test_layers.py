@@ -405,6 +405,12 @@ def test_on_meta():
     assert torch.equal(ask(skeleton, token_ids()), ask(model, token_ids()))
 
 
+def test_torch_pruning_has_no_such_groups():
+    model = tiny_llama()
+    with pytest.raises(TraceError, match="layers: torch-pruning cuts channels"):
+        prunekit.trace(model, example())["layers"].to_torch_pruning(model)
+
+
 def test_the_fingerprint_is_that_of_the_other_groups():
     model = tiny_llama()
     graph = prunekit.trace(model, example())
