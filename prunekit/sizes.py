@@ -23,7 +23,12 @@ _SYNONYMS = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "head_dim": ("head_dim", "head_size", "attn_head_size", "key_value_proj_dim", "d_kv", "kv_channels"),
     "rotary_dim": ("rotary_ndims", "rotary_dim"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
 }  # fmt: skip
+# Config values that count the layers of one sort at the beginning of the list.
+_FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
+# Config lists that never hold one entry per layer.
+_NO_LAYERS = ("architectures", "eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 # Inside attention these mean what all heads hold together.
 _WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model", "n_embd")
 Sizes = dict[str, tuple[int, int]]  # what a size is called → (old, new)
@@ -141,6 +146,29 @@ def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[s
         if name is not None and not _is_derived(config, name) and isinstance(_read(config, name), int | None):
             values[name] = new
     return values
+
+
+def drop_layers(config: Any, layers: int, kept: list[int]) -> None:
+    """Bring a config's count of layers in line, its lists with an entry per layer, and its lists of layers' indices."""
+    for name, value in list(config.__dict__.items()):
+        if name in _FIRST_LAYERS and type(value) is int and value <= layers:
+            setattr(config, name, sum(index < value for index in kept))
+        elif isinstance(value, list | tuple) and name not in _NO_LAYERS and not name.startswith("_per_layer"):
+            new = _of_layers(name, list(value), layers, kept)
+            if new is not None and new != list(value):
+                setattr(config, name, type(value)(new))
+    resize([config], {"num_hidden_layers": (layers, len(kept))})
+
+
+def _of_layers(name: str, value: list[Any], layers: int, kept: list[int]) -> list[Any] | None:
+    """What a config's list says of the layers kept; None where it isn't about layers."""
+    if len(value) == layers:
+        return [value[index] for index in kept]
+    if value and all(isinstance(i, list | tuple) and len(i) == 2 and type(i[1]) is int for i in value):  # run lengths
+        entries = [entry for pattern, times in value for entry in list(pattern) * times]
+        return [[[entries[index] for index in kept], 1]] if len(entries) == layers else None
+    indices = all(type(i) is int and 0 <= i < layers for i in value) and len(set(value)) == len(value)
+    return [kept.index(i) for i in value if i in kept] if indices and "layer" in name else None
 
 
 def _is_derived(config: Any, name: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunekit.errors import DataError, SurgeryError, TraceError
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
 from prunekit.graph.capture import tensor_places
+from prunekit.layers import drop, passed_over, surviving
 from prunekit.plan import PruningPlan
 from prunekit.sizes import (
     Sizes,
@@ -33,8 +34,9 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     """Remove the plan's units from the model, in place.
 
     Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules read while they run,
-    and gives each layer its own view of the config. Then the cut model's outputs on the graph's example inputs must
-    equal the uncut model's with the units' consumer columns zeroed, and traced again it must have as many units as were
+    and gives each layer its own view of the config; whole layers (units of `graph.stacks`) leave their list, and what
+    counts layers follows. Then the cut model's outputs on the graph's example inputs must equal the uncut model's with
+    the units' consumer columns zeroed and the layers passed over, and traced again it must have as many units as were
     left. Groups the tracer calls inexact must leave outputs of the right shape; those cut beside them are checked
     without them first. On meta only the units are counted.
 
@@ -140,14 +142,17 @@ def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
 
 
 def masked_outputs(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> list[Tensor]:
-    """What the model computes with the units' consumer slices zeroed (producers' where a group has no consumer)."""
+    """What the model computes with the units' consumer slices zeroed (producers' where a group has no consumer).
+
+    Whole layers return the hidden states they were given.
+    """
     with masked(model, graph, removed):
         return run_example(model, graph)
 
 
 @contextmanager
 def masked(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> Iterator[None]:
-    """Zero the slices for the duration of a `with` block."""
+    """Zero the slices, and pass whole layers over, for the duration of a `with` block."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     saved: list[tuple[Tensor, Tensor]] = []
     try:
@@ -160,7 +165,8 @@ def masked(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[in
                 tensor = tensors[member.parameter].data
                 saved.append((tensor, tensor.clone()))
                 tensor.index_fill_(member.dim, member.index[units].flatten().to(tensor.device), 0)
-        yield
+        with passed_over(model, graph, removed):
+            yield
     finally:
         for tensor, original in reversed(saved):
             tensor.copy_(original)
@@ -194,9 +200,15 @@ def _misread(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[
     found: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
     for group in again.groups:
         found[frozenset((m.parameter, m.dim) for m in group.members)].add(group.num_units)
-    for name, units in removed.items():
+    names = graph.names_after(removed)
+    reasons = {stack.module: stack.reason for stack in again.stacks}
+    for stack in graph.stacks:
+        if stack.name in removed and (reason := reasons.get(stack.module)):
+            return _Problem(text=reason, group=stack.name)
+    for name, units in surviving(graph, removed).items():
         left = graph[name].num_units - len(units)
-        sizes = found[frozenset((m.parameter, m.dim) for m in graph[name].members)]
+        members = [m for m in graph[name].members if m.parameter in names]
+        sizes = found[frozenset((names[m.parameter], m.dim) for m in members)]
         if left > 1 and left not in sizes:
             return _Problem(text=f"the cut model reads {sorted(sizes)} units where {left} were left", group=name)
     return None
@@ -234,6 +246,13 @@ class _Surgery:
             self.undone.pop()()
 
     def cut(self, removed: Mapping[str, list[int]]) -> None:
+        if left := surviving(self.graph, removed):
+            self._cut_units(left)
+        for stack in self.graph.stacks:
+            if stack.name in removed:
+                drop(self.model, stack, removed[stack.name], self._set, self._remember_configs)
+
+    def _cut_units(self, removed: Mapping[str, list[int]]) -> None:
         gone: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for name, units in removed.items():
             for member in self.graph[name].members:

@@ -172,14 +172,19 @@ def check_loadable(model: nn.Module, folder: Path) -> None:
     overrides = _overrides(folder, config) if config.get("per_layer_config") else {}
     skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
     saved = model.state_dict()
+    built = {path for path, _ in skeleton.named_modules()}
+    if missing := [path for path, _ in model.named_modules() if path not in built]:
+        raise CheckpointError(
+            f"{missing[0]}: its class would build another module there: a model cut like this can't be saved"
+        )
     if overrides:
         _adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
     for path, module in model.named_modules():
         other = skeleton.get_submodule(path)
         tables = {n: b for n, b in module._buffers.items() if f"{path}.{n}".lstrip(".") not in saved and b is not None}
         for name, value in [*vars(module).items(), *tables.items()]:
-            built = other._buffers.get(name, vars(other).get(name, value))
-            if not name.startswith("_") and not _equal(value, built):
+            anew = other._buffers.get(name, vars(other).get(name, value))
+            if not name.startswith("_") and not _equal(value, anew):
                 raise CheckpointError(
                     f"{f'{path}.{name}'.lstrip('.')}: its class would make it with another number than it has here: "
                     "a model cut like this can't be saved"

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,14 +57,21 @@ def _as_slice(place: Any) -> Any:
     return slice(first, last + 1 or None)
 
 
-def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> ExportedProgram:
+def capture(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    watch: Callable[[nn.Module], None] = lambda _: None,
+) -> ExportedProgram:
     """The ATen graph of `model(*example_inputs)` or `model(**example_inputs)`, in evaluation mode.
+
+    `watch` may put hooks on the copy of the model that is run.
 
     Raises:
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
     """
     args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
     skeleton = meta_copy(model).eval()
+    watch(skeleton)
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     try:
         with _ListsAsSlices(), warnings.catch_warnings():

@@ -23,12 +23,13 @@ from prunekit.graph import axes as ax
 from prunekit.graph.axes import DIAGONAL, Atom, Axis
 from prunekit.graph.capture import capture, without_cache
 from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
+from prunekit.graph.stacks import Watch, find_stacks, names_after, shared_names
 
 if TYPE_CHECKING:
     import networkx
     from torch_pruning.dependency import Group
 
-Kind = Literal["attention", "query_head", "mlp", "expert", "channel", "head_dim", "other"]
+Kind = Literal["attention", "query_head", "mlp", "expert", "channel", "head_dim", "layer", "other"]
 _RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "channel", "other")
 
 
@@ -98,7 +99,8 @@ class Extent:
 class CouplingGraph:
     """All groups of a model, in execution order, with the shapes of its parameters and traced buffers.
 
-    `example_inputs` are those it was traced with; surgery checks itself on them.
+    `example_inputs` are those it was traced with; surgery checks itself on them. `stacks` are groups of whole layers
+    (kind "layer", no members, found by name only); `aliases` maps a shared tensor's canonical name to all its names.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -106,11 +108,13 @@ class CouplingGraph:
     buffers: frozenset[str]
     extents: tuple[Extent, ...] = ()
     example_inputs: Mapping[str, Any] | tuple[Any, ...] = ()
+    stacks: tuple[CoupledGroup, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> dict[str, CoupledGroup]:
-        """Group name → group."""
-        return {group.name: group for group in self.groups}
+        """Group name → group; stacks too."""
+        return {group.name: group for group in (*self.groups, *self.stacks)}
 
     def __getitem__(self, name: str) -> CoupledGroup:
         if name not in self.by_name:
@@ -131,13 +135,20 @@ class CouplingGraph:
         """Number of parameters, tied ones once."""
         return sum(_numel(shape) for name, shape in self.shapes.items() if name not in self.buffers)
 
+    def names_after(self, removed: Mapping[str, list[int]]) -> dict[str, str]:
+        """Names of parameters and traced buffers → those once whole layers are gone; what goes with them is missing."""
+        dropped = {stack.module: removed[stack.name] for stack in self.stacks if removed.get(stack.name)}
+        return names_after(self.shapes, self.aliases, dropped) if dropped else {name: name for name in self.shapes}
+
     def removed_parameters(self, removed: Mapping[str, list[int]]) -> int:
         """How many parameters go when these units (group name → unit indices) are removed; overlaps count once."""
+        left = self.names_after(removed)
         gone: dict[tuple[str, int], set[int]] = defaultdict(set)
         for name, units in removed.items():
             for member in self[name].members if units else ():
-                gone[member.parameter, member.dim].update(member.index[units].flatten().tolist())
-        cut: dict[str, list[int]] = {}
+                if member.parameter in left:
+                    gone[member.parameter, member.dim].update(member.index[units].flatten().tolist())
+        cut: dict[str, list[int]] = {name: [0] for name in self.shapes.keys() - left.keys()}
         for (parameter, dim), positions in gone.items():
             cut.setdefault(parameter, list(self.shapes[parameter]))[dim] -= len(positions)
         return sum(_numel(self.shapes[p]) - _numel(kept) for p, kept in cut.items() if p not in self.buffers)
@@ -168,8 +179,17 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
         TraceError: the forward pass can't be captured, or an operator has no rule (the message says how to add one).
     """
     example_inputs = without_cache(model, example_inputs)
-    program = capture(model, example_inputs)
-    return replace(_Tracer(model).run(program), example_inputs=example_inputs)
+    watch = Watch()
+    program = capture(model, example_inputs, watch.attach)
+    graph = _Tracer(model).run(program)
+    aliases = shared_names(model)
+    stacks = find_stacks(model, graph.shapes, graph.by_name, aliases, watch)
+    return replace(
+        graph,
+        example_inputs=example_inputs,
+        stacks=tuple(CoupledGroup(**stack) for stack in stacks),
+        aliases=aliases,
+    )
 
 
 @dataclass

@@ -61,6 +61,8 @@ def to_torch_pruning(group: CoupledGroup, model: nn.Module, units: Sequence[int]
 
     if not group.prunable:
         raise TraceError(f"{group.name} can't be pruned: {group.reason}")
+    if group.kind == "layer":
+        raise TraceError(f"{group.name}: torch-pruning cuts channels, no whole layers")
     units = range(group.num_units) if units is None else units
     if not len(units) or not all(0 <= unit < group.num_units for unit in units):
         raise TraceError(f"{group.name}: units must be some of 0 to {group.num_units - 1}, got {list(units)}")
