@@ -13,9 +13,10 @@ owns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 
 import torch
 from torch import Tensor
@@ -250,6 +251,23 @@ def _give_up(axes: list[Axis], sizes: list[int]) -> list[Axis]:
     for axis in axes:
         pin(axis, "a reshape puts a border inside it")
     return [fresh(size, "made by a reshape across borders") for size in sizes]
+
+
+def monomials(axes: Iterable[Axis], variables: Container[Atom]) -> dict[tuple[Atom, ...], int]:
+    """The number of positions of a product of axes as a polynomial: product of `variables` → its coefficient."""
+    polynomial: dict[tuple[Atom, ...], int] = {(): 1}
+    for factor in (factor for axis in axes for factor in resolve(axis)):
+        if isinstance(factor, Sum):
+            terms = Counter[tuple[Atom, ...]]()
+            for part in factor.parts:
+                terms.update(monomials([part], variables))
+        else:
+            terms = Counter({(factor,): 1} if factor in variables else {(): factor.size})
+        expanded = Counter[tuple[Atom, ...]]()
+        for (left, a), (right, b) in product(polynomial.items(), terms.items()):
+            expanded[tuple(sorted(left + right, key=lambda atom: atom.id))] += a * b
+        polynomial = expanded
+    return polynomial
 
 
 def owners(axis: Axis, atom: Atom) -> Tensor:

@@ -95,18 +95,28 @@ class Extent:
         return self.size - (len(torch.cat(gone).unique()) if gone else 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Multiply-adds that modules take on the example inputs: `count` · Π of the units kept of each group in `units`."""
+
+    count: int
+    units: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CouplingGraph:
     """All groups of a model, in execution order, with the shapes of its parameters and traced buffers.
 
     `example_inputs` are those it was traced with; surgery checks itself on them. `stacks` are groups of whole layers
-    (kind "layer", no members, found by name only); `aliases` maps a shared tensor's canonical name to all its names.
+    (kind "layer", no members, found by name only); `aliases` maps a shared tensor's canonical name to all its names;
+    `products` are the multiply-adds of a forward pass on the example, as far as the operators' rules tell.
     """
 
     groups: tuple[CoupledGroup, ...]
     shapes: dict[str, tuple[int, ...]]
     buffers: frozenset[str]
     extents: tuple[Extent, ...] = ()
+    products: tuple[Product, ...] = ()
     example_inputs: Mapping[str, Any] | tuple[Any, ...] = ()
     stacks: tuple[CoupledGroup, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -199,6 +209,7 @@ class _Tracer:
     contractions: list[Contraction] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
+    products: list[tuple[Axis, ...]] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)  # parameter → where in the graph it is first used
 
     def run(self, program: torch.export.ExportedProgram) -> CouplingGraph:
@@ -224,10 +235,11 @@ class _Tracer:
         self._pin_fixed_modules()
         self.tensors = dict(sorted(self.tensors.items(), key=lambda item: self.used.get(item[0], len(positions))))
         buffers = frozenset(self.tensors.keys() - dict(self.model.named_parameters()).keys())
-        groups, extents = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes, self.folds).read()
+        reader = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes, self.folds, self.products)
+        groups, extents, products = reader.read()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         shapes |= {name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers}
-        return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers, extents=extents)
+        return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers, extents=extents, products=products)
 
     def _pin_fixed_modules(self) -> None:
         """Torch's own attention takes the width of its heads from its input's: neither can go alone."""
@@ -284,6 +296,7 @@ class _Tracer:
         result = rule(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)
+        self.products.extend(call.products)
         for contraction in call.contractions:
             self.contractions.append(
                 Contraction(sources=contraction.sources, axis=contraction.axis, order=len(self.contractions))
@@ -351,9 +364,10 @@ class _Reader:
     contractions: list[Contraction]
     notes: list[Note]
     folds: list[Axis]
+    products: list[tuple[Axis, ...]]
 
-    def read(self) -> tuple[tuple[CoupledGroup, ...], tuple[Extent, ...]]:
-        """The groups in order of execution, and the sizes modules may keep of them."""
+    def read(self) -> tuple[tuple[CoupledGroup, ...], tuple[Extent, ...], tuple[Product, ...]]:
+        """The groups in order of execution, the sizes modules may keep of them, and the products they take part in."""
         places: dict[Atom, list[tuple[str, int]]] = defaultdict(list)
         for name, axes in self.tensors.items():
             for dim, axis in enumerate(axes):
@@ -372,7 +386,14 @@ class _Reader:
         drafts.sort(key=lambda draft: (draft["order"], _RANK.index(draft["kind"])))
         names = {draft.pop("atom"): name for draft, name in zip(drafts, _name(drafts), strict=True)}
         groups = (CoupledGroup(name=name, **d) for name, d in zip(names.values(), drafts, strict=True))
-        return tuple(groups), tuple(self._extents(names))
+        return tuple(groups), tuple(self._extents(names)), tuple(self._multiply_adds(names))
+
+    def _multiply_adds(self, names: dict[Atom, str]) -> Iterator[Product]:
+        counts = Counter[tuple[Atom, ...]]()
+        for axes in self.products:
+            counts.update(ax.monomials(axes, names))
+        for atoms, count in counts.items():
+            yield Product(count=count, units=tuple(names[atom] for atom in atoms))
 
     def _extents(self, names: dict[Atom, str]) -> Iterator[Extent]:
         for note in self.notes:

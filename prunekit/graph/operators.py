@@ -1,7 +1,7 @@
 """What a rule sees of an operator call, and the register of rules: how an output's axes follow from the inputs'.
 
 A rule takes a `Call` and returns a `Value` (or a tuple of them). It may unify axes, pin them, mark them inexact, and note
-a contraction, which makes the weight's axis a consumer. Register one for an operator of your own:
+a contraction, which makes the weight's axis a consumer, and the multiply-adds this takes. Register one for an operator of your own:
 
     @prunekit.graph.operator_rule("aten.foo.default")
     def foo(call: Call) -> Value:
@@ -69,6 +69,7 @@ class Call:
     contractions: list[Contraction] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
+    products: list[tuple[Axis, ...]] = field(default_factory=list)
 
     def value(self, name: str) -> Value:
         """The tensor argument `name`."""
@@ -99,6 +100,10 @@ class Call:
     def note(self, quantity: str, axis: Axis) -> None:
         """Note that the calling module may keep the size of an axis in an attribute."""
         self.notes.append(Note(module=self.module, quantity=quantity, axis=axis))
+
+    def multiply_adds(self, *axes: Axis) -> None:
+        """Note that the operator takes as many multiply-adds as the product of these axes has positions."""
+        self.products.append(axes)
 
     def inputs(self) -> list[Value]:
         """Every tensor argument, those inside lists included."""

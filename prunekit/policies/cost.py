@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
-from prunekit.graph import CouplingGraph
+import torch
+
+from prunekit.graph import CouplingGraph, Member
+
+Monomials = Mapping[tuple[str, ...], float]  # names of groups, sorted → coefficient of the product of their kept units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +50,55 @@ class Cost:
         )
 
 
+def terms_of(graph: CouplingGraph, monomials: Monomials) -> tuple[Term, ...]:
+    """A polynomial in the units kept as terms; groups that can't be pruned are constants in it."""
+    constants = {group.name for group in graph.groups if not group.prunable}
+    merged: dict[tuple[str, ...], float] = defaultdict(float)
+    for names, coefficient in monomials.items():
+        fixed = math.prod(graph[name].num_units for name in names if name in constants)
+        merged[tuple(name for name in names if name not in constants)] += coefficient * fixed
+    return tuple(
+        Term(
+            coefficient=coefficient,
+            sizes=tuple(graph[name].num_units for name in names),
+            cuts=tuple((name, i, 1) for i, name in enumerate(names)),
+        )
+        for names, coefficient in merged.items()
+        if coefficient
+    )
+
+
 def weights_cost(graph: CouplingGraph, name: str = "parameters", each: Mapping[str, float] | None = None) -> Cost:
     """Number of parameters, tied ones once; `each` (parameter → factor) turns it into bytes or another weighted count.
 
-    Parameters of whole layers are shared out equally over their stack, so that a layer counts as the mean one.
+    Exact however groups overlap: rows of queries owned by a key-value head and by a query head of each go once.
     """
-    cuts: dict[str, list[tuple[str, int, int]]] = {parameter: [] for parameter in graph.shapes}
+    members: dict[tuple[str, int], list[tuple[str, Member]]] = defaultdict(list)
     for group in graph.groups:
         for member in group.members:
-            cuts.setdefault(member.parameter, []).append((group.name, member.dim, member.index.shape[1]))
-    terms = []
-    for parameter in graph.shapes:
-        if parameter not in graph.buffers:
-            factor = 1.0 if each is None else each.get(parameter, 0.0)
-            shape = graph.shapes[parameter]
-            terms.append(Term(coefficient=factor, sizes=tuple(shape), cuts=tuple(cuts[parameter])))
-    return Cost(name=name, terms=tuple(terms))
+            members[member.parameter, member.dim].append((group.name, member))
+    monomials: dict[tuple[str, ...], float] = defaultdict(float)
+    for parameter, shape in graph.shapes.items():
+        factor = 1.0 if each is None else each.get(parameter, 0.0)
+        if parameter not in graph.buffers and factor:
+            dims = [_kept(size, members[parameter, dim]).items() for dim, size in enumerate(shape)]
+            for combination in product(*dims):
+                names = tuple(sorted(name for owners, _ in combination for name in owners))
+                monomials[names] += factor * math.prod(count for _, count in combination)
+    return Cost(name=name, terms=terms_of(graph, monomials))
+
+
+def _kept(size: int, members: list[tuple[str, Member]]) -> Monomials:
+    """How many positions of a dim stay: those of one set of owners stay as the product of the owners' shares kept."""
+    owned = torch.zeros(size, dtype=torch.int64)
+    for bit, (_, member) in enumerate(members):
+        owned[member.index.flatten()] += 1 << bit
+    kept: dict[tuple[str, ...], float] = defaultdict(float)
+    for owners, count in zip(*(t.tolist() for t in owned.unique(return_counts=True)), strict=True):
+        here = [(name, member) for bit, (name, member) in enumerate(members) if owners >> bit & 1]
+        units = math.prod(len(member.index) for _, member in here)
+        kept[tuple(name for name, _ in here)] += count / units
+    return kept
 
 
 def _interpolate(table: tuple[float, ...], kept: float) -> float:

@@ -13,6 +13,7 @@ def _linear(call: Call) -> Value:
     call.contract(x, x.axes[-1], weight, weight.axes[1])
     if bias is not None:
         ax.unify(weight.axes[0], bias.axes[0])
+    call.multiply_adds(*x.axes, weight.axes[0])
     return call.make([*x.axes[:-1], weight.axes[0]])
 
 
@@ -65,6 +66,7 @@ def _product(call: Call, left: Value, right: Value) -> Value:
         call.note("v_head_dim", right.axes[-1])
     rows = [left.axes[-2]] if len(left.axes) > 1 else []
     columns = [right.axes[-1]] if len(right.axes) > 1 else []
+    call.multiply_adds(*batch, *rows, right_rows, *columns)
     return call.make([*batch, *rows, *columns], left, right)
 
 
@@ -102,6 +104,8 @@ def _einsum(call: Call) -> Value:
             else:
                 seen.setdefault(label, (value, axis))
     joined = "".join(terms)
+    if len(operands) == 2:
+        call.multiply_adds(*(axis for label, (_, axis) in seen.items() if joined.count(label) > 1 or label in output))
     weighted = [labels[:-1] for labels, value in zip(terms, operands, strict=True) if value.softmax]
     for label, (_, axis) in seen.items():
         if joined.count(label) == 1 and label not in output:
@@ -127,6 +131,8 @@ def _attention(call: Call) -> Value:
     for axis in batch[1:] if len(batch) > 1 else batch:
         ax.tag(axis, "attention")
     scores = Value(axes=(*batch, query.axes[-2], key.axes[-2]))
+    call.multiply_adds(*scores.axes, key.axes[-1])
+    call.multiply_adds(*scores.axes, value.axes[-1])
     if (mask := call.get("attn_mask")) is not None:
         call.elementwise(scores, mask)
     return call.make([*batch, query.axes[-2], value.axes[-1]])
@@ -182,7 +188,10 @@ def _convolution(call: Call) -> Value:
         ax.pin(axis, f"{call.where} goes along it")
     for quantity, axis in (("groups", outer), ("in_channels", outer + into), ("out_channels", produced)):
         call.note(quantity, axis)
-    return call.make([*x.axes[: -1 - spatial], produced, *call.space(spatial)])
+    space = call.space(spatial)
+    kernel = [*(x.axes[len(x.axes) - spatial :] if transposed else space), *weight.axes[2:]]
+    call.multiply_adds(*x.axes[: -1 - spatial], outer, into, out, *kernel)
+    return call.make([*x.axes[: -1 - spatial], produced, *space])
 
 
 @operator_rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
@@ -192,5 +201,9 @@ def _recurrent(call: Call) -> tuple[Value, ...]:
     for value in call.inputs():
         for axis in value.axes:
             ax.pin(axis, reason)
+    steps = [axis for value in call.inputs()[:1] for axis in value.axes[:-1]]
+    for weight in call.get("params", []):
+        if len(weight.axes) > 1:
+            call.multiply_adds(*steps, *weight.axes)
     metas = call.node.meta["val"]
     return tuple(call.make([ax.fresh(size, reason) for size in meta.shape]) for meta in metas)

@@ -44,6 +44,7 @@ def _grouped_product(call: Call) -> Value:
     """Rows [S, K] sorted by group times one matrix [E, K, N] a group: out [S, N]."""
     rows, weight, *ends = call.inputs()
     call.contract(rows, rows.axes[-1], weight, weight.axes[1])
+    call.multiply_adds(*rows.axes, weight.axes[2])
     for end in ends[:1]:
         ax.unify(weight.axes[0], end.axes[0])
     return call.make([rows.axes[0], weight.axes[2]])
