@@ -11,10 +11,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from prunekit.errors import ConfigError, suggest
 
-GROUPS = ("model", "data", "importance", "policy", "compensation", "schedule", "recovery", "eval", "export", "method",
-          "experiment")  # fmt: skip
+GROUPS = ("model", "data", "importance", "policy", "scope", "compensation", "schedule", "recovery", "eval", "export",
+          "method", "experiment")  # fmt: skip
 TASKS = ("prune", "trace")
-KINDS = {"block": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
+BLOCK = ("attention", "mlp")
+SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
+KINDS = {"block": BLOCK, **{kind: (kind,) for kind in SINGLE}, "independent": BLOCK}
 
 
 @dataclass
@@ -45,6 +47,26 @@ class DataConfig:
 
 
 @dataclass
+class TargetConfig:
+    """What the pruned model may come to, instead of `ratio`; `tokens` × `batch` is what FLOPs and latency are for."""
+
+    parameters: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    tokens: int = 64
+    batch: int = 1
+
+    @property
+    def name(self) -> str | None:
+        """The measure that is set, if one is."""
+        return next((name for name in MEASURES if getattr(self, name) is not None), None)
+
+
+MEASURES = ("parameters", "bytes", "flops", "latency")
+
+
+@dataclass
 class EvalConfig:
     """What is measured, dense and pruned."""
 
@@ -63,7 +85,8 @@ class RunConfig:
 
     task: str = "prune"
     ratio: float = 0.2
-    groups: str = "block"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    groups: Any = "block"
     seed: int = 0
     output_dir: str = MISSING
     device: str = "auto"
@@ -74,6 +97,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     importance: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
+    scope: dict[str, Any] = field(default_factory=dict)
     compensation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -152,12 +176,22 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(f"{error.full_key}: expected a value, e.g. {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
-    for key, value, choices in (("task", run.task, TASKS), ("groups", run.groups, KINDS)):
-        if value not in choices:
-            raise ConfigError(f"{key}: unknown choice {value!r}: {suggest(value, list(choices))}")
+    if run.task not in TASKS:
+        raise ConfigError(f"task: unknown choice {run.task!r}: {suggest(run.task, list(TASKS))}")
+    for kind in kinds_of(run.groups):
+        if kind not in KINDS:
+            raise ConfigError(f"groups: unknown choice {kind!r}: {suggest(kind, list(KINDS))}")
+    given = {name: getattr(run.target, name) for name in MEASURES if getattr(run.target, name) is not None}
+    if len(given) > 1:
+        raise ConfigError(f"target: expected one of {', '.join(MEASURES)}, got {' and '.join(given)}")
+    for name, value in given.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"target.{name}: expected a number > 0, got {value:g}")
     if not 0 < run.ratio < 1:
         raise ConfigError(f"ratio: expected a number in (0, 1), got {run.ratio:g}")
     for key, value, least in (
+        ("target.tokens", run.target.tokens, 2),
+        ("target.batch", run.target.batch, 1),
         ("eval.window", run.eval.window, 2),
         ("eval.batch_size", run.eval.batch_size, 1),
         ("eval.max_tokens", 2 if run.eval.max_tokens is None else run.eval.max_tokens, 2),
@@ -169,6 +203,11 @@ def check(config: DictConfig) -> RunConfig:
         if value < least:
             raise ConfigError(f"{key}: expected a whole number ≥ {least}, got {value}")
     return run
+
+
+def kinds_of(groups: Any) -> list[str]:
+    """The choices that `groups` names, one or a list."""
+    return [str(kind) for kind in groups] if isinstance(groups, list | tuple) else [str(groups)]
 
 
 def build(section: dict[str, Any], name: str) -> Any:

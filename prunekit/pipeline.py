@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from prunekit import config as cfg
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
 from prunekit.checkpoint.save import write_text
+from prunekit.compensation.apply import Bias
 from prunekit.config import RunConfig
 from prunekit.console import say
 from prunekit.data.corpora import load_corpus
@@ -32,7 +33,7 @@ from prunekit.evaluation.perplexity import perplexity, protocol
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
 from prunekit.graph.capture import without_cache
 from prunekit.plan import PruningPlan
-from prunekit.policies import allocate
+from prunekit.policies import Budget, Cost, Policy, Scope, Setting, weights_cost
 from prunekit.report import render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
 from prunekit.schedules import Schedule, Task
@@ -130,43 +131,154 @@ def _device_of(model: nn.Module) -> torch.device:
     return first.device
 
 
-def prune_model(model: nn.Module, config: RunConfig, batches: Sequence[Mapping[str, Any]], stages: Stages) -> Result:
-    """Trace, allocate, choose and repair, cut."""
+def prune_model(
+    model: nn.Module,
+    config: RunConfig,
+    batches: Sequence[Mapping[str, Any]],
+    stages: Stages,
+    stored: torch.dtype | None = None,
+) -> Result:
+    """Trace, allocate, choose and repair, cut; bytes are counted in the type `stored`, else in the weights' own."""
     check_finite(model)
     with stages("trace"):
         graph = trace(model, example_of(batches[0]))
-    groups = chosen_groups(graph, config.groups)
+    scope: Scope = cfg.build(config.scope, "scope") or Scope()
+    groups = scope.included(chosen_groups(graph, config.groups), [*graph.groups, *graph.stacks])
+    importance = cfg.build(config.importance, "importance")
+    compensation = cfg.build(config.compensation, "compensation")
+    schedule: Schedule = cfg.build(config.schedule, "schedule")
+    policy: Policy = cfg.build(config.policy, "policy")
     with stages("prune"):
-        counts = allocate(graph, groups, cfg.build(config.policy, "policy"), config.ratio)
-        schedule: Schedule = cfg.build(config.schedule, "schedule")
+        cost, limit = objective(model, graph, groups, batches, config, stored)
+        setting = Setting(model=model, graph=graph, groups=groups, batches=batches, importance=importance,
+                          cost=cost, limit=limit)  # fmt: skip
+        shares = policy.group_shares(setting)
+        groups = [group for group in groups if shares[group.name] > 0] or groups
+        if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
+            limit -= added_biases(model, groups) * cost({}) / graph.num_parameters()
+        budget = Budget(
+            slots=scope.slots(groups, shares, floors(model, groups)),
+            cost=cost,
+            limit=limit,
+            ranking=scope.ranking,
+            comparable=getattr(importance, "normalisation", "none") != "none",
+        )
         task = Task(
             model=model,
             graph=graph,
-            counts=counts,
+            groups=groups,
+            budget=budget,
             batches=batches,
-            importance=cfg.build(config.importance, "importance"),
-            compensation=cfg.build(config.compensation, "compensation"),
+            importance=importance,
+            compensation=compensation,
+            rounds=scope.rounds,
+            protected={group.name: scope.protected(group) for group in groups},
+            independent="independent" in cfg.kinds_of(config.groups),
         )
         total = graph.num_parameters()
-        before = weights_of(model, groups)
+        before = snapshot(model, groups, everything=task.independent)
         try:
             plan = schedule.run(task)
             apply_plan(model, graph, plan)
         except BaseException:
             restore(model, before)
             raise
-    return Result(model=model, plan=plan, report=figures(config, graph, groups, plan, total, stages), graph=graph)
+    if added := [name.rpartition(".")[0] for name, bias in before.items() if bias is None]:
+        note_biases(model, added)
+    report = figures(config, graph, groups, plan, (total, num_parameters(model)), stages)
+    if config.target.name:
+        left = cost({name: len(units) for name, units in plan.removed.items()})
+        report["target"] = {"measure": cost.name, "limit": limit, "dense": cost({}), "achieved": left}
+    report["policy"] = {"shares": shares, **setting.notes}
+    return Result(model=model, plan=plan, report=report, graph=graph)
 
 
-def weights_of(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, Tensor]:
-    """Copies of the consumers a compensation may change."""
-    return {m.parameter: model.get_parameter(m.parameter).detach().clone() for g in groups for m in g.consumers}
+def objective(
+    model: nn.Module,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    batches: Sequence[Mapping[str, Any]],
+    config: RunConfig,
+    stored: torch.dtype | None,
+) -> tuple[Cost, float]:
+    """What counts, and what it must come down to."""
+    name = config.target.name
+    if name in ("flops", "latency"):
+        from prunekit.costs import flops_cost, latency_cost
+
+        if any(group.kind == "layer" for group in groups):
+            raise ConfigError(f"target.{name}: can't be told for whole layers; use target.parameters or ratio")
+        example = timing_example(batches[0], config)
+        cost = flops_cost(model, graph, example) if name == "flops" else latency_cost(model, graph, groups, example)
+    elif name == "bytes":
+        sizes = {n: (stored or p.dtype).itemsize for n, p in model.named_parameters()}
+        cost = weights_cost(graph, "bytes", sizes)
+    else:
+        cost = weights_cost(graph)
+    return cost, getattr(config.target, name) if name else cost({}) * (1 - config.ratio)
 
 
-def restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Put copied weights back."""
+def timing_example(batch: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any]:
+    """What FLOPs and latency are for: `target.batch` rows of `target.tokens` token ids, or any other model's batch."""
+    if not isinstance(ids := batch.get("input_ids"), Tensor) or ids.ndim != 2:
+        return batch
+    rows, tokens = config.target.batch, config.target.tokens
+    repeated = ids[:1].repeat(rows, -(-tokens // ids.shape[1]))[:, :tokens]
+    kept = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
+    return {**kept, "input_ids": repeated}
+
+
+def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
+    """Units that a model needs: as many experts as a token is sent to."""
+    config = getattr(model, "config", None)
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    needed = [value for name in names if isinstance(value := getattr(config, name, None), int)]
+    return {group.name: max(needed) for group in groups if group.kind == "expert" and needed}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def added_biases(model: nn.Module, groups: Sequence[CoupledGroup]) -> int:
+    """How many parameters the biases have that consumers lack."""
+    found = {}
+    for member in (member for group in groups for member in group.consumers):
+        module = model.get_submodule(member.parameter.rpartition(".")[0])
+        if getattr(module, "bias", None) is None:
+            found[member.parameter] = model.get_parameter(member.parameter).shape[1 - member.dim]
+    return sum(found.values())
+
+
+def snapshot(model: nn.Module, groups: Sequence[CoupledGroup], everything: bool) -> dict[str, Tensor | None]:
+    """Copies of what choosing may change: the consumers and their biases (None where there is none), or all members."""
+    names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
+    parameters = dict(model.named_parameters())
+    found: dict[str, Tensor | None] = {n: parameters[n].detach().clone() for n in names if n in parameters}
+    for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if "bias" in module._parameters:
+            found[name] = None if (bias := module._parameters["bias"]) is None else bias.detach().clone()
+    return found
+
+
+def restore(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Put copies back; a bias that was not there goes."""
     for name, weight in before.items():
-        model.get_parameter(name).data.copy_(weight)
+        if weight is None:
+            model.get_submodule(name.rpartition(".")[0])._parameters["bias"] = None
+        else:
+            model.get_parameter(name).data.copy_(weight)
+
+
+def note_biases(model: nn.Module, paths: Sequence[str]) -> None:
+    """Tell the config which modules were given a bias, so that a saved model is loaded with it."""
+    config: Any = getattr(model, "config", None)
+    given = [path for path in paths if model.get_submodule(path).bias is not None]
+    if given and config is not None:
+        config.extra_biases = sorted({*given, *(getattr(config, "extra_biases", None) or ())})
+        say(f"{len(given)} modules got a bias: prunekit.from_pretrained loads it, other loaders leave it out")
 
 
 def check_finite(model: nn.Module) -> None:
@@ -188,16 +300,22 @@ def example_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: small(value) for name, value in batch.items()}
 
 
-def chosen_groups(graph: CouplingGraph, choice: str) -> list[CoupledGroup]:
-    """The prunable groups of the kinds a choice names; for `block` of a model without any, every exact group."""
-    kinds = cfg.KINDS[choice]
-    groups = [group for group in graph.groups if group.prunable and group.kind in kinds]
-    if not groups and choice == "block":
-        groups = [group for group in graph.groups if group.prunable and group.exact]
-    if not groups:
-        found = ", ".join(sorted({group.kind for group in graph.groups if group.prunable})) or "none"
-        raise ConfigError(f"groups={choice}: the model has no prunable group of that kind; it has: {found}")
-    return groups
+def chosen_groups(graph: CouplingGraph, choice: Any) -> list[CoupledGroup]:
+    """The prunable groups of the kinds a choice (one or a list) names; each kind must have one.
+
+    For `block` of a model without any, every exact group.
+    """
+    found: list[CoupledGroup] = []
+    prunable = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
+    for name in cfg.kinds_of(choice):
+        groups = [group for group in prunable if group.kind in cfg.KINDS[name]]
+        if not groups and name == "block":
+            groups = [group for group in prunable if group.exact and group.kind != "layer"]
+        if not groups:
+            kinds = ", ".join(sorted({group.kind for group in prunable})) or "none"
+            raise ConfigError(f"groups={name}: the model has no prunable group of that kind; it has: {kinds}")
+        found += [group for group in groups if group not in found]
+    return found
 
 
 def figures(
@@ -205,11 +323,11 @@ def figures(
     graph: CouplingGraph,
     groups: Sequence[CoupledGroup],
     plan: PruningPlan,
-    total: int,
+    parameters: tuple[int, int],
     stages: Stages,
 ) -> dict[str, Any]:
-    """The report of pruning alone."""
-    gone = graph.removed_parameters(plan.removed)
+    """The report of pruning alone; `parameters` dense and pruned."""
+    total, left = parameters
     layers: dict[int | None, dict[str, Any]] = {}
     for group in groups:
         kept = group.num_units - len(plan.removed.get(group.name, ()))
@@ -221,8 +339,8 @@ def figures(
         "method": config.method_name,
         "seed": config.seed,
         "versions": versions(),
-        "ratio": {"target": config.ratio, "achieved": gone / total},
-        "parameters": {"dense": total, "pruned": total - gone},
+        "ratio": {"target": None if config.target.name else config.ratio, "achieved": 1 - left / total},
+        "parameters": {"dense": total, "pruned": left},
         "layers": list(layers.values()),
         "seconds": stages.seconds,
         "peak_memory_bytes": stages.peak_memory_bytes,
@@ -264,14 +382,14 @@ def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = 
         evals = eval_windows(config, tokenizer)
     check_finite(model)
     say(f"{config.model.path or 'the embedded model'}: {size(model)['parameters']:,} parameters; {config.method_name}, "
-        f"{config.ratio:.0%} of them to go; {windows.numel():,} calibration tokens")  # fmt: skip
+        f"{aim(config)}; {windows.numel():,} calibration tokens")  # fmt: skip
     with stages("evaluate_dense"):
         dense = measure(model, tokenizer, evals, config)
     beside = (
         copy.deepcopy(model) if size(model)["weight_bytes"] <= _BESIDE_LIMIT and config.eval.speed and evals else None
     )
     dense_size = size(model, stored)
-    result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages)
+    result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages, stored)
     round_to(model, stored)
     with stages("evaluate_pruned"):
         pruned = measure(model, tokenizer, evals, config)
@@ -292,6 +410,13 @@ def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = 
         model.config.dtype = stored
         write_run(output, model, tokenizer, result.plan, report, provenance or {})
     return Result(model=model, plan=result.plan, report=report, graph=result.graph)
+
+
+def aim(config: RunConfig) -> str:
+    """The target in words."""
+    if name := config.target.name:
+        return f"down to {getattr(config.target, name):,g} {name}"
+    return f"{config.ratio:.0%} of them to go"
 
 
 def run_trace(config: RunConfig, output: Path) -> CouplingGraph:

@@ -11,14 +11,14 @@ ALLOWED = {
     "graph": {"errors"},
     "data": {"errors"},
     "plan": {"graph", "errors"},
-    "policies": {"graph", "errors"},
-    "compensation": {"graph", "errors"},
-    "importance": {"graph", "errors", "console", "compensation"},
+    "policies": {"graph", "errors", "console", "importance", "compensation", "surgery"},
+    "compensation": {"graph", "errors", "console"},
+    "importance": {"graph", "errors", "console", "compensation", "surgery"},
     "sizes": set(),
     "layers": {"graph", "sizes", "errors"},
     "surgery": {"graph", "plan", "sizes", "layers", "errors"},
     "costs": {"graph", "plan", "surgery", "policies", "errors", "console"},
-    "schedules": {"graph", "plan", "errors", "console", "importance", "compensation", "policies"},
+    "schedules": {"graph", "plan", "errors", "console", "importance", "compensation", "policies", "surgery"},
     "evaluation": {"data", "errors", "console"},
     "recovery": {"data", "errors", "console"},
     "checkpoint": {"plan", "sizes", "errors"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "config": {"errors"},
     "demo": {"data"},
 }
-HELPERS = {"base", "aggregation", "gradients", "activations", "budget", "cost"}
+HELPERS = {"base", "aggregation", "gradients", "activations", "budget", "cost", "scope"}
 NAMES = r"llama|mistral|mixtral|qwen|gemma|gpt|bloom|falcon|opt_|phi\d|olmo|baichuan|chatglm|bert"
 
 

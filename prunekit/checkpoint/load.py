@@ -2,7 +2,7 @@
 
 transformers stores such widths as `per_layer_config` but its stock models don't read it: the skeleton is built from
 the dense values without allocating a weight, every parameter takes the shape it has in the file, and each layer gets
-its own view of the config.
+its own view of the config. `extra_biases` in the config lists modules that were given a bias their class doesn't have.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def from_pretrained(
     if folder.is_dir():
         check_manifest(folder)
     config = _read_config(folder) if folder.is_dir() else {}
-    if not config.get("per_layer_config"):
+    if not config.get("per_layer_config") and not config.get("extra_biases"):
         return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
     overrides = _overrides(folder, config)
     tensors = _read_tensors(folder)
@@ -122,7 +122,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     try:
-        return {int(layer): dict(values) for layer, values in config["per_layer_config"].items()}
+        return {int(layer): dict(values) for layer, values in (config.get("per_layer_config") or {}).items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: damaged: per_layer_config: {error}") from error
 
@@ -152,6 +152,9 @@ def _skeleton(folder: Path, dense: Any, overrides: dict[int, dict[str, Any]], at
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(dense, attn_implementation=attention)
         model.tie_weights()
+        for path in getattr(dense, "extra_biases", None) or ():  # of consumers whose class has none
+            module = model.get_submodule(path)
+            module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
         for layer, values in overrides.items():
             for sizes in layer_sizes(dense, values):
                 resize(modules_of_layer(model, layer), sizes)
@@ -169,7 +172,7 @@ def check_loadable(model: nn.Module, folder: Path) -> None:
     if not type(model).__module__.startswith("transformers."):
         return
     config = _read_config(folder)
-    overrides = _overrides(folder, config) if config.get("per_layer_config") else {}
+    overrides = _overrides(folder, config)
     skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
     saved = model.state_dict()
     built = {path for path, _ in skeleton.named_modules()}
@@ -177,7 +180,7 @@ def check_loadable(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(
             f"{missing[0]}: its class would build another module there: a model cut like this can't be saved"
         )
-    if overrides:
+    if overrides or getattr(skeleton.config, "extra_biases", None):
         _adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
     for path, module in model.named_modules():
         other = skeleton.get_submodule(path)

@@ -7,7 +7,7 @@ from prunekit.errors import DataError
 
 
 class Moments:
-    """Running mean of x xᵀ over tokens, float32, on the inputs' device.
+    """Running means of x xᵀ and of x over tokens, float32, on the inputs' device.
 
     Args:
         size: number of input features n.
@@ -18,6 +18,7 @@ class Moments:
         self.name = name
         self.tokens = 0
         self.hessian = torch.zeros(size, size, device=device)
+        self.mean = torch.zeros(size, device=device)
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Take in inputs [..., n]; `mask` [...] is False at positions that don't count (padding).
@@ -32,4 +33,5 @@ class Moments:
         if not torch.isfinite(product.diagonal()).all():
             raise DataError(f"{self.name}: its inputs hold NaN or infinity (after {self.tokens:,} calibration tokens)")
         self.hessian.mul_(self.tokens / max(new, 1)).add_(product, alpha=1 / max(new, 1))
+        self.mean.mul_(self.tokens / max(new, 1)).add_(x.sum(0), alpha=1 / max(new, 1))
         self.tokens = new

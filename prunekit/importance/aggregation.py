@@ -9,11 +9,13 @@ Normalisation = Literal["none", "mean", "parameters"]
 
 
 def aggregate(scores: Tensor, how: Aggregation) -> Tensor:
-    """Scores [structures, units] ≥ 0, in execution order → [units].
+    """Scores [structures, units], in execution order, ≥ 0 where there are several → [units].
 
     prod is the geometric mean, taken in log space: the product's order, without its overflow. last is the last
     executing structure, LLM-Pruner's "Last-only".
     """
+    if len(scores) == 1:
+        return scores[0]
     match how:
         case "sum":
             return scores.sum(0)

@@ -51,10 +51,12 @@ class ScoreImportance(Importance, ABC):
     ) -> dict[str, Tensor]:
         """Group name → float64 scores [num_units]."""
         found = self.structures(model, graph, groups, batches)
-        return {
-            g.name: normalise(aggregate(found[g.name], self.aggregation), self.normalisation, g.parameters_per_unit)
-            for g in groups
-        }
+        return {group.name: self.combine(group, found[group.name]) for group in groups}
+
+    def combine(self, group: CoupledGroup, structures: Tensor) -> Tensor:
+        """Scores [structures, num_units] → [num_units]."""
+        combined = aggregate(structures, self.aggregation).clone()
+        return normalise(combined, self.normalisation, group.parameters_per_unit)
 
 
 class LayerImportance(Importance, ABC):
@@ -65,28 +67,49 @@ class LayerImportance(Importance, ABC):
         """`count` units of `index` [units, width] to remove from the consumer W [d, n], given A = (H + λI)⁻¹ [n, n]."""
 
 
+def members_of(graph: CouplingGraph, group: CoupledGroup) -> tuple[Member, ...]:
+    """A group's members; of a stack of layers, every parameter inside them, each as one member of its layer alone."""
+    if group.kind != "layer":
+        return group.members
+    inside = [name for name in graph.shapes if name.startswith(f"{group.module}.") and name not in graph.buffers]
+    return tuple(
+        Member(parameter=name, dim=0, role="producer", index=torch.arange(graph.shapes[name][0])[None])
+        for name in inside
+        if graph.shapes[name]
+    )
+
+
 def by_structure(graph: CouplingGraph, group: CoupledGroup, positions: Callable[[Member], Tensor | None]) -> Tensor:
     """Scores [structures, num_units], float64, from a score [size] for each position along a member's dim.
 
-    `positions(member)` is None for a member that doesn't count. A vector (bias, norm) joins its module's matrix.
+    `positions(member)` is None for a member that doesn't count. A vector (bias, norm) joins its module's matrix. In a
+    stack of layers the parameters of one name in each layer are a structure.
     """
-    rows: dict[Place, Tensor] = {}
-    vectors: list[tuple[Member, Tensor]] = []
-    for member in group.members:
-        if member.parameter in graph.buffers or (scores := positions(member)) is None:
-            continue
-        units = scores.double().cpu()[member.index].sum(1)
-        if len(graph.shapes[member.parameter]) == 1:
-            vectors.append((member, units))
-        else:
-            rows[member.parameter, member.dim] = units
-    for member, units in vectors:
+    scored = (
+        (member, positions(member)) for member in members_of(graph, group) if member.parameter not in graph.buffers
+    )
+    found = [(member, scores.double().cpu()) for member, scores in scored if scores is not None]
+    if not found:
+        raise ConfigError(f"{group.name}: this importance can score none of its parameters")
+    if group.kind == "layer":
+        return _by_layer(group, found)
+    vectors = [len(graph.shapes[member.parameter]) == 1 for member, _ in found]
+    rows = {
+        (m.parameter, m.dim): scores[m.index].sum(1) for (m, scores), v in zip(found, vectors, strict=True) if not v
+    }
+    for member, scores in (pair for pair, vector in zip(found, vectors, strict=True) if vector):
         module = member.parameter.rpartition(".")[0]
         beside = [p for p in rows if p[0].rpartition(".")[0] == module and p[1] == member.dim]
         place = beside[0] if beside else (member.parameter, member.dim)
-        rows[place] = rows[place] + units if beside else units
-    if not rows:
-        raise ConfigError(f"{group.name}: this importance can score none of its parameters")
+        rows[place] = rows.get(place, 0) + scores[member.index].sum(1)
+    return torch.stack(list(rows.values()))
+
+
+def _by_layer(group: CoupledGroup, found: Sequence[tuple[Member, Tensor]]) -> Tensor:
+    rows: dict[str, Tensor] = {}
+    for member, scores in found:
+        layer, _, rest = member.parameter[len(group.module) + 1 :].partition(".")
+        rows.setdefault(rest, torch.zeros(group.num_units, dtype=torch.float64))[int(layer)] += scores.sum()
     return torch.stack(list(rows.values()))
 
 

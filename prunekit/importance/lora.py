@@ -19,7 +19,7 @@ from prunekit.console import track
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CoupledGroup, CouplingGraph, Member
 from prunekit.graph.capture import tensor_places
-from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure
+from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure, members_of
 from prunekit.importance.gradients import checkpointed, is_stock, is_transposed, mean_loss, tap, undisturbed
 
 
@@ -47,11 +47,11 @@ class LoraGradient(ScoreImportance):
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         """One backward pass a batch, for the adapters alone; the model is left as it was."""
-        names = dict.fromkeys(member.parameter for group in groups for member in group.members)
+        names = dict.fromkeys(m.parameter for group in groups for m in members_of(graph, group))
         places = tensor_places(model)
         adapters = {name: self._adapter(model, name, places[name]) for name in names if _adaptable(places[name])}
         for group in groups:
-            if not any(member.parameter in adapters for member in group.members):
+            if not any(member.parameter in adapters for member in members_of(graph, group)):
                 raise ConfigError(f"{group.name}: lora_gradient scores linear modules' weights, and it has none")
         _accumulate(model, adapters, batches, self.checkpointing)
 

@@ -20,8 +20,8 @@ class Random(ScoreImportance):
     def structures(
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
-        """Uniform in [0, 1)."""
-        return {group.name: self._draw(group)[None] for group in groups}
+        """Uniform in [0, 1), times the parameters a unit frees: so that no kind goes first where groups compete."""
+        return {group.name: self._draw(group)[None] * max(group.parameters_per_unit, 1) for group in groups}
 
     def _draw(self, group: CoupledGroup) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()

@@ -1,122 +1,212 @@
-"""Solve for whole units: scale a policy's shares until the parameters removed hit the target.
+"""Solve for whole units: scale a policy's shares, or rank everything together, until the model costs what it may.
 
-`ratio` is the share of all the model's parameters. The number of parameters that stay is multilinear in the units
-removed (a matrix cut on both sides loses a product), so the scale is found by bisection on the exact count; then units
-are rounded kind by kind, the dearest first, and each kind makes up for what the rounding of the ones before it left.
+What stays is multilinear in the units removed (a matrix cut on both sides loses a product), so the scale is found by
+bisection on the exact count; then units are rounded class by class, the dearest first, each class making up for what
+the rounding of the ones before it left, and single steps are moved while that comes nearer.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
 
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.policies.base import Policy
+from prunekit.graph import CoupledGroup
+from prunekit.policies.cost import Cost
+from prunekit.policies.scope import Ranking, Slot
 
-Counts = dict[str, float]
-
-
-def depth_shares(groups: Sequence[CoupledGroup], policy: Policy) -> dict[str, float]:
-    """Group name → relative share: by layer where every group lies in one, else by execution order."""
-    layers = sorted({group.layer for group in groups if group.layer is not None})
-    if layers and all(group.layer is not None for group in groups):
-        shares = policy.shares(layers[-1] + 1)
-        return {group.name: shares[group.layer] for group in groups if group.layer is not None}
-    shares = policy.shares(len(groups))
-    return {group.name: share for group, share in zip(groups, shares, strict=True)}
+Steps = dict[str, int]
 
 
-def allocate(graph: CouplingGraph, groups: Sequence[CoupledGroup], policy: Policy, ratio: float) -> dict[str, int]:
-    """Units to remove from each group so that `ratio` of all the model's parameters goes.
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What `cost` must come down to (`limit`), and the slots that may be cut for it.
 
-    Hits the target within half a unit of the cheapest group wherever that group has units to spare. At least one unit
-    of every group stays.
-
-    Raises:
-        ConfigError: `ratio` outside (0, 1), or beyond what the policy can remove (the message says the nearest).
+    `comparable`: scores of different groups can be compared as they are, instead of per unit of cost.
     """
-    if not 0 < ratio < 1:
-        raise ConfigError(f"ratio: expected a number in (0, 1), got {ratio}")
-    if not groups:
-        raise ConfigError("no group to prune: the model has none of the kinds asked for")
-    solver = _Solver(graph, groups, depth_shares(groups, policy))
-    total = graph.num_parameters()
-    target, reach = ratio * total, solver.removed(solver.caps)
-    cheapest = min(group.parameters_per_unit for group in groups)
-    if target > reach + cheapest / 2:
-        raise ConfigError(
-            f"ratio: {ratio:g} of {total:,} parameters is out of reach: this policy can remove at most "
-            f"{math.floor(reach / total * 10_000) / 10_000:g} of them (one unit of every group stays)"
-        )
-    return solver.solve(target)
 
+    slots: Sequence[Slot]
+    cost: Cost
+    limit: float
+    ranking: Ranking = "local"
+    comparable: bool = False
 
-class _Solver:
-    def __init__(self, graph: CouplingGraph, groups: Sequence[CoupledGroup], shares: Mapping[str, float]) -> None:
-        self.groups = list(groups)
-        self.weights = {g.name: shares[g.name] * g.num_units for g in groups}
-        self.caps: Counts = {g.name: g.num_units - 1.0 if shares[g.name] > 0 else 0.0 for g in groups}
-        self.tensors: dict[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]] = {}
-        for group in groups:
-            for member in group.members:
-                if member.parameter not in graph.buffers:
-                    _, cuts = self.tensors.setdefault(member.parameter, (graph.shapes[member.parameter], []))
-                    cuts.append((group.name, member.dim, member.index.shape[1]))
+    def __post_init__(self) -> None:
+        dense, least = self.cost({}), self.cost(self.counts({s.name: len(s.removed) - 1 for s in self.slots}))
+        name, cheapest = self.cost.name, min(self._costs.values(), default=0.0)
+        if self.limit >= dense:
+            raise ConfigError(
+                f"target.{name}: expected less than the dense model's {_plain(dense)}, got {_plain(self.limit)}"
+            )
+        if self.limit < least - cheapest / 2:
+            share = math.floor((1 - least / dense) * 10_000) / 10_000
+            raise ConfigError(
+                f"ratio: {1 - self.limit / dense:.4g} of {_plain(dense)} {name} is out of reach: this policy and scope "
+                f"can remove at most {share:g} of them; {_plain(least)} {name} are the nearest"
+            )
 
-    def removed(self, counts: Mapping[str, float]) -> float:
-        """Parameters removed by these (fractional) counts of units."""
-        gone = 0.0
-        for shape, cuts in self.tensors.values():
-            kept = [float(size) for size in shape]
-            for name, dim, width in cuts:
-                kept[dim] -= width * counts[name]
-            gone += math.prod(shape) - math.prod(kept)
-        return gone
+    def counts(self, steps: Mapping[str, float]) -> dict[str, float]:
+        """Units removed from each group at these steps of the slots; steps in between are interpolated."""
+        found: dict[str, float] = {}
+        for slot in self.slots:
+            at = steps.get(slot.name, 0)
+            low = min(math.floor(at), max(len(slot.removed) - 2, 0))
+            high = min(low + 1, len(slot.removed) - 1)
+            found |= slot.counts(slot.removed[low] + (slot.removed[high] - slot.removed[low]) * (at - low))
+        return found
 
-    def scaled(self, scale: float, fixed: Mapping[str, int]) -> Counts:
-        """Counts at a scale of the shares, under the caps; groups in `fixed` keep theirs."""
-        return {n: fixed.get(n, min(scale * w, self.caps[n])) for n, w in self.weights.items()}
+    @cached_property
+    def _costs(self) -> dict[str, float]:
+        """Slot → what its last step is worth, the others whole; slots without a step are left out."""
+        dense = self.cost({})
+        found = {}
+        for slot in self.slots:
+            if len(slot.removed) > 1:
+                units = slot.removed[-1] - slot.removed[-2]
+                found[slot.name] = (dense - self.cost(slot.counts(slot.removed[-1]))) / slot.removed[-1] * units
+        return {name: cost for name, cost in found.items() if cost > 0}
 
-    def continuous(self, target: float, fixed: Mapping[str, int]) -> Counts:
-        """Fractional counts that remove exactly the target (or come as near as the caps allow)."""
-        low, high = 0.0, 1.0
-        while self.removed(self.scaled(high, fixed)) < target and high < 1e12:
-            high *= 2
-        for _ in range(80):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.removed(self.scaled(middle, fixed)) < target else (low, middle)
-        return self.scaled(high, fixed)
+    def solve(self, scores: Mapping[str, Tensor] | None = None, progress: float = 1.0) -> dict[str, int]:
+        """Units to remove from each group; `scores` (group → [num_units]) are needed where groups compete.
 
-    def solve(self, target: float) -> dict[str, int]:
-        classes: dict[int, list[CoupledGroup]] = defaultdict(list)
-        for group in self.groups:
-            classes[group.parameters_per_unit].append(group)
-        fixed: dict[str, int] = {}
+        `progress` in (0, 1]: go only this share of the way.
+        """
+        dense = self.cost({})
+        limit = dense - (dense - self.limit) * progress
+        slots = [slot for slot in self.slots if slot.name in self._costs]
+        if self.ranking == "model":
+            assert scores is not None
+            steps = self._ranked(slots, scores, limit, {})
+        else:
+            steps = self._scaled(limit)
+        if self.ranking == "layer":
+            assert scores is not None
+            steps = self._ranked_in_layers(slots, scores, steps)
+        steps = self._polished(steps, limit)
+        return {name: round(count) for name, count in self.counts(steps).items()}
+
+    def _at(self, scale: float, fixed: Mapping[str, int]) -> dict[str, float]:
+        """Steps at a scale of the shares; slots in `fixed` keep theirs."""
+        found: dict[str, float] = {}
+        for slot in self.slots:
+            units = min(scale * slot.share * slot.num_units, slot.removed[-1])
+            low = max(i for i, gone in enumerate(slot.removed) if gone <= units)
+            room = slot.removed[low + 1] - slot.removed[low] if low + 1 < len(slot.removed) else 1
+            found[slot.name] = fixed.get(slot.name, low + (units - slot.removed[low]) / room)
+        return found
+
+    def _scaled(self, limit: float) -> Steps:
+        """Whole steps that follow the shares, class by class of equal costs, the dearest first."""
+        classes: dict[float, list[str]] = defaultdict(list)
+        for slot in self.slots:
+            classes[float(f"{self._costs.get(slot.name, 0.0):.6g}")].append(slot.name)
+        fixed: Steps = {}
         for cost in sorted(classes, reverse=True):
-            counts = self.continuous(target, fixed)
-            fixed |= self._round({g.name: counts[g.name] for g in classes[cost]})
-        return self._polish(fixed, target, [g.name for g in classes[min(classes)]])
+            low, high = 0.0, 1.0
+            while self.cost(self.counts(self._at(high, fixed))) > limit and high < 1e12:
+                high *= 2
+            for _ in range(60):
+                middle = (low + high) / 2
+                enough = self.cost(self.counts(self._at(middle, fixed))) <= limit
+                low, high = (low, middle) if enough else (middle, high)
+            steps = self._at(high, fixed)
+            fixed |= self._rounded({name: steps[name] for name in classes[cost]})
+        return fixed
 
-    def _round(self, counts: Counts) -> dict[str, int]:
+    def _rounded(self, steps: dict[str, float]) -> Steps:
         """Whole numbers with the same total (to the nearest one), by largest remainder."""
-        whole = {name: math.floor(count + 1e-9) for name, count in counts.items()}
-        missing = math.floor(sum(counts.values()) + 0.5) - sum(whole.values())
-        open_ = [name for name in counts if whole[name] < self.caps[name]]
-        for name in sorted(open_, key=lambda n: whole[n] - counts[n])[: max(missing, 0)]:
+        most = {slot.name: len(slot.removed) - 1 for slot in self.slots}
+        whole = {name: math.floor(step + 1e-9) for name, step in steps.items()}
+        missing = math.floor(sum(steps.values()) + 0.5) - sum(whole.values())
+        open_ = [name for name in steps if whole[name] < most[name]]
+        for name in sorted(open_, key=lambda n: whole[n] - steps[n])[: max(missing, 0)]:
             whole[name] += 1
         return whole
 
-    def _polish(self, counts: dict[str, int], target: float, names: list[str]) -> dict[str, int]:
-        """Move single units of the cheapest groups while that comes nearer to the target."""
-        error = abs(self.removed(counts) - target)
+    def _ranked(self, slots: Sequence[Slot], scores: Mapping[str, Tensor], limit: float, fixed: Steps) -> Steps:
+        """Steps of these slots, the least score for what it frees first; one that would overshoot ends its slot."""
+        steps = {**fixed, **{slot.name: 0 for slot in slots}}
+        queue = sorted(
+            (density, i, at)
+            for i, slot in enumerate(slots)
+            for at, density in enumerate(self._densities(slot, scores), 1)
+        )
+        enough = bisect_left(
+            range(len(queue) + 1), True, key=lambda k: self.cost(self.counts(_take(queue[:k], slots, steps))) <= limit
+        )
+        steps = _take(queue[: max(enough - 1, 0)], slots, steps)
+        left, closed = self.cost(self.counts(steps)), set[str]()
+        cheapest = min(self._costs[slot.name] for slot in slots)
+        for _, i, at in queue[max(enough - 1, 0) :]:  # the one that may overshoot, and what still fits after it
+            if left - limit <= cheapest / 2 or len(closed) == len(slots):
+                break
+            if (name := slots[i].name) not in closed:
+                after = self.cost(self.counts({**steps, name: at}))
+                if abs(after - limit) < abs(left - limit):
+                    steps[name], left = at, after
+                else:
+                    closed.add(name)
+        return steps
+
+    def _densities(self, slot: Slot, scores: Mapping[str, Tensor]) -> list[float]:
+        """For each step the score that goes with it, over what it frees (or over its units where comparable)."""
+        found: list[float] = []
+        ranked = {g.name: scores[g.name].sort().values for g in slot.groups}
+        for before, after in zip(slot.removed, slot.removed[1:], strict=False):
+            total = sum(float(ranked[n][f * before : f * after].sum()) for n, f in slot.factors.items())
+            worth = 1.0 if self.comparable else self._costs[slot.name] / (slot.removed[-1] - slot.removed[-2])
+            found.append(max(total / (worth * (after - before)), found[-1] if found else -math.inf))
+        return found
+
+    def _ranked_in_layers(self, slots: Sequence[Slot], scores: Mapping[str, Tensor], steps: Steps) -> Steps:
+        """Each layer comes down to what the shares leave it, its slots ranked together."""
+        layers: dict[int | None, list[Slot]] = defaultdict(list)
+        for slot in slots:
+            layers[slot.groups[0].layer].append(slot)
+        for inside in layers.values():
+            limit = self.cost(self.counts(steps))
+            others = {name: at for name, at in steps.items() if name not in {slot.name for slot in inside}}
+            steps = self._ranked(inside, scores, limit, others)
+        return steps
+
+    def _polished(self, steps: Steps, limit: float) -> Steps:
+        """Move single steps while that comes nearer to the limit, of the cheapest slots first."""
+        names = sorted(self._costs, key=lambda n: (self._costs[n], -steps[n]))
+        most = {slot.name: len(slot.removed) - 1 for slot in self.slots}
+        error = abs(self.cost(self.counts(steps)) - limit)
         improved = True
         while improved:
             improved = False
-            for name in sorted(names, key=lambda n: -self.weights[n]):
-                for step in (1, -1):
-                    trial = {**counts, name: counts[name] + step}
-                    if 0 <= trial[name] <= self.caps[name] and abs(self.removed(trial) - target) < error - 1e-9:
-                        counts, error, improved = trial, abs(self.removed(trial) - target), True
-        return counts
+            for name in names:
+                if error <= self._costs[name] / 2 * (1 - 1e-9):
+                    continue
+                for move in (1, -1):
+                    trial = {**steps, name: steps[name] + move}
+                    if 0 <= trial[name] <= most[name]:
+                        off = abs(self.cost(self.counts(trial)) - limit)
+                        if off < error * (1 - 1e-9):
+                            steps, error, improved = trial, off, True
+        return steps
+
+
+def _take(queue: Sequence[tuple[float, int, int]], slots: Sequence[Slot], steps: Steps) -> Steps:
+    """The steps after a queue's entries (density, slot, step), each slot's in order."""
+    return {**steps, **{slots[i].name: at for _, i, at in queue}}
+
+
+def lowest(
+    groups: Sequence[CoupledGroup], scores: Mapping[str, Tensor], counts: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """The units with the lowest scores of each group, `counts` of them; ties go to the lower index."""
+    return {g.name: scores[g.name].argsort(stable=True)[: counts[g.name]].tolist() for g in groups if counts[g.name]}
+
+
+def _plain(value: float) -> str:
+    """A number as people write it: 5,400,000, or 0.0123."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -52,7 +52,7 @@ class Cost:
 
 def terms_of(graph: CouplingGraph, monomials: Monomials) -> tuple[Term, ...]:
     """A polynomial in the units kept as terms; groups that can't be pruned are constants in it."""
-    constants = {group.name for group in graph.groups if not group.prunable}
+    constants = {group.name for group in graph.by_name.values() if not group.prunable}
     merged: dict[tuple[str, ...], float] = defaultdict(float)
     for names, coefficient in monomials.items():
         fixed = math.prod(graph[name].num_units for name in names if name in constants)
@@ -71,7 +71,8 @@ def terms_of(graph: CouplingGraph, monomials: Monomials) -> tuple[Term, ...]:
 def weights_cost(graph: CouplingGraph, name: str = "parameters", each: Mapping[str, float] | None = None) -> Cost:
     """Number of parameters, tied ones once; `each` (parameter → factor) turns it into bytes or another weighted count.
 
-    Exact however groups overlap: rows of queries owned by a key-value head and by a query head of each go once.
+    Exact however groups overlap: rows of queries owned by a key-value head and by a query head of each go once. A
+    layer of a stack counts as the mean one.
     """
     members: dict[tuple[str, int], list[tuple[str, Member]]] = defaultdict(list)
     for group in graph.groups:
@@ -82,6 +83,8 @@ def weights_cost(graph: CouplingGraph, name: str = "parameters", each: Mapping[s
         factor = 1.0 if each is None else each.get(parameter, 0.0)
         if parameter not in graph.buffers and factor:
             dims = [_kept(size, members[parameter, dim]).items() for dim, size in enumerate(shape)]
+            stacks = [stack for stack in graph.stacks if parameter.startswith(f"{stack.module}.")]
+            dims += [{(stack.name,): 1 / stack.num_units}.items() for stack in stacks]
             for combination in product(*dims):
                 names = tuple(sorted(name for owners, _ in combination for name in owners))
                 monomials[names] += factor * math.prod(count for _, count in combination)

@@ -5,11 +5,11 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
-from prunekit.policies.base import Policy
+from prunekit.policies.base import DepthPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ramp(Policy):
+class _Ramp(DepthPolicy):
     """r_i = low + (high − low)·t_i with low = `low_share`·high and t from 0 to 1 over the depth."""
 
     low_share: float = 0.25

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from prunekit.policies.base import Policy
+from prunekit.policies.base import DepthPolicy
 
 
 @dataclass(frozen=True)
-class Uniform(Policy):
+class Uniform(DepthPolicy):
     """r_i = r."""
 
     def shares(self, depth: int) -> list[float]:

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
-from prunekit.policies.base import Policy
+from prunekit.policies.base import DepthPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window(Policy):
+class Window(DepthPolicy):
     """1 inside layers [start, end) of a model of `reference_depth` layers, 0 outside; both ends scale with depth.
 
     The number of spared layers at each end is rounded up, so that one is spared wherever the reference spares some.

@@ -49,8 +49,16 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             lines += ["", f"Sample, {name}:", "", "```", text, "```"]
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())
     made = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    lines += ["", f"Target ratio {report['ratio']['target']}, seed {report['seed']}; {seconds}; {made}."]
+    lines += ["", f"{_aim(report)}, seed {report['seed']}; {seconds}; {made}."]
     return "\n".join(lines) + "\n"
+
+
+def _aim(report: Mapping[str, Any]) -> str:
+    if target := report.get("target"):
+        return (
+            f"Target {target['limit']:,g} {target['measure']} of {target['dense']:,g}, reached {target['achieved']:,g}"
+        )
+    return f"Target ratio {report['ratio']['target']}"
 
 
 def write_pictures(report: Mapping[str, Any], folder: Path) -> None:

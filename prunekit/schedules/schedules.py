@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prunekit.compensation.apply import Compensation
-from prunekit.compensation.solver import invert
+from prunekit.compensation.apply import Compensation, Statistics
+from prunekit.compensation.walk import walk
 from prunekit.console import say
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.importance.base import Batch, Importance, LayerImportance, ScoreImportance
 from prunekit.plan import PruningPlan
-from prunekit.schedules.walk import walk
+from prunekit.policies import Budget, lowest
+from prunekit.schedules.independent import scatter
+from prunekit.surgery import masked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a schedule works on: `counts` says how many units leave each group."""
+    """What a schedule works on; `protected` names the units of a group that must stay.
+
+    `rounds`: score, remove a part, score again. `independent`: every matrix loses units of its own choice.
+    """
 
     model: nn.Module
     graph: CouplingGraph
-    counts: Mapping[str, int]
+    groups: Sequence[CoupledGroup]
+    budget: Budget
     batches: Sequence[Batch]
     importance: Importance
     compensation: Compensation | None
-
-    @property
-    def groups(self) -> list[CoupledGroup]:
-        """The groups that lose units, in execution order."""
-        return [group for group in self.graph.groups if self.counts.get(group.name, 0) > 0]
+    rounds: int = 1
+    protected: Mapping[str, list[int]] = field(default_factory=dict)
+    independent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,51 +68,85 @@ class OneShot(Schedule):
         if not isinstance(task.importance, ScoreImportance):
             name = type(task.importance).__name__.lower()
             raise ConfigError(f"importance={name} works layer by layer: use schedule=layerwise")
-        plan = choose_lowest(task, task.importance)
+        chosen = choose_by_score(task, task.importance)
         if task.compensation is not None:
-            _repair(task, self.damping, plan.removed)
-        return plan
+            _repair(task, self.damping, chosen, {})
+        return PruningPlan(chosen, task.graph.fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise(Schedule):
-    """SlimGPT: each group on the inputs it gets from the pruned layers before it."""
+    """SlimGPT: each group on the inputs it gets from the pruned layers before it.
+
+    Where groups compete, scores of the dense model say how many units each of them loses.
+    """
 
     def run(self, task: Task) -> PruningPlan:
         """Choose and repair group by group; scores that need no moments are taken from the dense model first."""
-        if isinstance(task.importance, ScoreImportance):
-            chosen = choose_lowest(task, task.importance).removed
+        if isinstance(task.importance, LayerImportance):
+            removed = _repair(task, self.damping, {}, _counts(task))
         else:
-            chosen = {}
-        return PruningPlan(_repair(task, self.damping, chosen), task.graph.fingerprint)
+            assert isinstance(task.importance, ScoreImportance)
+            removed = _repair(task, self.damping, choose_by_score(task, task.importance), {})
+        return PruningPlan(removed, task.graph.fingerprint)
 
 
-def choose_lowest(task: Task, importance: ScoreImportance) -> PruningPlan:
-    """The units with the lowest scores of each group; ties go to the lower index."""
-    groups = task.groups
-    scores = importance.score(task.model, task.graph, groups, task.batches)
-    removed = {g.name: scores[g.name].argsort(stable=True)[: task.counts[g.name]].tolist() for g in groups}
-    return PruningPlan(removed, task.graph.fingerprint)
+def choose_by_score(task: Task, importance: ScoreImportance) -> dict[str, list[int]]:
+    """Group → the units that go: the lowest scores, in `rounds` steps with the units already chosen masked."""
+    removed: dict[str, list[int]] = {}
+    for r in range(1, task.rounds + 1):
+        with masked(task.model, task.graph, removed):
+            structures = importance.structures(task.model, task.graph, task.groups, task.batches)
+        scores = {g.name: importance.combine(g, structures[g.name]) for g in task.groups}
+        for name, values in scores.items():
+            if values.isnan().any():
+                raise DataError(f"{name}: its scores hold NaN")
+            values[removed.get(name, [])] = -math.inf
+            values[task.protected.get(name, [])] = math.inf
+        counts = task.budget.solve(scores, r / task.rounds)
+        removed = lowest(task.groups, scores, counts)
+        if task.rounds > 1:
+            say(f"round {r} of {task.rounds}: {sum(counts.values())} units")
+    if task.independent:
+        if task.compensation is not None:
+            raise ConfigError("groups=independent: nothing can be repaired when units don't belong together: "
+                              "expected compensation=none")  # fmt: skip
+        scatter(task.model, task.graph, structures, removed)
+    return removed
 
 
-def _repair(task: Task, damping: float, chosen: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Walk the groups: choose where nothing is chosen yet, repair the consumer; all the units removed."""
+def _counts(task: Task) -> dict[str, int]:
+    """How many units each group loses where they are chosen layer by layer."""
+    if task.rounds > 1 or task.independent:
+        option = "groups=independent" if task.independent else f"scope.rounds={task.rounds}"
+        name = type(task.importance).__name__.lower()
+        raise ConfigError(f"{option}: importance={name} chooses layer by layer; use schedule=oneshot")
+    if task.budget.ranking == "local":
+        return task.budget.solve()
+    if not isinstance(task.importance, ScoreImportance):
+        raise ConfigError("scope.ranking: expected an importance that scores, for groups to compete")
+    return task.budget.solve(task.importance.score(task.model, task.graph, task.groups, task.batches))
+
+
+def _repair(
+    task: Task, damping: float, chosen: Mapping[str, Sequence[int]], counts: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """Walk the groups: choose `counts` units where nothing is chosen, repair the consumer; all the units removed."""
     removed = {name: list(units) for name, units in chosen.items()}
-    for group, consumer, moments in walk(task.model, task.groups, task.batches):
-        inverse = invert(moments.hessian, damping)
+    groups = [group for group in task.groups if counts.get(group.name) or removed.get(group.name)]
+    for group, consumer, moments in walk(task.model, groups, task.batches):
+        statistics = Statistics(moments=moments, damping=damping)
         weight = consumer.weight()
         index = consumer.member.index.to(weight.device)
         if group.name not in removed:
             assert isinstance(task.importance, LayerImportance)
+            inverse = statistics.inverse
             alive = weight.masked_fill(inverse.dead, 0)  # a dead input costs nothing
-            removed[group.name] = task.importance.choose(alive, inverse.matrix, index, task.counts[group.name])
+            removed[group.name] = task.importance.choose(alive, inverse.matrix, index, counts[group.name])
         columns = index[torch.tensor(removed[group.name])].flatten()
-        consumer.store(_cut(weight, inverse.matrix, columns, task.compensation))
+        if task.compensation is None:
+            consumer.store(weight.index_fill(1, columns, 0))
+        else:
+            consumer.store(*task.compensation.repair(weight, statistics, columns))
         say(f"{group.name}: {group.num_units} → {group.num_units - len(removed[group.name])} units")
     return removed
-
-
-def _cut(weight: Tensor, inverse: Tensor, columns: Tensor, compensation: Compensation | None) -> Tensor:
-    if compensation is not None:
-        return compensation.repair(weight, inverse, columns)
-    return weight.index_fill(1, columns, 0)

@@ -6,9 +6,10 @@ from conftest import example, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
+from prunekit.compensation import walk as walking
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
-from prunekit.schedules import walk as walking
+from prunekit.importance import Obs
 
 
 def batches(ids, size=3):
@@ -109,9 +110,24 @@ def test_compensation_after_another_methods_choice():
     assert not torch.equal(plain.model.layers[1].mlp.down_proj.weight, repaired.model.layers[1].mlp.down_proj.weight)
 
 
-def test_obs_needs_the_layerwise_schedule():
-    with pytest.raises(ConfigError, match="use schedule=layerwise"):
-        prunekit.prune(tiny_llama(), calibration=token_ids(), overrides=["schedule=oneshot"])
+def test_obs_at_once_ranks_by_each_units_error_alone():
+    """Against E(S) = min over the kept columns of ‖W X − W₁ X‖², by least squares in float64."""
+    model = tiny_llama(layers=1)
+    graph = trace(model, example())
+    ids = token_ids(8, 20)
+    for name, consumer in (("self_attn", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        group = graph[f"layers.0.{name}"]
+        x = inputs_of(model, f"model.layers.0.{consumer}", ids)
+        weight = model.get_submodule(f"model.layers.0.{consumer}").weight.detach().double()
+        scores = Obs(damping=0.0).score(model, graph, [group], batches(ids))[group.name]
+        expected = []
+        for unit in group.consumers[0].index:
+            kept = [i for i in range(weight.shape[1]) if i not in unit.tolist()]
+            solution = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution
+            expected.append((x[:, kept] @ solution - x @ weight.T).square().sum() / len(x))
+        torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-3, atol=1e-6)
+    result = prunekit.prune(tiny_llama(), calibration=token_ids(8, 12), overrides=["schedule=oneshot"])
+    assert abs(result.report["ratio"]["achieved"] - 0.2) < 0.01
 
 
 @pytest.mark.parametrize("where", ["weight", "activation"])

@@ -17,7 +17,7 @@ from prunekit.console import say, track
 from prunekit.errors import DataError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.graph.capture import tensor_places, without_cache
-from prunekit.importance.base import Batch, Place, along, at_least_float32
+from prunekit.importance.base import Batch, Place, along, at_least_float32, members_of
 from prunekit.importance.gradients.loss import is_language_model, mean_loss, split
 from prunekit.importance.gradients.state import checkpointed, undisturbed
 from prunekit.importance.gradients.taps import is_stock, is_transposed, tap
@@ -59,7 +59,7 @@ def position_scores(
     Raises:
         DataError: the model has no loss, the data no target, or a gradient is not finite.
     """
-    places = [(m.parameter, m.dim) for g in groups for m in g.members if m.parameter not in graph.buffers]
+    places = [(m.parameter, m.dim) for g in groups for m in members_of(graph, g) if m.parameter not in graph.buffers]
     dims: dict[str, list[int]] = {name: [] for name, _ in places}
     for name, dim in dict.fromkeys(places):
         dims[name].append(dim)

@@ -6,7 +6,7 @@ inputs of a layer come from the pruned layers before it; in a layer attention fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from prunekit.compensation.hessian import Moments
 from prunekit.console import say
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import CoupledGroup, Member
-from prunekit.importance.base import Batch
+
+Batch = Mapping[str, Any]
 
 
 class _Stop(Exception):
@@ -44,9 +45,16 @@ class Consumer:
         weight = self.parameter.detach().double()
         return weight if self.member.dim == 1 else weight.T
 
-    def store(self, weight: Tensor) -> None:
-        """Write W [d_out, n] back."""
+    def store(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Write W [d_out, n] back; add `bias` [d_out] to the module's, which gets one where it has none."""
         self.parameter.data.copy_(weight if self.member.dim == 1 else weight.T)
+        if bias is None:
+            return
+        own = getattr(self.module, "bias", None)
+        if not isinstance(own, nn.Parameter):
+            zeros = torch.zeros_like(weight[:, 0], dtype=self.parameter.dtype)
+            own = self.module.bias = nn.Parameter(zeros, requires_grad=self.parameter.requires_grad)
+        own.data.add_(bias)
 
 
 def consumer_of(model: nn.Module, group: CoupledGroup) -> Consumer:

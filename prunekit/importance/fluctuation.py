@@ -1,0 +1,36 @@
+"""FLAP's fluctuation (An et al. 2023, arXiv 2312.11983): inputs that hardly vary can be replaced by their mean.
+
+The mean then goes into the consumer's bias: `compensation=bias`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prunekit.errors import ConfigError
+from prunekit.graph import CoupledGroup, CouplingGraph, Member
+from prunekit.importance.activations import input_statistics
+from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fluctuation(ScoreImportance):
+    """Var(x_j) ‖W_:j‖² over the columns a unit owns in the linear modules that read it."""
+
+    def structures(
+        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        """One forward pass over the calibration set; padding does not count."""
+        inputs = input_statistics(model, {m.parameter for g in groups for m in g.consumers}, batches)
+        for group in groups:
+            if not any(member.parameter in inputs for member in group.consumers):
+                raise ConfigError(f"{group.name}: fluctuation scores what linear modules read, and none reads it")
+
+        def positions(member: Member) -> Tensor | None:
+            if member.role == "producer" or member.parameter not in inputs:
+                return None
+            weight = at_least_float32(model.get_parameter(member.parameter).detach())
+            return along(weight.square(), member.dim) * inputs[member.parameter].variance()
+
+        return {group.name: by_structure(graph, group, positions) for group in groups}

@@ -1,0 +1,19 @@
+"""One layer alone, for measuring how much each of them matters (LLM-Pruner, figure 3)."""
+
+from dataclasses import dataclass
+
+from prunekit.errors import ConfigError
+from prunekit.policies.base import DepthPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single(DepthPolicy):
+    """1 in layer `layer`, 0 elsewhere."""
+
+    layer: int = 0
+
+    def shares(self, depth: int) -> list[float]:
+        """All in one layer."""
+        if not 0 <= self.layer < depth:
+            raise ConfigError(f"policy.layer: expected a layer in [0, {depth}), got {self.layer}")
+        return [float(i == self.layer) for i in range(depth)]

@@ -1,0 +1,60 @@
+"""The ablation of LLM-Pruner's table 6: each matrix loses the units that matter least to itself, dependencies ignored.
+
+Every structure of a group keeps as many units as the group's plan says, but its own choice of them: their slices are
+moved to where the plan keeps units, so that an ordinary cut follows. Shapes fit, meanings don't.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import ConfigError
+from prunekit.graph import CoupledGroup, CouplingGraph, Member
+
+
+def scatter(
+    model: nn.Module, graph: CouplingGraph, structures: Mapping[str, Tensor], removed: Mapping[str, list[int]]
+) -> None:
+    """Permute the groups' members in place, given the scores [structures, num_units] of each structure.
+
+    Raises:
+        ConfigError: an importance that doesn't score every structure of a group.
+    """
+    for name, units in removed.items():
+        members = _structures(graph, graph[name])
+        if len(members) != len(structures[name]):
+            raise ConfigError(
+                f"groups=independent: expected an importance that scores each of the {len(members)} matrices of "
+                f"{name}, this one scores {len(structures[name])}"
+            )
+        kept = _kept(len(structures[name][0]), units)
+        for scores, inside in zip(structures[name], members, strict=True):
+            own = _kept(len(scores), scores.argsort(stable=True)[: len(units)].tolist())
+            for member in inside:
+                _move(model.get_parameter(member.parameter), member, own, kept)
+
+
+def _structures(graph: CouplingGraph, group: CoupledGroup) -> list[list[Member]]:
+    """The members that are scored together: a matrix along one dim, the vectors of its module with it."""
+    members = [m for m in group.members if m.parameter not in graph.buffers]
+    found: dict[tuple[str, int], list[Member]] = defaultdict(list)
+    for member in sorted(members, key=lambda m: len(graph.shapes[m.parameter]) == 1):
+        module = member.parameter.rpartition(".")[0]
+        beside = [place for place in found if place[0].rpartition(".")[0] == module and place[1] == member.dim]
+        alone = len(graph.shapes[member.parameter]) > 1 or not beside
+        found[(member.parameter, member.dim) if alone else beside[0]].append(member)
+    return list(found.values())
+
+
+def _move(parameter: Tensor, member: Member, own: Tensor, kept: Tensor) -> None:
+    index = member.index.to(parameter.device)
+    source = parameter.detach().index_select(member.dim, index[own].flatten())
+    parameter.data.index_copy_(member.dim, index[kept].flatten(), source)
+
+
+def _kept(size: int, removed: list[int]) -> Tensor:
+    keep = torch.ones(size, dtype=torch.bool)
+    keep[removed] = False
+    return keep.nonzero().flatten()
