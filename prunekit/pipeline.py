@@ -142,55 +142,78 @@ def prune_model(
     check_finite(model)
     with stages("trace"):
         graph = trace(model, example_of(batches[0]))
-    scope: Scope = cfg.build(config.scope, "scope") or Scope()
-    groups = scope.included(chosen_groups(graph, config.groups), [*graph.groups, *graph.stacks])
-    importance = cfg.build(config.importance, "importance")
-    compensation = cfg.build(config.compensation, "compensation")
-    schedule: Schedule = cfg.build(config.schedule, "schedule")
-    policy: Policy = cfg.build(config.policy, "policy")
     with stages("prune"):
-        cost, limit = objective(model, graph, groups, batches, config, stored)
-        setting = Setting(model=model, graph=graph, groups=groups, batches=batches, importance=importance,
-                          cost=cost, limit=limit)  # fmt: skip
-        shares = policy.group_shares(setting)
-        groups = [group for group in groups if shares[group.name] > 0] or groups
-        if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
-            limit -= added_biases(model, groups) * cost({}) / graph.num_parameters()
-        budget = Budget(
-            slots=scope.slots(groups, shares, floors(model, groups)),
-            cost=cost,
-            limit=limit,
-            ranking=scope.ranking,
-            comparable=getattr(importance, "normalisation", "none") != "none",
-        )
-        task = Task(
-            model=model,
-            graph=graph,
-            groups=groups,
-            budget=budget,
-            batches=batches,
-            importance=importance,
-            compensation=compensation,
-            rounds=scope.rounds,
-            protected={group.name: scope.protected(group) for group in groups},
-            independent="independent" in cfg.kinds_of(config.groups),
-        )
-        total = graph.num_parameters()
-        before = snapshot(model, groups, everything=task.independent)
+        choice = plan_choice(model, graph, config, batches, stored)
+        total = num_parameters(model)
+        before = snapshot(model, choice.task.groups, everything=choice.task.independent)
         try:
-            plan = schedule.run(task)
+            plan = choice.schedule.run(choice.task)
             apply_plan(model, graph, plan)
         except BaseException:
             restore(model, before)
             raise
     if added := [name.rpartition(".")[0] for name, bias in before.items() if bias is None]:
         note_biases(model, added)
-    report = figures(config, graph, groups, plan, (total, num_parameters(model)), stages)
-    if config.target.name:
-        left = cost({name: len(units) for name, units in plan.removed.items()})
-        report["target"] = {"measure": cost.name, "limit": limit, "dense": cost({}), "achieved": left}
-    report["policy"] = {"shares": shares, **setting.notes}
+    report = figures(config, choice, plan, (total, num_parameters(model)), stages)
     return Result(model=model, plan=plan, report=report, graph=graph)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Everything that is settled before units are chosen: who chooses (`schedule.run(task)`), and how much goes.
+
+    `groups` also holds those that a policy leaves whole.
+    """
+
+    schedule: Schedule
+    task: Task
+    groups: Sequence[CoupledGroup]
+    shares: Mapping[str, float]
+    notes: Mapping[str, Any]
+
+
+def plan_choice(
+    model: nn.Module,
+    graph: CouplingGraph,
+    config: RunConfig,
+    batches: Sequence[Mapping[str, Any]],
+    stored: torch.dtype | None = None,
+) -> Choice:
+    """Build what the configuration names, spread the target over the groups it may cut."""
+    scope: Scope = cfg.build(config.scope, "scope") or Scope()
+    groups = scope.included(chosen_groups(graph, config.groups), [*graph.groups, *graph.stacks])
+    importance = cfg.build(config.importance, "importance")
+    compensation = cfg.build(config.compensation, "compensation")
+    policy: Policy = cfg.build(config.policy, "policy")
+    cost, limit = objective(model, graph, groups, batches, config, stored)
+    setting = Setting(
+        model=model, graph=graph, groups=groups, batches=batches, importance=importance, cost=cost, limit=limit
+    )
+    shares = policy.group_shares(setting)
+    cut = [group for group in groups if shares[group.name] > 0] or groups
+    if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
+        limit -= added_biases(model, cut) * cost({}) / graph.num_parameters()
+    budget = Budget(
+        slots=scope.slots(cut, shares, floors(model, cut)),
+        cost=cost,
+        limit=limit,
+        ranking=scope.ranking,
+        comparable=getattr(importance, "normalisation", "none") != "none",
+    )
+    task = Task(
+        model=model,
+        graph=graph,
+        groups=cut,
+        budget=budget,
+        batches=batches,
+        importance=importance,
+        compensation=compensation,
+        rounds=scope.rounds,
+        protected={group.name: scope.protected(group) for group in cut},
+        independent="independent" in cfg.kinds_of(config.groups),
+    )
+    schedule: Schedule = cfg.build(config.schedule, "schedule")
+    return Choice(schedule=schedule, task=task, groups=groups, shares=shares, notes=setting.notes)
 
 
 def objective(
@@ -319,15 +342,16 @@ def chosen_groups(graph: CouplingGraph, choice: Any) -> list[CoupledGroup]:
 
 
 def figures(
-    config: RunConfig,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    plan: PruningPlan,
-    parameters: tuple[int, int],
-    stages: Stages,
+    config: RunConfig, choice: Choice, plan: PruningPlan, parameters: tuple[int, int], stages: Stages
 ) -> dict[str, Any]:
     """The report of pruning alone; `parameters` dense and pruned."""
     total, left = parameters
+    groups, budget = choice.groups, choice.task.budget
+    target = {}
+    if config.target.name:
+        achieved = budget.cost({name: len(units) for name, units in plan.removed.items()})
+        measured = {"measure": budget.cost.name, "limit": budget.limit, "dense": budget.cost({}), "achieved": achieved}
+        target = {"target": measured}
     layers: dict[int | None, dict[str, Any]] = {}
     for group in groups:
         kept = group.num_units - len(plan.removed.get(group.name, ()))
@@ -341,6 +365,8 @@ def figures(
         "versions": versions(),
         "ratio": {"target": None if config.target.name else config.ratio, "achieved": 1 - left / total},
         "parameters": {"dense": total, "pruned": left},
+        **target,
+        "policy": {"shares": choice.shares, **choice.notes},
         "layers": list(layers.values()),
         "seconds": stages.seconds,
         "peak_memory_bytes": stages.peak_memory_bytes,

@@ -38,7 +38,7 @@ class Budget:
     comparable: bool = False
 
     def __post_init__(self) -> None:
-        dense, least = self.cost({}), self.cost(self.counts({s.name: len(s.removed) - 1 for s in self.slots}))
+        dense, least = self.cost({}), self.cost(self.counts(self._most))
         name, cheapest = self.cost.name, min(self._costs.values(), default=0.0)
         if self.limit >= dense:
             raise ConfigError(
@@ -71,6 +71,11 @@ class Budget:
                 units = slot.removed[-1] - slot.removed[-2]
                 found[slot.name] = (dense - self.cost(slot.counts(slot.removed[-1]))) / slot.removed[-1] * units
         return {name: cost for name, cost in found.items() if cost > 0}
+
+    @cached_property
+    def _most(self) -> Steps:
+        """Slot → its last step."""
+        return {slot.name: len(slot.removed) - 1 for slot in self.slots}
 
     def solve(self, scores: Mapping[str, Tensor] | None = None, progress: float = 1.0) -> dict[str, int]:
         """Units to remove from each group; `scores` (group → [num_units]) are needed where groups compete.
@@ -121,10 +126,9 @@ class Budget:
 
     def _rounded(self, steps: dict[str, float]) -> Steps:
         """Whole numbers with the same total (to the nearest one), by largest remainder."""
-        most = {slot.name: len(slot.removed) - 1 for slot in self.slots}
         whole = {name: math.floor(step + 1e-9) for name, step in steps.items()}
         missing = math.floor(sum(steps.values()) + 0.5) - sum(whole.values())
-        open_ = [name for name in steps if whole[name] < most[name]]
+        open_ = [name for name in steps if whole[name] < self._most[name]]
         for name in sorted(open_, key=lambda n: whole[n] - steps[n])[: max(missing, 0)]:
             whole[name] += 1
         return whole
@@ -148,7 +152,7 @@ class Budget:
                 break
             if (name := slots[i].name) not in closed:
                 after = self.cost(self.counts({**steps, name: at}))
-                if abs(after - limit) < abs(left - limit):
+                if after >= limit - cheapest / 2:
                     steps[name], left = at, after
                 else:
                     closed.add(name)
@@ -176,23 +180,31 @@ class Budget:
         return steps
 
     def _polished(self, steps: Steps, limit: float) -> Steps:
-        """Move single steps while that comes nearer to the limit, of the cheapest slots first."""
+        """Move single steps while that comes nearer to the limit; where it gets stuck, a dear one for cheap ones."""
+        steps, error = self._moved(steps, limit)
+        for name in sorted(self._costs, key=lambda n: self._costs[n]):
+            for move in (-1, 1):
+                if error > min(self._costs.values()) / 2 and 0 <= steps[name] + move <= self._most[name]:
+                    trial, off = self._moved({**steps, name: steps[name] + move}, limit)
+                    if off < error * (1 - 1e-9):
+                        steps, error = trial, off
+        return steps
+
+    def _moved(self, steps: Steps, limit: float) -> tuple[Steps, float]:
+        """Single steps moved to and fro, of the cheapest slots first, until none helps; how far it then is."""
         names = sorted(self._costs, key=lambda n: (self._costs[n], -steps[n]))
-        most = {slot.name: len(slot.removed) - 1 for slot in self.slots}
         error = abs(self.cost(self.counts(steps)) - limit)
         improved = True
         while improved:
             improved = False
             for name in names:
-                if error <= self._costs[name] / 2 * (1 - 1e-9):
-                    continue
-                for move in (1, -1):
+                for move in (1, -1) if error > self._costs[name] / 2 * (1 - 1e-9) else ():
                     trial = {**steps, name: steps[name] + move}
-                    if 0 <= trial[name] <= most[name]:
+                    if 0 <= trial[name] <= self._most[name]:
                         off = abs(self.cost(self.counts(trial)) - limit)
                         if off < error * (1 - 1e-9):
                             steps, error, improved = trial, off, True
-        return steps
+        return steps, error
 
 
 def _take(queue: Sequence[tuple[float, int, int]], slots: Sequence[Slot], steps: Steps) -> Steps:

@@ -93,15 +93,13 @@ def test_every_scope_is_kept_to_and_the_target_met_within_half_a_step(policy, ra
         if any(pattern in group.name for pattern in excluded):
             assert kept == group.num_units
     removed = GRAPH.removed_parameters({name: list(range(count)) for name, count in counts.items()})
-    open_ = [s for s in solver.slots if len(s.removed) > 1]
-    steps = [(s.removed[-1] - s.removed[-2]) * s.groups[0].parameters_per_unit for s in open_]
-    free = [
-        step
-        for s, step in zip(open_, steps, strict=True)
-        if 0 < counts[s.name] < s.removed[-1] or (ratio > 0 and counts[s.name] == 0)
+    steps = [
+        (slot.removed[-1] - slot.removed[-2]) * slot.groups[0].parameters_per_unit
+        for slot in solver.slots
+        if len(slot.removed) > 1 and 0 < counts[slot.name] < slot.removed[-1]
     ]
-    if free:
-        assert abs(removed - target) <= max(min(free), min(steps)) / 2 * (1 + 1e-6)
+    if steps:  # something can still go either way
+        assert abs(removed - target) <= min(steps) / 2 * (1 + 1e-6)
 
 
 def test_the_scale_of_scores_or_units_never_keeps_a_kind_out_of_a_global_ranking():

@@ -7,7 +7,7 @@ from torch import nn
 
 import prunekit
 from prunekit.compensation import walk as walking
-from prunekit.errors import ConfigError, DataError, TraceError
+from prunekit.errors import DataError, TraceError
 from prunekit.graph import trace
 from prunekit.importance import Obs
 
