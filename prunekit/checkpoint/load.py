@@ -43,7 +43,7 @@ def from_pretrained(
     if folder.is_dir():
         check_manifest(folder)
     config = _read_config(folder) if folder.is_dir() else {}
-    if not config.get("per_layer_config") and not config.get("extra_biases"):
+    if not _only_ours(config):
         return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
     overrides = _overrides(folder, config)
     tensors = _read_tensors(folder)
@@ -120,6 +120,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
 
 
+def _only_ours(config: dict[str, Any]) -> bool:
+    """Whether a folder's config says what transformers' own loader can't build, or refuses to."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    odd = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads
+    return bool(config.get("per_layer_config") or config.get("extra_biases") or odd)
+
+
 def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     try:
         return {int(layer): dict(values) for layer, values in (config.get("per_layer_config") or {}).items()}
@@ -128,14 +135,24 @@ def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]
 
 
 def _dense_config(folder: Path, config: dict[str, Any]) -> Any:
-    """The config of a pruned folder without its per-layer values, which transformers' classes stumble over."""
-    from transformers import AutoConfig
+    """The config of a pruned folder without its per-layer values, which transformers' classes stumble over.
+
+    A hidden size that the number of heads doesn't divide is no mistake here: channels were cut.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     values = {key: value for key, value in config.items() if key not in ("per_layer_config", "model_type")}
+    validators: list[Any] = []
+    every: list[Any] = []
     try:
+        validators = getattr(CONFIG_MAPPING[config["model_type"]], "__class_validators__", [])
+        every[:] = validators
+        validators[:] = [validator for validator in every if validator.__name__ != "validate_architecture"]
         return AutoConfig.for_model(config["model_type"], **values)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'}: damaged: {_first_line(error)}") from error
+    finally:
+        validators[:] = every
 
 
 def _first_line(error: BaseException) -> str:
@@ -248,7 +265,7 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
 
     folder = Path(directory)
     config = _read_config(folder) if folder.is_dir() else {}
-    dense = _dense_config(folder, config) if config.get("per_layer_config") else None
+    dense = _dense_config(folder, config) if _only_ours(config) else None
     try:
         return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)
     except Exception as error:
