@@ -109,4 +109,19 @@ def importance(result: dict) -> list[str]:
     ]
 
 
-SECTIONS = {"solver": solver, "tracer": tracer, "importance": importance}
+def experiments(result: dict) -> list[str]:
+    lines = head("The papers' comparisons, at small scale", "experiments", result, "seed 0")
+    for found in result["tables"]:
+        ratios = sorted({row["target"] for row in found["rows"]})
+        names = list(dict.fromkeys(row["chosen"] for row in found["rows"]))
+        at = {(row["chosen"], row["target"]): f"{row['pruned']:.2f}" for row in found["rows"]}
+        dense = found["rows"][0]["dense"] if found["rows"] else float("nan")
+        columns = " | ".join(["choice", *(f">{ratio:.1%} removed" for ratio in ratios)])
+        order = sorted(names, key=lambda name: [float(at.get((name, ratio), "inf")) for ratio in ratios])
+        lines += [f"## {found['model']}: experiment={found['experiment']}", ""]
+        lines += [f"Held-out perplexity; dense {dense:.2f}. {found['note']}".rstrip(), ""]
+        lines += [*table(columns, [[name, *(at.get((name, r), "–") for r in ratios)] for name in order]), ""]
+    return lines[:-1]
+
+
+SECTIONS = {"solver": solver, "tracer": tracer, "importance": importance, "experiments": experiments}

@@ -256,3 +256,28 @@ def test_a_model_turned_into_half_precision_is_saved(tmp_path, dtype):
     prunekit.save_pretrained(model, tmp_path / "model")
     again = prunekit.from_pretrained(tmp_path / "model")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_width_that_the_heads_do_not_divide_is_loaded(tmp_path):
+    model = tiny_llama(layers=2)
+    prunekit.prune(
+        model, ratio=0.2, method="llm_pruner", calibration=token_ids(), overrides=["groups=channel", "policy=uniform"]
+    )
+    assert model.config.hidden_size % model.config.num_attention_heads
+    prunekit.save_pretrained(model, tmp_path / "model")
+    ids = token_ids(2, 5)
+    with torch.no_grad():
+        assert torch.equal(prunekit.from_pretrained(tmp_path / "model")(ids).logits, model(ids).logits)
+
+
+def test_a_bias_that_its_class_lacks_is_loaded(tmp_path):
+    model = tiny_llama(layers=3)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.bias = None
+    chosen = ["importance=fluctuation", "compensation=bias", "policy=uniform", "groups=mlp"]
+    prunekit.prune(model, ratio=0.2, method="llm_pruner", calibration=token_ids(), overrides=chosen)
+    prunekit.save_pretrained(model, tmp_path / "model")
+    loaded, ids = prunekit.from_pretrained(tmp_path / "model"), token_ids(2, 5)
+    assert loaded.model.layers[0].mlp.down_proj.bias.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
