@@ -31,4 +31,6 @@ def suggest(name: str, available: list[str]) -> str:
 
     near = get_close_matches(name, available, n=2, cutoff=0.5)
     did_you_mean = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{did_you_mean}available: {', '.join(sorted(available))}"
+    shown = sorted(available)
+    more = f", … ({len(shown) - 24} more)" if len(shown) > 24 else ""
+    return f"{did_you_mean}available: {', '.join(shown[:24])}{more}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from prunekit import config as cfg
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
@@ -36,7 +37,7 @@ from prunekit.plan import PruningPlan
 from prunekit.policies import Budget, Cost, Policy, Scope, Setting, weights_cost
 from prunekit.report import render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
-from prunekit.schedules import Schedule, Task
+from prunekit.schedules import Layerwise, Schedule, Task
 from prunekit.surgery import apply_plan
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -148,13 +149,17 @@ def prune_model(
         before = snapshot(model, choice.task.groups, everything=choice.task.independent)
         try:
             plan = choice.schedule.run(choice.task)
+            without = [model.get_submodule(name.rpartition(".")[0]) for name, bias in before.items() if bias is None]
             apply_plan(model, graph, plan)
         except BaseException:
             restore(model, before)
             raise
-    if added := [name.rpartition(".")[0] for name, bias in before.items() if bias is None]:
-        note_biases(model, added)
+    note_biases(model, [module for module in without if module.bias is not None])
     report = figures(config, choice, plan, (total, num_parameters(model)), stages)
+    if config.target.name == "latency":
+        from prunekit.costs.timing import timed
+
+        report["target"]["measured"] = timed(model, timing_example(batches[0], config))
     return Result(model=model, plan=plan, report=report, graph=graph)
 
 
@@ -189,16 +194,22 @@ def plan_choice(
     setting = Setting(
         model=model, graph=graph, groups=groups, batches=batches, importance=importance, cost=cost, limit=limit
     )
+    schedule: Schedule = cfg.build(config.schedule, "schedule")
+    if compensation is not None or isinstance(schedule, Layerwise):
+        name = type(schedule if compensation is None else compensation).__name__.lower()
+        check_repairable(f"schedule={name}" if compensation is None else f"compensation={name}", groups)
     shares = policy.group_shares(setting)
     cut = [group for group in groups if shares[group.name] > 0] or groups
     if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
         limit -= added_biases(model, cut) * cost({}) / graph.num_parameters()
     budget = Budget(
-        slots=scope.slots(cut, shares, floors(model, cut)),
+        slots=scope.slots(cut, shares, floors(model, cut), multiples(model, cut)),
         cost=cost,
         limit=limit,
         ranking=scope.ranking,
         comparable=getattr(importance, "normalisation", "none") != "none",
+        key=f"target.{config.target.name}" if config.target.name else "ratio",
+        hint="" if scope.min_units == 1 else f" (scope.min_units={scope.min_units})",
     )
     task = Task(
         model=model,
@@ -212,8 +223,17 @@ def plan_choice(
         protected={group.name: scope.protected(group) for group in cut},
         independent="independent" in cfg.kinds_of(config.groups),
     )
-    schedule: Schedule = cfg.build(config.schedule, "schedule")
     return Choice(schedule=schedule, task=task, groups=groups, shares=shares, notes=setting.notes)
+
+
+def check_repairable(option: str, groups: Sequence[CoupledGroup]) -> None:
+    """Raise ConfigError where groups have no single consumer whose inputs could be looked at."""
+    for group in groups:
+        if len(group.consumers) != 1:
+            raise ConfigError(
+                f"{option}: {group.name} ({group.kind}) has {len(group.consumers) or 'no'} consumers, expected one; "
+                "use schedule=oneshot compensation=none"
+            )
 
 
 def objective(
@@ -259,6 +279,21 @@ def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
     return {group.name: max(needed) for group in groups if group.kind == "expert" and needed}
 
 
+def multiples(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
+    """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16 bytes."""
+    stacked = {
+        name: max(16 // parameter.element_size(), 1)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
+    }
+    found: dict[str, int] = {}
+    for group in groups:
+        for member in group.members if group.kind != "expert" else ():
+            if member.parameter in stacked and member.dim > 0:
+                found[group.name] = stacked[member.parameter]
+    return found
+
+
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -295,13 +330,13 @@ def restore(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
             model.get_parameter(name).data.copy_(weight)
 
 
-def note_biases(model: nn.Module, paths: Sequence[str]) -> None:
+def note_biases(model: nn.Module, given: Sequence[nn.Module]) -> None:
     """Tell the config which modules were given a bias, so that a saved model is loaded with it."""
     config: Any = getattr(model, "config", None)
-    given = [path for path in paths if model.get_submodule(path).bias is not None]
-    if given and config is not None:
-        config.extra_biases = sorted({*given, *(getattr(config, "extra_biases", None) or ())})
-        say(f"{len(given)} modules got a bias: prunekit.from_pretrained loads it, other loaders leave it out")
+    paths = [path for path, module in model.named_modules() if module in set(given)]
+    if paths and config is not None:
+        config.extra_biases = sorted({*paths, *(getattr(config, "extra_biases", None) or ())})
+        say(f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, other loaders leave it out")
 
 
 def check_finite(model: nn.Module) -> None:

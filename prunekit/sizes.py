@@ -195,8 +195,7 @@ def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> Non
     that don't divide the hidden size), and the config is an ordinary one again.
     """
     config: Any = model.config
-    if (head_dim := _head_dim(config)) and not isinstance(_read(config, "head_dim"), int):
-        config.head_dim = head_dim
+    keep_head_dim(config)
     overrides = {layer: dict(values) for layer, values in overrides.items()}
     config.per_layer_config = None
     names = {name for values in overrides.values() for name in values}
@@ -210,6 +209,12 @@ def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> Non
     for path, module in model.named_modules():
         if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
             module.config = LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
+
+
+def keep_head_dim(config: Any) -> None:
+    """Write down the width of heads that follows from the hidden size and the head count, before either changes."""
+    if (head_dim := _head_dim(config)) and not isinstance(_read(config, "head_dim"), int):
+        config.head_dim = head_dim
 
 
 def _become_global(config: Any, values: Mapping[str, int]) -> bool:

@@ -20,6 +20,7 @@ from prunekit.sizes import (
     Sizes,
     config_values,
     fit_to_weight,
+    keep_head_dim,
     layer_of,
     per_layer_overrides,
     resize,
@@ -302,6 +303,9 @@ class _Surgery:
             if group.layer is not None:
                 layers[group.layer].append(sizes)
             elif config is not None:
+                if "hidden_size" in sizes:
+                    self._remember_configs(config)
+                    keep_head_dim(config)
                 resize([config], sizes, self._set)
         for path, sizes in self._extents(removed).items():
             module = self.model.get_submodule(path)

@@ -219,13 +219,62 @@ def test_a_bias_that_its_class_lacks_is_saved_and_loaded(tmp_path):
     assert len(model.config.extra_biases) == 3
 
 
+def test_layers_beside_other_cuts_of_a_model_without_biases():
+    """What is dropped takes its names with it; nothing is looked up by them afterwards."""
+    for chosen in (["groups=[mlp,layer]"], ["groups=[layer,attention]", "scope=iterative"]):
+        model = tiny_llama(layers=4)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bias = None
+        before = sum(p.numel() for p in model.parameters())
+        result = run_on(model, ["importance=magnitude", "policy=uniform", *chosen], 0.35)
+        assert len(model.model.layers) == 4 - len(result.plan.removed["layers"])
+        assert len(result.plan.removed) > 1
+        assert result.report["parameters"]["pruned"] == sum(p.numel() for p in model.parameters()) < before
+        assert getattr(model.config, "extra_biases", None) is None
+
+
+def test_sensitivity_takes_nothing_for_free():
+    """A twentieth of two heads is no head: its error is zero and so is what it saves."""
+    _, result = run(["importance=magnitude", "policy=sensitivity", "policy.ratios=[0.05,0.5]", "policy.by=group"])
+    notes = result.report["policy"]
+    heads = [name for name in notes["shares"] if "self_attn" in name]
+    assert all(notes["sensitivity"]["errors"][name][0] == 0 for name in heads)
+    assert all(notes["shares"][name] != pytest.approx(0.05) for name in heads)
+
+
+def test_losses_of_the_models_own_are_traced():
+    class Regression(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 32), torch.nn.Linear(32, 4)
+
+        def forward(self, x, y):
+            out = self.b(self.a(x).relu())
+            return {"loss": torch.nn.functional.mse_loss(out, y), "out": out}
+
+    batches = [{"x": torch.randn(8, 8), "y": torch.randn(8, 4)}]
+    for importance in ("taylor_first", "taylor_second", "lora_gradient", "wanda", "fluctuation"):
+        chosen = ["policy=uniform", f"importance={importance}"]
+        net = Regression()
+        prunekit.prune(net, ratio=0.3, method="llm_pruner", calibration=batches, overrides=chosen)
+        assert net.a.out_features == 22
+    ids = token_ids(4, 8)
+    model = tiny_llama(layers=2)
+    chosen = ["policy=uniform", "importance=magnitude"]
+    prunekit.prune(model, method="llm_pruner", calibration=[{"input_ids": ids, "labels": ids}], overrides=chosen)
+    assert model.model.layers[0].mlp.gate_proj.out_features < 40
+
+
 def test_bad_input():
     for chosen, match in (
         (["policy=manual", "policy.values=[1,2]"], r"policy.values: expected 4 numbers, one a layer, got 2"),
         (["scope.exclude=['layers.1.mpl']"], r"'layers.1.mpl' matches nothing: did you mean layers.1.mlp"),
-        (["scope.min_units=39"], "out of reach"),
-        (["target.parameters=1e9"], "target.parameters: expected less than the dense model's"),
-        (["target.flops=1e3"], "are the nearest"),
+        (["scope.min_units=39"], r"out of reach.* \(scope.min_units=39\)"),
+        (["scope.min_units={mpl: 4}"], "scope.min_units: unknown kind 'mpl': did you mean mlp"),
+        (["target.parameters=1e9"], "target.parameters: expected less than the dense model's 56,816 parameters"),
+        (["target.flops=1e3"], r"target.flops: 1,000 of .* flops is out of reach.*leaves"),
+        (["policy=manual", "policy.values=shares.csv"], "a file is policy.path"),
         (["target.flops=1e6", "target.bytes=10"], "expected one of"),
         (["importance.aggregation=avg"], "importance.aggregation: unknown 'avg'"),
         (["importance.normalisation=mena"], "did you mean mean"),
@@ -235,6 +284,8 @@ def test_bad_input():
         with pytest.raises(prunekit.PrunekitError, match=match) as caught:
             run(chosen, ratio=0.3)
         assert "\n" not in str(caught.value)
+    with pytest.raises(prunekit.PrunekitError, match=r"compensation=obs: channel \(channel\) has \d+ consumers"):
+        run(["compensation=obs", "policy=uniform"], "channel")
     for calibration, match in (
         ([{"input_ids": token_ids(2, 1)}], "not a single token to predict"),
         ([{"input_ids": token_ids(2, 4), "attention_mask": torch.zeros(2, 4)}], "not a single token to predict"),

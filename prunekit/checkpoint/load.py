@@ -43,7 +43,7 @@ def from_pretrained(
     if folder.is_dir():
         check_manifest(folder)
     config = _read_config(folder) if folder.is_dir() else {}
-    if not _only_ours(config):
+    if not only_ours(config):
         return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
     overrides = _overrides(folder, config)
     tensors = _read_tensors(folder)
@@ -120,11 +120,20 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
 
 
-def _only_ours(config: dict[str, Any]) -> bool:
+def only_ours(config: dict[str, Any]) -> bool:
     """Whether a folder's config says what transformers' own loader can't build, or refuses to."""
+    from transformers import AutoConfig
+
+    if config.get("per_layer_config") or config.get("extra_biases"):
+        return True
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    odd = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads
-    return bool(config.get("per_layer_config") or config.get("extra_biases") or odd)
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads):
+        return False
+    try:
+        AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k != "model_type"})
+    except Exception:
+        return True
+    return False
 
 
 def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -190,7 +199,13 @@ def check_loadable(model: nn.Module, folder: Path) -> None:
         return
     config = _read_config(folder)
     overrides = _overrides(folder, config)
-    skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
+    try:
+        skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{folder / 'config.json'}: damaged: ").rstrip(":.")
+        raise CheckpointError(
+            f"its class refuses its sizes ({reason}): a model cut like this can't be saved"
+        ) from error
     saved = model.state_dict()
     built = {path for path, _ in skeleton.named_modules()}
     if missing := [path for path, _ in model.named_modules() if path not in built]:
@@ -265,7 +280,7 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
 
     folder = Path(directory)
     config = _read_config(folder) if folder.is_dir() else {}
-    dense = _dense_config(folder, config) if _only_ours(config) else None
+    dense = _dense_config(folder, config) if only_ours(config) else None
     try:
         return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)
     except Exception as error:

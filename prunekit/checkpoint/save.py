@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint.load import check_loadable
+from prunekit.checkpoint.load import check_loadable, only_ours
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 
@@ -34,7 +34,7 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
             "a model of an encoder and a decoder can't be saved: config.json holds one list of layers"
         )
     with new_folder(Path(directory)) as folder, _unvalidated(model.config):
-        model.save_pretrained(folder, save_original_format=not model.config.is_heterogeneous)
+        model.save_pretrained(folder, save_original_format=not only_ours(model.config.to_dict()))
         check_loadable(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -100,6 +100,18 @@ def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -
     return statistics.median(_elapsed(run, calls, device) / calls for _ in range(repeats))
 
 
+@torch.inference_mode()
+def timed(model: nn.Module, example: Inputs, repeats: int = 9) -> float:
+    """Median seconds of one forward pass on the example, in evaluation mode."""
+    training = model.training
+    whole = Call((), example) if isinstance(example, Mapping) else Call(example, {})
+    try:
+        model.eval()
+        return median_seconds(lambda: whole(model), next(model.parameters()).device, repeats)
+    finally:
+        model.train(training)
+
+
 def _elapsed(run: Callable[[], Any], calls: int, device: torch.device) -> float:
     _synchronise(device)
     began = time.perf_counter()

@@ -28,7 +28,8 @@ Steps = dict[str, int]
 class Budget:
     """What `cost` must come down to (`limit`), and the slots that may be cut for it.
 
-    `comparable`: scores of different groups can be compared as they are, instead of per unit of cost.
+    `comparable`: scores of different groups can be compared as they are, instead of per unit of cost. `key` and `hint`
+    are for messages: the option that sets the limit, and the ones that narrow what can go.
     """
 
     slots: Sequence[Slot]
@@ -36,19 +37,23 @@ class Budget:
     limit: float
     ranking: Ranking = "local"
     comparable: bool = False
+    key: str = "ratio"
+    hint: str = ""
 
     def __post_init__(self) -> None:
         dense, least = self.cost({}), self.cost(self.counts(self._most))
-        name, cheapest = self.cost.name, min(self._costs.values(), default=0.0)
+        cheapest = min(self._costs.values(), default=0.0)
+        unit = {"latency": "seconds"}.get(self.cost.name, self.cost.name)
         if self.limit >= dense:
             raise ConfigError(
-                f"target.{name}: expected less than the dense model's {_plain(dense)}, got {_plain(self.limit)}"
+                f"{self.key}: expected less than the dense model's {_plain(dense)} {unit}, got {_plain(self.limit)}"
             )
         if self.limit < least - cheapest / 2:
-            share = math.floor((1 - least / dense) * 10_000) / 10_000
+            most = math.floor((1 - least / dense) * 10_000) / 10_000
+            asked = f"{1 - self.limit / dense:.4g}" if self.key == "ratio" else _plain(self.limit)
             raise ConfigError(
-                f"ratio: {1 - self.limit / dense:.4g} of {_plain(dense)} {name} is out of reach: this policy and scope "
-                f"can remove at most {share:g} of them; {_plain(least)} {name} are the nearest"
+                f"{self.key}: {asked} of {_plain(dense)} {unit} is out of reach: this policy and scope can remove at "
+                f"most {most:.4g} of them, which leaves {_plain(least)}{self.hint}"
             )
 
     def counts(self, steps: Mapping[str, float]) -> dict[str, float]:

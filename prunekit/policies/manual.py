@@ -13,7 +13,8 @@ from prunekit.policies.base import DepthPolicy
 class Manual(DepthPolicy):
     """One number ≥ 0 per layer; their proportions hold, their scale is set by the target.
 
-    `path`: a CSV file instead of `values`, a layer a line, the number in its last column; a header may stand above.
+    `path`: a CSV file instead of `values`: a layer a line, the number in its last column, under a header if there is
+    one; or all numbers in one line.
     """
 
     values: Sequence[float] | None = field(default=None)
@@ -22,6 +23,9 @@ class Manual(DepthPolicy):
     def __post_init__(self) -> None:
         if (self.values is None) == (self.path is None):
             raise ConfigError("policy: manual expects policy.values or policy.path, and not both")
+
+        if isinstance(self.values, str):
+            raise ConfigError(f"policy.values: expected a list of numbers, got {self.values!r}; a file is policy.path")
 
     def shares(self, depth: int) -> list[float]:
         """The list as given."""
@@ -36,9 +40,12 @@ class Manual(DepthPolicy):
     def _read(self, path: str) -> list[str]:
         try:
             with Path(path).open(newline="", encoding="utf-8") as file:
-                cells = [row[-1].strip() for row in csv.reader(file) if row]
+                rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"policy.path: can't read {path}: {getattr(error, 'strerror', None) or error}") from error
+        if len(rows) == 1:
+            return [cell.strip() for cell in rows[0]]
+        cells = [row[-1].strip() for row in rows]
         return cells[1:] if cells and not _is_number(cells[0]) else cells
 
 

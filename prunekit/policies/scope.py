@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import CoupledGroup
+from prunekit.graph.groups import Kind
 
 Ranking = Literal["local", "layer", "model"]
 RANKINGS = list(get_args(Ranking))
@@ -47,6 +50,9 @@ class Scope:
         for key, value in [*numbers.items(), *((f"min_units.{k}".rstrip("."), v) for k, v in by_kind.items())]:
             if type(value) is not int or value < 1:
                 raise ConfigError(f"scope.{key}: expected a whole number ≥ 1, got {value}")
+        for kind in by_kind if isinstance(self.min_units, Mapping) else ():
+            if kind not in get_args(Kind):
+                raise ConfigError(f"scope.min_units: unknown kind {kind!r}: {suggest(str(kind), list(get_args(Kind)))}")
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", [self.exclude])
 
@@ -80,9 +86,17 @@ class Scope:
         return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude)
 
     def slots(
-        self, groups: Sequence[CoupledGroup], shares: Mapping[str, float], floors: Mapping[str, int]
+        self,
+        groups: Sequence[CoupledGroup],
+        shares: Mapping[str, float],
+        floors: Mapping[str, int] = MappingProxyType({}),
+        multiples: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Slot]:
-        """What the budget counts in; `floors` (group → units that must stay) come on top of `min_units`."""
+        """What the budget counts in, for groups with these shares.
+
+        `floors` (group → units that must stay) and `multiples` (group → what kept units are a multiple of) are the
+        model's own demands, on top of the scope's.
+        """
         found = []
         for bundle in _bundles(groups):
             coarse = min(bundle, key=lambda g: g.num_units)
@@ -95,7 +109,7 @@ class Scope:
             ratio = max(g.num_units for g in bundle) // n
             fewest = max(max(self.fewest(g), floors.get(g.name, 1)) * n // g.num_units for g in bundle)
             fewest = max(fewest, 1, len(self.protected(coarse)))
-            multiple = self._multiple(coarse.kind, ratio)
+            multiple = math.lcm(self._multiple(coarse.kind, ratio), *(multiples.get(g.name, 1) for g in bundle))
             allowed = [k for k in range(n, min(fewest, n) - 1, -1) if k == n or k % multiple == 0]
             share = max(shares[g.name] for g in bundle)
             found.append(

@@ -50,17 +50,27 @@ class Sensitivity(Policy):
         for group in setting.groups:
             whole = self.by == "layer" and group.layer is not None
             parts[f"layer {group.layer}" if whole else group.name].append(group)
-        errors = self._by_loss(setting, parts) if self.measure == "loss" else self._by_obs(setting, parts)
+        counts = {key: self._counts(groups) for key, groups in parts.items()}
+        by = self._by_loss if self.measure == "loss" else self._by_obs
+        errors = by(setting, parts, counts)
         setting.notes["sensitivity"] = {"ratios": sorted(self.ratios), "measure": self.measure, "errors": errors}
         dense = setting.cost({})
         curves = {}
         for key, groups in parts.items():
-            saved = [dense - setting.cost({g.name: r * g.num_units for g in groups}) for r in sorted(self.ratios)]
-            curves[key] = [(0.0, 0.0, 0.0), *zip(sorted(self.ratios), saved, errors[key], strict=True)]
+            saved = [dense - setting.cost(removed) for removed in counts[key]]
+            units = [g.num_units for g in groups]
+            ratios = [sum(removed.values()) / sum(units) for removed in counts[key]]
+            curves[key] = [(0.0, 0.0, 0.0), *zip(ratios, saved, errors[key], strict=True)]
         best = knapsack(curves, dense - setting.limit)
         return {group.name: max(best[key], 1e-6) for key, groups in parts.items() for group in groups}
 
-    def _by_loss(self, setting: Setting, parts: Mapping[str, list[CoupledGroup]]) -> dict[str, list[float]]:
+    def _counts(self, groups: Sequence[CoupledGroup]) -> list[dict[str, int]]:
+        """For each ratio, by rising ones, whole units of each group; one at least stays."""
+        return [{g.name: min(round(r * g.num_units), g.num_units - 1) for g in groups} for r in sorted(self.ratios)]
+
+    def _by_loss(
+        self, setting: Setting, parts: Mapping[str, list[CoupledGroup]], counts: Mapping[str, list[dict[str, int]]]
+    ) -> dict[str, list[float]]:
         if not isinstance(setting.importance, ScoreImportance):
             raise ConfigError("policy=sensitivity: expected an importance that scores, or policy.measure=obs")
         model, batches = setting.model, setting.batches
@@ -69,14 +79,16 @@ class Sensitivity(Policy):
         found: dict[str, list[float]] = defaultdict(list)
         with undisturbed(model), torch.no_grad():
             dense = calibration_loss(model, batches)
-            for key, groups in track(parts.items(), "sensitivity", len(parts)):
-                for ratio in sorted(self.ratios):
-                    removed = {g.name: order[g.name][: round(ratio * g.num_units)] for g in groups}
+            for key in track(parts, "sensitivity", len(parts)):
+                for gone in counts[key]:
+                    removed = {name: order[name][:count] for name, count in gone.items()}
                     with masked(model, setting.graph, removed):
                         found[key].append(calibration_loss(model, batches) - dense)
         return dict(found)
 
-    def _by_obs(self, setting: Setting, parts: Mapping[str, list[CoupledGroup]]) -> dict[str, list[float]]:
+    def _by_obs(
+        self, setting: Setting, parts: Mapping[str, list[CoupledGroup]], counts: Mapping[str, list[dict[str, int]]]
+    ) -> dict[str, list[float]]:
         if not isinstance(setting.importance, LayerImportance):
             raise ConfigError("policy.measure=obs: expected importance=obs, which chooses by that error")
         places = {group.name: key for key, groups in parts.items() for group in groups}
@@ -85,10 +97,10 @@ class Sensitivity(Policy):
             inverse = invert(moments.hessian, 0.0001)
             weight = consumer.weight().masked_fill(inverse.dead, 0)
             index = consumer.member.index.to(weight.device)
-            counts = [min(round(r * group.num_units), group.num_units - 1) for r in sorted(self.ratios)]
-            order = setting.importance.choose(weight, inverse.matrix, index, max(counts))
+            gone = [removed[group.name] for removed in counts[places[group.name]]]
+            order = setting.importance.choose(weight, inverse.matrix, index, max(gone))
             energy = ((weight @ moments.hessian.double()) * weight).sum().clamp_min(1e-300)
-            for i, count in enumerate(counts):
+            for i, count in enumerate(gone):
                 columns = index[order[:count]].flatten()
                 factor = torch.linalg.cholesky(inverse.matrix[columns][:, columns])
                 half = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False)
@@ -118,6 +130,8 @@ def _hull(curve: Curve) -> Curve:
     """The lower convex hull over the savings."""
     hull: Curve = []
     for point in curve:
+        if hull and point[1] <= hull[-1][1]:
+            continue  # rounded to the units of the point before
         while len(hull) > 1 and (hull[-1][2] - hull[-2][2]) * (point[1] - hull[-2][1]) >= (point[2] - hull[-2][2]) * (
             hull[-1][1] - hull[-2][1]
         ):

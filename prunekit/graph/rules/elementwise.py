@@ -28,6 +28,12 @@ def _elementwise(call: Call) -> Value:
     return call.elementwise(*call.inputs())
 
 
+@operator_rule("aten.broadcast_tensors")
+def _broadcast(call: Call) -> list[Value]:
+    values = call.inputs()
+    return [call.elementwise(*values)] * len(values)
+
+
 @operator_rule("aten.add", "aten.add_")
 def _add(call: Call) -> Value:
     values = call.inputs()

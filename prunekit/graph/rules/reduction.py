@@ -86,6 +86,30 @@ def _group_norm(call: Call) -> Value:
     return call.make(value.axes)
 
 
+_LOSSES = """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
+soft_margin_loss poisson_nll_loss"""
+
+
+@operator_rule(*aten(_LOSSES))
+def _loss(call: Call) -> Value:
+    """Elementwise, then (reduction 0 is none) a mean or a sum."""
+    out = call.elementwise(*call.inputs())
+    if call.get("reduction", 1) == 0:
+        return out
+    for axis in out.axes:
+        ax.mark_inexact(axis, f"{call.where} reduces over it")
+    return call.make([], out)
+
+
+@operator_rule("aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d")
+def _class_loss(call: Call) -> Value:
+    value = call.inputs()[0]
+    classes = 1 if len(value.axes) > 1 else 0
+    ax.pin(value.axes[classes], f"{call.where} looks classes up in it")
+    rest = [axis for i, axis in enumerate(value.axes) if i != classes]
+    return call.make(rest if call.get("reduction", 1) == 0 else [], value)
+
+
 _POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for rank in (1, 2, 3)]
 _UPSAMPLES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
 upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa"""

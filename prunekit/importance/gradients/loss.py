@@ -39,7 +39,7 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
         return _next_token_loss(outputs.logits, batch, by_sample)
     value: Any = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
     if not isinstance(value, Tensor) or value.ndim:
-        raise DataError(f"{type(model).__name__}: Taylor importance needs a model that returns a scalar `loss`")
+        raise DataError(f"{type(model).__name__}: the calibration loss takes a model that returns a scalar `loss`")
     return Loss(value=value, counts=(num_samples(batch),))
 
 
