@@ -20,8 +20,8 @@ NOTES = {
     "layers remove what the nearest number of layers holds, not the ratio asked for.",
     "depth": "Its window spares the ends; SlimGPT's ramps spare the beginning. Sensitivity is measured "
     "without compensation.",
-    "rates": "Its figure 4: L2 collapses at smaller ratios than Taylor. LLM-Pruner's window leaves no way beyond 48.5 % "
-    "of stories260K.",
+    "rates": "Its figure 4: L2 collapses at smaller ratios than Taylor. LLM-Pruner's window leaves no way beyond "
+    "48.5 % of stories260K.",
     "layers": "Its figure 3: one layer alone loses 5 % of all parameters; the first layer matters most.",
     "whole_layers": "Its table 8 (every other layer). Few layers, so the rows are coarse: the ratio reached is that of "
     "whole layers. Contradiction: Taylor sums over a layer's weights drop the first layer of stories260K, which it "
