@@ -15,14 +15,15 @@ NOTES = {
     "random, and LoRA's rank-8 estimate no better at 20 %: with 172 columns a matrix it is mostly noise.",
     "aggregation": "Its table 7: max is the best for perplexity. Here max and last are before sum, by less than 2 %.",
     "scope": "Its table 14: global before local at 20 %. Contradiction: here local is before global, but for 43.7 % of "
-    "stories260K; several rounds of scoring are before both.",
+    "stories260K; several rounds of scoring are before local everywhere.",
     "groups": "Its tables 2 and 6: block before channel; without dependencies nothing is left of the model. Whole "
     "layers remove what the nearest number of layers holds, not the ratio asked for.",
     "depth": "Its window spares the ends; SlimGPT's ramps spare the beginning. Sensitivity is measured "
     "without compensation.",
     "rates": "Its figure 4: L2 collapses at smaller ratios than Taylor. LLM-Pruner's window leaves no way beyond "
     "48.5 % of stories260K.",
-    "layers": "Its figure 3: one layer alone loses 5 % of all parameters; the first layer matters most.",
+    "layers": "Its figure 3: one layer alone loses 5 % of all parameters; the first layer matters most. "
+    "Contradiction: the last doesn't stand out in either model.",
     "whole_layers": "Its table 8 (every other layer). Few layers, so the rows are coarse: the ratio reached is that of "
     "whole layers. Contradiction: Taylor sums over a layer's weights drop the first layer of stories260K, which it "
     "can least do without.",
