@@ -18,6 +18,8 @@ _failures: list[PrunekitError] = []
 
 
 def _complain(error: Exception) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process says it
     if os.environ.get("PRUNEKIT_TRACEBACK") == "1":
         traceback.print_exception(error)
     print(f"prunekit: {error if isinstance(error, PrunekitError) else one_line(error)}", file=sys.stderr)
@@ -26,6 +28,12 @@ def _complain(error: Exception) -> None:
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _tell_of_state(folder: Path) -> None:
+    if (folder / ".state").is_dir():
+        there = f"output_dir={os.path.relpath(folder)} resume=true"
+        print(f"prunekit: what was finished is kept: the same command with {there} goes on from there", file=sys.stderr)
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
@@ -41,7 +49,7 @@ def _job(config: DictConfig) -> None:
         from prunekit.report import print_summary
         from prunekit.report.couplings import print_groups
 
-        console.speak()
+        console.speak(os.environ.get("RANK", "0") == "0")
         run_config = check(config)
         if run_config.task == "trace":
             print_groups(pipeline.run_trace(run_config, folder))
@@ -51,11 +59,16 @@ def _job(config: DictConfig) -> None:
         _failures.append(error)
         _complain(error)
         _remove_if_empty(folder)
+        _tell_of_state(folder)
     except KeyboardInterrupt:
         _remove_if_empty(folder)
+        _tell_of_state(folder)
         raise
     else:
-        print_summary(result.report, Path(os.path.relpath(folder)))
+        if os.environ.get("RANK", "0") == "0":
+            print_summary(result.report, Path(os.path.relpath(folder)))
+        else:
+            _remove_if_empty(folder)
 
 
 def main() -> None:

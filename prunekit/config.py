@@ -63,6 +63,16 @@ class TargetConfig:
         return next((name for name in MEASURES if getattr(self, name) is not None), None)
 
 
+@dataclass
+class MemoryConfig:
+    """Where activations wait between passes (bytes), and whether layers come from disk one by one."""
+
+    budget: float | None = None
+    host: float | None = None
+    folder: str | None = None
+    stream: Any = "auto"
+
+
 MEASURES = ("parameters", "bytes", "flops", "latency")
 
 
@@ -89,10 +99,12 @@ class RunConfig:
     groups: Any = "block"
     seed: int = 0
     output_dir: str = MISSING
+    resume: bool = False
     device: str = "auto"
     dtype: str = "auto"
     method_name: str = "slimgpt"
     corpora: dict[str, Any] = field(default_factory=dict)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     importance: dict[str, Any] = field(default_factory=dict)
@@ -189,7 +201,11 @@ def check(config: DictConfig) -> RunConfig:
             raise ConfigError(f"target.{name}: expected a number > 0, got {value:g}")
     if not 0 < run.ratio < 1:
         raise ConfigError(f"ratio: expected a number in (0, 1), got {run.ratio:g}")
+    if run.memory.stream not in (True, False, "auto"):
+        raise ConfigError(f"memory.stream: expected true, false or auto, got {run.memory.stream!r}")
     for key, value, least in (
+        ("memory.budget", run.memory.budget or 0, 0),
+        ("memory.host", run.memory.host or 0, 0),
         ("target.tokens", run.target.tokens, 2),
         ("target.batch", run.target.batch, 1),
         ("eval.window", run.eval.window, 2),
@@ -203,6 +219,14 @@ def check(config: DictConfig) -> RunConfig:
         if value < least:
             raise ConfigError(f"{key}: expected a whole number ≥ {least}, got {value}")
     return run
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value."""
+    if not isinstance(section, dict):
+        return {prefix: section}
+    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in section.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def kinds_of(groups: Any) -> list[str]:

@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import copy
-import os
+import hashlib
 import platform
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from prunekit import config as cfg
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
 from prunekit.checkpoint.save import write_text
-from prunekit.compensation.apply import Bias
+from prunekit.choice import Choice, plan_choice, timing_example
+from prunekit.compensation.store import Store
 from prunekit.config import RunConfig
 from prunekit.console import say
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import batches as token_batches
 from prunekit.data.tokens import calibration_windows, evaluation_windows
-from prunekit.errors import CheckpointError, ConfigError, DataError, PrunekitError, TraceError
+from prunekit.errors import CheckpointError, DataError, PrunekitError, TraceError
 from prunekit.evaluation.cost import size, tokens_per_second
 from prunekit.evaluation.generation import continuation
 from prunekit.evaluation.perplexity import perplexity, protocol
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
 from prunekit.graph.capture import without_cache
+from prunekit.machine import Stages, pick_device, pick_dtype
+from prunekit.parallel import process_group, rank, together, world_size
 from prunekit.plan import PruningPlan
-from prunekit.policies import Budget, Cost, Policy, Scope, Setting, weights_cost
 from prunekit.report import render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
-from prunekit.schedules import Layerwise, Schedule, Task
+from prunekit.schedules import Layerwise, State
 from prunekit.surgery import apply_plan
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+STATE = ".state"  # what an unfinished run leaves in its output folder
 _BESIDE_LIMIT = 2 << 30  # bytes up to which a dense copy stays in memory for timing both models in turn
 
 
@@ -54,24 +54,6 @@ class Result:
     graph: CouplingGraph
 
 
-@dataclass
-class Stages:
-    """Seconds and peak memory of every stage."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time one stage."""
-        reset_peak(self.device)
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 3)
-        self.peak_memory_bytes[name] = max(peak_memory(self.device), self.peak_memory_bytes.get(name, 0))
-
-
 def prune(
     model: nn.Module,
     *,
@@ -79,6 +61,7 @@ def prune(
     method: str = "slimgpt",
     calibration: Tensor | Iterable[Mapping[str, Any]] | None = None,
     overrides: Sequence[str] = (),
+    state: str | Path | None = None,
 ) -> Result:
     """Prune a model in place: trace it, choose units, repair what stays, cut.
 
@@ -89,6 +72,8 @@ def prune(
         calibration: token ids, int64 [N, T], of a causal language model; or keyword-argument dicts of any model's
             forward call. The first one (two of its sequences) is also what the model is traced and checked with.
         overrides: the strings the command line takes, e.g. ["policy=uniform", "importance.heads=diagonal"].
+        state: a folder for what a layer-wise run has finished; with "resume=true" among the overrides a run that was
+            broken off goes on from there. Removed at the end.
 
     Returns:
         The result; `report` holds `method`, `seed`, `versions`, `ratio`, `parameters`, `layers`, `seconds`.
@@ -101,7 +86,11 @@ def prune(
     """
     config = cfg.check(cfg.compose([f"method={method}", f"ratio={ratio}", *overrides]))
     batches = _batches(model, calibration, config.data.calibration.batch_size)
-    return prune_model(model, config, batches, Stages(_device_of(model)))
+    places = Places(state=Path(state) if state else None, identity=f"{type(model).__name__} {_digest(model)}")
+    result = prune_model(model, config, batches, Stages(_device_of(model)), places=places)
+    if places.state and not rank():
+        shutil.rmtree(places.state, ignore_errors=True)
+    return result
 
 
 def _batches(model: nn.Module, calibration: Any, batch_size: int) -> list[Mapping[str, Any]]:
@@ -132,12 +121,26 @@ def _device_of(model: nn.Module) -> torch.device:
     return first.device
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a run keeps what is finished (`state`) and activations that memory has no room for (`activations`).
+
+    `identity`: what tells the dense model from others; `undo`: put the model back after a failure.
+    """
+
+    state: Path | None = None
+    activations: Path | None = None
+    identity: str = ""
+    undo: bool = True
+
+
 def prune_model(
     model: nn.Module,
     config: RunConfig,
     batches: Sequence[Mapping[str, Any]],
     stages: Stages,
     stored: torch.dtype | None = None,
+    places: Places = Places(),
 ) -> Result:
     """Trace, allocate, choose and repair, cut; bytes are counted in the type `stored`, else in the weights' own."""
     check_finite(model)
@@ -145,10 +148,16 @@ def prune_model(
         graph = trace(model, example_of(batches[0]))
     with stages("prune"):
         choice = plan_choice(model, graph, config, batches, stored)
+        task = replace(
+            choice.task,
+            state=open_state(config, graph, batches, places),
+            store=Store(_device_of(model), config.memory.budget, config.memory.host, places.activations),
+        )
         total = num_parameters(model)
-        before = snapshot(model, choice.task.groups, everything=choice.task.independent)
+        changes = task.independent or task.compensation is not None or isinstance(choice.schedule, Layerwise)
+        before = snapshot(model, task.groups, task.independent, copies=places.undo) if changes else {}
         try:
-            plan = choice.schedule.run(choice.task)
+            plan = choice.schedule.run(task)
             without = [model.get_submodule(name.rpartition(".")[0]) for name, bias in before.items() if bias is None]
             apply_plan(model, graph, plan)
         except BaseException:
@@ -163,135 +172,31 @@ def prune_model(
     return Result(model=model, plan=plan, report=report, graph=graph)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Everything that is settled before units are chosen: who chooses (`schedule.run(task)`), and how much goes.
-
-    `groups` also holds those that a policy leaves whole.
-    """
-
-    schedule: Schedule
-    task: Task
-    groups: Sequence[CoupledGroup]
-    shares: Mapping[str, float]
-    notes: Mapping[str, Any]
-
-
-def plan_choice(
-    model: nn.Module,
-    graph: CouplingGraph,
-    config: RunConfig,
-    batches: Sequence[Mapping[str, Any]],
-    stored: torch.dtype | None = None,
-) -> Choice:
-    """Build what the configuration names, spread the target over the groups it may cut."""
-    scope: Scope = cfg.build(config.scope, "scope") or Scope()
-    groups = scope.included(chosen_groups(graph, config.groups), [*graph.groups, *graph.stacks])
-    importance = cfg.build(config.importance, "importance")
-    compensation = cfg.build(config.compensation, "compensation")
-    policy: Policy = cfg.build(config.policy, "policy")
-    cost, limit = objective(model, graph, groups, batches, config, stored)
-    setting = Setting(
-        model=model, graph=graph, groups=groups, batches=batches, importance=importance, cost=cost, limit=limit
-    )
-    schedule: Schedule = cfg.build(config.schedule, "schedule")
-    if compensation is not None or isinstance(schedule, Layerwise):
-        name = type(schedule if compensation is None else compensation).__name__.lower()
-        check_repairable(f"schedule={name}" if compensation is None else f"compensation={name}", groups)
-    shares = policy.group_shares(setting)
-    cut = [group for group in groups if shares[group.name] > 0] or groups
-    if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
-        limit -= added_biases(model, cut) * cost({}) / graph.num_parameters()
-    budget = Budget(
-        slots=scope.slots(cut, shares, floors(model, cut), multiples(model, cut)),
-        cost=cost,
-        limit=limit,
-        ranking=scope.ranking,
-        comparable=getattr(importance, "normalisation", "none") != "none",
-        key=f"target.{config.target.name}" if config.target.name else "ratio",
-        hint="" if scope.min_units == 1 else f" (scope.min_units={scope.min_units})",
-    )
-    task = Task(
-        model=model,
-        graph=graph,
-        groups=cut,
-        budget=budget,
-        batches=batches,
-        importance=importance,
-        compensation=compensation,
-        rounds=scope.rounds,
-        protected={group.name: scope.protected(group) for group in cut},
-        independent="independent" in cfg.kinds_of(config.groups),
-    )
-    return Choice(schedule=schedule, task=task, groups=groups, shares=shares, notes=setting.notes)
+def open_state(
+    config: RunConfig, graph: CouplingGraph, batches: Sequence[Mapping[str, Any]], places: Places
+) -> State | None:
+    """The state of a layer-wise run, with everything its result depends on."""
+    if places.state is None:
+        return None
+    hashed = hashlib.sha256()
+    for tensor in (t for batch in batches for t in batch.values() if isinstance(t, Tensor)):
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    sections = ("ratio", "target", "groups", "seed", "dtype", "importance", "policy", "scope", "compensation",
+                "schedule", "data")  # fmt: skip
+    facts = {"model": places.identity, "graph": graph.fingerprint, "calibration": hashed.hexdigest()[:16],
+             "processes": world_size(), "torch": torch.__version__}  # fmt: skip
+    facts |= cfg.flat({key: value for key, value in asdict(config).items() if key in sections})
+    with together():  # before one of them writes
+        return State(places.state, facts, config.resume)
 
 
-def check_repairable(option: str, groups: Sequence[CoupledGroup]) -> None:
-    """Raise ConfigError where groups have no single consumer whose inputs could be looked at."""
-    for group in groups:
-        if len(group.consumers) != 1:
-            raise ConfigError(
-                f"{option}: {group.name} ({group.kind}) has {len(group.consumers) or 'no'} consumers, expected one; "
-                "use schedule=oneshot compensation=none"
-            )
-
-
-def objective(
-    model: nn.Module,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    batches: Sequence[Mapping[str, Any]],
-    config: RunConfig,
-    stored: torch.dtype | None,
-) -> tuple[Cost, float]:
-    """What counts, and what it must come down to."""
-    name = config.target.name
-    if name in ("flops", "latency"):
-        from prunekit.costs import flops_cost, latency_cost
-
-        if any(group.kind == "layer" for group in groups):
-            raise ConfigError(f"target.{name}: can't be told for whole layers; use target.parameters or ratio")
-        example = timing_example(batches[0], config)
-        cost = flops_cost(model, graph, example) if name == "flops" else latency_cost(model, graph, groups, example)
-    elif name == "bytes":
-        sizes = {n: (stored or p.dtype).itemsize for n, p in model.named_parameters()}
-        cost = weights_cost(graph, "bytes", sizes)
-    else:
-        cost = weights_cost(graph)
-    return cost, getattr(config.target, name) if name else cost({}) * (1 - config.ratio)
-
-
-def timing_example(batch: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any]:
-    """What FLOPs and latency are for: `target.batch` rows of `target.tokens` token ids, or any other model's batch."""
-    if not isinstance(ids := batch.get("input_ids"), Tensor) or ids.ndim != 2:
-        return batch
-    rows, tokens = config.target.batch, config.target.tokens
-    repeated = ids[:1].repeat(rows, -(-tokens // ids.shape[1]))[:, :tokens]
-    kept = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
-    return {**kept, "input_ids": repeated}
-
-
-def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
-    """Units that a model needs: as many experts as a token is sent to."""
-    config = getattr(model, "config", None)
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-    needed = [value for name in names if isinstance(value := getattr(config, name, None), int)]
-    return {group.name: max(needed) for group in groups if group.kind == "expert" and needed}
-
-
-def multiples(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
-    """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16 bytes."""
-    stacked = {
-        name: max(16 // parameter.element_size(), 1)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
-    }
-    found: dict[str, int] = {}
-    for group in groups:
-        for member in group.members if group.kind != "expert" else ():
-            if member.parameter in stacked and member.dim > 0:
-                found[group.name] = stacked[member.parameter]
-    return found
+def _digest(model: nn.Module) -> str:
+    """Tells a model's weights from others'."""
+    hashed = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sums = (parameter.detach().double().sum().item(), parameter.detach().flatten()[:64].double().tolist())
+        hashed.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
+    return hashed.hexdigest()[:16]
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -299,25 +204,23 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def added_biases(model: nn.Module, groups: Sequence[CoupledGroup]) -> int:
-    """How many parameters the biases have that consumers lack."""
-    found = {}
-    for member in (member for group in groups for member in group.consumers):
-        module = model.get_submodule(member.parameter.rpartition(".")[0])
-        if getattr(module, "bias", None) is None:
-            found[member.parameter] = model.get_parameter(member.parameter).shape[1 - member.dim]
-    return sum(found.values())
+def snapshot(
+    model: nn.Module, groups: Sequence[CoupledGroup], everything: bool, copies: bool = True
+) -> dict[str, Tensor | None]:
+    """Copies of what choosing may change: the consumers and their biases (None where there is none), or all members.
 
-
-def snapshot(model: nn.Module, groups: Sequence[CoupledGroup], everything: bool) -> dict[str, Tensor | None]:
-    """Copies of what choosing may change: the consumers and their biases (None where there is none), or all members."""
+    Without `copies` only which biases there are not.
+    """
     names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
     parameters = dict(model.named_parameters())
-    found: dict[str, Tensor | None] = {n: parameters[n].detach().clone() for n in names if n in parameters}
+    found: dict[str, Tensor | None] = {n: parameters[n].detach().clone() for n in names if n in parameters and copies}
     for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
         module = model.get_submodule(name.rpartition(".")[0])
         if "bias" in module._parameters:
-            found[name] = None if (bias := module._parameters["bias"]) is None else bias.detach().clone()
+            if (bias := module._parameters["bias"]) is None:
+                found[name] = None
+            elif copies:
+                found[name] = bias.detach().clone()
     return found
 
 
@@ -356,24 +259,6 @@ def example_of(batch: Mapping[str, Any]) -> dict[str, Any]:
         return value[:, :8] if value.ndim == 2 and not value.is_floating_point() else value
 
     return {name: small(value) for name, value in batch.items()}
-
-
-def chosen_groups(graph: CouplingGraph, choice: Any) -> list[CoupledGroup]:
-    """The prunable groups of the kinds a choice (one or a list) names; each kind must have one.
-
-    For `block` of a model without any, every exact group.
-    """
-    found: list[CoupledGroup] = []
-    prunable = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
-    for name in cfg.kinds_of(choice):
-        groups = [group for group in prunable if group.kind in cfg.KINDS[name]]
-        if not groups and name == "block":
-            groups = [group for group in prunable if group.exact and group.kind != "layer"]
-        if not groups:
-            kinds = ", ".join(sorted({group.kind for group in prunable})) or "none"
-            raise ConfigError(f"groups={name}: the model has no prunable group of that kind; it has: {kinds}")
-        found += [group for group in groups if group not in found]
-    return found
 
 
 def figures(
@@ -430,9 +315,18 @@ def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = 
     Raises:
         PrunekitError: whatever was wrong with the request; `output` then holds no result.
     """
-    ensure_empty(output)
+    device = pick_device(config.device)
+    with process_group(device):
+        return _run(config, output, device, provenance or {})
+
+
+def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapping[str, str]) -> Result:
+    if rank():  # the first process evaluates and writes
+        config = replace(config, eval=replace(config.eval, corpora=[], prompt=None))
+    else:
+        ensure_empty(output, besides={STATE})
     torch.manual_seed(config.seed)
-    device, stored = pick_device(config.device), pick_dtype(config.dtype)
+    stored = pick_dtype(config.dtype)
     stages = Stages(device)
     source = config.model.path or DEMO_MODEL
     with stages("load"):
@@ -450,7 +344,11 @@ def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = 
         copy.deepcopy(model) if size(model)["weight_bytes"] <= _BESIDE_LIMIT and config.eval.speed and evals else None
     )
     dense_size = size(model, stored)
-    result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages, stored)
+    folder = Path(config.memory.folder) if config.memory.folder else output
+    places = Places(state=output / STATE, activations=folder, identity=identity_of(source), undo=False)
+    result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages, stored, places)
+    if rank():
+        return result
     round_to(model, stored)
     with stages("evaluate_pruned"):
         pruned = measure(model, tokenizer, evals, config)
@@ -469,8 +367,15 @@ def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = 
         for parameter in model.parameters():
             parameter.data = parameter.data.to(stored)
         model.config.dtype = stored
-        write_run(output, model, tokenizer, result.plan, report, provenance or {})
+        write_run(output, model, tokenizer, result.plan, report, provenance)
+    shutil.rmtree(output / STATE, ignore_errors=True)
     return Result(model=model, plan=result.plan, report=report, graph=result.graph)
+
+
+def identity_of(source: str | Path) -> str:
+    """A folder's weight files with their sizes and times, or a hub name."""
+    files = sorted(Path(source).glob("*.safetensors"))
+    return f"{source} " + ", ".join(f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files)
 
 
 def aim(config: RunConfig) -> str:
@@ -530,9 +435,9 @@ def measure(model: Any, tokenizer: Any, evals: Mapping[str, Tensor], config: Run
     return {"perplexity": values, "sample": sample}
 
 
-def ensure_empty(folder: Path) -> None:
-    """Raise CheckpointError where the output folder holds anything."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
+    """Raise CheckpointError where the output folder holds anything `besides` some names."""
+    if folder.is_file() or (folder.is_dir() and any(path.name not in besides for path in folder.iterdir())):
         raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
 
 
@@ -563,47 +468,3 @@ def write_run(
         if isinstance(error, OSError):
             raise PrunekitError(f"{output}: can't be written: {error.strerror}") from error
         raise
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a name stands for; `auto` takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {name!r} can't be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """The type a name stands for; None for `auto`."""
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ConfigError(f"dtype: unknown {name!r}; available: {', '.join(known)}")
-    return known[name]
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start measuring peak memory anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: allocated on a GPU, resident elsewhere (ever, where the system can't reset)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,9 +9,9 @@ from conftest import example, tiny_llama, token_ids, zero_consumers
 
 import prunekit
 from prunekit import config as cfg
+from prunekit.choice import plan_choice
 from prunekit.graph import trace
 from prunekit.importance import ScoreImportance
-from prunekit.pipeline import plan_choice
 from prunekit.surgery import apply_plan
 
 LAYERS_ONLY = ("alternate", "similarity")

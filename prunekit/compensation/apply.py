@@ -1,26 +1,67 @@
 """Compensations: what happens to the columns that stay in a consumer when others leave."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 
 from prunekit.compensation.hessian import Moments
+from prunekit.compensation.observe import Site
 from prunekit.compensation.solver import Inverse, invert, remove_columns
+from prunekit.errors import ConfigError, suggest
+
+Target = Literal["pruned", "dense", "residual"]
 
 
 @dataclass(kw_only=True)
 class Statistics:
-    """What is known of a consumer's inputs: their moments, and A = (H + λI)⁻¹ once it is asked for."""
+    """What is known of a site's inputs: their moments, and A = (H + λI)⁻¹ once it is asked for.
 
-    moments: Moments
+    `centred`: H is the inputs' covariance, for consumers whose bias can take up the mean.
+    """
+
+    site: Site
     damping: float
+    centred: bool = False
+    share: float = field(default=0.0, init=False)
+
+    @property
+    def moments(self) -> Moments:
+        """The inputs' moments."""
+        return self.site.moments
 
     @cached_property
     def inverse(self) -> Inverse:
         """The damped inverse of the Hessian."""
-        return invert(self.moments.hessian, self.damping)
+        moments = self.moments
+        if not self.centred:
+            return invert(moments.hessian, self.damping)
+        return invert(moments.hessian - torch.outer(moments.mean, moments.mean), self.damping)
+
+    def weight(self) -> Tensor:
+        """W [d, n] to cut: the site's, or where it has a target, nearer to what gives the target on these inputs.
+
+        With errors e = t − W x̂ and D = E[e x̂ᵀ] the least squares, ridge-regularised towards W, are W + D(H + λI)⁻¹.
+        Only the share of that step is taken that is best on the held-out samples: with Δ = D(H + λI)⁻¹ of the others,
+        argmin over α in [0, 1] of E‖e − αΔx̂‖² = ⟨Δ, D⟩ / ⟨ΔH, Δ⟩ there. Then the held-out samples join in.
+        """
+        weight, held = self.site.weight(), self.site.held
+        if held is None or not held.tokens:
+            return weight
+        assert self.moments.cross is not None and held.cross is not None
+        matrix = invert(self.moments.hessian, self.damping).matrix
+        step = (self.moments.cross.to(matrix) @ matrix).to(held.hessian)
+        scale = ((step @ held.hessian) * step).sum().item()
+        self.share = min(max((step * held.cross).sum().item() / scale, 0.0), 1.0) if scale > 0 else 0.0
+        self.site.moments, self.site.held = Moments.together([self.moments, held]), None
+        matrix = self.inverse.matrix
+        assert self.moments.cross is not None
+        return weight + self.share * (self.moments.cross.to(matrix) @ matrix).to(weight)
 
 
 class Compensation(ABC):
@@ -30,15 +71,55 @@ class Compensation(ABC):
     def repair(self, weight: Tensor, statistics: Statistics, removed: Tensor) -> tuple[Tensor, Tensor | None]:
         """The consumer's new weight W [d, n], its `removed` columns zero, and what is added to its bias [d], if so."""
 
+    def target_of(self, kind: str) -> Target:
+        """What the consumers of groups of this kind are to reproduce."""
+        return "pruned"
 
+    def centred(self, site: Site) -> bool:
+        """Whether a site's biases take up what its inputs are on average."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Obs(Compensation):
-    """The least-squares optimum of what stays."""
+    """The least-squares optimum of what stays.
+
+    `target`: what the consumers must reproduce from the inputs that the pruned layers before them give. pruned: what
+    they compute on these (SlimGPT); dense: what they compute in the dense model; residual: what brings back the dense
+    residual stream behind them. `attention`, `mlp`: the same for the groups of that kind alone. `bias`: where a
+    consumer has a bias, it takes up the mean of what is lost.
+    """
+
+    target: Target = "pruned"
+    attention: Target | None = None
+    mlp: Target | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("target", "attention", "mlp"):
+            value = getattr(self, key)
+            if value not in (*get_args(Target), *([] if key == "target" else [None])):
+                known = suggest(str(value), list(get_args(Target)))
+                raise ConfigError(f"compensation.{key}: unknown {value!r}: {known}")
+
+    def target_of(self, kind: str) -> Target:
+        """The kind's own target, or that of all."""
+        own = {"attention": self.attention, "query_head": self.attention, "mlp": self.mlp}.get(kind)
+        return own or self.target
+
+    def centred(self, site: Site) -> bool:
+        """Where asked for, and all the site's consumers have a bias."""
+        return self.bias and all(consumer.bias is not None for consumer in site.consumers)
 
     def repair(self, weight: Tensor, statistics: Statistics, removed: Tensor) -> tuple[Tensor, Tensor | None]:
         """W − W_S (A_SS)⁻¹ A_S:."""
-        return remove_columns(weight, statistics.inverse.matrix, removed), None
+        repaired = remove_columns(weight.to(statistics.inverse.matrix), statistics.inverse.matrix, removed)
+        if not statistics.centred:
+            return repaired, None
+        return repaired, (weight - repaired).to(statistics.moments.mean) @ statistics.moments.mean
 
 
+@dataclass(frozen=True, kw_only=True)
 class Bias(Compensation):
     """FLAP's: the removed inputs stay at their mean. A consumer without a bias gets one."""
 

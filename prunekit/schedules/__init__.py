@@ -1,5 +1,6 @@
 """Schedules: oneshot and layerwise."""
 
 from prunekit.schedules.schedules import Layerwise, OneShot, Schedule, Task
+from prunekit.schedules.state import State
 
-__all__ = ["Layerwise", "OneShot", "Schedule", "Task"]
+__all__ = ["Layerwise", "OneShot", "Schedule", "State", "Task"]

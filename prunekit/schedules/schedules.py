@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from prunekit.compensation.apply import Compensation, Statistics
-from prunekit.compensation.walk import walk
-from prunekit.console import say
+from prunekit.compensation.solver import Problem
+from prunekit.compensation.store import Store
+from prunekit.compensation.walk import Layers, Site, Walk, consumers_of
+from prunekit.console import say, track
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.importance.base import Batch, Importance, LayerImportance, ScoreImportance
 from prunekit.plan import PruningPlan
 from prunekit.policies import Budget, lowest
 from prunekit.schedules.independent import scatter
+from prunekit.schedules.state import State
 from prunekit.surgery import masked
 
 
@@ -26,7 +30,9 @@ from prunekit.surgery import masked
 class Task:
     """What a schedule works on; `protected` names the units of a group that must stay.
 
-    `rounds`: score, remove a part, score again. `independent`: every matrix loses units of its own choice.
+    `rounds`: score, remove a part, score again. `independent`: every matrix loses units of its own choice. `state`:
+    keeps what is finished; `store`: where activations wait; `layers`: where layers' weights come from and, given the
+    units removed so far, go to.
     """
 
     model: nn.Module
@@ -39,6 +45,13 @@ class Task:
     rounds: int = 1
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     independent: bool = False
+    state: State | None = None
+    store: Store | None = None
+    layers: Callable[[Mapping[str, list[int]]], Layers] | None = None
+
+    def remembered(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` gives, or gave before the run was broken off."""
+        return self.state.remember(name, compute) if self.state and not self.independent else compute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +81,8 @@ class OneShot(Schedule):
         if not isinstance(task.importance, ScoreImportance):
             name = type(task.importance).__name__.lower()
             raise ConfigError(f"importance={name} works layer by layer: use schedule=layerwise")
-        chosen = choose_by_score(task, task.importance)
+        importance = task.importance
+        chosen = task.remembered("chosen", lambda: choose_by_score(task, importance))
         if task.compensation is not None:
             _repair(task, self.damping, chosen, {})
         return PruningPlan(chosen, task.graph.fingerprint)
@@ -84,10 +98,11 @@ class Layerwise(Schedule):
     def run(self, task: Task) -> PruningPlan:
         """Choose and repair group by group; scores that need no moments are taken from the dense model first."""
         if isinstance(task.importance, LayerImportance):
-            removed = _repair(task, self.damping, {}, _counts(task))
+            removed = _repair(task, self.damping, {}, task.remembered("counts", lambda: _counts(task)))
         else:
-            assert isinstance(task.importance, ScoreImportance)
-            removed = _repair(task, self.damping, choose_by_score(task, task.importance), {})
+            assert isinstance(importance := task.importance, ScoreImportance)
+            chosen = task.remembered("chosen", lambda: choose_by_score(task, importance))
+            removed = _repair(task, self.damping, chosen, {})
         return PruningPlan(removed, task.graph.fingerprint)
 
 
@@ -131,22 +146,63 @@ def _counts(task: Task) -> dict[str, int]:
 def _repair(
     task: Task, damping: float, chosen: Mapping[str, Sequence[int]], counts: Mapping[str, int]
 ) -> dict[str, list[int]]:
-    """Walk the groups: choose `counts` units where nothing is chosen, repair the consumer; all the units removed."""
+    """Walk the groups: choose `counts` units where nothing is chosen, repair the consumers; all the units removed."""
     removed = {name: list(units) for name, units in chosen.items()}
     groups = [group for group in task.groups if counts.get(group.name) or removed.get(group.name)]
-    for group, consumer, moments in walk(task.model, groups, task.batches):
-        statistics = Statistics(moments=moments, damping=damping)
-        weight = consumer.weight()
-        index = consumer.member.index.to(weight.device)
-        if group.name not in removed:
-            assert isinstance(task.importance, LayerImportance)
-            inverse = statistics.inverse
-            alive = weight.masked_fill(inverse.dead, 0)  # a dead input costs nothing
-            removed[group.name] = task.importance.choose(alive, inverse.matrix, index, counts[group.name])
-        columns = index[torch.tensor(removed[group.name])].flatten()
-        if task.compensation is None:
-            consumer.store(weight.index_fill(1, columns, 0))
+    targets = {group.name: task.compensation.target_of(group.kind) for group in groups} if task.compensation else {}
+    walk = Walk(
+        model=task.model,
+        groups=groups,
+        batches=task.batches,
+        targets={name: target for name, target in targets.items() if target != "pruned"},
+        done=task.state.finished if task.state else (),
+        store=task.store,
+        layers=task.layers(removed) if task.layers else None,
+    )
+    for group, sites in track(walk, "pruning layer by layer", len(groups)):
+        consumers = consumers_of(task.model, group)
+        if not sites:
+            assert task.state is not None
+            removed[group.name] = task.state.restore(group.name, consumers)
         else:
-            consumer.store(*task.compensation.repair(weight, statistics, columns))
+            removed[group.name] = _cut(task, damping, group, sites, removed.get(group.name), counts)
+            if task.state:
+                task.state.record(group.name, removed[group.name], consumers)
         say(f"{group.name}: {group.num_units} → {group.num_units - len(removed[group.name])} units")
     return removed
+
+
+def _cut(
+    task: Task,
+    damping: float,
+    group: CoupledGroup,
+    sites: Sequence[Site],
+    units: list[int] | None,
+    counts: Mapping[str, int],
+) -> list[int]:
+    """Choose a group's units where none are given, repair its consumers; the units."""
+    repairs = task.compensation
+    found = [Statistics(site=s, damping=damping, centred=bool(repairs and repairs.centred(s))) for s in sites]
+    weights = [statistics.weight() for statistics in found]
+    if any(statistics.share for statistics in found):
+        say(f"{group.name}: {', '.join(f'{s.share:.0%}' for s in found)} of the way to its target")
+    indices = [site.consumers[0].member.index.to(weight.device) for site, weight in zip(sites, weights, strict=True)]
+    if units is None:
+        assert isinstance(task.importance, LayerImportance)
+        problems = [
+            Problem(weight=weight.masked_fill(s.inverse.dead, 0), inverse=s.inverse.matrix, index=index)
+            for weight, s, index in zip(weights, found, indices, strict=True)  # a dead input costs nothing
+        ]
+        units = task.importance.choose(problems, counts[group.name])
+    for site, statistics, weight, index in zip(sites, found, weights, indices, strict=True):
+        columns = index[torch.tensor(units)].flatten()
+        bias = None
+        if repairs is None:
+            repaired = weight.index_fill(1, columns, 0)
+        else:
+            repaired, bias = repairs.repair(weight, statistics, columns)
+        rows = [consumer.outputs for consumer in site.consumers]
+        biases = [None] * len(rows) if bias is None else bias.split(rows)
+        for consumer, part, own in zip(site.consumers, repaired.split(rows), biases, strict=True):
+            consumer.store(part, own)
+    return units

@@ -20,6 +20,11 @@ def block(graph):
     return [group for group in graph.groups if group.kind in ("attention", "mlp")]
 
 
+def walked(model, groups, given):
+    for group, (site,) in walking.Walk(model=model, groups=groups, batches=given):
+        yield group, site.consumers[0], site.moments
+
+
 def inputs_of(model, name, ids):
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -33,7 +38,7 @@ def test_each_group_sees_the_inputs_the_changed_prefix_gives():
     model = tiny_llama()
     graph = trace(model, example())
     ids = token_ids(7, 9)
-    for group, consumer, moments in walking.walk(model, block(graph), batches(ids)):
+    for group, consumer, moments in walked(model, block(graph), batches(ids)):
         x = inputs_of(model, consumer.name, ids)  # of the model as it now is
         torch.testing.assert_close(moments.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         consumer.store(consumer.weight() * 0.5)
@@ -47,13 +52,13 @@ def test_whole_model_passes_give_the_same_moments(monkeypatch):
     def moments():
         model = tiny_llama()
         found = []
-        for _, consumer, m in walking.walk(model, block(graph), batches(ids)):
+        for _, consumer, m in walked(model, block(graph), batches(ids)):
             found.append(m.hessian.clone())
             consumer.store(consumer.weight() * 0.5)
         return found
 
     streamed = moments()
-    monkeypatch.setattr(walking._Stream, "open", classmethod(lambda *args: None))
+    monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *args: None))
     for left, right in zip(streamed, moments(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
@@ -66,9 +71,9 @@ def test_padding_does_not_count():
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
     padded = [{"input_ids": ids, "attention_mask": mask, "use_cache": False}]
-    ((_, _, with_padding),) = walking.walk(model, group, padded)
+    ((_, _, with_padding),) = walked(model, group, padded)
     parts = [{"input_ids": ids[:1, :5], "use_cache": False}, {"input_ids": ids[1:], "use_cache": False}]
-    ((_, _, without),) = walking.walk(model, group, parts)
+    ((_, _, without),) = walked(model, group, parts)
     assert with_padding.tokens == without.tokens == 13
     torch.testing.assert_close(with_padding.hessian, without.hessian, rtol=1e-4, atol=1e-6)
 

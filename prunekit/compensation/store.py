@@ -1,0 +1,111 @@
+"""Activations between two passes: on the device, in (pinned) host memory, or in files mapped when read, by budget."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import DataError
+
+
+class Kept:
+    """A tensor put aside; `get` brings it to the device, `free` lets it go."""
+
+    def __init__(self, store: Store, tensor: Tensor, level: str, path: Path | None = None) -> None:
+        self._store, self._level, self._path = store, level, path
+        self._tensor: Tensor | None = tensor
+        self.nbytes = tensor.nbytes
+
+    def get(self) -> Tensor:
+        """The tensor, on the store's device; not to be written to."""
+        tensor = self._tensor
+        assert tensor is not None
+        if self._path is not None:
+            mapped = torch.from_file(str(self._path), size=tensor.numel(), dtype=tensor.dtype)
+            return mapped.view(tensor.shape).to(self._store.device, copy=True)
+        return tensor.to(self._store.device, non_blocking=True)
+
+    def free(self) -> None:
+        """Give its bytes back."""
+        if self._tensor is not None:
+            self._tensor = None
+            self._store.used[self._level] -= self.nbytes
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+
+
+class Store:
+    """Keeps tensors: the first `budget` bytes on `device`, then `host` bytes in pinned memory, the rest in files.
+
+    On a CPU `host` counts for nothing: what `budget` doesn't hold goes to files.
+
+    Args:
+        device: where the tensors are used.
+        budget: bytes kept there; half of what is free by default.
+        host: bytes kept in host memory for another device; half of what is free by default.
+        folder: where the files go; a new temporary folder by default, removed by `close`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        budget: float | None = None,
+        host: float | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        self.limits = {
+            "device": free_bytes(self.device) / 2 if budget is None else budget,
+            "host": 0.0 if on_cpu else (free_bytes(torch.device("cpu")) / 2 if host is None else host),
+        }
+        self.used = {"device": 0, "host": 0, "file": 0}
+        self.peak = dict(self.used)
+        self._parent = folder
+        self._folder: Path | None = None
+        self._count = 0
+
+    def put(self, tensor: Tensor) -> Kept:
+        """Put a tensor aside; it must not change afterwards."""
+        tensor = tensor.detach()
+        level = next((name for name, limit in self.limits.items() if self.used[name] + tensor.nbytes <= limit), "file")
+        path = self._write(tensor) if level == "file" else None
+        self.used[level] += tensor.nbytes
+        self.peak[level] = max(self.peak[level], self.used[level])
+        if level == "host":
+            tensor = tensor.to("cpu").pin_memory() if self.device.type == "cuda" else tensor.to("cpu")
+        return Kept(self, tensor if path is None else torch.empty_like(tensor, device="meta"), level, path)
+
+    def _write(self, tensor: Tensor) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix=".activations.", dir=self._parent))
+        self._count += 1
+        path = self._folder / f"{self._count}.bin"
+        try:
+            tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            what = f"{tensor.nbytes:,} more bytes of activations"
+            raise DataError(f"memory.folder: {self._folder} can't hold {what}: {error.strerror or error}") from error
+        return path
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")

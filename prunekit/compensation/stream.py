@@ -1,0 +1,440 @@
+"""The decoder layers one by one, no pass twice.
+
+What is kept between two layers are the hidden states of all batches. In a layer, a module whose output is its
+consumer's output (an attention block, an FFN) need not run again once its consumer is repaired: from then on it answers
+with the consumer's output on the inputs that were put aside. So a layer takes one forward pass, in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.compensation.consumers import Consumer, See, watched
+from prunekit.compensation.observe import HELD_OUT, Batch, Numbered, Observation, Site, Stop
+from prunekit.compensation.store import Kept, Store
+from prunekit.console import say
+from prunekit.errors import DataError
+from prunekit.graph import CoupledGroup
+from prunekit.parallel import add_up, together
+
+Found = tuple[CoupledGroup, list[Site]]
+_tree = torch.utils._pytree
+
+
+class Layers(Protocol):
+    """Where the weights of layers come from and go to, when they don't all stay in memory."""
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """All weights but those of the layers are there during the `with` block."""
+
+    def enter(self, layer: int) -> None:
+        """The layer's weights are there from now on."""
+
+    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
+        """The layer is finished; `run` gives its output on one batch."""
+
+
+@dataclass
+class _Call:
+    """One layer's call on one batch, the hidden states left out (`key`: their name where they are no positional)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    key: str | None
+
+
+@dataclass(eq=False)
+class _Block:
+    """A module whose output is its consumer's: `answer` gives it without running the module."""
+
+    module: nn.Module
+    consumer: Consumer
+    leaves: list[Any]
+    spec: Any
+    place: int
+    inputs: dict[int, Kept] = field(default_factory=dict)
+    outputs: dict[int, Kept] = field(default_factory=dict)
+    dense: dict[int, Kept] = field(default_factory=dict)
+
+    def answer(self, output: Tensor) -> Any:
+        leaves = [*self.leaves[: self.place], output, *self.leaves[self.place + 1 :]]
+        return _tree.tree_unflatten(leaves, self.spec)
+
+    @torch.no_grad()
+    def output(self, batch: int, store: Store) -> Tensor:
+        """What the consumer makes of the inputs put aside."""
+        if batch not in self.outputs:
+            self.outputs[batch] = store.put(self.consumer.module(self.inputs[batch].get()))
+            self.inputs.pop(batch).free()
+        return self.outputs[batch].get()
+
+    def free(self) -> None:
+        for kept in (self.inputs, self.outputs, self.dense):
+            for tensor in kept.values():
+                tensor.free()
+            kept.clear()
+
+
+@dataclass
+class Stream:
+    """The layers, what they are called with, and the hidden states before the layer in turn."""
+
+    layers: nn.ModuleList
+    groups: Sequence[CoupledGroup]
+    consumers: Mapping[str, list[Consumer]]
+    batches: Sequence[Numbered]
+    store: Store
+    source: Layers | None
+    hidden: list[Kept] = field(default_factory=list)
+    dense: list[Kept] = field(default_factory=list)
+    calls: list[list[_Call]] = field(default_factory=list)  # [batch][layer]
+
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module,
+        groups: Sequence[CoupledGroup],
+        consumers: Mapping[str, list[Consumer]],
+        batches: Sequence[Numbered],
+        store: Store,
+        source: Layers | None = None,
+    ) -> Stream | None:
+        """Record what the layers are called with; None where they don't feed one another in order."""
+        paths = {_path_of_layers(group) for group in groups}
+        if len(paths) != 1 or None in {group.layer for group in groups}:
+            return None
+        layers = model.get_submodule(paths.pop())
+        assert isinstance(layers, nn.ModuleList)
+        stream = cls(layers, groups, consumers, batches, store, source)
+        with source.outside() if source else nullcontext():
+            for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):
+                if all(stream._record(model, batch, wrap) for _, batch in batches):
+                    return stream
+                stream._forget()
+        return None
+
+    def _forget(self) -> None:
+        for kept in self.hidden:
+            kept.free()
+        self.hidden, self.calls = [], []
+
+    @torch.no_grad()
+    def _record(self, model: nn.Module, batch: Batch, wrap: Callable[[Tensor], Any]) -> bool:
+        """Run the model with layers that hand on what they are given: whether each gets just that."""
+        calls: list[_Call] = []
+        states: list[Tensor] = []
+
+        def stub(layer: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                key = None if args else "hidden_states"
+                hidden = args[0] if key is None else kwargs.pop(key)
+                states.append(hidden)
+                if layer != len(calls) or hidden is not states[0]:
+                    raise Stop
+                calls.append(_Call(args[1:], self._shared(layer, kwargs), key))
+                if len(calls) == len(self.layers):
+                    raise Stop
+                return wrap(hidden)
+
+            return forward
+
+        with ExitStack() as stack:
+            for i, layer in enumerate(self.layers):
+                stack.enter_context(_replaced(layer, stub(i)))
+            try:
+                model(**batch)
+            except Stop:
+                pass
+            except Exception:  # a layer's output is more than hidden states
+                return False
+        if len(calls) < len(self.layers) or not isinstance(states[0], Tensor):
+            return False
+        self.hidden.append(self.store.put(states[0]))
+        self.calls.append(calls)
+        return True
+
+    def _shared(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, tensors that equal those of the last batch taken from there: rotations, masks."""
+        before = self.calls[-1][layer].kwargs if self.calls else {}
+
+        def same(value: Any, last: Any) -> Any:
+            if isinstance(value, tuple) and isinstance(last, tuple) and len(value) == len(last):
+                return tuple(same(v, w) for v, w in zip(value, last, strict=True))
+            equal = isinstance(value, Tensor) and isinstance(last, Tensor) and value.shape == last.shape
+            return last if equal and (value is last or torch.equal(value, last)) else value
+
+        return {name: same(value, before.get(name)) for name, value in kwargs.items()}
+
+    def walk(self, targets: Mapping[str, str], done: Container[str]) -> Iterator[Found]:
+        """Yield (group, sites) layer by layer; see `Walk`."""
+        last = max(group.layer for group in self.groups if group.layer is not None)
+        if targets and _rows(self.batches) < HELD_OUT:
+            say(f"fewer than {HELD_OUT} calibration samples: too few to hold some out; target=pruned is taken")
+            targets = {}
+        if targets:
+            self.dense = [self.store.put(kept.get()) for kept in self.hidden]
+        for i in range(last + 1):
+            if self.source:
+                self.source.enter(i)
+            yield from self._layer(i, i == last, targets, done)
+
+    def _layer(self, i: int, last: bool, targets: Mapping[str, str], done: Container[str]) -> Iterator[Found]:
+        here = [group for group in self.groups if group.layer == i]
+        single = [found[0] for group in here if len(found := self.consumers[group.name]) == 1]
+        single = [c for c in single if c.expert is None and sum(c.module is o.module for o in single) == 1]
+        finder = _Finder(self.layers[i], single, shallow=bool(targets))
+        after = self._dense_pass(i, finder) if targets else []
+        for group in here:
+            with together():
+                site = self._observe(i, group, finder, targets.get(group.name, "pruned"), group.name in done)
+            yield group, [] if site is None else site.finish()
+        first = self.hidden[0].get() if self.source else None
+        if not last:
+            with together():
+                self._advance(i, finder)
+        if self.source:
+            self.source.leave(i, lambda: self._run(i, 0, {}, first))
+        for kept in self.dense:
+            kept.free()
+        self.dense = after
+        for block in finder.blocks:
+            block.free()
+
+    def _dense_pass(self, i: int, finder: _Finder) -> list[Kept]:
+        """The layer as it is on the dense states: its blocks' outputs are put aside, its output comes back."""
+        after = []
+        for b in range(len(self.batches)):
+            with finder.looking() if b == 0 else _outputs(finder.blocks, self.store, b):
+                after.append(self.store.put(self._run(i, b, {}, self.dense[b])))
+            if b == 0:
+                with _outputs(finder.blocks, self.store, b):
+                    self._run(i, b, {}, self.dense[b])
+        return after
+
+    def _observe(self, i: int, group: CoupledGroup, finder: _Finder, target: str, done: bool) -> Observation | None:
+        """Feed the group's consumers, put their inputs aside where that saves running their module again."""
+        consumers = self.consumers[group.name]
+        block = finder.block_of(consumers)
+        if target != "pruned" and block is None:
+            say(f"{group.name}: its consumer's output goes through more than an addition: target=pruned is taken")
+            target = "pruned"
+        elif block and target == "residual" and not self._is_added(i, finder, block):
+            say(f"{group.name}: its output is not simply added to the residual stream: target=dense is taken")
+            target = "dense"
+        observation = Observation(consumers, target != "pruned", stop=False)
+        for b, (sample, batch) in enumerate(self.batches):
+            look = block is None and b == 0 and finder.unsettled(consumers)
+            if done and block is None and not look:
+                break  # nothing to be gained
+            wanted = self._target(i, b, finder, block, target) if block and target != "pruned" and not done else None
+            aside = block.inputs if block else {}
+            keep = partial(self._keep, aside, b) if look or block else None
+            see = _feeder(consumers, None if done else observation.see, keep, stop=not look)
+            watching = finder.looking(consumers[0]) if look else nullcontext()
+            with observation.of(sample, batch, wanted), watched(consumers, see), watching:
+                self._run(i, b, finder.answers(b, self.store))
+            if look and (block := finder.block_of(consumers)):
+                block.inputs.update(aside)
+            elif look:
+                for kept in aside.values():
+                    kept.free()
+        return None if done else observation
+
+    def _keep(self, aside: dict[int, Kept], batch: int, inputs: Tensor) -> None:
+        aside[batch] = self.store.put(inputs)
+
+    def _advance(self, i: int, finder: _Finder) -> None:
+        """The hidden states behind the layer."""
+        for b, (sample, _) in enumerate(self.batches):
+            hidden = self._run(i, b, finder.answers(b, self.store))
+            if not torch.isfinite(hidden).all():
+                bad = (~torch.isfinite(hidden.flatten(1))).any(1).nonzero()[0].item()
+                raise DataError(f"layer {i}: its outputs hold NaN or infinity in calibration sample {sample + bad}")
+            self.hidden[b].free()
+            self.hidden[b] = self.store.put(hidden)
+
+    def _target(self, i: int, b: int, finder: _Finder, block: _Block, target: str) -> Tensor:
+        """What the block's consumer must give: the dense output, or what brings back the dense residual stream."""
+        if target == "dense":
+            return block.dense[b].get()
+        earlier, later = finder.around(block)
+        zero = {o: torch.zeros_like(o.dense[b].get()) for o in later}
+        dense = {o: o.dense[b].get() for o in (*earlier, block)}
+        pruned = {o: o.output(b, self.store) for o in earlier}
+        stream = self._run(i, b, {**zero, **dense}, self.dense[b])
+        return stream - self._run(i, b, {**zero, **pruned, block: torch.zeros_like(dense[block])})
+
+    def _is_added(self, i: int, finder: _Finder, block: _Block) -> bool:
+        """Whether the layer's output, but for the blocks behind this one, is a sum with this block's output."""
+        earlier, later = finder.around(block)
+        own = block.dense[0].get()
+        rest = {o: o.dense[0].get() for o in earlier} | {o: torch.zeros_like(o.dense[0].get()) for o in later}
+        given = self._run(i, 0, {**rest, block: own}, self.dense[0])
+        without = self._run(i, 0, {**rest, block: torch.zeros_like(own)}, self.dense[0])
+        scale = given.float().abs().max()
+        differs = (given - without - own).float().abs().max() > 2e-2 * scale
+        return add_up(differs.float()).item() == 0
+
+    @torch.no_grad()
+    def _run(self, i: int, b: int, answers: Mapping[_Block, Tensor], hidden: Kept | Tensor | None = None) -> Tensor:
+        """The layer's output on a batch, with the answers of blocks that need not run; empty where it was stopped."""
+        call = self.calls[b][i]
+        hidden = self.hidden[b] if hidden is None else hidden
+        states = hidden.get() if isinstance(hidden, Kept) else hidden
+        args = call.args if call.key else (states, *call.args)
+        kwargs = {**call.kwargs, call.key: states} if call.key else call.kwargs
+        with ExitStack() as stack:
+            for block, output in answers.items():
+                stack.enter_context(_replaced(block.module, _constant(block.answer(output))))
+            try:
+                return _first(self.layers[i](*args, **kwargs))
+            except Stop:
+                return states.new_empty(0)
+
+
+class _Finder:
+    """Finds each consumer's block while a layer runs: the outermost module inside it that has the same output."""
+
+    def __init__(self, layer: nn.Module, consumers: Sequence[Consumer], shallow: bool) -> None:
+        self.layer, self.consumers, self.shallow = layer, list(consumers), shallow
+        self.found: dict[Consumer, _Block | None] = {}
+
+    @property
+    def blocks(self) -> list[_Block]:
+        return [block for consumer in self.consumers if (block := self.found.get(consumer))]
+
+    def unsettled(self, consumers: Sequence[Consumer]) -> bool:
+        return len(consumers) == 1 and consumers[0] in self.consumers and consumers[0] not in self.found
+
+    def block_of(self, consumers: Sequence[Consumer]) -> _Block | None:
+        return self.found.get(consumers[0]) if len(consumers) == 1 else None
+
+    def around(self, block: _Block) -> tuple[list[_Block], list[_Block]]:
+        place = self.blocks.index(block)
+        return self.blocks[:place], self.blocks[place + 1 :]
+
+    def answers(self, batch: int, store: Store) -> dict[_Block, Tensor]:
+        """The outputs of the blocks whose consumers are done with."""
+        return {
+            block: block.output(batch, store)
+            for block in self.blocks
+            if batch in block.inputs or batch in block.outputs
+        }
+
+    @contextmanager
+    def looking(self, consumer: Consumer | None = None) -> Iterator[None]:
+        """Watch one run of the layer; for one consumer alone it ends behind the outermost module around it."""
+        wanted = [consumer] if consumer else self.consumers
+        own: dict[Consumer, list[Tensor]] = {consumer: [] for consumer in wanted}
+        outer: dict[Consumer, list[tuple[nn.Module, Any]]] = {consumer: [] for consumer in wanted}
+        with ExitStack() as stack:
+            for consumer in wanted:
+                around = self._around(consumer.module)
+                for module in around:
+                    hook = _note(consumer, module, own, outer, stop=len(wanted) == 1 and module is around[-1])
+                    stack.callback(module.register_forward_hook(hook).remove)
+            yield
+        for consumer in wanted:
+            block = _block(consumer, own[consumer], outer[consumer])
+            useful = block and (self.shallow or block.module is not consumer.module)
+            self.found[consumer] = block if useful else None
+
+    def _around(self, module: nn.Module) -> list[nn.Module]:
+        """The module and those around it, inside the layer; the innermost first."""
+        path = next(path for path, found in self.layer.named_modules() if found is module)
+        parts = path.split(".")
+        return [self.layer.get_submodule(".".join(parts[:k])) for k in range(len(parts), 0, -1)]
+
+
+def _feeder(consumers: Sequence[Consumer], take: See | None, keep: Callable[[Tensor], None] | None, stop: bool) -> See:
+    """What to do with what the consumers are fed; with `stop` the pass ends when all have been."""
+    missing = set(consumers)
+
+    def see(consumer: Consumer, inputs: Tensor) -> None:
+        if take:
+            take(consumer, inputs)
+        if keep:
+            keep(inputs)
+        missing.discard(consumer)
+        if stop and not missing:
+            raise Stop
+
+    return see
+
+
+def _note(consumer: Consumer, module: nn.Module, own: dict, outer: dict, stop: bool) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        if module is consumer.module:
+            own[consumer].append(output)
+        outer[consumer].append((module, output))
+        if stop:
+            raise Stop
+
+    return hook
+
+
+def _block(consumer: Consumer, own: list[Any], outer: list[tuple[nn.Module, Any]]) -> _Block | None:
+    if len(own) != 1 or not isinstance(own[0], Tensor):
+        return None
+    found = None
+    for module, output in outer:  # the innermost finish first
+        leaves, spec = _tree.tree_flatten(output)
+        tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if len(tensors) == 1 and torch.equal(leaves[tensors[0]], own[0]):
+            found = _Block(module, consumer, [None if k in tensors else leaf for k, leaf in enumerate(leaves)], spec,
+                           tensors[0])  # fmt: skip
+    return found
+
+
+@contextmanager
+def _outputs(blocks: Sequence[_Block], store: Store, batch: int) -> Iterator[None]:
+    """Put the blocks' dense outputs aside."""
+    with ExitStack() as stack:
+        for block in blocks:
+
+            def hook(_: nn.Module, args: Any, output: Tensor, block: _Block = block) -> None:
+                block.dense[batch] = store.put(output)
+
+            stack.callback(block.consumer.module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for the duration of a `with` block."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _rows(batches: Sequence[Numbered]) -> int:
+    rows = sum(
+        max((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), default=1) for _, batch in batches
+    )
+    return int(add_up(torch.tensor([rows]))[0])
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _path_of_layers(group: CoupledGroup) -> str:
+    parts = group.module.split(".")
+    return ".".join(parts[: parts.index(str(group.layer))] if group.layer is not None else parts)
