@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from prunekit.compensation.solver import invert
+from prunekit.compensation.solver import Problem, invert, removal_error
 from prunekit.compensation.walk import walk
 from prunekit.console import track
 from prunekit.errors import ConfigError, suggest
@@ -97,14 +97,11 @@ class Sensitivity(Policy):
             inverse = invert(moments.hessian, 0.0001)
             weight = consumer.weight().masked_fill(inverse.dead, 0)
             index = consumer.member.index.to(weight.device)
-            gone = [removed[group.name] for removed in counts[places[group.name]]]
-            order = setting.importance.choose(weight, inverse.matrix, index, max(gone))
+            problem = Problem(weight=weight, inverse=inverse.matrix, index=index)
             energy = ((weight @ moments.hessian.double()) * weight).sum().clamp_min(1e-300)
-            for i, count in enumerate(gone):
-                columns = index[order[:count]].flatten()
-                factor = torch.linalg.cholesky(inverse.matrix[columns][:, columns])
-                half = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False)
-                found[places[group.name]][i] += (half.square().sum() / energy).item()
+            for i, removed in enumerate(counts[places[group.name]]):
+                chosen = setting.importance.choose([problem], removed[group.name])
+                found[places[group.name]][i] += (removal_error(problem, chosen) / energy).item()
         return found
 
 

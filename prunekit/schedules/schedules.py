@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunekit.compensation.apply import Compensation, Statistics
+from prunekit.compensation.solver import Problem
 from prunekit.compensation.walk import walk
 from prunekit.console import say
 from prunekit.errors import ConfigError, DataError
@@ -142,7 +143,8 @@ def _repair(
             assert isinstance(task.importance, LayerImportance)
             inverse = statistics.inverse
             alive = weight.masked_fill(inverse.dead, 0)  # a dead input costs nothing
-            removed[group.name] = task.importance.choose(alive, inverse.matrix, index, counts[group.name])
+            problem = Problem(weight=alive, inverse=inverse.matrix, index=index)
+            removed[group.name] = task.importance.choose([problem], counts[group.name])
         columns = index[torch.tensor(removed[group.name])].flatten()
         if task.compensation is None:
             consumer.store(weight.index_fill(1, columns, 0))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.compensation.hessian import Moments
-from prunekit.compensation.solver import choose_columns, choose_units, invert, remove_columns, unit_errors
+from prunekit.compensation.solver import invert, remove_columns, unit_errors
 from prunekit.errors import DataError
 
 
