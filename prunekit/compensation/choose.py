@@ -47,7 +47,8 @@ def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "gr
     """Order in which `count` units of width one go: the least Σ ‖w_p‖² / A_pp first, W and A updated in between.
 
     greedy: one at a time, exact; it folds them into A and WᵀW a block at a time. The others remove the best k columns
-    at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` say how many. Beside A it takes [n, n + 512] a problem.
+    at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` say how many. Beside A it takes one more
+    [n, n] a problem, and some rows of it.
     """
     block = min(_BLOCK, count)
     work = [Downdate(problem, block) for problem in problems]

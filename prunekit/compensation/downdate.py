@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunekit.compensation.solver import Problem, cholesky
 
-_PANEL = 512
+_PANEL = 512  # columns at most, an eighth of them where they are fewer than 4,096
 
 
 class Downdate:
@@ -25,7 +25,7 @@ class Downdate:
 
     def __init__(self, problem: Problem, block: int) -> None:
         columns = problem.index[:, 0]
-        self.n, self.panel = len(columns), min(_PANEL, len(columns))
+        self.n, self.panel = len(columns), _panel(len(columns))
         self.panels = torch.arange(self.n, device=columns.device) // self.panel
         self.sides = torch.tensor([0, self.panel], device=columns.device)
         self.store = problem.inverse.new_empty(self.n, self.n + self.panel)
@@ -74,11 +74,10 @@ class Downdate:
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The rows `index` [m] of A and G, [m, n] each, as they were before the block."""
         n, panel = self.n, self.panel
-        held = self.store[:n, : n + panel]
-        across = held.index_select(0, index)
+        across = self.store.index_select(0, index)[:, : n + panel]  # of the whole store: of a part it would copy that
         if n <= panel:
             return across[:, :n], across[:, panel:]
-        down = held.index_select(1, (index + self.sides[:, None]).flatten()).T
+        down = self.store.index_select(1, (index + self.sides[:, None]).flatten())[:n].T
         lower = self.panels[:n] <= self.panels.index_select(0, index)[:, None]
         m = len(index)
         return torch.where(lower, across[:, :n], down[:m]), torch.where(lower, down[m:], across[:, panel:])
@@ -86,11 +85,11 @@ class Downdate:
     def remove(self, p: Tensor) -> None:
         """Remove one column `p` [1], as the next step of the block."""
         k = self.steps
-        u, v = self.factors[0, k], self.factors[1, k]
+        u, v = self.factors[:, k, : self.n]
         a, g = (rows[0] for rows in self.rows(p))
         if k:
-            before = self.factors[:, :k]
-            at = before.index_select(2, p)[..., 0]
+            before = self.factors[:, :k, : self.n]
+            at = self.factors.index_select(2, p)[:, :k, 0]
             a = torch.addmv(a, before[0].T, at[0], alpha=-1)
             g = torch.addmv(g, before[0].T, at[1], alpha=-1).addmv_(before[1].T, at[0], alpha=-1)
         pivot = self.pivots.index_select(0, p)
@@ -117,7 +116,7 @@ class Downdate:
         factors[..., holes] = factors[..., movers]
         self._move(holes, movers, n)
         self._fold(factors[..., :n])
-        self.factors, self.steps = self.factors[..., :n], 0
+        self.steps = 0
         self._refresh()
 
     def _move(self, holes: Tensor, movers: Tensor, n: int) -> None:
@@ -135,10 +134,14 @@ class Downdate:
 
     def _fold(self, factors: Tensor) -> None:
         u, v = factors
-        left, right = torch.cat([u, v]), torch.cat([v, u])
         for lo, hi in self._bounds():
             self.a[lo:, lo:hi].addmm_(u[:, lo:].T, u[:, lo:hi], alpha=-1)
-            self.g[lo:, lo:hi].addmm_(left[:, lo:].T, right[:, lo:hi], alpha=-1)
+            g = self.g[lo:, lo:hi]
+            g.addmm_(u[:, lo:].T, v[:, lo:hi], alpha=-1).addmm_(v[:, lo:].T, u[:, lo:hi], alpha=-1)
+
+
+def _panel(n: int) -> int:
+    return min(max(n // 8, 64), _PANEL, n)
 
 
 def vacancies(picked: Tensor, n: int) -> tuple[Tensor, Tensor]:

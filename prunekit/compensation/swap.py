@@ -6,8 +6,8 @@ removing q instead changes the error by
     Δ_pq = − tr(C_pp⁻¹ YᵀY_pp) + tr(V⁻¹ N),   R = C_pp⁻¹ B_pq,   V = A'_qq + B_pqᵀ R,
     N = (w'_q + y_p R)ᵀ (w'_q + y_p R)
 
-where p and q are units of width h, and all of it is in two matrices: T = [[−C, B], [Bᵀ, A']], which is A swept on S, and
-the Gram matrix of [Y, W']. An exchange sweeps both back on p and on q: two updates of rank h each.
+where p and q are units of width h, and all of it is in two matrices: T = [[−C, B], [Bᵀ, A']], which is A swept on S,
+and the Gram matrix of [Y, W']. An exchange sweeps both back on p and on q: two updates of rank h each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -80,8 +80,8 @@ def _wide(freed: tuple[Tensor, Tensor], lost: tuple[Tensor, Tensor], pairs: tupl
 def swap(problems: Sequence[Problem], removed: Iterable[int]) -> list[int]:
     """The units `removed`, the best pair exchanged again and again while Σ E(S) falls; as many swaps as units at most.
 
-    A swap must lower the error by more than the share √eps of A's dtype, below which rounding could turn it round. Beside
-    A it takes two [n, n] a problem.
+    A swap must lower the error by more than the share √eps of A's dtype, below which rounding could turn it round.
+    Beside A it takes two [n, n] a problem.
     """
     order = list(removed)
     swept = [_Swept(problem) for problem in problems]
@@ -112,5 +112,5 @@ def _best(swept: Sequence[_Swept], p: Tensor, q: Tensor) -> tuple[float, int, in
     for lo in range(0, len(p), rows):
         changes = sum((s.changes(p[lo : lo + rows], q) for s in swept[1:]), swept[0].changes(p[lo : lo + rows], q))
         value, place = changes.nan_to_num_(torch.inf).flatten().min(0)
-        found.append((value.item(), lo + place.item() // len(q), place.item() % len(q)))
+        found.append((float(value), lo + int(place) // len(q), int(place) % len(q)))
     return min(found)
