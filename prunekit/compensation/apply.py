@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekit.compensation.hessian import Moments
 from prunekit.compensation.observe import Site
-from prunekit.compensation.solver import Inverse, invert, remove_columns
+from prunekit.compensation.solver import Inverse, Problem, invert, remove_columns
 from prunekit.errors import ConfigError, suggest
 
 Target = Literal["pruned", "dense", "residual"]
@@ -42,6 +42,11 @@ class Statistics:
         if not self.centred:
             return invert(moments.hessian, self.damping)
         return invert(moments.hessian - torch.outer(moments.mean, moments.mean), self.damping)
+
+    def problem(self, weight: Tensor) -> Problem:
+        """What to choose units by: W [d, n], where a dead input costs nothing, and A."""
+        index = self.site.consumers[0].member.index.to(weight.device)
+        return Problem(weight=weight.masked_fill(self.inverse.dead, 0), inverse=self.inverse.matrix, index=index)
 
     def weight(self) -> Tensor:
         """W [d, n] to cut: the site's, or where it has a target, nearer to what gives the target on these inputs.
@@ -113,10 +118,10 @@ class Obs(Compensation):
 
     def repair(self, weight: Tensor, statistics: Statistics, removed: Tensor) -> tuple[Tensor, Tensor | None]:
         """W − W_S (A_SS)⁻¹ A_S:."""
-        repaired = remove_columns(weight.to(statistics.inverse.matrix), statistics.inverse.matrix, removed)
+        repaired = remove_columns(weight, statistics.inverse.matrix, removed)
         if not statistics.centred:
             return repaired, None
-        return repaired, (weight - repaired).to(statistics.moments.mean) @ statistics.moments.mean
+        return repaired, (weight - repaired) @ statistics.moments.mean.to(repaired)
 
 
 @dataclass(frozen=True, kw_only=True)

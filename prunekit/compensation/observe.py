@@ -35,6 +35,11 @@ class Site:
         """The consumers' weights below one another [d, n]."""
         return torch.cat([consumer.weight() for consumer in self.consumers])
 
+    def energy(self) -> float:
+        """E‖W x‖²: what removing everything would cost."""
+        weight = self.weight()
+        return float(((weight @ self.moments.hessian.to(weight)) * weight).sum())
+
 
 @dataclass
 class Observation:

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon on columns (SlimGPT, sections 3 and 4): pure tensor maths, float64.
+"""Optimal Brain Surgeon on columns (SlimGPT, sections 3 and 4): the inverse, removals and their errors; pure tensors.
 
 W [d, n] is a consumer's weight, H [n, n] the mean of x xᵀ over its inputs, A = (H + λI)⁻¹. Removing the columns S:
 
@@ -8,6 +8,7 @@ W [d, n] is a consumer's weight, H [n, n] the mean of x xᵀ over its inputs, A 
 so that after any sequence of removals the kept columns are the least-squares optimum W H_:K (H_KK)⁻¹.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,129 +16,124 @@ import torch
 from torch import Tensor
 
 HeadScore = Literal["exact", "grouped_cholesky", "diagonal"]
-_BLOCK = 64
+
+# The variance inflation factors A_jj (H + λI)_jj tell how much of input j the others explain, whatever its scale, and
+# bound what removals can cancel in a column. Measured at the limit, with half of the columns removed: float32 has A_ij
+# to 6e-3 of √(A_ii A_jj), and leaves a layer error 6e-6 above the least; both grow with the limit, the second squared.
+_INFLATION = 1e4
+_DEAD = 1e-20  # an input of less than this share of the largest mean square can't be told from zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inverse:
-    """A = (H + λI)⁻¹ [n, n], float64; dead inputs (H_jj = 0) have a unit diagonal. `damping` is λ / mean(diag H)."""
+    """A = (H + λI)⁻¹ [n, n], float32 or float64, with the `dead` [n] inputs apart; `damping` is λ / mean(diag H)."""
 
     matrix: Tensor
     dead: Tensor
     damping: float
 
 
-def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
-    """Invert a Hessian [n, n], damped no more than it takes.
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A consumer that a group's units feed: W [d, n], A = (H + λI)⁻¹ [n, n], and the columns `index` [units, width].
 
-    Starts at `damping`·mean(diag H) and raises λ tenfold until the Cholesky factorisation succeeds with pivots that
-    float64 can tell from zero. Dead inputs are set apart first; H never becomes the identity.
+    W may be of any float dtype, whatever is computed is of A's. Where a group has several consumers a unit's error is
+    the sum over their problems.
     """
-    h = hessian.double()
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    mean = diagonal[~dead].mean().item() if (~dead).any() else 1.0
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+
+    weight: Tensor
+    inverse: Tensor
+    index: Tensor
+
+
+def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
+    """Invert a Hessian [n, n], damped no more than it takes: float32 where that is accurate, float64 elsewhere.
+
+    Starts at `damping`·mean(diag H); λ rises tenfold until the Cholesky factorisation succeeds with pivots that the
+    Hessian's own dtype can tell from zero. Dead inputs are set apart first; H never becomes the identity. All is done
+    on D^-½ (H + λI) D^-½ with a unit diagonal, so that the scale of H, or of one input, does not matter.
+    """
+    diagonal = hessian.diagonal().double()
+    dead = diagonal <= _DEAD * diagonal.max().clamp_min(0)
+    mean = diagonal[~dead].mean().item() if not dead.all() else 1.0
+    double = hessian.dtype == torch.float64
+    floor = 1e-12 if double else torch.finfo(torch.float32).eps
     share = damping
-    while True:
-        damped = h + eye * (share * mean)
-        damped[dead] = 0
-        damped[:, dead] = 0
-        damped[dead, dead] = mean
-        factor, info = torch.linalg.cholesky_ex(damped)
-        pivots = factor.diagonal().square()
-        if not info and pivots.min() > 1e-12 * pivots.max():
-            return Inverse(matrix=torch.cholesky_inverse(factor), dead=dead, damping=share)
-        share = max(share * 10, 1e-10)
+    found = None if double else _inverted(hessian, diagonal + share * mean, dead, mean, 1 / _INFLATION, torch.float32)
+    if found is None:
+        found = _inverted(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
+    while found is None:
+        share = max(share * 10, floor)
+        found = _inverted(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
+    return Inverse(matrix=found, dead=dead, damping=share)
+
+
+def _inverted(
+    hessian: Tensor, diagonal: Tensor, dead: Tensor, mean: float, floor: float, dtype: torch.dtype
+) -> Tensor | None:
+    """The inverse of `hessian` [n, n] with another `diagonal` [n]; None where it is worse conditioned than `floor`."""
+    root = diagonal.masked_fill(dead, torch.inf).rsqrt().to(dtype)
+    scaled = hessian.to(dtype, copy=True).mul_(root[:, None]).mul_(root)
+    scaled.diagonal().fill_(1)
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    del scaled
+    if info or not factor.diagonal().square().min() > floor:
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    if dtype == torch.float32 and not inverse.diagonal().max() * floor <= 1:
+        return None
+    root[dead] = mean**-0.5
+    inverse.mul_(root[:, None]).mul_(root)
+    return inverse if torch.isfinite(inverse.diagonal()).all() else None
+
+
+def cholesky(blocks: Tensor) -> Tensor:
+    """L of positive definite `blocks` [..., k, k]; what rounding took from one is given back on its diagonal."""
+    factor, info = torch.linalg.cholesky_ex(blocks)
+    share = torch.finfo(blocks.dtype).eps
+    while info.any() and share < 1:
+        share *= 10
+        factor, info = torch.linalg.cholesky_ex(blocks + share * torch.diag_embed(blocks.diagonal(dim1=-2, dim2=-1)))
+    return factor
 
 
 def remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
-    """W [d, n] with the columns `removed` [k] zeroed and the others at their least-squares optimum."""
-    block = inverse[removed][:, removed]
-    factor = torch.linalg.cholesky(block)
-    updated = weight - torch.cholesky_solve(weight[:, removed].T, factor).T @ inverse[removed]
+    """W [d, n] with the columns `removed` [k] zero and the others at their least-squares optimum, in A's dtype."""
+    weight = weight.to(inverse.dtype)
+    rows = inverse.index_select(0, removed)
+    factor = cholesky(rows.index_select(1, removed))
+    updated = weight - torch.cholesky_solve(weight[:, removed].T, factor).T @ rows
     updated[:, removed] = 0
     return updated
 
 
-def choose_columns(weight: Tensor, inverse: Tensor, count: int) -> list[int]:
-    """Greedy order in which single columns go: argmin ‖w_p‖² / A_pp, update W and A, repeat; exact.
-
-    This is a Cholesky factorisation of A with weighted pivots. With u = A_:p/√A_pp and z = G_:p/√A_pp, where G = WᵀW,
-    a removal does A ← A − u uᵀ and G ← G − u zᵀ − z uᵀ + (zᵀe_p/√A_pp) u uᵀ. W itself is not needed, and n × n matrices
-    are touched once a block of steps: inside it only the row of the pivot is evaluated.
-    """
-    a, g = inverse.clone(), weight.T @ weight
-    n = len(a)
-    alive = torch.arange(n, device=a.device)
-    order: list[int] = []
-    while len(order) < count:
-        steps = min(_BLOCK, count - len(order))
-        picked = _choose_block(a, g, steps)
-        order += alive[picked].tolist()
-        keep = torch.ones(len(alive), dtype=torch.bool, device=a.device)
-        keep[picked] = False
-        alive, a, g = alive[keep], a[keep][:, keep], g[keep][:, keep]
-    return order
+def removal_error(problem: Problem, units: Sequence[int]) -> Tensor:
+    """E(S), float64, of the columns S of all `units` removed together."""
+    columns = problem.index[torch.as_tensor(units, dtype=torch.long, device=problem.index.device)].flatten()
+    factor = cholesky(problem.inverse.index_select(0, columns).index_select(1, columns))
+    half = torch.linalg.solve_triangular(factor, problem.weight[:, columns].to(factor).T, upper=False)
+    return half.square().sum(dtype=torch.float64)
 
 
-def _choose_block(a: Tensor, g: Tensor, steps: int) -> Tensor:
-    """Remove `steps` columns; returns them and brings `a` and `g` up to date in place."""
-    n = len(a)
-    u, z = a.new_zeros(steps, n), a.new_zeros(steps, n)
-    curvature = a.new_zeros(steps)
-    diagonal, norms = a.diagonal().clone(), g.diagonal().clone()
-    picked: list[Tensor] = []
-    for k in range(steps):
-        score = norms.clamp_min(0) / diagonal
-        if picked:
-            score[torch.stack(picked)] = torch.inf
-        p = score.argmin()
-        root = diagonal[p].sqrt()
-        u_k = (a[p] - u[:k, p] @ u[:k]) / root
-        up, zp = u[:k, p], z[:k, p]
-        row = g[p] - up @ z[:k] - zp @ u[:k] + (curvature[:k] * up) @ u[:k]
-        z_k = row / root
-        c = norms[p] / diagonal[p]
-        u[k], z[k], curvature[k] = u_k, z_k, c
-        diagonal = (diagonal - u_k * u_k).clamp_min(torch.finfo(a.dtype).tiny)
-        norms = norms - 2 * u_k * z_k + c * u_k * u_k
-        picked.append(p)
-    a.addmm_(u.T, u, alpha=-1)
-    half = z - 0.5 * curvature[:, None] * u  # G ← G − Uᵀ half − halfᵀ U
-    g.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
-    return torch.stack(picked)
-
-
-def unit_errors(weight: Tensor, inverse: Tensor, index: Tensor, score: HeadScore) -> Tensor:
-    """Errors [units] of removing each unit of `index` [units, width] alone.
+def unit_errors(problems: Sequence[Problem], score: HeadScore) -> Tensor:
+    """Errors [units], float64, of removing each unit alone, summed over `problems`.
 
     exact: E(S). grouped_cholesky (SlimGPT, algorithm 1): Σ_j ‖w_j‖² / L_jj² with A_SS = L Lᵀ and w not updated.
     diagonal (its "−GCD" ablation): Σ_j ‖w_j‖² / A_jj.
     """
-    blocks = inverse[index[:, :, None], index[:, None, :]]
-    columns = weight.T[index]  # [units, width, d]
-    if score == "diagonal":
-        return (columns.square().sum(-1) / blocks.diagonal(dim1=1, dim2=2)).sum(-1)
-    factors = torch.linalg.cholesky(blocks)
+    return torch.stack([_errors(problem, score) for problem in problems]).sum(0)
+
+
+def _errors(problem: Problem, score: HeadScore) -> Tensor:
+    index = problem.index
+    blocks = problem.inverse[index[:, :, None], index[:, None, :]]
+    columns = problem.weight.T[index].to(blocks.dtype)  # [units, width, d]
+    if score == "exact":
+        half = torch.linalg.solve_triangular(cholesky(blocks), columns, upper=False)
+        return half.square().sum((1, 2), dtype=torch.float64)
     if score == "grouped_cholesky":
-        return (columns.square().sum(-1) / factors.diagonal(dim1=1, dim2=2).square()).sum(-1)
-    return torch.linalg.solve_triangular(factors, columns, upper=False).square().sum((1, 2))
-
-
-def choose_units(weight: Tensor, inverse: Tensor, index: Tensor, count: int, score: HeadScore) -> list[int]:
-    """Greedy order in which whole units go, one at a time with an update of W and A after each."""
-    w, a = weight.clone(), inverse.clone()
-    alive = list(range(len(index)))
-    order: list[int] = []
-    for _ in range(count):
-        errors = unit_errors(w, a, index[alive], score)
-        unit = alive.pop(int(errors.argmin()))
-        order.append(unit)
-        columns = index[unit]
-        factor = torch.linalg.cholesky(a[columns][:, columns])
-        gain = torch.cholesky_solve(a[columns], factor)  # (A_SS)⁻¹ A_S:
-        w = w - w[:, columns] @ gain
-        a = a - a[:, columns] @ gain
-        w[:, columns] = 0
-    return order
+        pivots = cholesky(blocks).diagonal(dim1=1, dim2=2).square()
+    else:
+        pivots = blocks.diagonal(dim1=1, dim2=2)
+    return (columns.square().sum(-1) / pivots).sum(-1, dtype=torch.float64)

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from prunekit.compensation.solver import Problem
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import CoupledGroup, CouplingGraph, Member
 from prunekit.importance.aggregation import Aggregation, Normalisation, aggregate, normalise
@@ -63,8 +64,8 @@ class LayerImportance(Importance, ABC):
     """Chooses a layer's units from the second moments of its consumer's inputs, after the layers before it were cut."""
 
     @abstractmethod
-    def choose(self, weight: Tensor, inverse: Tensor, index: Tensor, count: int) -> list[int]:
-        """`count` units of `index` [units, width] to remove from the consumer W [d, n], given A = (H + λI)⁻¹ [n, n]."""
+    def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
+        """`count` units of a group to remove, given its consumers: W [d, n], A = (H + λI)⁻¹ [n, n] and the columns."""
 
 
 def members_of(graph: CouplingGraph, group: CoupledGroup) -> tuple[Member, ...]:

@@ -2,50 +2,59 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-from prunekit.compensation.solver import HeadScore, choose_columns, choose_units, invert, unit_errors
-from prunekit.compensation.walk import walk
+from prunekit.compensation.apply import Statistics
+from prunekit.compensation.choose import Groups, choose_columns, choose_units
+from prunekit.compensation.solver import HeadScore, Problem, unit_errors
+from prunekit.compensation.swap import swap
+from prunekit.compensation.walk import Walk
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.importance.base import Batch, LayerImportance, ScoreImportance
 
+Refine = Literal["none", "swap"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Obs(ScoreImportance, LayerImportance):
-    """Heads by `heads`: exact, grouped_cholesky or diagonal; single columns greedily, exact.
+    """Units of several columns by `heads`: exact, grouped_cholesky or diagonal; single columns by `columns`.
 
-    Layer by layer it chooses one unit after another; at once, or where groups compete, units rank by the error each of
-    them leaves alone in the dense model. `damping`: of the Hessians of that ranking, as the schedule's.
+    Layer by layer it chooses one unit after another, or single columns in groups (dynamic_group, released_group,
+    fixed_group); `refine=swap` then exchanges removed and kept units while the exact error falls. At once, or where
+    groups compete, units rank by the error each of them leaves alone in the dense model. `damping`: of the Hessians of
+    that ranking, as the schedule's.
     """
 
     heads: HeadScore = "exact"
-    columns: str = "greedy"
+    columns: Groups = "greedy"
+    refine: Refine = "none"
     damping: float = 0.0001
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, value, known in (("heads", self.heads, get_args(HeadScore)), ("columns", self.columns, ("greedy",))):
-            if value not in known:
-                raise ConfigError(f"importance.{key}: unknown {value!r}: {suggest(str(value), list(known))}")
+        for key, known in (("heads", HeadScore), ("columns", Groups), ("refine", Refine)):
+            if (value := getattr(self, key)) not in get_args(known):
+                raise ConfigError(f"importance.{key}: unknown {value!r}: {suggest(str(value), list(get_args(known)))}")
 
-    def choose(self, weight: Tensor, inverse: Tensor, index: Tensor, count: int) -> list[int]:
-        """One unit at a time, each with the least error after the ones before it."""
-        if index.shape[1] == 1:
-            columns = index[:, 0]
-            return choose_columns(weight[:, columns], inverse[columns][:, columns], count)
-        return choose_units(weight, inverse, index, count, self.heads)
+    def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
+        """The least error after what went before; then exchanged one by one where that is asked for."""
+        if all(problem.index.shape[1] == 1 for problem in problems):
+            chosen = choose_columns(problems, count, self.columns)
+        else:
+            chosen = choose_units(problems, count, self.heads)
+        return swap(problems, chosen) if self.refine == "swap" else chosen
 
     def structures(
         self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
     ) -> dict[str, Tensor]:
         """E(S) of each unit alone on the model's own activations."""
         found = {}
-        for group, consumer, moments in walk(model, groups, batches):
-            inverse = invert(moments.hessian, self.damping)
-            weight = consumer.weight().masked_fill(inverse.dead, 0)
-            index = consumer.member.index.to(weight.device)
-            found[group.name] = unit_errors(weight, inverse.matrix, index, self.heads)[None].cpu()
+        for group, sites in Walk(model=model, groups=groups, batches=batches):
+            known = (Statistics(site=site, damping=self.damping) for site in sites)
+            errors = [unit_errors([statistics.problem(statistics.site.weight())], self.heads) for statistics in known]
+            found[group.name] = torch.stack(errors).cpu()
         return found

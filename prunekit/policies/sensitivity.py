@@ -10,8 +10,9 @@ from typing import Literal, get_args
 
 import torch
 
-from prunekit.compensation.solver import invert
-from prunekit.compensation.walk import walk
+from prunekit.compensation.apply import Statistics
+from prunekit.compensation.solver import removal_error
+from prunekit.compensation.walk import Walk
 from prunekit.console import track
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import CoupledGroup
@@ -93,18 +94,13 @@ class Sensitivity(Policy):
             raise ConfigError("policy.measure=obs: expected importance=obs, which chooses by that error")
         places = {group.name: key for key, groups in parts.items() for group in groups}
         found = {key: [0.0] * len(self.ratios) for key in parts}
-        for group, consumer, moments in walk(setting.model, setting.groups, setting.batches):
-            inverse = invert(moments.hessian, 0.0001)
-            weight = consumer.weight().masked_fill(inverse.dead, 0)
-            index = consumer.member.index.to(weight.device)
-            gone = [removed[group.name] for removed in counts[places[group.name]]]
-            order = setting.importance.choose(weight, inverse.matrix, index, max(gone))
-            energy = ((weight @ moments.hessian.double()) * weight).sum().clamp_min(1e-300)
-            for i, count in enumerate(gone):
-                columns = index[order[:count]].flatten()
-                factor = torch.linalg.cholesky(inverse.matrix[columns][:, columns])
-                half = torch.linalg.solve_triangular(factor, weight[:, columns].T, upper=False)
-                found[places[group.name]][i] += (half.square().sum() / energy).item()
+        for group, sites in Walk(model=setting.model, groups=setting.groups, batches=setting.batches):
+            problems = [Statistics(site=site, damping=0.0001).problem(site.weight()) for site in sites]
+            energy = sum(site.energy() for site in sites)
+            for i, removed in enumerate(counts[places[group.name]]):
+                chosen = setting.importance.choose(problems, removed[group.name])
+                error = sum(removal_error(problem, chosen).item() for problem in problems)
+                found[places[group.name]][i] += error / max(energy, 1e-300)
         return found
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from prunekit.compensation.apply import Compensation, Statistics
-from prunekit.compensation.solver import Problem
 from prunekit.compensation.store import Store
 from prunekit.compensation.walk import Layers, Site, Walk, consumers_of
 from prunekit.console import say, track
@@ -186,16 +185,12 @@ def _cut(
     weights = [statistics.weight() for statistics in found]
     if any(statistics.share for statistics in found):
         say(f"{group.name}: {', '.join(f'{s.share:.0%}' for s in found)} of the way to its target")
-    indices = [site.consumers[0].member.index.to(weight.device) for site, weight in zip(sites, weights, strict=True)]
     if units is None:
         assert isinstance(task.importance, LayerImportance)
-        problems = [
-            Problem(weight=weight.masked_fill(s.inverse.dead, 0), inverse=s.inverse.matrix, index=index)
-            for weight, s, index in zip(weights, found, indices, strict=True)  # a dead input costs nothing
-        ]
+        problems = [statistics.problem(weight) for statistics, weight in zip(found, weights, strict=True)]
         units = task.importance.choose(problems, counts[group.name])
-    for site, statistics, weight, index in zip(sites, found, weights, indices, strict=True):
-        columns = index[torch.tensor(units)].flatten()
+    for site, statistics, weight in zip(sites, found, weights, strict=True):
+        columns = site.consumers[0].member.index[torch.tensor(units)].flatten().to(weight.device)
         bias = None
         if repairs is None:
             repaired = weight.index_fill(1, columns, 0)

@@ -1,38 +1,18 @@
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import collinear, error, inputs, loss, optimum, peak
 
 from prunekit.compensation.hessian import Moments
-from prunekit.compensation.solver import choose_columns, choose_units, invert, remove_columns, unit_errors
+from prunekit.compensation.solver import Problem, cholesky, invert, removal_error, remove_columns, unit_errors
 from prunekit.errors import DataError
-
-
-def problem(n=24, d=10, tokens=200, seed=0, rank=None):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(rank or n, n, generator=generator, dtype=torch.float64)
-    x = torch.randn(tokens, rank or n, generator=generator, dtype=torch.float64) @ mix
-    w = torch.randn(d, n, generator=generator, dtype=torch.float64)
-    return x, w, x.T @ x / tokens
-
-
-def error(x, before, after):
-    return ((x @ (after - before).T) ** 2).sum().item() / len(x)
-
-
-def optimum(x, w, kept):
-    """The least-squares optimum by an independent solver: min over V of ‖x[:, kept] Vᵀ − x wᵀ‖."""
-    full = torch.zeros_like(w)
-    full[:, kept] = torch.linalg.lstsq(x[:, kept], x @ w.T, driver="gelsd").solution.T
-    return full
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 20), st.integers(1, 8), st.integers(0, 10_000), st.data())
 def test_removal_in_steps_reaches_the_least_squares_optimum(n, d, seed, data):
-    x, w, h = problem(n, d, 4 * n + 20, seed)
+    x, w, h = inputs(n, d, 4 * n + 20, seed)
     removed = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n - 1, unique=True))
     kept = [i for i in range(n) if i not in removed]
     result = remove_columns(w, invert(h).matrix, torch.tensor(removed))
@@ -42,7 +22,7 @@ def test_removal_in_steps_reaches_the_least_squares_optimum(n, d, seed, data):
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
 def test_rank_deficient_hessian_reaches_the_optimal_error(rank):
-    x, w, h = problem(rank=rank)
+    x, w, h = inputs(rank=rank)
     inverse = invert(h)
     assert 0 < inverse.damping < 1e-6, "damped, but hardly"
     removed = torch.arange(0, 24, 2)
@@ -51,77 +31,120 @@ def test_rank_deficient_hessian_reaches_the_optimal_error(rank):
     assert error(x, w, remove_columns(w, inverse.matrix, removed)) <= best + 1e-6 * error(x, w, torch.zeros_like(w))
 
 
-def naive_columns(w, a, count):
-    w, a, order = w.clone(), a.clone(), []
-    for _ in range(count):
-        scores = w.square().sum(0) / a.diagonal()
-        scores[order] = torch.inf
-        p = int(scores.argmin())
-        order.append(p)
-        w, a = w - torch.outer(w[:, p], a[p]) / a[p, p], a - torch.outer(a[:, p], a[p]) / a[p, p]
-    return order
-
-
-@pytest.mark.parametrize(("n", "count"), [(24, 23), (200, 150), (300, 64), (300, 65)])
-def test_greedy_columns_are_those_of_the_naive_loop(n, count):
-    _, w, h = problem(n, 16, 3 * n, seed=n)
-    a = invert(h, 1e-4).matrix
-    assert choose_columns(w, a, count) == naive_columns(w, a, count)
-
-
 @pytest.mark.parametrize("width", [1, 3, 4])
 def test_exact_unit_errors_are_the_optimal_errors(width):
-    x, w, h = problem(12)
+    x, w, h = inputs(12)
     index = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(-1, width)
-    errors = unit_errors(w, invert(h).matrix, index, "exact")
+    problem = Problem(weight=w, inverse=invert(h).matrix, index=index)
+    errors = unit_errors([problem], "exact")
     for unit, columns in enumerate(index):
         kept = [i for i in range(12) if i not in columns.tolist()]
         assert errors[unit].item() == pytest.approx(error(x, w, optimum(x, w, kept)), rel=1e-6)
-
-
-def test_one_head_is_the_brute_force_choice_and_two_are_near_it():
-    x, w, h = problem(16, seed=3)
-    index = torch.arange(16).view(4, 4)
-    a = invert(h).matrix
-
-    def cost(units):
-        kept = [i for i in range(16) if i // 4 not in units]
-        return error(x, w, optimum(x, w, kept))
-
-    assert choose_units(w, a, index, 1, "exact") == [min(range(4), key=lambda u: cost([u]))]
-    pairs = {pair: cost(pair) for pair in itertools.combinations(range(4), 2)}
-    chosen = tuple(sorted(choose_units(w, a, index, 2, "exact")))
-    assert pairs[chosen] <= 1.5 * min(pairs.values())
-    assert choose_units(w, a, index, 2, "exact")[:1] == choose_units(w, a, index, 1, "exact")
+        assert removal_error(problem, [unit]).item() == pytest.approx(errors[unit].item())
+    torch.testing.assert_close(unit_errors([problem, problem], "exact"), 2 * errors)
 
 
 def test_grouped_cholesky_and_diagonal_by_their_definitions():
-    _, w, h = problem(8)
+    _, w, h = inputs(8)
     a, index = invert(h).matrix, torch.arange(8).view(2, 4)
+    problem = Problem(weight=w, inverse=a, index=index)
     for unit, columns in enumerate(index):
         block = a[columns][:, columns]
         factor = torch.linalg.cholesky(block)
         grouped = sum(w[:, c].square().sum() / factor[j, j] ** 2 for j, c in enumerate(columns))
         diagonal = sum(w[:, c].square().sum() / a[c, c] for c in columns)
-        assert unit_errors(w, a, index, "grouped_cholesky")[unit] == pytest.approx(grouped.item())
-        assert unit_errors(w, a, index, "diagonal")[unit] == pytest.approx(diagonal.item())
+        assert unit_errors([problem], "grouped_cholesky")[unit] == pytest.approx(grouped.item())
+        assert unit_errors([problem], "diagonal")[unit] == pytest.approx(diagonal.item())
 
 
-def test_dead_inputs_cost_nothing_and_keep_their_weights():
-    x, w, _ = problem(10)
-    x[:, [2, 5]] = 0
+@pytest.mark.parametrize("weak", [0, 1e-30])
+def test_dead_inputs_cost_nothing_and_keep_their_weights(weak):
+    x, w, _ = inputs(10)
+    x[:, [2, 5]] *= weak
     inverse = invert(x.T @ x / len(x))
     assert inverse.dead.nonzero().flatten().tolist() == [2, 5]
-    alive = w.masked_fill(inverse.dead, 0)
-    assert sorted(choose_columns(alive, inverse.matrix, 2)) == [2, 5]
+    alive = Problem(weight=w.masked_fill(inverse.dead, 0), inverse=inverse.matrix, index=torch.arange(10)[:, None])
+    assert unit_errors([alive], "exact")[[2, 5]].tolist() == [0, 0]
     kept = remove_columns(w, inverse.matrix, torch.tensor([2]))
     torch.testing.assert_close(kept[:, [i for i in range(10) if i != 2]], w[:, [i for i in range(10) if i != 2]])
 
 
-def test_all_inputs_dead():
-    inverse = invert(torch.zeros(4, 4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_inputs_dead(dtype):
+    inverse = invert(torch.zeros(4, 4, dtype=dtype))
     assert inverse.dead.all()
-    assert torch.isfinite(inverse.matrix).all()
+    assert torch.equal(inverse.matrix, torch.eye(4, dtype=dtype))
+    assert inverse.damping == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 10_000), st.floats(-30, 30), st.floats(0, 8), st.floats(0, 0.1))
+def test_whatever_the_scales_of_the_inputs_the_inverse_is_one(n, seed, scale, spread, damping):
+    x, _, _ = inputs(n, tokens=20 * n, seed=seed)
+    scales = torch.logspace(0, -spread / 2, n, dtype=torch.float64)
+    h = (scales[:, None] * (x.T @ x / len(x)) * scales).float().double()
+    a = invert((h * 10.0**scale).float(), damping)
+    assert torch.isfinite(a.matrix).all()
+    assert a.damping <= max(damping, 1e-6)
+    damped = h + a.damping * h.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    root = damped.diagonal().sqrt()
+    scaled = a.matrix.double() * 10.0**scale * root[:, None] * root
+    product = scaled @ (damped / root[:, None] / root)
+    inflation = scaled.diagonal().max().item()
+    torch.testing.assert_close(product, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-6 * n * inflation)
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.1, 0.03, 0.01, 1e-3])
+def test_float32_where_the_error_it_leaves_is_the_least_and_float64_elsewhere(noise):
+    h, w = collinear(128, 2, noise)
+    h = h.float().double()
+    inverse = invert(h.float())
+    inflation = (torch.linalg.inv(h).diagonal() * h.diagonal()).max().item()
+    assert inverse.matrix.dtype == (torch.float32 if inflation < 1e4 else torch.float64), inflation
+    removed = torch.arange(0, 128, 2)
+    mine, best = (loss(h, w, remove_columns(w, a, removed)) for a in (inverse.matrix, invert(h).matrix))
+    assert best <= mine * (1 + 1e-9)
+    assert mine <= best * (1 + 1e-4)
+    assert invert(h).matrix.dtype == torch.float64
+
+
+def test_one_weak_input_beside_a_huge_one_is_removed_as_any_other():
+    x, w, _ = inputs(6)
+    x[:, 0] *= 1e6
+    x[:, 1] *= 1e-3
+    h = (x.T @ x / len(x)).float()
+    inverse = invert(h)
+    assert inverse.matrix.dtype == torch.float32
+    result = remove_columns(w, inverse.matrix, torch.tensor([3]))
+    torch.testing.assert_close(result.double(), optimum(x, w, [0, 1, 2, 4, 5]), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_float32_moments_without_full_rank(rank):
+    x, w, h = inputs(24, rank=rank)
+    inverse = invert(h.float())
+    assert 0 < inverse.damping < 1e-4
+    removed = torch.arange(0, 24, 2)
+    best = error(x, w, optimum(x, w, list(range(1, 24, 2))))
+    assert error(x, w, remove_columns(w, inverse.matrix, removed)) <= best + 1e-4 * error(x, w, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverting_takes_two_copies(dtype):
+    n = 512
+    h = (torch.eye(n) + 0.1).to(dtype)
+    assert invert(h).matrix.dtype == dtype
+    assert peak(lambda: invert(h, 1e-3)) < 2.1 * h.element_size() * n * n
+    ill = torch.full((n, n), 1.0) + 1e-6 * torch.eye(n)
+    assert invert(ill).matrix.dtype == torch.float64
+    assert peak(lambda: invert(ill)) < 2.1 * 8 * n * n
+
+
+def test_blocks_that_rounding_made_indefinite_still_have_a_factor():
+    blocks = torch.stack([torch.eye(3), torch.ones(3, 3) - 1e-6 * torch.eye(3)])
+    factors = cholesky(blocks)
+    assert torch.isfinite(factors).all()
+    torch.testing.assert_close(factors @ factors.mT, blocks, rtol=0, atol=1e-4)
 
 
 def test_moments_are_the_mean_over_tokens_whatever_the_batches():
