@@ -229,7 +229,8 @@ def _skeleton(
         for layer, values in overrides.items():
             for sizes in layer_sizes(dense, values):
                 resize(modules_of_layer(model, layer), sizes)
-        set_per_layer(model, overrides)
+        if overrides:
+            set_per_layer(model, overrides)
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
     return model

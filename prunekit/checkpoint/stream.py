@@ -54,7 +54,7 @@ def open_streamed(
     shards = _by_names_of(model, shards, dense)
     if dense:
         _check_shapes(model, shards)
-    _adopt_shapes(model, shards, dtype)
+    _take_shapes(model, shards, dtype)
     model.config.dtype = dtype or model.config.dtype
     return model, shards
 
@@ -89,7 +89,7 @@ def _check_shapes(model: nn.Module, shards: Shards) -> None:
             )
 
 
-def _adopt_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None) -> None:
+def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None) -> None:
     def on_meta(name: str) -> Tensor:
         own = dtype if shards[name].dtype.is_floating_point else None
         return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
