@@ -16,8 +16,8 @@ from torch import Tensor
 from prunekit.checkpoint.load import check_loadable, tied_places
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.checkpoint.save import check_free, disk_errors, publish, unvalidated, write_text
-from prunekit.checkpoint.shards import Shards, Stored
-from prunekit.checkpoint.stream import persistent_buffers
+from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
 
 _KEY = "prunekit_key"  # in a shard's metadata: what it holds
@@ -64,6 +64,11 @@ class LayerWriter:
     def stored(self, key: str) -> Shards:
         """A part that is written, to read it again."""
         return self.parts[key]
+
+    @property
+    def shards(self) -> Shards:
+        """Everything that is written, to run the model with before it is finished."""
+        return Shards(self.folder, {name: part[name] for part in self.parts.values() for name in part})
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store a part's tensors in one shard.
@@ -112,8 +117,7 @@ class LayerWriter:
         self._check_complete(model)
         with disk_errors(self.target):
             files = self._number()
-            sizes = sum(stored.num_bytes for part in self.parts.values() for stored in part.entries.values())
-            index = {"metadata": {"total_size": sizes}, "weight_map": files}
+            index = {"metadata": {"total_size": self.shards.num_bytes}, "weight_map": files}
             write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
             self._describe(model)
             check_loadable(model, self.folder)
@@ -127,9 +131,7 @@ class LayerWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check_complete(self, model: Any) -> None:
-        written: dict[str, Stored] = {}
-        for part in self.parts.values():
-            written.update(part.entries)
+        written = dict(self.shards.entries)
         wanted = {places[0][2]: model.get_parameter(places[0][2]) for places in tied_places(model)}
         for name, tensor in {**wanted, **persistent_buffers(model)}.items():
             if name not in written:

@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
-from prunekit.checkpoint.shards import Shards
-from prunekit.checkpoint.stream import Weights, offloaded, open_streamed
-from prunekit.checkpoint.writer import LayerWriter
+from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
 from prunekit.errors import CheckpointError, DataError, SurgeryError
 from prunekit.evaluation.perplexity import perplexity
 from prunekit.sizes import per_layer_overrides
@@ -50,13 +48,16 @@ def all_layers(family="llama", layers=3):
     return [f"{LAYERS.get(family, 'model.layers')}.{i}" for i in range(layers)]
 
 
-def written(model, shards, weights, folder, list_path="model.layers", dtype=None, change=lambda path: None):
+def written(
+    model, shards, weights, folder, list_path="model.layers", dtype=None, change=lambda _: None, measure=lambda _: None
+):
     writer = LayerWriter(folder, dtype)
     writer.copy(shards, weights.outside_names(list_path))
     for i in range(len(model.get_submodule(list_path))):
         with weights.enter(f"{list_path}.{i}"):
             change(i)
             writer.write(f"{list_path}.{i}", weights.state(f"{list_path}.{i}"))
+    measure(writer)
     writer.finish(model)
     return prunekit.from_pretrained(folder)
 
@@ -168,6 +169,16 @@ def test_a_body_without_its_prefix(tmp_path):
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # a mask that older checkpoints hold
     model.config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    streamed, shards = open_streamed(tmp_path)
+    with offloaded(streamed, shards), torch.no_grad():
+        assert torch.equal(streamed(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_names_that_a_class_has_given_up(tmp_path):
+    config = AutoConfig.for_model("gpt_neox", **NEW | {"hidden_size": 64})
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    tensors = load_file(saved(model, tmp_path, "1GB") / "model.safetensors")
+    assert "embed_out.weight" in tensors
     streamed, shards = open_streamed(tmp_path)
     with offloaded(streamed, shards), torch.no_grad():
         assert torch.equal(streamed(token_ids()).logits, model(token_ids()).logits)
@@ -371,10 +382,15 @@ def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
     removed = plan_of(graph, uneven)
     prunekit.apply_plan(whole, graph, prunekit.PruningPlan(removed))
     per_layer = by_layer(graph, removed)
-    weights = Weights(model, shards)
+    weights, logits = Weights(model, shards), []
+
+    def run(writer):
+        with offloaded(model, writer.shards), torch.no_grad():
+            logits.append(model(token_ids()).logits)
+
     again = written(
         model, shards, weights, tmp_path / "out", LAYERS.get(family, "model.layers"),
-        change=lambda i: cut_layer(model, graph, per_layer[i]),
+        change=lambda i: cut_layer(model, graph, per_layer[i]), measure=run,
     )  # fmt: skip
     assert per_layer_overrides(model.config) == per_layer_overrides(whole.config) == per_layer_overrides(again.config)
     assert values_of(model) == values_of(whole)
@@ -384,6 +400,8 @@ def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
         assert {n: v for n, v in vars(model.get_submodule(path)).items() if type(v) is int} == own, path
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, whole(token_ids()).logits)
+        if whole.dtype == torch.float32:
+            assert torch.equal(logits[0], whole(token_ids()).logits)
     loaded, stored = open_streamed(tmp_path / "out")
     with offloaded(loaded, stored), torch.no_grad():
         assert torch.equal(loaded(token_ids()).logits, whole(token_ids()).logits)
