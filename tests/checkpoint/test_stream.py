@@ -490,3 +490,42 @@ def build_from(config, writer):
         model = AutoModelForCausalLM.from_config(config)
     writer.finish(model)
     return open_streamed(writer.target)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_loop_of_a_layerwise_run(tmp_path, family):
+    """Activations stream through, each layer is cut while it is there, masked and cut layers agree."""
+    whole, path = build(family), LAYERS.get(family, "model.layers")
+    saved(whole, tmp_path / "dense")
+    model, shards = open_streamed(tmp_path / "dense")
+    weights, writer = Weights(model, shards), LayerWriter(tmp_path / "out")
+    graph, layers, calls = prunekit.trace(model, example()), model.get_submodule(path), []
+    removed = plan_of(graph)
+
+    def record(layer):
+        return lambda hidden, *args, **kwargs: calls.append((hidden, args, kwargs)) or hidden
+
+    for layer in layers:
+        layer.forward = record(layer)
+    with weights.outside(path), torch.no_grad():
+        model(**example())
+    for layer in layers:
+        del layer.forward
+    hidden = calls[0][0]
+    for i, units in enumerate(by_layer(graph, removed)):
+        with weights.enter(f"{path}.{i}") as layer, torch.no_grad():
+            masked = copy.deepcopy(layer)
+            undo = cut_layer(model, graph, units)
+            for name in units:
+                for member in graph[name].consumers:
+                    weight = masked.get_parameter(member.parameter.removeprefix(f"{path}.{i}."))
+                    weight.index_fill_(member.dim, member.index[units[name]].flatten(), 0)
+            outputs = [one(hidden, *calls[i][1], **calls[i][2]) for one in (masked, layer)]
+            expected, hidden = (output if torch.is_tensor(output) else output[0] for output in outputs)
+            torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-4)
+            del undo
+            writer.write(f"{path}.{i}", weights.state(f"{path}.{i}"))
+    writer.copy(shards, weights.outside_names(path))
+    writer.finish(model)
+    prunekit.apply_plan(whole, graph, prunekit.PruningPlan(removed))
+    assert same(whole, prunekit.from_pretrained(tmp_path / "out"))
