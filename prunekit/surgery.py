@@ -69,6 +69,49 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
         raise _refusal(model, graph, plan.removed, problem)
 
 
+def cut_layer(
+    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]], by_value: str | None = None
+) -> Callable[[], None]:
+    """Remove units of one layer's groups, in place, as `apply_plan` does, but without running the model.
+
+    The layer's weights may be loaded or on meta, the other layers' likewise. Layers share no unit: cut one after
+    another they leave what one plan for all of them leaves. Comparing the layer's outputs before and after is up to
+    the caller.
+
+    Args:
+        model: what the graph was traced from; this layer not cut yet.
+        graph: of the whole dense model.
+        removed: group name → unit indices, each once; all groups of one layer.
+        by_value: also change attributes of this name ("*": any) that hold a size this cut changes.
+
+    Returns:
+        Undoes the cut, and holds the uncut weights for that: let go of it once the outputs are checked.
+
+    Raises:
+        TraceError: the units don't fit the graph.
+        SurgeryError: a group lies in no layer or another one, or is shared with one; on any error the model is as it
+            was.
+    """
+    plan = PruningPlan(removed)
+    plan.check(graph)
+    layers = {name: graph[name].layer for name in plan.removed}
+    if len(set(layers.values())) > 1 or None in layers.values():
+        found = ", ".join(f"{name} (layer {layer})" for name, layer in layers.items())
+        raise SurgeryError(f"expected groups of one layer, got {found}")
+    for name, layer in layers.items():
+        for member in graph[name].members:
+            for alias in graph.aliases.get(member.parameter, (member.parameter,)):
+                if layer_of(model, alias) != layer:
+                    raise SurgeryError(f"{name}: expected all of it in layer {layer}, {alias} is not")
+    surgery = _Surgery(model, graph, by_value)
+    try:
+        surgery.cut(plan.removed)
+    except BaseException:
+        surgery.undo()
+        raise
+    return surgery.undo
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
     """What is wrong with a cut model, in which group where that is known; whether it runs at all."""

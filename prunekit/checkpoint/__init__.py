@@ -2,5 +2,18 @@
 
 from prunekit.checkpoint.load import from_pretrained, load_tokenizer
 from prunekit.checkpoint.save import save_pretrained
+from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.stream import open_streamed
+from prunekit.checkpoint.weights import Weights, offloaded
+from prunekit.checkpoint.writer import LayerWriter
 
-__all__ = ["from_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = [
+    "LayerWriter",
+    "Shards",
+    "Weights",
+    "from_pretrained",
+    "load_tokenizer",
+    "offloaded",
+    "open_streamed",
+    "save_pretrained",
+]

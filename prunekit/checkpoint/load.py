@@ -42,18 +42,53 @@ def from_pretrained(
     folder = Path(directory)
     if folder.is_dir():
         check_manifest(folder)
-    config = _read_config(folder) if folder.is_dir() else {}
+    config = read_config(folder) if folder.is_dir() else {}
     if not only_ours(config):
         return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
-    overrides = _overrides(folder, config)
     tensors = _read_tensors(folder)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    model = _skeleton(folder, _dense_config(folder, config), overrides, attn_implementation)
-    _adopt(model, tensors, folder)
+    model = skeleton_of(folder, config, attn_implementation)
+    adopt(model, tensors, folder)
     model.config.dtype = dtype or model.config.dtype
-    _generation_config(model, folder)
     return model.to(device).eval()
+
+
+def skeleton_of(
+    folder: Path,
+    config: dict[str, Any],
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    stored: torch.dtype | None = None,
+) -> Any:
+    """The model a folder describes, dense or pruned, in evaluation mode: parameters on meta, buffers real.
+
+    Parameters have their class's shapes until `adopt` gives them the file's.
+
+    Args:
+        folder: a model folder.
+        config: its `config.json`.
+        attention: transformers' choice.
+        trust_remote_code: allow transformers to run code that comes with the checkpoint.
+        stored: the weights' type, for a config that doesn't say it.
+
+    Raises:
+        CheckpointError: the config makes no model.
+    """
+    dense = _dense_config(folder, config) if only_ours(config) else _stock_config(folder, trust_remote_code)
+    dense.dtype = dense.dtype or stored
+    model = _skeleton(folder, dense, _overrides(folder, config), attention, trust_remote_code)
+    _generation_config(model, folder)
+    return model.eval()
+
+
+def _stock_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
 
 
 def _load_dense(
@@ -80,7 +115,7 @@ def _load_dense(
             output_loading_info=True,
         )
     except Exception as error:
-        raise CheckpointError(f"{directory}: can't load the model: {_first_line(error)}") from error
+        raise CheckpointError(f"{directory}: can't load the model: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
     model, info = loaded
@@ -91,7 +126,8 @@ def _load_dense(
     return model.to(device).eval()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`; CheckpointError where it is missing or damaged."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -159,24 +195,33 @@ def _dense_config(folder: Path, config: dict[str, Any]) -> Any:
         validators[:] = [validator for validator in every if validator.__name__ != "validate_architecture"]
         return AutoConfig.for_model(config["model_type"], **values)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
     finally:
         validators[:] = every
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _skeleton(folder: Path, dense: Any, overrides: dict[int, dict[str, Any]], attention: str | None) -> Any:
+def _skeleton(
+    folder: Path,
+    dense: Any,
+    overrides: dict[int, dict[str, Any]],
+    attention: str | None,
+    trust_remote_code: bool = False,
+) -> Any:
     """The model with its parameters on meta, every layer's attributes and config at their pruned sizes."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(dense, attn_implementation=attention)
+            model: Any = AutoModelForCausalLM.from_config(
+                dense, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
         model.tie_weights()
         for path in getattr(dense, "extra_biases", None) or ():  # of consumers whose class has none
             module = model.get_submodule(path)
@@ -184,9 +229,10 @@ def _skeleton(folder: Path, dense: Any, overrides: dict[int, dict[str, Any]], at
         for layer, values in overrides.items():
             for sizes in layer_sizes(dense, values):
                 resize(modules_of_layer(model, layer), sizes)
-        set_per_layer(model, overrides)
+        if overrides:
+            set_per_layer(model, overrides)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
     return model
 
 
@@ -197,7 +243,7 @@ def check_loadable(model: nn.Module, folder: Path) -> None:
     """
     if not type(model).__module__.startswith("transformers."):
         return
-    config = _read_config(folder)
+    config = read_config(folder)
     overrides = _overrides(folder, config)
     try:
         skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
@@ -213,7 +259,7 @@ def check_loadable(model: nn.Module, folder: Path) -> None:
             f"{missing[0]}: its class would build another module there: a model cut like this can't be saved"
         )
     if overrides or getattr(skeleton.config, "extra_biases", None):
-        _adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
+        adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
     for path, module in model.named_modules():
         other = skeleton.get_submodule(path)
         tables = {n: b for n, b in module._buffers.items() if f"{path}.{n}".lstrip(".") not in saved and b is not None}
@@ -234,16 +280,21 @@ def _equal(value: Any, built: Any) -> bool:
     return type(value) not in (int, float) or value == built
 
 
-def _adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Give every parameter its tensor of the file, whatever its shape; tied ones stay tied."""
-    tied: dict[int, list[tuple[nn.Module, str, str]]] = {}
+def tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
+    """Of every parameter all its places, the first one first: (module, attribute, name)."""
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{prefix}.{attribute}" if prefix else attribute
-                tied.setdefault(id(parameter), []).append((module, attribute, name))
+                places.setdefault(id(parameter), []).append((module, attribute, name))
+    return list(places.values())
+
+
+def adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give every parameter its tensor of the file, whatever its shape; tied ones stay tied."""
     used: set[str] = set()
-    for places in tied.values():
+    for places in tied_places(model):
         name = next((name for *_, name in places if name in tensors), None)
         if name is None:
             raise CheckpointError(f"{folder}: damaged weights: {places[0][2]} is missing")
@@ -279,9 +330,9 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
     from transformers import AutoTokenizer
 
     folder = Path(directory)
-    config = _read_config(folder) if folder.is_dir() else {}
+    config = read_config(folder) if folder.is_dir() else {}
     dense = _dense_config(folder, config) if only_ours(config) else None
     try:
         return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{directory}: can't load the tokenizer: {_first_line(error)}") from error
+        raise CheckpointError(f"{directory}: can't load the tokenizer: {first_line(error)}") from error

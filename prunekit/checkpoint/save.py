@@ -33,7 +33,7 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
         raise CheckpointError(
             "a model of an encoder and a decoder can't be saved: config.json holds one list of layers"
         )
-    with new_folder(Path(directory)) as folder, _unvalidated(model.config):
+    with new_folder(Path(directory)) as folder, unvalidated(model.config):
         model.save_pretrained(folder, save_original_format=not only_ours(model.config.to_dict()))
         check_loadable(model, folder)
         if tokenizer is not None:
@@ -42,7 +42,7 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
 
 
 @contextmanager
-def _unvalidated(config: Any) -> Iterator[None]:
+def unvalidated(config: Any) -> Iterator[None]:
     """Let the config be written although its class refuses some of its layers' sizes (a head count that doesn't divide
     the hidden size, say).
     """
@@ -61,23 +61,43 @@ def _unvalidated(config: Any) -> Iterator[None]:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it at the end of the `with` block, or vanishes on an error."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: expected a new or empty folder, found one with files in it")
+    check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise CheckpointError(f"{target}: can't be written: {error.strerror}") from error
+    with disk_errors(target):
+        try:
+            yield temporary
+            publish(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_free(target: Path) -> None:
+    """Raise CheckpointError where a folder to be written exists and holds anything."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: expected a new or empty folder, found one with files in it")
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Let a finished temporary folder become `target`, which is missing or empty."""
+    temporary.chmod(0o755)
+    for file in temporary.iterdir():
+        file.chmod(0o644)
+    if target.exists():
+        target.rmdir()
+    temporary.replace(target)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn what a full disk or one that forbids writing raises into a CheckpointError that names `target`."""
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-        if target.exists():
-            target.rmdir()
-        temporary.replace(target)
+        yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if _is_disk(error):
             raise CheckpointError(f"{target}: can't be written: {error}") from error
         raise

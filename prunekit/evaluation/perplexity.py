@@ -14,13 +14,21 @@ from prunekit.errors import DataError
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 16, name: str = "eval") -> float:
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 16,
+    name: str = "eval",
+    device: torch.device | str | None = None,
+) -> float:
     """Perplexity of a causal language model on token windows [N, T]; T − 1 tokens of each are predicted.
+
+    Inputs go to `device`: where the weights are by default, but weights that are read while it runs are nowhere before.
 
     Raises:
         DataError: the loss is not finite.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64)

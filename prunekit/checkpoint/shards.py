@@ -1,0 +1,152 @@
+"""Safetensors shards read by name: their headers once, single tensors when they are wanted, never a whole file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.checkpoint.load import first_line
+from prunekit.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_ROWS = 4096  # compared at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of a shard: which file, what it is called there, shape and type."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The tensors of a model folder or of some safetensors files: name → where it is stored."""
+
+    where: Path
+    entries: Mapping[str, Stored]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Shards:
+        """Read the headers of a folder's `model.safetensors`, or of the shards its index lists.
+
+        Raises:
+            CheckpointError: none there; or an index or shard that is missing, cut short or damaged.
+        """
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            if not (folder / "model.safetensors").exists():
+                raise CheckpointError(f"{folder}: expected safetensors in the model folder, found none")
+            return cls(folder, cls.of_file(folder / "model.safetensors").entries)
+        try:
+            places = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged: {first_line(error)}") from error
+        files = {file: cls.of_file(folder / file) for file in sorted(set(places.values()))}
+        for name, file in places.items():
+            if name not in files[file]:
+                raise CheckpointError(f"{folder / file}: damaged weights: {name} is missing")
+        return cls(folder, {name: files[file][name] for name, file in places.items()})
+
+    @classmethod
+    def of_file(cls, file: Path) -> Shards:
+        """Read one file's header; CheckpointError where it is missing, cut short or damaged."""
+        entries = {}
+        with _opened(file) as stored:
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                part = stored.get_slice(name)
+                if (dtype := part.get_dtype()) not in _DTYPES:
+                    raise CheckpointError(f"{file}: {name} is stored as {dtype}: expected one of {', '.join(_DTYPES)}")
+                shape = tuple(part.get_shape())
+                entries[name] = Stored(file=file, name=name, shape=shape, dtype=_DTYPES[dtype])
+            return cls(file, entries, stored.metadata() or {})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __getitem__(self, name: str) -> Stored:
+        if name not in self.entries:
+            raise CheckpointError(f"{self.where}: damaged weights: {name} is missing")
+        return self.entries[name]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(stored.num_bytes for stored in self.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type that most bytes are stored in; float32 where there is none."""
+        sizes: Counter[torch.dtype] = Counter()
+        for stored in self.entries.values():
+            sizes[stored.dtype] += stored.num_bytes if stored.dtype.is_floating_point else 0
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    def read(
+        self, names: Iterable[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Copies of tensors on a device, floating ones as `dtype`; no page of a file stays mapped.
+
+        Raises:
+            CheckpointError: a name is missing, or its file is by now.
+        """
+        names = list(names)
+        found: dict[str, Tensor] = {}
+        for file in {self[name].file: None for name in names}:
+            with _opened(file) as stored:
+                for name in (name for name in names if self[name].file == file):
+                    own = dtype if self[name].dtype.is_floating_point else None
+                    found[name] = stored.get_tensor(self[name].name).to(device, own or self[name].dtype, copy=True)
+        return {name: found[name] for name in names}
+
+    def equal(self, left: str, right: str) -> bool:
+        """Whether two matrices hold the same numbers, compared some rows at a time."""
+        one, other = self[left], self[right]
+        if one.shape != other.shape:
+            return False
+        with _opened(one.file) as first, _opened(other.file) as second:
+            a, b = first.get_slice(one.name), second.get_slice(other.name)
+            rows = range(0, one.shape[0], _ROWS)
+            return all(torch.equal(a[row : row + _ROWS], b[row : row + _ROWS]) for row in rows)
+
+    def subset(self, names: Mapping[str, str]) -> Shards:
+        """Some of the tensors under new names: new name → the one here."""
+        return Shards(self.where, {new: self[name] for new, name in names.items()})
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; opening compares its header with its size. Unmapped at the end of the `with` block."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as stored:
+            yield stored
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: expected a shard of the model, found none") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: damaged weights: {first_line(error)}") from error

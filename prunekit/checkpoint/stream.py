@@ -1,0 +1,115 @@
+"""Models larger than memory: a skeleton on meta, and the weights of one layer at a time from the shards on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.checkpoint.load import adopt, only_ours, read_config, skeleton_of, tied_places
+from prunekit.checkpoint.manifest import check_manifest
+from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.weights import persistent_buffers
+from prunekit.errors import CheckpointError
+
+_WHOLE = "; a checkpoint whose tensors are not its modules' (experts stored one by one, say) must be loaded whole"
+_OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # tables that older checkpoints hold
+
+
+def open_streamed(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Shards]:
+    """A local model folder, dense or pruned, without its weights.
+
+    Args:
+        directory: a local folder.
+        dtype: the parameters' once they are loaded; their stored one by default.
+        trust_remote_code: allow transformers to run code that comes with the checkpoint.
+        attn_implementation: transformers' choice.
+
+    Returns:
+        The model in evaluation mode, every parameter on meta in the file's shape and every buffer real; and the shards,
+        by the model's names.
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, a tensor is missing, left over or of another shape.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{directory}: expected a local model folder, found none")
+    check_manifest(folder)
+    shards = Shards.of_folder(folder)
+    config = read_config(folder)
+    model = skeleton_of(folder, config, attn_implementation, trust_remote_code, shards.dtype)
+    dense = not only_ours(config)
+    shards = _by_names_of(model, shards, dense)
+    if dense:
+        _check_shapes(model, shards)
+    _take_shapes(model, shards, dtype)
+    model.config.dtype = dtype or model.config.dtype
+    return model, shards
+
+
+def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
+    """The shards by the model's names: those of its class before a renaming, or of a body without its prefix.
+
+    Tables that no class wants any more are left out.
+    A pruned model may store tables that its class would compute: they were cut.
+    """
+    buffers = persistent_buffers(model) if dense else dict(model.named_buffers())
+    tensors = {*dict(model.named_parameters(remove_duplicate=False)), *buffers}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ignored = [*_OBSOLETE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    renamings = _renamings(model)
+    names = {}
+    for name in shards:
+        new = name
+        for renaming in renamings if name not in tensors else ():
+            new, _ = renaming.rename_source_key(new)
+        new = prefix + new if new not in tensors and prefix + new in tensors else new
+        if new in tensors or not any(re.search(pattern, new) for pattern in ignored):
+            names[new] = name
+    return shards.subset(names)
+
+
+def _renamings(model: Any) -> list[Any]:
+    """What transformers calls otherwise than the checkpoints it loads; not what it puts together of several tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+
+def _check_shapes(model: nn.Module, shards: Shards) -> None:
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if name in shards and shards[name].shape != tensor.shape:
+            shape = tuple(tensor.shape)
+            raise CheckpointError(f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}")
+    for places in tied_places(model):
+        stored = [name for *_, name in places if name in shards]
+        if different := [name for name in stored[1:] if not shards.equal(stored[0], name)]:
+            raise CheckpointError(
+                f"{shards.where}: {stored[0]} and {different[0]} differ, but its config ties them{_WHOLE}"
+            )
+
+
+def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None) -> None:
+    def on_meta(name: str) -> Tensor:
+        own = dtype if shards[name].dtype.is_floating_point else None
+        return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
+
+    try:
+        adopt(model, {name: on_meta(name) for name in shards}, shards.where)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_WHOLE}") from error
+    for path, module in model.named_modules():
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                name = f"{path}.{attribute}".lstrip(".")
+                module._buffers[attribute] = shards.read([name])[name]
