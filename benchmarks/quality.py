@@ -110,12 +110,15 @@ def gather() -> None:
     for path in sorted(FOLDER.glob("*.json")):
         found = json.loads(path.read_text())
         for name, values in found.pop("layer_error").items():
-            rows.append({"model": path.stem, "question": "layer error, half of the units", "setting": name, **_spread(values)})
+            question = "layer error, half of the units"
+            rows.append({"model": path.stem, "question": question, "setting": name, **_spread(values)})
         dense = found.pop("dense")
         for key, values in found.items():
             question, option, tokens, ratio = key.split("|")
-            rows.append({"model": path.stem, "question": f"perplexity at {float(ratio):.0%} (dense {dense:.2f}): {question}, "
-                         f"{int(tokens):,} tokens", "setting": option.partition(".")[2], **_spread(values)})  # fmt: skip
+            question = f"{question}, {int(tokens):,} tokens: perplexity at {float(ratio):.0%} (dense {dense:.2f})"
+            rows.append(
+                {"model": path.stem, "question": question, "setting": option.partition(".")[2], **_spread(values)}
+            )
     write("quality", {**environment("quality"), "repeats": len(SEEDS), "rows": rows})
 
 

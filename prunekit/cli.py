@@ -31,7 +31,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _tell_of_state(folder: Path) -> None:
-    if (folder / ".state").is_dir():
+    if (folder / ".state").is_dir() and not any("resume" in str(failure) for failure in _failures):
         there = f"output_dir={os.path.relpath(folder)} resume=true"
         print(f"prunekit: what was finished is kept: the same command with {there} goes on from there", file=sys.stderr)
 

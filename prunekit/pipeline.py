@@ -7,7 +7,9 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,11 @@ from prunekit.plan import PruningPlan
 from prunekit.report import render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
 from prunekit.schedules import Layerwise, State
+from prunekit.streaming import Streamed, layers_path, wanted
 from prunekit.surgery import apply_plan
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
 STATE = ".state"  # what an unfinished run leaves in its output folder
 _BESIDE_LIMIT = 2 << 30  # bytes up to which a dense copy stays in memory for timing both models in turn
 
@@ -123,13 +127,15 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a run keeps what is finished (`state`) and activations that memory has no room for (`activations`).
+    """Where a run keeps what is finished (`state`), activations that memory has no room for (`activations`), and a
+    streamed model's layers (`model`).
 
     `identity`: what tells the dense model from others; `undo`: put the model back after a failure.
     """
 
     state: Path | None = None
     activations: Path | None = None
+    model: Path = Path("model")
     identity: str = ""
     undo: bool = True
 
@@ -141,9 +147,14 @@ def prune_model(
     stages: Stages,
     stored: torch.dtype | None = None,
     places: Places = Places(),
+    streamed: Streamed | None = None,
 ) -> Result:
-    """Trace, allocate, choose and repair, cut; bytes are counted in the type `stored`, else in the weights' own."""
-    check_finite(model)
+    """Trace, allocate, choose and repair, cut; bytes are counted in the type `stored`, else in the weights' own.
+
+    A `streamed` model is cut and written layer by layer; its weights stay on disk.
+    """
+    if streamed is None:
+        check_finite(model)
     with stages("trace"):
         graph = trace(model, example_of(batches[0]))
     with stages("prune"):
@@ -151,15 +162,21 @@ def prune_model(
         task = replace(
             choice.task,
             state=open_state(config, graph, batches, places),
-            store=Store(_device_of(model), config.memory.budget, config.memory.host, places.activations),
+            store=Store(stages.device, config.memory.budget, config.memory.host, places.activations),
         )
+        if streamed:
+            streamed.write_to(places.model, resume=bool(task.state and task.state.there))
+            task = replace(task, layers=partial(streamed.layers, graph))
         total = num_parameters(model)
         changes = task.independent or task.compensation is not None or isinstance(choice.schedule, Layerwise)
         before = snapshot(model, task.groups, task.independent, copies=places.undo) if changes else {}
         try:
             plan = choice.schedule.run(task)
             without = [model.get_submodule(name.rpartition(".")[0]) for name, bias in before.items() if bias is None]
-            apply_plan(model, graph, plan)
+            if streamed is None:
+                apply_plan(model, graph, plan)
+            else:
+                streamed.complete(layers_path(graph))
         except BaseException:
             restore(model, before)
             raise
@@ -324,35 +341,47 @@ def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapp
     if rank():  # the first process evaluates and writes
         config = replace(config, eval=replace(config.eval, corpora=[], prompt=None))
     else:
-        ensure_empty(output, besides={STATE})
+        ensure_empty(output, besides={STATE, PARTIAL})
     torch.manual_seed(config.seed)
-    stored = pick_dtype(config.dtype)
     stages = Stages(device)
     source = config.model.path or DEMO_MODEL
+    streamed: Streamed | None = None
     with stages("load"):
-        model, tokenizer, stored = load(source, device, stored, config.model.trust_remote_code)
+        if wanted(config, source, device):
+            streamed = Streamed(source, device, pick_dtype(config.dtype), config.model.trust_remote_code)
+            model, stored = streamed.model, streamed.stored
+        else:
+            model, stored = load(source, device, pick_dtype(config.dtype), config.model.trust_remote_code)
+        tokenizer = load_tokenizer(source, config.model.trust_remote_code)
         data = config.data.calibration
         documents = load_corpus(data.path or data.corpus, "calibration", config.corpora)
         windows = calibration_windows(documents, tokenizer, data.samples, data.sequence_length, data.seed)
         evals = eval_windows(config, tokenizer)
-    check_finite(model)
-    say(f"{config.model.path or 'the embedded model'}: {size(model)['parameters']:,} parameters; {config.method_name}, "
-        f"{aim(config)}; {windows.numel():,} calibration tokens")  # fmt: skip
-    with stages("evaluate_dense"):
-        dense = measure(model, tokenizer, evals, config)
-    beside = (
-        copy.deepcopy(model) if size(model)["weight_bytes"] <= _BESIDE_LIMIT and config.eval.speed and evals else None
-    )
+    if streamed is None:
+        check_finite(model)
     dense_size = size(model, stored)
-    folder = Path(config.memory.folder) if config.memory.folder else output
-    places = Places(state=output / STATE, activations=folder, identity=identity_of(source), undo=False)
-    result = prune_model(model, config, token_batches(windows, data.batch_size, device), stages, stored, places)
+    say(f"{config.model.path or 'the embedded model'}: {dense_size['parameters']:,} parameters; {config.method_name}, "
+        f"{aim(config)}; {windows.numel():,} calibration tokens")  # fmt: skip
+    with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
+        dense = measure(model, tokenizer, evals, config, device)
+    timed = config.eval.speed and evals and streamed is None and dense_size["weight_bytes"] <= _BESIDE_LIMIT
+    beside = copy.deepcopy(model) if timed else None
+    places = Places(
+        state=output / STATE,
+        activations=Path(config.memory.folder) if config.memory.folder else output,
+        model=output / "model",
+        identity=identity_of(source),
+        undo=False,
+    )
+    batches = token_batches(windows, data.batch_size, device)
+    result = prune_model(model, config, batches, stages, stored, places, streamed)
     if rank():
         return result
-    round_to(model, stored)
-    with stages("evaluate_pruned"):
-        pruned = measure(model, tokenizer, evals, config)
-        speeds = tokens_per_second([beside or model, model], next(iter(evals.values()))[:8]) if evals and beside else []
+    if streamed is None:
+        round_to(model, stored)
+    with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
+        pruned = measure(model, tokenizer, evals, config, device)
+        speeds = tokens_per_second([beside, model], next(iter(evals.values()))[:8]) if beside else []
     report = result.report | {
         "weight_bytes": {"dense": dense_size["weight_bytes"], "pruned": size(model, stored)["weight_bytes"]},
         "perplexity": {
@@ -364,10 +393,11 @@ def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapp
     if speeds:
         report["tokens_per_second"] = {"dense": speeds[0], "pruned": speeds[1]}
     with stages("save"):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(stored)
-        model.config.dtype = stored
-        write_run(output, model, tokenizer, result.plan, report, provenance)
+        if streamed is None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(stored)
+            model.config.dtype = stored
+        write_run(output, model, tokenizer, result.plan, report, provenance, streamed)
     shutil.rmtree(output / STATE, ignore_errors=True)
     return Result(model=model, plan=result.plan, report=report, graph=result.graph)
 
@@ -398,18 +428,17 @@ def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
 
 
 def load(source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool) -> Any:
-    """The model in the type it computes in, its tokenizer, and the type its result is stored in.
+    """The model in the type it computes in, and the type its result is stored in.
 
     Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint was, or as asked.
     """
     model = from_pretrained(source, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source, trust_remote_code)
     stored = stored or next(model.parameters()).dtype
     compute = torch.float32 if device.type == "cpu" and stored in (torch.float16, torch.bfloat16) else stored
     for parameter in model.parameters():
         parameter.data = parameter.data.to(compute)
     model.config.dtype = compute
-    return model.to(device), tokenizer, stored
+    return model.to(device), stored
 
 
 def round_to(model: nn.Module, stored: torch.dtype) -> None:
@@ -428,10 +457,13 @@ def eval_windows(config: RunConfig, tokenizer: Any) -> dict[str, Tensor]:
     return found
 
 
-def measure(model: Any, tokenizer: Any, evals: Mapping[str, Tensor], config: RunConfig) -> dict[str, Any]:
+def measure(
+    model: Any, tokenizer: Any, evals: Mapping[str, Tensor], config: RunConfig, device: torch.device
+) -> dict[str, Any]:
     """Perplexity on every corpus, and a sample."""
-    values = {name: perplexity(model, w, config.eval.batch_size, name) for name, w in evals.items()}
-    sample = continuation(model, tokenizer, config.eval.prompt, config.eval.new_tokens) if config.eval.prompt else None
+    given = config.eval
+    values = {name: perplexity(model, w, given.batch_size, name, device) for name, w in evals.items()}
+    sample = continuation(model, tokenizer, given.prompt, given.new_tokens, device) if given.prompt else None
     return {"perplexity": values, "sample": sample}
 
 
@@ -448,14 +480,18 @@ def write_run(
     plan: PruningPlan,
     report: Mapping[str, Any],
     provenance: Mapping[str, str],
+    streamed: Streamed | None = None,
 ) -> None:
     """Write the run folder, `report.json` last; on any failure nothing of it stays."""
     names = ("report.json", "report.md", "layers.svg", "plan.json", "model", ".hydra")
     try:
-        (output / ".hydra").mkdir(parents=True)
+        (output / ".hydra").mkdir(parents=True, exist_ok=True)
         for name, text in provenance.items():
             write_text(output / ".hydra" / name, text)
-        save_pretrained(model, output / "model", tokenizer)
+        if streamed is None or streamed.writer is None:
+            save_pretrained(model, output / "model", tokenizer)
+        else:
+            streamed.writer.finish(model, tokenizer)
         write_text(output / "plan.json", plan.to_json())
         write_pictures(report, output)
         write_text(output / "report.md", render_markdown(report))

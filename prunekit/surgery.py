@@ -28,7 +28,7 @@ from prunekit.sizes import (
     single_kv_head,
 )
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> None:
@@ -229,7 +229,7 @@ def _difference(expected: list[Tensor], got: list[Tensor], exact: bool) -> _Prob
             continue
         scale = before.float().abs().max().clamp_min(1e-30)
         error = ((before.float() - after.float()).abs().max() / scale).item()
-        if not error <= _TOLERANCE.get(before.dtype, 1e-3):
+        if not error <= TOLERANCE.get(before.dtype, 1e-3):
             text = f"the cut model's outputs differ from the masked model's by {error:.2g} of their size"
             return _Problem(text=text)
     return None

@@ -18,6 +18,7 @@ from prunekit.compensation.observe import Batch, Numbered, Observation, Site, St
 from prunekit.compensation.store import Store
 from prunekit.compensation.stream import Layers, Stream
 from prunekit.console import say
+from prunekit.errors import TraceError
 from prunekit.graph import CoupledGroup
 from prunekit.parallel import own_part, together
 
@@ -61,6 +62,9 @@ class Walk:
                 if stream is not None:
                     yield from stream.walk(self.targets, self.done)
                     return
+                if self.layers:
+                    raise TraceError("memory.stream: the layers can't be run one by one; load the model whole "
+                                     "(memory.stream=false)")  # fmt: skip
                 say("the layers can't be run one by one: every group takes forward passes of the whole model")
                 for group in self.groups:
                     done = group.name in self.done

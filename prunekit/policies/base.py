@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,7 +32,9 @@ class Setting:
 
 
 class Policy(ABC):
-    """How the pruning ratio is spread over a model."""
+    """How the pruning ratio is spread over a model; `measures`: it runs the model for that."""
+
+    measures: ClassVar[bool] = False
 
     @abstractmethod
     def group_shares(self, setting: Setting) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prunekit.errors import ConfigError
 from prunekit.importance.activations import input_statistics
@@ -16,6 +17,7 @@ class Owl(Policy):
     An outlier is a weight with |w| ‖x‖₂ over `multiple` times its layer's mean (equation 2; its λ is r · spread).
     """
 
+    measures: ClassVar[bool] = True
     multiple: float = 5.0
     spread: float = 0.4
 

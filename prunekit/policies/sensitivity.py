@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -34,6 +34,7 @@ class Sensitivity(Policy):
     Optimal Brain Surgeon leaves in the consumers, relative to their outputs (obs). `by`: layer or group.
     """
 
+    measures: ClassVar[bool] = True
     ratios: Sequence[float] = (0.1, 0.25, 0.5, 0.75)
     measure: Measure = "loss"
     by: Literal["layer", "group"] = "layer"

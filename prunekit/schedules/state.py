@@ -35,7 +35,7 @@ class State:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, self.facts = folder, json.loads(json.dumps(facts))
-        there = (folder / "state.json").exists()
+        self.there = there = (folder / "state.json").exists()
         if there and not resume:
             raise CheckpointError(f"{folder}: holds an unfinished run: resume=true goes on with it; {_HINT}")
         if there:
