@@ -65,6 +65,16 @@ def randomise(model, scale=0.2):
     return model.eval()
 
 
+def inputs_of(model, name, ids):
+    """What a module is fed [tokens, n], float64."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen[0].flatten(0, 1).double()
+
+
 def zero_units(model, graph, removed):
     """An independent mask: what reads the units is zeroed by hand; what makes them where only activations read them."""
     parameters = dict(model.named_parameters())

@@ -331,14 +331,14 @@ class _Finder:
     @contextmanager
     def looking(self, consumer: Consumer | None = None) -> Iterator[None]:
         """Watch one run of the layer; for one consumer alone it ends behind the outermost module around it."""
-        wanted = [consumer] if consumer else self.consumers
+        alone, wanted = consumer is not None, [consumer] if consumer else self.consumers
         own: dict[Consumer, list[Tensor]] = {consumer: [] for consumer in wanted}
         outer: dict[Consumer, list[tuple[nn.Module, Any]]] = {consumer: [] for consumer in wanted}
         with ExitStack() as stack:
             for consumer in wanted:
                 around = self._around(consumer.module)
                 for module in around:
-                    hook = _note(consumer, module, own, outer, stop=len(wanted) == 1 and module is around[-1])
+                    hook = _note(consumer, module, own, outer, stop=alone and module is around[-1])
                     stack.callback(module.register_forward_hook(hook).remove)
             yield
         for consumer in wanted:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import example, tiny_llama, token_ids
+from conftest import example, inputs_of, tiny_llama, token_ids
 from torch import nn
 
 from prunekit.errors import ConfigError
@@ -16,15 +16,6 @@ IDS = token_ids(6, 9)
 BATCHES = [{"input_ids": IDS[:4], "use_cache": False}, {"input_ids": IDS[4:], "use_cache": False}]
 
 
-def inputs_of(model, name, ids=IDS):
-    seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return seen[0].flatten(0, 1).double()
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_wanda_by_a_plain_loop(kv_heads):
     model = tiny_llama(kv_heads, layers=2)
@@ -35,7 +26,7 @@ def test_wanda_by_a_plain_loop(kv_heads):
         expected = torch.zeros(group.num_units, dtype=torch.float64)
         for short in modules:
             path = f"model.layers.1.{name}.{short}_proj"
-            element = model.get_submodule(path).weight.detach().double().abs() * inputs_of(model, path).norm(dim=0)
+            element = model.get_submodule(path).weight.detach().double().abs() * inputs_of(model, path, IDS).norm(dim=0)
             member = next(m for m in group.members if m.parameter == f"{path}.weight")
             for unit, positions in enumerate(member.index):
                 expected[unit] += element.index_select(member.dim, positions).sum()
@@ -46,7 +37,7 @@ def test_fluctuation_by_a_plain_loop():
     model = tiny_llama(layers=2)
     graph = trace(model, example())
     group = graph["layers.1.self_attn"]
-    x = inputs_of(model, "model.layers.1.self_attn.o_proj")
+    x = inputs_of(model, "model.layers.1.self_attn.o_proj", IDS)
     weight = model.model.layers[1].self_attn.o_proj.weight.detach().double()
     columns = x.var(0, unbiased=False) * weight.square().sum(0)
     expected = columns[group.consumers[0].index].sum(1)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import example, tiny_llama, token_ids
+from conftest import example, inputs_of, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
@@ -23,15 +23,6 @@ def block(graph):
 def walked(model, groups, given):
     for group, (site,) in walking.Walk(model=model, groups=groups, batches=given):
         yield group, site.consumers[0], site.moments
-
-
-def inputs_of(model, name, ids):
-    seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return seen[0].flatten(0, 1).double()
 
 
 def test_each_group_sees_the_inputs_the_changed_prefix_gives():

@@ -1,0 +1,213 @@
+"""Runs that are broken off, and runs that should not go wrong."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import tiny_llama, token_ids
+
+import prunekit
+from prunekit.errors import CheckpointError, DataError
+from prunekit.schedules import State
+
+QUICK = ["data.calibration.samples=32", "eval=none"]
+COMMAND = [sys.executable, "-m", "prunekit", *QUICK]
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("target", ["pruned", "residual"])
+@pytest.mark.parametrize("finished", [0, 1, 4])
+def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, monkeypatch, tmp_path):
+    options = [f"compensation.target={target}"]
+    ids = token_ids(24, 10)
+    whole = prunekit.prune(tiny_llama(), calibration=ids, overrides=options)
+    record, count = State.record, []
+
+    def interrupted(self, group, units, consumers):
+        if len(count) == finished:
+            raise KeyboardInterrupt
+        count.append(group)
+        record(self, group, units, consumers)
+
+    monkeypatch.setattr(State, "record", interrupted)
+    model = tiny_llama()
+    before = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        prunekit.prune(model, calibration=ids, overrides=options, state=tmp_path / "state")
+    assert equal(model, before)
+    assert len(list((tmp_path / "state").glob("*.safetensors"))) == finished
+    monkeypatch.undo()
+    options.append("resume=true")
+    result = prunekit.prune(model, calibration=ids, overrides=options, state=tmp_path / "state")
+    assert result.plan == whole.plan
+    assert equal(model, whole.model)
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.fixture
+def left(monkeypatch, tmp_path):
+    """The state of a run that stopped before its end."""
+    monkeypatch.setattr("prunekit.pipeline.apply_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prunekit.prune(tiny_llama(), calibration=token_ids(), state=tmp_path / "state")
+    monkeypatch.undo()
+    return tmp_path / "state"
+
+
+@pytest.mark.parametrize(
+    ("seed", "ids", "options", "match"),
+    [
+        (0, 4, [], "holds an unfinished run: resume=true"),
+        (0, 4, ["resume=true", "ratio=0.3"], r"made with ratio=0\.2, this run has 0\.3"),
+        (0, 4, ["resume=true", "importance.heads=diagonal"], "made with importance.heads=exact, this run has diagonal"),
+        (0, 5, ["resume=true"], "made with calibration="),
+        (1, 4, ["resume=true"], "made with model="),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(left, seed, ids, options, match):
+    with pytest.raises(CheckpointError, match=match):
+        prunekit.prune(tiny_llama(seed=seed), calibration=token_ids(ids), overrides=options, state=left)
+    assert (left / "state.json").exists()
+
+
+@pytest.mark.parametrize("file", ["state.json", "layers.1.mlp.safetensors"])
+def test_a_damaged_state_is_refused(left, file):
+    content = (left / file).read_bytes()
+    (left / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=f"{file}: damaged"):
+        prunekit.prune(tiny_llama(), calibration=token_ids(), overrides=["resume=true"], state=left)
+
+
+def test_a_full_disk_keeps_what_was_finished(monkeypatch, tmp_path):
+    from safetensors import torch as safetensors
+
+    save, count = safetensors.save_file, []
+
+    def full(*args, **kwargs):
+        count.append(1)
+        if len(count) > 2:
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors, "save_file", full)
+    model = tiny_llama()
+    before = copy.deepcopy(model)
+    with pytest.raises(CheckpointError, match=r"can't be written: .*No space left"):
+        prunekit.prune(model, calibration=token_ids(), state=tmp_path / "state")
+    monkeypatch.undo()
+    assert equal(model, before)
+    assert len(list((tmp_path / "state").iterdir())) == 4  # two groups, the facts, the counts: nothing half-written
+    result = prunekit.prune(model, calibration=token_ids(), overrides=["resume=true"], state=tmp_path / "state")
+    assert equal(model, prunekit.prune(tiny_llama(), calibration=token_ids()).model)
+    assert result.plan
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_killed_in_the_middle_of_a_layer(stream, tmp_path):
+    command = [*COMMAND, f"memory.stream={stream}"]
+    process = subprocess.Popen(
+        [*command, "output_dir=out"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    began = time.perf_counter()
+    while len(list((tmp_path / "out").glob(".state/*.safetensors"))) < 3 and time.perf_counter() - began < 120:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/model").exists()
+    for folder, more in (("out", ["resume=true"]), ("whole", [])):
+        done = subprocess.run([*command, f"output_dir={folder}", *more], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert equal(*(prunekit.from_pretrained(tmp_path / folder / "model") for folder in ("out", "whole")))
+    left, right = (json.loads((tmp_path / folder / "plan.json").read_text()) for folder in ("out", "whole"))
+    assert left == right
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_two_processes_leave_what_one_does(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prunekit", *QUICK]
+    more = ["compensation.target=residual", "data.calibration.batch_size=5"]
+    for command, folder in ((torchrun, "two"), (COMMAND, "one")):
+        done = subprocess.run([*command, *more, f"output_dir={folder}"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("parameters;") == 1
+    plans = [json.loads((tmp_path / folder / "plan.json").read_text()) for folder in ("two", "one")]
+    assert plans[0] == plans[1]
+    one, two = (prunekit.from_pretrained(tmp_path / folder / "model").state_dict() for folder in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name].float(), two[name].float(), rtol=2e-2, atol=2e-3)  # float16 on disk
+
+
+_FAILING = """
+import os, torch, prunekit
+from prunekit.parallel import process_group
+from prunekit.errors import DataError
+from conftest import tiny_llama, token_ids
+model = tiny_llama()
+embedded = model.get_input_embeddings()(token_ids(8, 9)).detach()
+embedded[{sample}, 3, 2] = torch.nan
+given = [{{"inputs_embeds": part, "use_cache": False}} for part in embedded.split(2)]
+with process_group(torch.device("cpu")):
+    try:
+        prunekit.prune(model, calibration=given)
+    except DataError as error:
+        print("RANK", os.environ["RANK"], error, flush=True)
+"""
+
+
+def test_an_error_in_one_process_ends_all_of_them(tmp_path):
+    (tmp_path / "job.py").write_text(_FAILING.format(sample=3))  # the second process's
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "job.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"RANK {rank} model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3" in (
+            done.stdout
+        )
+
+
+@pytest.mark.parametrize("ids", [token_ids(1, 12), torch.full((1, 9), 5), torch.full((6, 9), 5)])
+@pytest.mark.parametrize("ratio", [0.2, 0.55])
+def test_one_sample_or_one_token_over_and_over(ids, ratio):
+    model = tiny_llama()
+    prunekit.prune(model, ratio=ratio, calibration=ids)
+    assert torch.isfinite(model(input_ids=token_ids()).logits).all()
+
+
+def test_down_to_one_unit_and_groups_of_one():
+    model = tiny_llama(kv_heads=2)
+    everything = prunekit.trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    most = prunekit.prune(model, ratio=0.57, calibration=token_ids(8, 12), overrides=["policy=uniform"])
+    left = [len(g.consumers) and g.num_units - len(most.plan.removed.get(g.name, ())) for g in everything.groups[:6]]
+    assert min(left) == 1
+    assert torch.isfinite(model(input_ids=token_ids()).logits).all()
+    again = prunekit.prune(model, ratio=0.01, calibration=token_ids(8, 12), overrides=["policy=uniform"])
+    assert again.plan
+
+
+def test_dead_inputs_go_first_and_all_dead_does_no_harm():
+    model = tiny_llama()
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mlp.up_proj.weight.zero_()
+            layer.mlp.up_proj.bias.zero_()
+        model.model.layers[0].mlp.up_proj.weight[:10] = 0
+        model.model.layers[0].mlp.up_proj.bias[:10] = 0
+        before = model(input_ids=token_ids()).logits
+        result = prunekit.prune(
+            model, ratio=0.05, calibration=token_ids(8, 12), overrides=["groups=mlp", "policy=uniform"]
+        )
+        after = model(input_ids=token_ids()).logits
+    assert set(result.plan.removed["layers.0.mlp"]) <= set(range(10))
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
