@@ -43,12 +43,12 @@ def test_unknown_variants_name_the_known_ones():
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_obs_chooses_by_its_options(width):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 16, generator=generator) @ torch.randn(16, 32, generator=generator)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(400, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
     weight = torch.randn(8, 32, generator=generator)
     inverse = invert(x.T @ x / 400, 1e-3).matrix
     problem = Problem(weight=weight, inverse=inverse, index=torch.arange(32).view(-1, width))
-    options = [dict(columns=c, heads=h) for c in ("greedy", "fixed_group") for h in ("exact", "diagonal")]
+    options = [{"columns": c, "heads": h} for c in ("greedy", "fixed_group") for h in ("exact", "diagonal")]
     for option in options:
         plain, refined = (Obs(refine=refine, **option).choose([problem], 16 // width) for refine in ("none", "swap"))
         assert removal_error(problem, refined) <= removal_error(problem, plain)
