@@ -71,7 +71,7 @@ def solver(result: dict) -> list[str]:
     return [
         *head("Choosing columns against inverting the Hessian they belong to", "solver", result),
         "Inversion: Cholesky and cholesky_inverse. The rest in units of it, of the same run; invert is the solver's, "
-        "with its scaling and its checks.",
+        "with its scaling and its checks. The released schedule with an inversion for every group is timed once.",
         "",
         *table("W | dtype | >removed | >inversion, s | " + " | ".join(f">{name}" for name in names.values()), rows),
         "",
