@@ -1,45 +1,128 @@
-"""How long greedy column selection takes, against inverting the same Hessian: ratios in one run, medians of five."""
+"""How long choosing columns takes against inverting the Hessian it works on; times and ratios of one run, medians.
 
+    python benchmarks/solver.py                        # LLaMA-7B's down_proj: n = 11,008, d = 4,096
+    python benchmarks/solver.py --n 1024 --d 384       # a minute's check; add --repeats 1 for a quick one
+
+The inputs share a few factors, in a different scale each; the variance inflation factors are some tens. Beside the
+greedy choice: groups, the released code's schedule as it runs there (the Hessian of what is left is inverted for every
+group), and the naive loop that updates W and A at every column, at two smaller sizes for its growth.
+"""
+
+import argparse
+import math
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from page import environment, write
+from torch import Tensor
 
-from prunekit.compensation.solver import choose_columns, invert
+from prunekit.compensation.choose import Groups, choose_columns, released_sizes
+from prunekit.compensation.solver import Problem, invert
 
-SIZES, SHARES, REPEATS = (512, 1024, 2048), (0.2, 0.5), 5
+SHARES = (0.2, 0.5)
+GROUPS: tuple[Groups, ...] = ("greedy", "dynamic_group", "released_group", "fixed_group")
 
 
-def timed(function):
+def case(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """H [n, n] and W [d, n]; one part in ten of an input's variance is its own."""
+    generator = torch.Generator().manual_seed(n)
+    mixing = torch.randn(n // 4, n, generator=generator, dtype=dtype).div_((n / 4) ** 0.5)
+    hessian = torch.mm(mixing.T, mixing)
+    hessian.diagonal().add_(0.1)
+    scales = torch.randn(n, generator=generator, dtype=dtype).exp_()
+    hessian.mul_(scales[:, None]).mul_(scales)
+    return hessian, torch.randn(d, n, generator=generator, dtype=dtype)
+
+
+def timed(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
-def measure(n: int, share: float) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(n)
-    x = torch.randn(4 * n, n, generator=generator)
-    hessian = x.T @ x / len(x)
-    weight = torch.randn(n // 3, n, generator=generator, dtype=torch.float64)
-    inverse = invert(hessian).matrix
-    inversions, choices = [], []
-    for _ in range(REPEATS + 1):
-        inversions.append(timed(lambda: invert(hessian)))
-        choices.append(timed(lambda: choose_columns(weight, inverse, int(share * n))))
-    ratios = [choice / inversion for choice, inversion in zip(choices[1:], inversions[1:], strict=True)]
-    return {
-        "n": n,
-        "share": share,
-        "invert_seconds": statistics.median(inversions[1:]),
-        "choose_seconds": statistics.median(choices[1:]),
-        "ratio": statistics.median(ratios),
-    }
+def plain_inverse(hessian: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+
+
+def reinverting(hessian: Tensor, weight: Tensor, count: int) -> None:
+    """The released code's schedule: invert, remove a group and repair W, cut H, invert again."""
+    for size in released_sizes(count):
+        inverse = plain_inverse(hessian)
+        order = (weight.square().sum(0) / inverse.diagonal()).argsort()
+        gone, kept = order[:size], order[size:]
+        update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
+        weight = weight[:, kept] - weight[:, gone] @ update
+        hessian = hessian[kept][:, kept]
+
+
+def naive(weight: Tensor, inverse: Tensor, count: int) -> None:
+    """One column at a time, W [d, n] and A [n, n] updated after each."""
+    w, a = weight.clone(), inverse.clone()
+    for _ in range(count):
+        p = int((w.square().sum(0) / a.diagonal()).argmin())
+        row = a[p] / a[p, p]
+        w -= torch.outer(w[:, p], row)
+        a -= torch.outer(a[:, p], row)
+        w[:, p], a[p, p] = torch.inf, 1
+
+
+def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each, taken in turn so that a busy moment is everybody's; the first turn warms up."""
+    turns = [{name: timed(function) for name, function in functions.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in functions}
+
+
+def measure(n: int, d: int, dtype: torch.dtype, repeats: int, baseline: bool) -> Iterator[dict]:
+    """A row for each share; `baseline`: with the schedule that inverts again."""
+    hessian, weight = case(n, d, dtype)
+    inverse = invert(hessian)
+    assert (inverse.matrix.dtype, inverse.damping) == (dtype, 0), "the Hessian should be one that this dtype inverts"
+    problem = Problem(weight=weight, inverse=inverse.matrix, index=torch.arange(n)[:, None])
+    for share in SHARES:
+        count = int(share * n)
+        functions: dict[str, Callable[[], object]] = {"inversion": lambda: plain_inverse(hessian)}
+        functions["invert"] = lambda: invert(hessian)
+        for groups in GROUPS:
+            functions[groups] = lambda groups=groups, count=count: choose_columns([problem], count, groups)
+        seconds = medians(functions, repeats)
+        if baseline:  # many inversions: once is long enough
+            seconds["reinverting"] = timed(lambda count=count: reinverting(hessian, weight, count))
+        yield {"n": n, "d": d, "dtype": str(dtype).removeprefix("torch."), "share": share, "seconds": seconds}
+
+
+def growth(n: int, d: int, repeats: int) -> dict:
+    """The naive loop and greedy at two smaller sizes, 20 % of the columns, and the exponents of their growth with n."""
+    rows = []
+    for size in (n // 2, n):
+        hessian, weight = case(size, d * size // n, torch.float32)
+        inverse = invert(hessian).matrix
+        problem = Problem(weight=weight, inverse=inverse, index=torch.arange(size)[:, None])
+        count = size // 5
+        functions = {
+            "greedy": lambda problem=problem, count=count: choose_columns([problem], count),
+            "naive": lambda weight=weight, inverse=inverse, count=count: naive(weight, inverse, count),
+        }
+        rows.append({"n": size, "d": len(weight), "seconds": medians(functions, repeats)})
+    small, large = (row["seconds"] for row in rows)
+    return {"rows": rows, "exponents": {name: math.log2(large[name] / small[name]) for name in large}}
 
 
 def main() -> None:
-    rows = [measure(n, share) for n in SIZES for share in SHARES]
-    write("solver", {**environment("solver"), "repeats": REPEATS, "rows": rows})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=int, default=11008)
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--naive-n", type=int, default=2048, help="the larger size of the naive loop")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    rows = list(measure(args.n, args.d, torch.float32, args.repeats, True))
+    rows += measure(args.n // 2, args.d // 2, torch.float64, args.repeats, False)
+    loop = growth(args.naive_n, args.naive_n * args.d // args.n, args.repeats)
+    command = " ".join(["python benchmarks/solver.py", *sys.argv[1:]])
+    result = {**environment("solver"), "command": command, "repeats": args.repeats}
+    write("solver", {**result, "rows": rows, "naive": loop})
 
 
 if __name__ == "__main__":

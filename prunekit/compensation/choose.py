@@ -15,7 +15,7 @@ from prunekit.compensation.downdate import Downdate, vacancies
 from prunekit.compensation.solver import HeadScore, Problem, cholesky, unit_errors
 
 Groups = Literal["greedy", "dynamic_group", "released_group", "fixed_group"]
-_BLOCK = 128  # greedy steps between two folds
+_BLOCK = 256  # greedy steps between two folds
 _LARGEST, _SMALLEST, _SHARE = 1024, 8, 4  # the paper's; its groups take a quarter of what is left to remove
 _RELEASED_OFFSET, _RELEASED_SMALLEST = 512, 64
 _FIXED = 128

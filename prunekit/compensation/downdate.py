@@ -8,6 +8,8 @@ W itself is not needed: ‖w_p‖² = G_pp. Single columns in a row are the same
 factorisation of A with weighted pivots); inside a block only the row of the pivot is evaluated.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -64,45 +66,74 @@ class Downdate:
         return [(lo, min(lo + self.panel, self.n)) for lo in range(0, self.n, self.panel)]
 
     def _refresh(self) -> None:
-        self.pivots = self.a.diagonal().clamp_min(torch.finfo(self.store.dtype).tiny)
-        self.norms = self.g.diagonal().clone()
+        """`diagonals` [2, n]: A_pp and ½ G_pp."""
+        self.diagonals = torch.stack([self.a.diagonal(), 0.5 * self.g.diagonal()])
+        self._bound()
+
+    def _bound(self) -> None:
+        self.diagonals[0].clamp_min_(torch.finfo(self.store.dtype).tiny)
 
     def errors(self) -> Tensor:
-        """‖w_p‖² / A_pp [n], in units of `unit`; infinite for the block's columns."""
-        return self.norms.clamp_min(0).div_(self.pivots)
+        """½ ‖w_p‖² / A_pp [n], in units of `unit`; infinite for the block's columns."""
+        return self.diagonals[1].clamp_min(0).div_(self.diagonals[0])
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows `index` [m] of A and G, [m, n] each, as they were before the block."""
+    def _row(self, p: Tensor) -> Tensor:
+        """The row `p` [1] of A and of G, [2, n], as they were before the block; nothing waits for the device."""
         n, panel = self.n, self.panel
-        across = self.store.index_select(0, index)[:, : n + panel]  # of the whole store: of a part it would copy that
+        across = self.store.index_select(0, p)[0]  # of the whole store: of a part it would copy that
         if n <= panel:
-            return across[:, :n], across[:, panel:]
-        down = self.store.index_select(1, (index + self.sides[:, None]).flatten())[:n].T
-        lower = self.panels[:n] <= self.panels.index_select(0, index)[:, None]
-        m = len(index)
-        return torch.where(lower, across[:, :n], down[:m]), torch.where(lower, down[m:], across[:, panel:])
+            return torch.stack([across[:n], across[panel : panel + n]])
+        down = self.store.index_select(1, p + self.sides)[:n].T
+        lower = self.panels[:n] <= self.panels.index_select(0, p)
+        row = across.new_empty(2, n)
+        torch.where(lower, across[:n], down[0], out=row[0])
+        torch.where(lower, down[1], across[panel : panel + n], out=row[1])
+        return row
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """The rows `index` [m] of A and of G, [2, m, n]."""
+        rows = self.store.new_empty(2, len(index), self.n)
+        for lo, hi, here in self._by_panel(index):
+            at = index[here]
+            a, g = self.store[at, :hi], self.store[at, self.panel + lo : self.panel + self.n]
+            rows[0, here] = torch.cat([a, self.store[hi : self.n, at].T], dim=1)
+            rows[1, here] = torch.cat([self.store[:lo, at + self.panel].T, g], dim=1)
+        return rows
+
+    def _write(self, index: Tensor, rows: Tensor) -> None:
+        """Make `rows` [2, m, n] the rows and columns `index` [m] of A and of G."""
+        for lo, hi, here in self._by_panel(index):
+            at, (a, g) = index[here], rows[:, here]
+            self.store[at, :hi], self.store[at, self.panel + lo : self.panel + self.n] = a[:, :hi], g[:, lo:]
+            self.store[lo : self.n, at], self.store[:hi, at + self.panel] = a[:, lo:].T, g[:, :hi].T
+
+    def _by_panel(self, index: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """The bounds of each panel, and where in `index` its members are."""
+        for lo, hi in self._bounds():
+            here = ((index >= lo) & (index < hi)).nonzero()[:, 0]
+            if len(here):
+                yield lo, hi, here
 
     def remove(self, p: Tensor) -> None:
         """Remove one column `p` [1], as the next step of the block."""
         k = self.steps
-        u, v = self.factors[:, k, : self.n]
-        a, g = (rows[0] for rows in self.rows(p))
+        step, before = self.factors[:, k, : self.n], self.factors[:, :k, : self.n]
+        rows = self._row(p)
         if k:
-            before = self.factors[:, :k, : self.n]
             at = self.factors.index_select(2, p)[:, :k, 0]
-            a = torch.addmv(a, before[0].T, at[0], alpha=-1)
-            g = torch.addmv(g, before[0].T, at[1], alpha=-1).addmv_(before[1].T, at[0], alpha=-1)
-        pivot = self.pivots.index_select(0, p)
-        root = pivot.sqrt()
-        torch.div(a, root, out=u)
-        torch.div(g, root, out=v).addcmul_(u, self.norms.index_select(0, p) / pivot, value=-0.5)
-        self.pivots.addcmul_(u, u, value=-1).clamp_min_(torch.finfo(u.dtype).tiny)
-        self.norms.addcmul_(u, v, value=-2).index_fill_(0, p, torch.inf)
+            rows.addmm_(at, before[0], alpha=-1)
+            rows[1].addmv_(before[1].T, at[0], alpha=-1)
+        pivot, half = self.diagonals.index_select(1, p)
+        torch.div(rows, pivot.sqrt(), out=step)
+        step[1].addcmul_(step[0], half / pivot, value=-1)
+        self.diagonals.addcmul_(step[0], step, value=-1)
+        self.diagonals[1].index_fill_(0, p, torch.inf)
+        self._bound()
         self.steps += 1
 
     def remove_group(self, index: Tensor) -> None:
         """Remove the columns `index` [k] at once, as a block."""
-        a, g = self.rows(index)
+        a, g = self._rows(index)
         factor = cholesky(a[:, index])
         u, z = (torch.linalg.solve_triangular(factor, rows, upper=False) for rows in (a, g))
         gram = torch.linalg.solve_triangular(factor, z[:, index].T, upper=False)
@@ -121,16 +152,10 @@ class Downdate:
 
     def _move(self, holes: Tensor, movers: Tensor, n: int) -> None:
         """Move the columns `movers` [m] to `holes` [m] and leave it at `n` columns."""
-        a, g = self.rows(movers)
-        for rows in (a, g):
-            rows[:, holes] = rows[:, movers]
-        self.n, a, g = n, a[:, :n], g[:, :n]
-        lower = self.panels[:n] <= self.panels[holes][:, None]
-        upper = self.panels[:n] >= self.panels[holes][:, None]
-        for part, values, valid in ((self.a, a, lower), (self.g.T, g, upper)):
-            part[holes] = torch.where(valid, values, part[holes])
-        for part, values, valid in ((self.a, a, upper), (self.g.T, g, lower)):
-            part[:, holes] = torch.where(valid, values, part[:, holes].T).T
+        rows = self._rows(movers)
+        rows[..., holes] = rows[..., movers]
+        self.n = n
+        self._write(holes, rows[..., :n])
 
     def _fold(self, factors: Tensor) -> None:
         u, v = factors

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prunekit.errors import DataError
+
 HeadScore = Literal["exact", "grouped_cholesky", "diagonal"]
 
 # The variance inflation factors A_jj (H + λI)_jj tell how much of input j the others explain, whatever its scale, and
@@ -52,6 +54,9 @@ def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
     Starts at `damping`·mean(diag H); λ rises tenfold until the Cholesky factorisation succeeds with pivots that the
     Hessian's own dtype can tell from zero. Dead inputs are set apart first; H never becomes the identity. All is done
     on D^-½ (H + λI) D^-½ with a unit diagonal, so that the scale of H, or of one input, does not matter.
+
+    Raises:
+        DataError: NaN or infinity in it, or no second moments at all.
     """
     diagonal = hessian.diagonal().double()
     dead = diagonal <= _DEAD * diagonal.max().clamp_min(0)
@@ -63,6 +68,8 @@ def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
     if found is None:
         found = _inverted(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
     while found is None:
+        if not share < 1:
+            raise DataError("the Hessian can't be inverted: expected finite second moments")
         share = max(share * 10, floor)
         found = _inverted(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
     return Inverse(matrix=found, dead=dead, damping=share)
@@ -111,7 +118,7 @@ def remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
 def removal_error(problem: Problem, units: Sequence[int]) -> Tensor:
     """E(S), float64, of the columns S of all `units` removed together."""
     columns = problem.index[torch.as_tensor(units, dtype=torch.long, device=problem.index.device)].flatten()
-    factor = cholesky(problem.inverse.index_select(0, columns).index_select(1, columns))
+    factor = cholesky(problem.inverse[columns[:, None], columns])
     half = torch.linalg.solve_triangular(factor, problem.weight[:, columns].to(factor).T, upper=False)
     return half.square().sum(dtype=torch.float64)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from prunekit.compensation.solver import Problem, cholesky, removal_error
 
 _CHUNK = 1 << 22  # elements of a temporary
+_BLOCK = 256  # columns swept at once
 
 
 class _Swept:
@@ -83,17 +84,17 @@ def swap(problems: Sequence[Problem], removed: Iterable[int]) -> list[int]:
     A swap must lower the error by more than the share √eps of A's dtype, below which rounding could turn it round.
     Beside A it takes two [n, n] a problem.
     """
-    order = list(removed)
-    swept = [_Swept(problem) for problem in problems]
-    units, device = swept[0].units, problems[0].index.device
-    kept = [unit for unit in range(units) if unit not in set(order)]
+    order, device = list(removed), problems[0].index.device
+    kept = sorted(set(range(len(problems[0].index))) - set(order))
     if not order or not kept:
         return order
-    for state in swept:
-        state.sweep(torch.tensor(order, device=device), 1)
-    tolerance = max(torch.finfo(state.t.dtype).eps ** 0.5 for state in swept)
     error = sum(removal_error(problem, order).item() for problem in problems)
-    for _ in range(units):
+    swept = [_Swept(problem) for problem in problems]
+    for part in torch.tensor(order, device=device).split(max(1, _BLOCK // swept[0].width)):
+        for state in swept:
+            state.sweep(part, 1)
+    tolerance = max(torch.finfo(state.t.dtype).eps ** 0.5 for state in swept)
+    for _ in range(swept[0].units):
         least, i, j = _best(swept, torch.tensor(order, device=device), torch.tensor(kept, device=device))
         if not least < -tolerance * error:
             break

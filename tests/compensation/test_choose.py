@@ -17,6 +17,7 @@ from prunekit.compensation.choose import (
     released_sizes,
 )
 from prunekit.compensation.solver import Problem, invert, removal_error
+from prunekit.compensation.swap import swap
 
 GROUPS = ["greedy", "dynamic_group", "released_group", "fixed_group"]
 
@@ -41,7 +42,7 @@ def panel(request, monkeypatch):
     monkeypatch.setattr(downdate, "_PANEL", request.param)
 
 
-@pytest.mark.parametrize(("n", "count"), [(24, 23), (200, 150), (300, 128), (300, 129), (300, 300)])
+@pytest.mark.parametrize(("n", "count"), [(24, 23), (200, 150), (600, 256), (600, 257), (300, 300)])
 def test_greedy_columns_are_those_of_the_naive_loop(n, count, panel):
     _, w, h = inputs(n, 16, 3 * n, seed=n)
     problem = single(w, invert(h, 1e-4).matrix)
@@ -80,7 +81,7 @@ def test_dynamic_sizes_shrink_from_1024_to_8():
 
 def test_fixed_and_greedy_sizes():
     assert list(fixed_sizes(300)) == [128, 128, 44]
-    assert list(greedy_sizes(129)) == [128, 1]
+    assert list(greedy_sizes(257)) == [256, 1]
     assert list(fixed_sizes(0)) == []
 
 
@@ -130,6 +131,18 @@ def test_hardly_any_rank_is_still_a_choice(rank, dtype, groups):
     for count in (1, 39, 40):
         assert len(set(choose_columns([problem], count, groups))) == count
         assert torch.isfinite(removal_error(problem, choose_columns([problem], count, groups)))
+
+
+def test_consumers_in_float32_and_float64_together():
+    cases = [collinear(64, seed) for seed in (1, 2)]
+    double = [single(w, invert(h).matrix) for h, w in cases]
+    (h, w), _ = cases
+    mixed = [single(w, invert(h.float()).matrix), double[1]]
+    assert [p.inverse.dtype for p in mixed] == [torch.float32, torch.float64]
+    for groups in GROUPS:
+        assert choose_columns(mixed, 30, groups) == choose_columns(double, 30, groups)
+    assert choose_units(mixed, 30, "exact") == choose_columns(double, 30)
+    assert swap(mixed, range(30)) == swap(double, range(30))
 
 
 def test_of_two_equal_inputs_one_goes_for_nothing():

@@ -140,6 +140,17 @@ def test_inverting_takes_two_copies(dtype):
     assert peak(lambda: invert(ill)) < 2.1 * 8 * n * n
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3.0])
+def test_what_is_no_second_moment_is_an_error(bad):
+    h = torch.eye(3)
+    h[0, 1] = h[1, 0] = bad
+    with pytest.raises(DataError, match="expected finite second moments"):
+        invert(h)
+    h[0, 0] = float("nan")
+    with pytest.raises(DataError, match="expected finite second moments"):
+        invert(h.double())
+
+
 def test_blocks_that_rounding_made_indefinite_still_have_a_factor():
     blocks = torch.stack([torch.eye(3), torch.ones(3, 3) - 1e-6 * torch.eye(3)])
     factors = cholesky(blocks)

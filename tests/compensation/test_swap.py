@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import collinear, inputs, left_error, single
+from problems import collinear, inputs, left_error, peak, single
 
 from prunekit.compensation.choose import choose_columns, choose_units
 from prunekit.compensation.solver import Problem, invert, removal_error
@@ -84,6 +84,15 @@ def test_swap_in_float32_lowers_the_exact_error_whatever_the_chunks(chunk, monke
     greedy = choose_columns([mine], 48, "fixed_group")
     swapped = swap([mine], greedy)
     assert removal_error(exact, swapped) < 0.99 * removal_error(exact, greedy)
+
+
+def test_swaps_on_two_more_copies_of_a(monkeypatch):
+    monkeypatch.setattr("prunekit.compensation.swap._CHUNK", 1000)
+    monkeypatch.setattr("prunekit.compensation.swap._BLOCK", 8)
+    n = 256
+    problem = single(torch.randn(16, n), invert(torch.eye(n) + 0.1).matrix)
+    assert problem.inverse.dtype == torch.float32
+    assert peak(lambda: swap([problem], range(0, n, 2))) < 2.4 * 4 * n * n
 
 
 @pytest.mark.parametrize("width", [1, 3])
