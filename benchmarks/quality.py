@@ -45,6 +45,12 @@ RUNS = [
     ("target by kind", "compensation.attention=residual", TOKENS[1]),
     ("target by kind", "compensation.mlp=residual", TOKENS[1]),
 ]
+DEFAULTS = {
+    "importance.heads=exact",
+    "importance.columns=greedy",
+    "importance.refine=none",
+    "compensation.target=pruned",
+}
 
 
 class Setting:
@@ -96,13 +102,18 @@ def measure(setting: Setting) -> None:
         each = [layer_errors(setting, seed) for seed in SEEDS]
         done["layer_error"] = {name: [row[name] for row in each] for name in each[0]}
         path.write_text(json.dumps(done, indent=1) + "\n")
+    found: dict[str, list[float]] = {}
     for question, option, tokens in RUNS:
         for ratio in RATIOS:
             key = f"{question}|{option}|{tokens}|{ratio}"
+            if option in DEFAULTS and (same := f"default|{tokens}|{ratio}") in found:
+                done[key] = found[same]
             if key not in done:
                 done[key] = [setting.perplexity(option, ratio, tokens, seed) for seed in SEEDS]
                 path.write_text(json.dumps(done, indent=1) + "\n")
                 print(setting.name, key, [round(value, 2) for value in done[key]], flush=True)
+            if option in DEFAULTS:
+                found[f"default|{tokens}|{ratio}"] = done[key]
 
 
 def gather() -> None:

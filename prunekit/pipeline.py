@@ -182,6 +182,8 @@ def prune_model(
             raise
     note_biases(model, [module for module in without if module.bias is not None])
     report = figures(config, choice, plan, (total, num_parameters(model)), stages)
+    if task.store and any(task.store.peak.values()):
+        report["activation_bytes"] = task.store.peak
     if config.target.name == "latency":
         from prunekit.costs.timing import timed
 
@@ -368,7 +370,7 @@ def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapp
     beside = copy.deepcopy(model) if timed else None
     places = Places(
         state=output / STATE,
-        activations=Path(config.memory.folder) if config.memory.folder else output,
+        activations=Path(config.memory.folder or output / STATE),
         model=output / "model",
         identity=identity_of(source),
         undo=False,

@@ -70,13 +70,16 @@ class Moments:
 
     def finish(self) -> Moments:
         """Add up what the processes saw, and fill the upper half of the Hessian."""
-        device = self.hessian.device
-        count = add_up(torch.tensor([float(self.tokens)], dtype=torch.float64).to(device)).item()
-        for mean in (self.hessian, self.mean, self.cross) if world_size() > 1 else ():
-            if mean is not None:
-                add_up(mean.mul_(self.tokens / max(count, 1.0)))
-        self.tokens = int(count)
+        if world_size() > 1:
+            count = int(add_up(torch.tensor([self.tokens], device=self.hessian.device)))
+            for mean in (self.hessian, self.mean, self.cross):
+                if mean is not None:
+                    add_up(mean.mul_(self.tokens / max(count, 1)))
+            self.tokens = count
         self._mirror()
+        if self.hessian.device.type == "mps":  # it has no float64, which the solver may need
+            self.hessian, self.mean = self.hessian.cpu(), self.mean.cpu()
+            self.cross = None if self.cross is None else self.cross.cpu()
         return self
 
     @staticmethod

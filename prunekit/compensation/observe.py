@@ -33,7 +33,7 @@ class Site:
 
     def weight(self) -> Tensor:
         """The consumers' weights below one another [d, n]."""
-        return torch.cat([consumer.weight() for consumer in self.consumers])
+        return torch.cat([consumer.weight() for consumer in self.consumers]).to(self.moments.hessian.device)
 
     def energy(self) -> float:
         """E‖W x‖²: what removing everything would cost."""

@@ -67,7 +67,7 @@ class Store:
         self.peak = dict(self.used)
         self._parent = folder
         self._folder: Path | None = None
-        self._count = 0
+        self._count, self._made = 0, False
 
     def put(self, tensor: Tensor) -> Kept:
         """Put a tensor aside; it must not change afterwards."""
@@ -82,7 +82,10 @@ class Store:
 
     def _write(self, tensor: Tensor) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix=".activations.", dir=self._parent))
+            if self._parent and not self._parent.exists():
+                self._parent.mkdir(parents=True)
+                self._made = True
+            self._folder = Path(tempfile.mkdtemp(prefix="activations.", dir=self._parent))
         self._count += 1
         path = self._folder / f"{self._count}.bin"
         try:
@@ -98,6 +101,8 @@ class Store:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+            if self._made and self._parent and not any(self._parent.iterdir()):
+                self._parent.rmdir()
 
 
 def free_bytes(device: torch.device) -> float:
