@@ -8,7 +8,7 @@ with the consumer's output on the inputs that were put aside. So a layer takes o
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from prunekit.compensation.blocks import Block, Finder, constant, outputs_aside, replaced
 from prunekit.compensation.consumers import Consumer, See, watched
 from prunekit.compensation.observe import HELD_OUT, Batch, Numbered, Observation, Site, Stop
 from prunekit.compensation.store import Kept, Store
@@ -25,7 +26,6 @@ from prunekit.graph import CoupledGroup
 from prunekit.parallel import add_up, together
 
 Found = tuple[CoupledGroup, list[Site]]
-_tree = torch.utils._pytree
 
 
 class Layers(Protocol):
@@ -48,38 +48,6 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     key: str | None
-
-
-@dataclass(eq=False)
-class _Block:
-    """A module whose output is its consumer's: `answer` gives it without running the module."""
-
-    module: nn.Module
-    consumer: Consumer
-    leaves: list[Any]
-    spec: Any
-    place: int
-    inputs: dict[int, Kept] = field(default_factory=dict)
-    outputs: dict[int, Kept] = field(default_factory=dict)
-    dense: dict[int, Kept] = field(default_factory=dict)
-
-    def answer(self, output: Tensor) -> Any:
-        leaves = [*self.leaves[: self.place], output, *self.leaves[self.place + 1 :]]
-        return _tree.tree_unflatten(leaves, self.spec)
-
-    @torch.no_grad()
-    def output(self, batch: int, store: Store) -> Tensor:
-        """What the consumer makes of the inputs put aside."""
-        if batch not in self.outputs:
-            self.outputs[batch] = store.put(self.consumer.module(self.inputs[batch].get()))
-            self.inputs.pop(batch).free()
-        return self.outputs[batch].get()
-
-    def free(self) -> None:
-        for kept in (self.inputs, self.outputs, self.dense):
-            for tensor in kept.values():
-                tensor.free()
-            kept.clear()
 
 
 @dataclass
@@ -147,7 +115,7 @@ class Stream:
 
         with ExitStack() as stack:
             for i, layer in enumerate(self.layers):
-                stack.enter_context(_replaced(layer, stub(i)))
+                stack.enter_context(replaced(layer, stub(i)))
             try:
                 model(**batch)
             except Stop:
@@ -189,7 +157,7 @@ class Stream:
         here = [group for group in self.groups if group.layer == i]
         single = [found[0] for group in here if len(found := self.consumers[group.name]) == 1]
         single = [c for c in single if c.expert is None and sum(c.module is o.module for o in single) == 1]
-        finder = _Finder(self.layers[i], single, shallow=bool(targets))
+        finder = Finder(self.layers[i], single, shallow=bool(targets))
         after = self._dense_pass(i, finder) if targets else []
         for group in here:
             with together():
@@ -207,18 +175,18 @@ class Stream:
         for block in finder.blocks:
             block.free()
 
-    def _dense_pass(self, i: int, finder: _Finder) -> list[Kept]:
+    def _dense_pass(self, i: int, finder: Finder) -> list[Kept]:
         """The layer as it is on the dense states: its blocks' outputs are put aside, its output comes back."""
         after = []
         for b in range(len(self.batches)):
-            with finder.looking() if b == 0 else _outputs(finder.blocks, self.store, b):
+            with finder.looking() if b == 0 else outputs_aside(finder.blocks, self.store, b):
                 after.append(self.store.put(self._run(i, b, {}, self.dense[b])))
             if b == 0:
-                with _outputs(finder.blocks, self.store, b):
+                with outputs_aside(finder.blocks, self.store, b):
                     self._run(i, b, {}, self.dense[b])
         return after
 
-    def _observe(self, i: int, group: CoupledGroup, finder: _Finder, target: str, done: bool) -> Observation | None:
+    def _observe(self, i: int, group: CoupledGroup, finder: Finder, target: str, done: bool) -> Observation | None:
         """Feed the group's consumers, put their inputs aside where that saves running their module again."""
         consumers = self.consumers[group.name]
         block = finder.block_of(consumers)
@@ -250,7 +218,7 @@ class Stream:
     def _keep(self, aside: dict[int, Kept], batch: int, inputs: Tensor) -> None:
         aside[batch] = self.store.put(inputs)
 
-    def _advance(self, i: int, finder: _Finder) -> None:
+    def _advance(self, i: int, finder: Finder) -> None:
         """The hidden states behind the layer."""
         for b, (sample, _) in enumerate(self.batches):
             hidden = self._run(i, b, finder.answers(b, self.store))
@@ -260,7 +228,7 @@ class Stream:
             self.hidden[b].free()
             self.hidden[b] = self.store.put(hidden)
 
-    def _target(self, i: int, b: int, finder: _Finder, block: _Block, target: str) -> Tensor:
+    def _target(self, i: int, b: int, finder: Finder, block: Block, target: str) -> Tensor:
         """What the block's consumer must give: the dense output, or what brings back the dense residual stream."""
         if target == "dense":
             return block.dense[b].get()
@@ -271,7 +239,7 @@ class Stream:
         stream = self._run(i, b, {**zero, **dense}, self.dense[b])
         return stream - self._run(i, b, {**zero, **pruned, block: torch.zeros_like(dense[block])})
 
-    def _is_added(self, i: int, finder: _Finder, block: _Block) -> bool:
+    def _is_added(self, i: int, finder: Finder, block: Block) -> bool:
         """Whether the layer's output, but for the blocks behind this one, is a sum with this block's output."""
         earlier, later = finder.around(block)
         own = block.dense[0].get()
@@ -283,7 +251,7 @@ class Stream:
         return add_up(differs.float()).item() == 0
 
     @torch.no_grad()
-    def _run(self, i: int, b: int, answers: Mapping[_Block, Tensor], hidden: Kept | Tensor | None = None) -> Tensor:
+    def _run(self, i: int, b: int, answers: Mapping[Block, Tensor], hidden: Kept | Tensor | None = None) -> Tensor:
         """The layer's output on a batch, with the answers of blocks that need not run; empty where it was stopped."""
         call = self.calls[b][i]
         hidden = self.hidden[b] if hidden is None else hidden
@@ -292,65 +260,11 @@ class Stream:
         kwargs = {**call.kwargs, call.key: states} if call.key else call.kwargs
         with ExitStack() as stack:
             for block, output in answers.items():
-                stack.enter_context(_replaced(block.module, _constant(block.answer(output))))
+                stack.enter_context(replaced(block.module, constant(block.answer(output))))
             try:
                 return _first(self.layers[i](*args, **kwargs))
             except Stop:
                 return states.new_empty(0)
-
-
-class _Finder:
-    """Finds each consumer's block while a layer runs: the outermost module inside it that has the same output."""
-
-    def __init__(self, layer: nn.Module, consumers: Sequence[Consumer], shallow: bool) -> None:
-        self.layer, self.consumers, self.shallow = layer, list(consumers), shallow
-        self.found: dict[Consumer, _Block | None] = {}
-
-    @property
-    def blocks(self) -> list[_Block]:
-        return [block for consumer in self.consumers if (block := self.found.get(consumer))]
-
-    def unsettled(self, consumers: Sequence[Consumer]) -> bool:
-        return len(consumers) == 1 and consumers[0] in self.consumers and consumers[0] not in self.found
-
-    def block_of(self, consumers: Sequence[Consumer]) -> _Block | None:
-        return self.found.get(consumers[0]) if len(consumers) == 1 else None
-
-    def around(self, block: _Block) -> tuple[list[_Block], list[_Block]]:
-        place = self.blocks.index(block)
-        return self.blocks[:place], self.blocks[place + 1 :]
-
-    def answers(self, batch: int, store: Store) -> dict[_Block, Tensor]:
-        """The outputs of the blocks whose consumers are done with."""
-        return {
-            block: block.output(batch, store)
-            for block in self.blocks
-            if batch in block.inputs or batch in block.outputs
-        }
-
-    @contextmanager
-    def looking(self, consumer: Consumer | None = None) -> Iterator[None]:
-        """Watch one run of the layer; for one consumer alone it ends behind the outermost module around it."""
-        alone, wanted = consumer is not None, [consumer] if consumer else self.consumers
-        own: dict[Consumer, list[Tensor]] = {consumer: [] for consumer in wanted}
-        outer: dict[Consumer, list[tuple[nn.Module, Any]]] = {consumer: [] for consumer in wanted}
-        with ExitStack() as stack:
-            for consumer in wanted:
-                around = self._around(consumer.module)
-                for module in around:
-                    hook = _note(consumer, module, own, outer, stop=alone and module is around[-1])
-                    stack.callback(module.register_forward_hook(hook).remove)
-            yield
-        for consumer in wanted:
-            block = _block(consumer, own[consumer], outer[consumer])
-            useful = block and (self.shallow or block.module is not consumer.module)
-            self.found[consumer] = block if useful else None
-
-    def _around(self, module: nn.Module) -> list[nn.Module]:
-        """The module and those around it, inside the layer; the innermost first."""
-        path = next(path for path, found in self.layer.named_modules() if found is module)
-        parts = path.split(".")
-        return [self.layer.get_submodule(".".join(parts[:k])) for k in range(len(parts), 0, -1)]
 
 
 def _feeder(consumers: Sequence[Consumer], take: See | None, keep: Callable[[Tensor], None] | None, stop: bool) -> See:
@@ -367,61 +281,6 @@ def _feeder(consumers: Sequence[Consumer], take: See | None, keep: Callable[[Ten
             raise Stop
 
     return see
-
-
-def _note(consumer: Consumer, module: nn.Module, own: dict, outer: dict, stop: bool) -> Callable[..., None]:
-    def hook(_: nn.Module, args: Any, output: Any) -> None:
-        if module is consumer.module:
-            own[consumer].append(output)
-        outer[consumer].append((module, output))
-        if stop:
-            raise Stop
-
-    return hook
-
-
-def _block(consumer: Consumer, own: list[Any], outer: list[tuple[nn.Module, Any]]) -> _Block | None:
-    if len(own) != 1 or not isinstance(own[0], Tensor):
-        return None
-    found = None
-    for module, output in outer:  # the innermost finish first
-        leaves, spec = _tree.tree_flatten(output)
-        tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if len(tensors) == 1 and torch.equal(leaves[tensors[0]], own[0]):
-            found = _Block(module, consumer, [None if k in tensors else leaf for k, leaf in enumerate(leaves)], spec,
-                           tensors[0])  # fmt: skip
-    return found
-
-
-@contextmanager
-def _outputs(blocks: Sequence[_Block], store: Store, batch: int) -> Iterator[None]:
-    """Put the blocks' dense outputs aside."""
-    with ExitStack() as stack:
-        for block in blocks:
-
-            def hook(_: nn.Module, args: Any, output: Tensor, block: _Block = block) -> None:
-                block.dense[batch] = store.put(output)
-
-            stack.callback(block.consumer.module.register_forward_hook(hook).remove)
-        yield
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for the duration of a `with` block."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own  # type: ignore[method-assign]
-
-
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: value
 
 
 def _rows(batches: Sequence[Numbered]) -> int:
