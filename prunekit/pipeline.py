@@ -288,8 +288,9 @@ def figures(
     groups, budget = choice.groups, choice.task.budget
     target = {}
     if config.target.name:
-        achieved = budget.cost({name: len(units) for name, units in plan.removed.items()})
-        measured = {"measure": budget.cost.name, "limit": budget.limit, "dense": budget.cost({}), "achieved": achieved}
+        exact = round if budget.cost.name in ("parameters", "bytes") else float
+        achieved = exact(budget.cost({name: len(units) for name, units in plan.removed.items()}))
+        measured = {"measure": budget.cost.name, "limit": budget.limit, "dense": exact(budget.cost({})), "achieved": achieved}
         target = {"target": measured}
     layers: dict[int | None, dict[str, Any]] = {}
     for group in groups:
