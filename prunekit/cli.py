@@ -17,12 +17,12 @@ from prunekit.errors import CheckpointError, PrunekitError
 _failures: list[PrunekitError] = []
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception, more: str = "") -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # the first process says it
     if os.environ.get("PRUNEKIT_TRACEBACK") == "1":
         traceback.print_exception(error)
-    print(f"prunekit: {error if isinstance(error, PrunekitError) else one_line(error)}", file=sys.stderr)
+    print(f"prunekit: {error if isinstance(error, PrunekitError) else one_line(error)}{more}", file=sys.stderr)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -30,10 +30,11 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _tell_of_state(folder: Path) -> None:
-    if (folder / ".state").is_dir() and not any("resume" in str(failure) for failure in _failures):
-        there = f"output_dir={os.path.relpath(folder)} resume=true"
-        print(f"prunekit: what was finished is kept: the same command with {there} goes on from there", file=sys.stderr)
+def _kept(folder: Path, error: Exception | None = None) -> str:
+    """What to say of a state that an unfinished run left, unless the error is about it."""
+    if not (folder / ".state").is_dir() or "resume" in str(error):
+        return ""
+    return f"; what was finished is kept: output_dir={os.path.relpath(folder)} resume=true goes on from there"
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
@@ -57,13 +58,11 @@ def _job(config: DictConfig) -> None:
         result = pipeline.run(run_config, folder, provenance)
     except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
         _failures.append(error)
-        _complain(error)
         _remove_if_empty(folder)
-        _tell_of_state(folder)
+        _complain(error, _kept(folder, error))
     except KeyboardInterrupt:
         _remove_if_empty(folder)
-        _tell_of_state(folder)
-        raise
+        raise KeyboardInterrupt(_kept(folder)) from None
     else:
         if os.environ.get("RANK", "0") == "0":
             print_summary(result.report, Path(os.path.relpath(folder)))
@@ -84,8 +83,8 @@ def main() -> None:
     except OSError as error:  # Hydra could not make the output folder
         _complain(CheckpointError(f"output_dir: {error.filename or ''}: can't be written: {error.strerror}"))
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("prunekit: interrupted; no result was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"prunekit: interrupted; no result was written{stop}", file=sys.stderr)
         sys.exit(130)
     if _failures:
         sys.exit(2)

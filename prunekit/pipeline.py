@@ -179,6 +179,8 @@ def prune_model(
                 streamed.complete(layers_path(graph))
         except BaseException:
             restore(model, before)
+            if task.state:
+                task.state.drop_if_empty()
             raise
     note_biases(model, [module for module in without if module.bias is not None])
     report = figures(config, choice, plan, (total, num_parameters(model)), stages)
@@ -290,7 +292,12 @@ def figures(
     if config.target.name:
         exact = round if budget.cost.name in ("parameters", "bytes") else float
         achieved = exact(budget.cost({name: len(units) for name, units in plan.removed.items()}))
-        measured = {"measure": budget.cost.name, "limit": budget.limit, "dense": exact(budget.cost({})), "achieved": achieved}
+        measured = {
+            "measure": budget.cost.name,
+            "limit": budget.limit,
+            "dense": exact(budget.cost({})),
+            "achieved": achieved,
+        }
         target = {"target": measured}
     layers: dict[int | None, dict[str, Any]] = {}
     for group in groups:

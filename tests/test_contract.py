@@ -303,8 +303,8 @@ def test_bad_input():
         with pytest.raises(prunekit.PrunekitError, match=match) as caught:
             run(chosen, ratio=0.3)
         assert "\n" not in str(caught.value)
-    with pytest.raises(prunekit.PrunekitError, match=r"compensation=obs: channel \(channel\) has \d+ consumers"):
-        run(["compensation=obs", "policy=uniform"], "channel")
+    with pytest.raises(prunekit.PrunekitError, match=r"compensation=obs: layers.* found none \(layer\)"):
+        run(["compensation=obs", "policy=uniform"], "layer")
     for calibration, match in (
         ([{"input_ids": token_ids(2, 1)}], "not a single token to predict"),
         ([{"input_ids": token_ids(2, 4), "attention_mask": torch.zeros(2, 4)}], "not a single token to predict"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class State:
             if before.get(key) != self.facts.get(key):
                 made, now = before.get(key), self.facts.get(key)
                 raise CheckpointError(f"resume: {self.folder} was made with {key}={made}, this run has {now}; {_HINT}")
+
+    def drop_if_empty(self) -> None:
+        """Remove the folder where no group was finished."""
+        if not rank() and not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A small JSON object that is computed once: the counts, or the units chosen at the beginning."""

@@ -52,7 +52,7 @@ def test_the_changes_are_those_of_the_exact_error_after_exchanges_too(units, wid
         now = removal_error(problem, removed)
         for (i, p), (j, q) in itertools.product(enumerate(removed), enumerate(kept)):
             after = removal_error(problem, [q, *(u for u in removed if u != p)])
-            assert changes[i, j].item() == pytest.approx((after - now).item(), rel=1e-6, abs=1e-7 * now.item())
+            assert changes[i, j].item() == pytest.approx((after - now).item(), rel=1e-4, abs=1e-5 * now.item())
         swept.sweep(torch.tensor(removed[:1]), -1)
         swept.sweep(torch.tensor(kept[:1]), 1)
         removed = [*removed[1:], kept[0]]

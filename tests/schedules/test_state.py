@@ -45,6 +45,7 @@ def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, mon
         prunekit.prune(model, calibration=ids, overrides=options, state=tmp_path / "state")
     assert equal(model, before)
     assert len(list((tmp_path / "state").glob("*.safetensors"))) == finished
+    assert (tmp_path / "state").exists() == (finished > 0)
     monkeypatch.undo()
     options.append("resume=true")
     result = prunekit.prune(model, calibration=ids, overrides=options, state=tmp_path / "state")
