@@ -147,7 +147,7 @@ def images(draw):
 
 
 @given(st.one_of(sequences(), images()), st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_pruned_equals_masked(network, data):
     net, x = network
     net = randomise(net, 0.4)
