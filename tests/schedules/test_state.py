@@ -16,7 +16,7 @@ import prunekit
 from prunekit.errors import CheckpointError
 from prunekit.schedules import State
 
-QUICK = ["data.calibration.samples=32", "eval=none"]
+QUICK = ["data.calibration.samples=16", "eval=none", "compensation.target=residual", "data.calibration.batch_size=5"]
 COMMAND = [sys.executable, "-m", "prunekit", *QUICK]
 
 
@@ -112,8 +112,23 @@ def test_a_full_disk_keeps_what_was_finished(monkeypatch, tmp_path):
     assert result.plan
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(COMMAND, folder)
+    return folder / "out"
+
+
+def finish(command, folder, *more):
+    done = subprocess.run([*command, "output_dir=out", *more], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters;") == 1  # one process talks
+    return folder / "out"
+
+
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_killed_in_the_middle_of_a_layer(stream, tmp_path):
+def test_killed_in_the_middle_of_a_layer(stream, whole, tmp_path):
     command = [*COMMAND, f"memory.stream={stream}"]
     process = subprocess.Popen(
         [*command, "output_dir=out"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -124,27 +139,17 @@ def test_killed_in_the_middle_of_a_layer(stream, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out/model").exists()
-    for folder, more in (("out", ["resume=true"]), ("whole", [])):
-        done = subprocess.run([*command, f"output_dir={folder}", *more], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert equal(*(prunekit.from_pretrained(tmp_path / folder / "model") for folder in ("out", "whole")))
-    left, right = (json.loads((tmp_path / folder / "plan.json").read_text()) for folder in ("out", "whole"))
-    assert left == right
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        path.name for path in (tmp_path / "whole").iterdir()
-    }
+    out = finish(command, tmp_path, "resume=true")
+    assert equal(*(prunekit.from_pretrained(folder / "model") for folder in (out, whole)))
+    assert (out / "plan.json").read_text() == (whole / "plan.json").read_text()
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_two_processes_leave_what_one_does(tmp_path):
+def test_two_processes_leave_what_one_does(whole, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prunekit", *QUICK]
-    more = ["compensation.target=residual", "data.calibration.batch_size=5"]
-    for command, folder in ((torchrun, "two"), (COMMAND, "one")):
-        done = subprocess.run([*command, *more, f"output_dir={folder}"], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("parameters;") == 1
-    plans = [json.loads((tmp_path / folder / "plan.json").read_text()) for folder in ("two", "one")]
-    assert plans[0] == plans[1]
-    one, two = (prunekit.from_pretrained(tmp_path / folder / "model").state_dict() for folder in ("one", "two"))
+    out = finish(torchrun, tmp_path)
+    assert json.loads((out / "plan.json").read_text()) == json.loads((whole / "plan.json").read_text())
+    one, two = (prunekit.from_pretrained(folder / "model").state_dict() for folder in (whole, out))
     for name in one:
         torch.testing.assert_close(one[name].float(), two[name].float(), rtol=2e-2, atol=2e-3)  # float16 on disk
 
