@@ -201,11 +201,12 @@ def check(config: DictConfig) -> RunConfig:
             raise ConfigError(f"target.{name}: expected a number > 0, got {value:g}")
     if not 0 < run.ratio < 1:
         raise ConfigError(f"ratio: expected a number in (0, 1), got {run.ratio:g}")
-    if run.memory.stream not in (True, False, "auto"):
+    if not (isinstance(run.memory.stream, bool) or run.memory.stream == "auto"):
         raise ConfigError(f"memory.stream: expected true, false or auto, got {run.memory.stream!r}")
+    for name, value in (("budget", run.memory.budget), ("host", run.memory.host)):
+        if value is not None and not value >= 0:
+            raise ConfigError(f"memory.{name}: expected a number of bytes ≥ 0, got {value:g}")
     for key, value, least in (
-        ("memory.budget", run.memory.budget or 0, 0),
-        ("memory.host", run.memory.host or 0, 0),
         ("target.tokens", run.target.tokens, 2),
         ("target.batch", run.target.batch, 1),
         ("eval.window", run.eval.window, 2),

@@ -39,7 +39,7 @@ from prunekit.plan import PruningPlan
 from prunekit.report import render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
 from prunekit.schedules import Layerwise, State
-from prunekit.streaming import Streamed, layers_path, wanted
+from prunekit.streaming import Streamed, layers_path, stream
 from prunekit.surgery import apply_plan
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -90,11 +90,12 @@ def prune(
     """
     config = cfg.check(cfg.compose([f"method={method}", f"ratio={ratio}", *overrides]))
     batches = _batches(model, calibration, config.data.calibration.batch_size)
-    places = Places(state=Path(state) if state else None, identity=f"{type(model).__name__} {_digest(model)}")
-    result = prune_model(model, config, batches, Stages(_device_of(model)), places=places)
-    if places.state and not rank():
-        shutil.rmtree(places.state, ignore_errors=True)
-    return result
+    places = Places(
+        state=Path(state) if state else None,
+        activations=activations_folder(config, None),
+        identity=f"{type(model).__name__} {_digest(model)}" if state else "",
+    )
+    return prune_model(model, config, batches, Stages(_device_of(model)), places=places)
 
 
 def _batches(model: nn.Module, calibration: Any, batch_size: int) -> list[Mapping[str, Any]]:
@@ -130,7 +131,8 @@ class Places:
     """Where a run keeps what is finished (`state`), activations that memory has no room for (`activations`), and a
     streamed model's layers (`model`).
 
-    `identity`: what tells the dense model from others; `undo`: put the model back after a failure.
+    `identity`: what tells the dense model from others; `undo`: put the model back after a failure; `keep`: the state
+    is still needed afterwards.
     """
 
     state: Path | None = None
@@ -138,6 +140,7 @@ class Places:
     model: Path = Path("model")
     identity: str = ""
     undo: bool = True
+    keep: bool = False
 
 
 def prune_model(
@@ -190,7 +193,18 @@ def prune_model(
         from prunekit.costs.timing import timed
 
         report["target"]["measured"] = timed(model, timing_example(batches[0], config))
+    if task.state and not places.keep:
+        task.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
+
+
+def activations_folder(config: RunConfig, output: Path | None) -> Path | None:
+    """Where this process's activations go that memory has no room for: a folder of their own; the system's if None."""
+    if config.memory.folder is None and output is None:
+        return None
+    whose = hashlib.sha256(str((output or Path()).absolute()).encode()).hexdigest()[:8]
+    parent = Path(config.memory.folder) if config.memory.folder else output / STATE if output else Path()
+    return parent / f"activations-{whose}-{rank()}"
 
 
 def open_state(
@@ -351,14 +365,14 @@ def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapp
     if rank():  # the first process evaluates and writes
         config = replace(config, eval=replace(config.eval, corpora=[], prompt=None))
     else:
+        if config.resume and (output / STATE / "state.json").exists():
+            clear_results(output)  # of a run that was killed while it wrote them
         ensure_empty(output, besides={STATE, PARTIAL})
     torch.manual_seed(config.seed)
     stages = Stages(device)
     source = config.model.path or DEMO_MODEL
-    streamed: Streamed | None = None
     with stages("load"):
-        if wanted(config, source, device):
-            streamed = Streamed(source, device, pick_dtype(config.dtype), config.model.trust_remote_code)
+        if streamed := stream(config, source, device, pick_dtype(config.dtype)):
             model, stored = streamed.model, streamed.stored
         else:
             model, stored = load(source, device, pick_dtype(config.dtype), config.model.trust_remote_code)
@@ -378,12 +392,13 @@ def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapp
     beside = copy.deepcopy(model) if timed else None
     places = Places(
         state=output / STATE,
-        activations=Path(config.memory.folder or output / STATE),
+        activations=activations_folder(config, output),
         model=output / "model",
         identity=identity_of(source),
         undo=False,
+        keep=True,
     )
-    batches = token_batches(windows, data.batch_size, device)
+    batches = token_batches(windows, min(data.batch_size, -(-len(windows) // world_size())), device)
     result = prune_model(model, config, batches, stages, stored, places, streamed)
     if rank():
         return result
@@ -408,7 +423,8 @@ def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapp
                 parameter.data = parameter.data.to(stored)
             model.config.dtype = stored
         write_run(output, model, tokenizer, result.plan, report, provenance, streamed)
-    shutil.rmtree(output / STATE, ignore_errors=True)
+    for left in (output / STATE, output / PARTIAL):
+        shutil.rmtree(left, ignore_errors=True)
     return Result(model=model, plan=result.plan, report=report, graph=result.graph)
 
 
@@ -483,6 +499,17 @@ def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
         raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
 
 
+def clear_results(output: Path) -> None:
+    """Remove what `write_run` leaves, finished or not."""
+    names = ("report.json", "report.md", "layers.svg", "plan.json", "model", ".hydra")
+    half = [path for path in output.glob(".*") if path.name not in (STATE, PARTIAL)]
+    for path in [*(output / name for name in names), *half]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_run(
     output: Path,
     model: Any,
@@ -493,7 +520,6 @@ def write_run(
     streamed: Streamed | None = None,
 ) -> None:
     """Write the run folder, `report.json` last; on any failure nothing of it stays."""
-    names = ("report.json", "report.md", "layers.svg", "plan.json", "model", ".hydra")
     try:
         (output / ".hydra").mkdir(parents=True, exist_ok=True)
         for name, text in provenance.items():
@@ -507,10 +533,7 @@ def write_run(
         write_text(output / "report.md", render_markdown(report))
         write_text(output / "report.json", to_json(report))
     except BaseException as error:
-        for name in names:
-            shutil.rmtree(output / name, ignore_errors=True) if (output / name).is_dir() else (
-                (output / name).unlink(missing_ok=True)
-            )
+        clear_results(output)
         if isinstance(error, OSError):
             raise PrunekitError(f"{output}: can't be written: {error.strerror}") from error
         raise

@@ -14,9 +14,9 @@ from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_st
 from prunekit.compensation.store import free_bytes
 from prunekit.config import RunConfig, build
 from prunekit.console import say
-from prunekit.errors import ConfigError, SurgeryError
+from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph
-from prunekit.parallel import rank
+from prunekit.parallel import add_up, rank
 from prunekit.surgery import TOLERANCE, cut_layer
 
 _SHARE = 0.6  # of the free memory that a whole model may take before it is streamed by itself
@@ -38,27 +38,40 @@ def obstacle(config: RunConfig) -> str | None:
     return "target.latency" if config.target.name == "latency" else None
 
 
-def wanted(config: RunConfig, source: str | Path, device: torch.device) -> bool:
-    """Whether to stream: asked for, or memory is short and nothing stands against it.
+def stream(config: RunConfig, source: str | Path, device: torch.device, stored: torch.dtype | None) -> Streamed | None:
+    """The model streamed: where that is asked for, or memory is short and nothing stands against it.
 
     Raises:
         ConfigError: asked for, but something of the configuration needs the whole model.
+        CheckpointError: asked for, but the folder can't be read layer by layer.
     """
-    if config.memory.stream is False or not Path(source).is_dir():
-        if config.memory.stream is True:
-            raise ConfigError(f"memory.stream: expected model.path to be a local folder, got {source}")
-        return False
-    reason = obstacle(config)
-    if config.memory.stream is True:
-        if reason:
-            raise ConfigError(f"memory.stream: can't go with {reason}")
-        return True
-    shards = Shards.of_folder(Path(source)) if reason is None else None
-    wide = 2 if shards and device.type == "cpu" and shards.dtype.itemsize == 2 else 1  # half precision runs in float32
-    short = shards is not None and shards.num_bytes * wide > _SHARE * free_bytes(device)
-    if short:
+    asked = config.memory.stream is True
+    local = Path(source).is_dir()
+    reason = "a hub name; expected model.path to be a local folder" if not local else obstacle(config)
+    if config.memory.stream is False or (reason and not asked):
+        return None
+    if reason:
+        raise ConfigError(f"memory.stream: can't go with {reason}")
+    if not asked and not _short(Path(source), device):
+        return None
+    try:
+        found = Streamed(source, device, stored, config.model.trust_remote_code)
+    except CheckpointError as error:
+        if asked:
+            raise
+        say(f"memory is short, but layers can't be read one by one: {error}")
+        return None
+    if not asked:
         say("memory is short: layers come from disk one by one (memory.stream=false loads the model whole)")
-    return short
+    return found
+
+
+def _short(folder: Path, device: torch.device) -> bool:
+    """Whether any process's memory is; half precision becomes float32 on a CPU."""
+    shards = Shards.of_folder(folder)
+    wide = 2 if device.type == "cpu" and shards.dtype.itemsize == 2 else 1
+    short = shards.num_bytes * wide > _SHARE * free_bytes(device)
+    return add_up(torch.tensor([float(short)], device=device)).item() > 0
 
 
 class Streamed:
@@ -84,6 +97,8 @@ class Streamed:
 
     def write_to(self, folder: Path, resume: bool) -> None:
         """Where the result goes; layers an unfinished run has left there are kept with `resume`."""
+        if rank():
+            return  # the first process writes
         self.writer = LayerWriter(folder, self.stored, resume=True)
         if not resume:
             self.writer.abandon()
@@ -130,7 +145,7 @@ class StreamedLayers:
         if units:
             self._cut(units, run)
         writer = self.streamed.writer
-        if writer and not rank() and not writer.has(key):
+        if writer and not writer.has(key):
             writer.write(key, self.streamed.weights.state(key))
         self.streamed.weights.release(key)
 

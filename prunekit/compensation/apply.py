@@ -29,6 +29,7 @@ class Statistics:
     damping: float
     centred: bool = False
     share: float = field(default=0.0, init=False)
+    shift: Tensor | None = field(default=None, init=False)  # [d], what the biases take up of a target
 
     @property
     def moments(self) -> Moments:
@@ -38,7 +39,9 @@ class Statistics:
     @cached_property
     def inverse(self) -> Inverse:
         """The damped inverse of the Hessian."""
-        moments = self.moments
+        return self._inverse(self.moments)
+
+    def _inverse(self, moments: Moments) -> Inverse:
         if not self.centred:
             return invert(moments.hessian, self.damping)
         return invert(moments.hessian - torch.outer(moments.mean, moments.mean), self.damping)
@@ -51,22 +54,37 @@ class Statistics:
     def weight(self) -> Tensor:
         """W [d, n] to cut: the site's, or where it has a target, nearer to what gives the target on these inputs.
 
-        With errors e = t − W x̂ and D = E[e x̂ᵀ] the least squares, ridge-regularised towards W, are W + D(H + λI)⁻¹.
-        Only the share of that step is taken that is best on the held-out samples: with Δ = D(H + λI)⁻¹ of the others,
-        argmin over α in [0, 1] of E‖e − αΔx̂‖² = ⟨Δ, D⟩ / ⟨ΔH, Δ⟩ there. Then the held-out samples join in.
+        With errors e = t − W x̂ and D = E[e x̂ᵀ] the least squares, ridge-regularised towards W, are W + D(H + λI)⁻¹
+        (centred: of covariances, and E[e] − Δ E[x̂] goes into the bias). Only the share of that step is taken that is
+        best on the held-out samples: with Δ, c of the others, argmin over α in [0, 1] of E‖e − α(Δx̂ + c)‖² there.
+        Then the held-out samples join in.
         """
         weight, held = self.site.weight(), self.site.held
         if held is None or not held.tokens:
             return weight
-        assert self.moments.cross is not None and held.cross is not None
-        matrix = invert(self.moments.hessian, self.damping).matrix
-        step = (self.moments.cross.to(matrix) @ matrix).to(held.hessian)
-        scale = ((step @ held.hessian) * step).sum().item()
-        self.share = min(max((step * held.cross).sum().item() / scale, 0.0), 1.0) if scale > 0 else 0.0
+        step, offset = self._step(self.moments, self._inverse(self.moments).matrix)
+        self.share = _best_share(step, offset, held)
         self.site.moments, self.site.held = Moments.together([self.moments, held]), None
-        matrix = self.inverse.matrix
-        assert self.moments.cross is not None
-        return weight + self.share * (self.moments.cross.to(matrix) @ matrix).to(weight)
+        step, offset = self._step(self.moments, self.inverse.matrix)
+        self.shift = self.share * offset if self.centred else None
+        return weight + self.share * step.to(weight)
+
+    def _step(self, moments: Moments, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ [d, n] and c [d] of the least squares for the errors."""
+        cross, error = moments.cross, moments.error
+        assert cross is not None and error is not None
+        if not self.centred:
+            return (cross.to(inverse) @ inverse).to(cross), torch.zeros_like(error)
+        step = ((cross - torch.outer(error, moments.mean)).to(inverse) @ inverse).to(cross)
+        return step, error - step @ moments.mean
+
+
+def _best_share(step: Tensor, offset: Tensor, held: Moments) -> float:
+    """Argmin over α in [0, 1] of E‖e − α(Δx + c)‖² = ⟨Δ, D⟩ + c·E[e] over ⟨ΔH, Δ⟩ + 2 c·ΔE[x] + ‖c‖²."""
+    assert held.cross is not None and held.error is not None
+    gain = (step * held.cross).sum() + offset @ held.error
+    scale = ((step @ held.hessian) * step).sum() + 2 * offset @ (step @ held.mean) + offset @ offset
+    return min(max((gain / scale).item(), 0.0), 1.0) if scale > 0 else 0.0
 
 
 class Compensation(ABC):
@@ -101,6 +119,8 @@ class Obs(Compensation):
     bias: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bias, bool):
+            raise ConfigError(f"compensation.bias: expected true or false, got {self.bias!r}")
         for key in ("target", "attention", "mlp"):
             value = getattr(self, key)
             if value not in (*get_args(Target), *([] if key == "target" else [None])):
@@ -121,7 +141,8 @@ class Obs(Compensation):
         repaired = remove_columns(weight, statistics.inverse.matrix, removed)
         if not statistics.centred:
             return repaired, None
-        return repaired, (weight - repaired) @ statistics.moments.mean.to(repaired)
+        bias = (weight.to(repaired) - repaired) @ statistics.moments.mean.to(repaired)
+        return repaired, bias if statistics.shift is None else bias + statistics.shift.to(bias)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class Block:
     def output(self, batch: int, store: Store) -> Tensor:
         """What the consumer makes of the inputs put aside."""
         if batch not in self.outputs:
-            self.outputs[batch] = store.put(self.consumer.module(self.inputs[batch].get()))
+            self.outputs[batch] = store.put(self.consumer.module(self.inputs[batch].get()), copy=False)
             self.inputs.pop(batch).free()
         return self.outputs[batch].get()
 

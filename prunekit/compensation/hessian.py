@@ -14,10 +14,10 @@ _PANEL = 1024  # columns of H that are updated at once: only blocks on and below
 
 
 class Moments:
-    """Running means over tokens of x xᵀ, of x, and of e xᵀ where an error e of the outputs is given.
+    """Running means over tokens of x xᵀ, of x, and of e xᵀ and e where an error e of the outputs is given.
 
-    `hessian` [n, n] holds only its lower half until `finish`; `cross` [d, n] is None without errors. float32, float64
-    for float64 inputs, on the inputs' device.
+    `hessian` [n, n] holds only its lower half until `finish`; `cross` [d, n] and `error` [d] are None without errors.
+    float32, float64 for float64 inputs, on the inputs' device.
 
     Args:
         size: number of input features n.
@@ -40,6 +40,7 @@ class Moments:
         self.hessian = torch.zeros(size, size, device=device, dtype=self.dtype)
         self.mean = torch.zeros(size, device=device, dtype=self.dtype)
         self.cross = None if outputs is None else torch.zeros(outputs, size, device=device, dtype=self.dtype)
+        self.error = None if outputs is None else torch.zeros(outputs, device=device, dtype=self.dtype)
 
     def add(self, inputs: Tensor, mask: Tensor | None = None, error: Tensor | None = None, sample: int = 0) -> None:
         """Take in inputs [..., n] and errors [..., d]; `mask` [...] is False at positions that don't count (padding).
@@ -62,17 +63,18 @@ class Moments:
         if not torch.isfinite(self.hessian.diagonal()).all():
             raise DataError(f"{self.name}: its inputs hold NaN or infinity{_where(inputs, sample)}")
         self.mean.mul_(old).add_(x.sum(0, dtype=self.dtype), alpha=share)
-        if self.cross is not None:
+        if self.cross is not None and self.error is not None:
             assert error is not None
             e = error.flatten(0, -2) if mask is None else error[mask]
             _add_product(self.cross, e.detach(), x, old, share)
+            self.error.mul_(old).add_(e.detach().sum(0, dtype=self.dtype), alpha=share)
         self.tokens = new
 
     def finish(self) -> Moments:
         """Add up what the processes saw, and fill the upper half of the Hessian."""
         if world_size() > 1:
             count = int(add_up(torch.tensor([self.tokens], device=self.hessian.device)))
-            for mean in (self.hessian, self.mean, self.cross):
+            for mean in (self.hessian, self.mean, self.cross, self.error):
                 if mean is not None:
                     add_up(mean.mul_(self.tokens / max(count, 1)))
             self.tokens = count
@@ -80,6 +82,7 @@ class Moments:
         if self.hessian.device.type == "mps":  # it has no float64, which the solver may need
             self.hessian, self.mean = self.hessian.cpu(), self.mean.cpu()
             self.cross = None if self.cross is None else self.cross.cpu()
+            self.error = None if self.error is None else self.error.cpu()
         return self
 
     @staticmethod
@@ -88,12 +91,13 @@ class Moments:
         first = parts[0]
         total = Moments(len(first.hessian), first.name, first.hessian.device, first.dtype)
         total.cross = None if first.cross is None else torch.zeros_like(first.cross)
+        total.error = None if first.error is None else torch.zeros_like(first.error)
         total.tokens = sum(part.tokens for part in parts)
         for part in parts:
             share = part.tokens / max(total.tokens, 1)
-            for sums, mean in ((total.hessian, part.hessian), (total.mean, part.mean), (total.cross, part.cross)):
-                if sums is not None and mean is not None:
-                    sums.add_(mean, alpha=share)
+            for name in ("hessian", "mean", "cross", "error"):
+                if (sums := getattr(total, name)) is not None:
+                    sums.add_(getattr(part, name), alpha=share)
         return total
 
     def _mirror(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,11 +44,10 @@ class Site:
 
 @dataclass
 class Observation:
-    """Moments of a group's consumers; `stop` ends a pass when all of them have been fed."""
+    """Moments of a group's consumers, of all that they are fed in every batch."""
 
     consumers: Sequence[Consumer]
     targeted: bool = False
-    stop: bool = True
     sites: dict[Consumer, Site] = field(default_factory=dict)
 
     @contextmanager
@@ -58,27 +58,28 @@ class Observation:
         """
         given = batch.get("attention_mask")
         self._mask = given.bool() if isinstance(given, Tensor) and given.ndim == 2 and not given.bool().all() else None
-        self._sample, self._missing, self._wanted = sample, set(self.consumers), wanted
+        self._sample, self._wanted, self._positions = sample, wanted, positions_of(batch)
         self._fed: list[tuple[Tensor, Site]] = []
         yield
         self._fed.clear()
 
     def see(self, consumer: Consumer, inputs: Tensor) -> None:
         """Take in what a consumer is fed [..., n], and what its outputs lack [..., d]."""
-        self._missing.discard(consumer)
         site = self.sites.get(consumer) or self._site(consumer, inputs)
         if site.consumers[0] is consumer:
             self._fed.append((inputs, site))
-            self._add(site, inputs, None if self._wanted is None else self._wanted - consumer.module.forward(inputs))
-        if self.stop and not self._missing:
-            raise Stop
+            if inputs.ndim == 2 and len(inputs) == math.prod(self._positions):  # flattened, or no tokens at all
+                inputs = inputs.view(*self._positions, -1)
+            self._add(site, inputs)
 
-    def _add(self, site: Site, inputs: Tensor, error: Tensor | None) -> None:
-        if error is None or site.held is None:
-            site.moments.add(inputs, self._mask, None, self._sample)
+    def _add(self, site: Site, inputs: Tensor) -> None:
+        mask = self._mask if self._mask is not None and self._mask.shape == inputs.shape[:-1] else None
+        if self._wanted is None or site.held is None:
+            site.moments.add(inputs, mask, None, self._sample)
             return
-        mask = self._mask
-        if mask is None or mask.shape != inputs.shape[:-1]:
+        output = site.consumers[0].module.forward(inputs)
+        error = self._wanted.reshape(output.shape) - output
+        if mask is None:
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
         rows = (torch.arange(len(inputs), device=inputs.device) + self._sample) % HELD_OUT == HELD_OUT - 1
         rows = rows.view(-1, *[1] * (mask.ndim - 1))
@@ -118,6 +119,40 @@ class Observation:
                 site.held.finish()
         _share(sites)
         return sites
+
+
+def positions_of(batch: Batch) -> tuple[int, int]:
+    """Rows and tokens of a batch; one token where its inputs have none."""
+    for name in ("attention_mask", "input_ids", "inputs_embeds"):
+        if isinstance(value := batch.get(name), Tensor) and value.ndim > 1:
+            return value.shape[0], value.shape[1]
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1), 1
+
+
+def fresh(batch: Batch) -> Batch:
+    """A copy that the model may write to."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def unpadded(batches: Sequence[Batch]) -> list[Batch]:
+    """The rows of padded batches one by one, without their padding."""
+    found: list[Batch] = []
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.bool().all():
+            found.append(batch)
+            continue
+        for row, keep in enumerate(mask.bool()):
+            own = {
+                key: value[row : row + 1, keep]
+                if isinstance(value, Tensor) and value.shape[:2] == mask.shape
+                else value[row : row + 1]
+                if isinstance(value, Tensor) and value.ndim and len(value) == len(mask)
+                else value
+                for key, value in batch.items()
+            }
+            found.append(own)
+    return found
 
 
 def _share(sites: Sequence[Site]) -> None:

@@ -20,14 +20,14 @@ class Kept:
         self._tensor: Tensor | None = tensor
         self.nbytes = tensor.nbytes
 
-    def get(self) -> Tensor:
-        """The tensor, on the store's device; not to be written to."""
+    def get(self, copy: bool = False) -> Tensor:
+        """The tensor, on the store's device; with `copy` one that may be written to."""
         tensor = self._tensor
         assert tensor is not None
         if self._path is not None:
             mapped = torch.from_file(str(self._path), size=tensor.numel(), dtype=tensor.dtype)
             return mapped.view(tensor.shape).to(self._store.device, copy=True)
-        return tensor.to(self._store.device, non_blocking=True)
+        return tensor.clone() if copy and self._level == "device" else tensor.to(self._store.device, non_blocking=True)
 
     def free(self) -> None:
         """Give its bytes back."""
@@ -47,7 +47,7 @@ class Store:
         device: where the tensors are used.
         budget: bytes kept there; half of what is free by default.
         host: bytes kept in host memory for another device; half of what is free by default.
-        folder: where the files go; a new temporary folder by default, removed by `close`.
+        folder: for the files alone; what is there goes. A new temporary folder by default. Removed by `close`.
     """
 
     def __init__(
@@ -65,12 +65,11 @@ class Store:
         }
         self.used = {"device": 0, "host": 0, "file": 0}
         self.peak = dict(self.used)
-        self._parent = folder
+        self._given, self._count = folder, 0
         self._folder: Path | None = None
-        self._count, self._made = 0, False
 
-    def put(self, tensor: Tensor) -> Kept:
-        """Put a tensor aside; it must not change afterwards."""
+    def put(self, tensor: Tensor, copy: bool = True) -> Kept:
+        """Put a tensor aside; without a `copy` it must not change afterwards."""
         tensor = tensor.detach()
         level = next((name for name, limit in self.limits.items() if self.used[name] + tensor.nbytes <= limit), "file")
         path = self._write(tensor) if level == "file" else None
@@ -78,22 +77,25 @@ class Store:
         self.peak[level] = max(self.peak[level], self.used[level])
         if level == "host":
             tensor = tensor.to("cpu").pin_memory() if self.device.type == "cuda" else tensor.to("cpu")
+        elif level == "device" and copy:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         return Kept(self, tensor if path is None else torch.empty_like(tensor, device="meta"), level, path)
 
     def _write(self, tensor: Tensor) -> Path:
-        if self._folder is None:
-            if self._parent and not self._parent.exists():
-                self._parent.mkdir(parents=True)
-                self._made = True
-            self._folder = Path(tempfile.mkdtemp(prefix="activations.", dir=self._parent))
-        self._count += 1
-        path = self._folder / f"{self._count}.bin"
+        folder = self._folder or self._given
         try:
+            if self._folder is None:
+                if self._given:
+                    shutil.rmtree(self._given, ignore_errors=True)
+                    self._given.mkdir(parents=True)
+                folder = self._folder = self._given or Path(tempfile.mkdtemp(prefix="prunekit-activations-"))
+            self._count += 1
+            path = self._folder / f"{self._count}.bin"
             tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().tofile(path)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            self.close()
             what = f"{tensor.nbytes:,} more bytes of activations"
-            raise DataError(f"memory.folder: {self._folder} can't hold {what}: {error.strerror or error}") from error
+            raise DataError(f"memory.folder: {folder} can't hold {what}: {error.strerror or error}") from error
         return path
 
     def close(self) -> None:
@@ -101,16 +103,18 @@ class Store:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-            if self._made and self._parent and not any(self._parent.iterdir()):
-                self._parent.rmdir()
 
 
 def free_bytes(device: torch.device) -> float:
     """Memory that is free on a device."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    limits = [float("inf")]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+        limits += [float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")  # a container's own limit
+        limits.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, or no limit
+        pass
+    return min(limits)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.compensation.blocks import Block, Finder, constant, outputs_aside, replaced
 from prunekit.compensation.consumers import Consumer, See, watched
-from prunekit.compensation.observe import HELD_OUT, Batch, Numbered, Observation, Site, Stop
+from prunekit.compensation.observe import HELD_OUT, Batch, Numbered, Observation, Site, Stop, fresh, positions_of
 from prunekit.compensation.store import Kept, Store
 from prunekit.console import say
 from prunekit.errors import DataError
@@ -80,22 +80,42 @@ class Stream:
             return None
         layers = model.get_submodule(paths.pop())
         assert isinstance(layers, nn.ModuleList)
+        inside = [set(layer.modules()) for layer in layers]
+        for consumer in (c for found in consumers.values() for c in found):
+            if sum(consumer.module in modules for modules in inside) > 1:
+                return None
         stream = cls(layers, groups, consumers, batches, store, source)
         with source.outside() if source else nullcontext():
-            for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):
-                if all(stream._record(model, batch, wrap) for _, batch in batches):
-                    return stream
-                stream._forget()
-        return None
+            chained = any(stream._record_all(model, wrap) for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)))
+        agreed = add_up(torch.tensor([float(not chained)], device=store.device)).item() == 0
+        if not agreed:
+            stream._forget()
+        return stream if agreed else None
 
     def _forget(self) -> None:
         for kept in self.hidden:
             kept.free()
         self.hidden, self.calls = [], []
 
+    def _record_all(self, model: nn.Module, wrap: Callable[[Tensor], Any]) -> bool:
+        """Record all batches; False where a layer needs more of those before it than their hidden states."""
+        self._forget()
+        for _, batch in self.batches:
+            found = self._record(model, batch, wrap, lambda hidden: hidden)
+            if found is None:
+                return False
+            self.hidden.append(self.store.put(found[0]))
+            self.calls.append([_Call(c.args, self._shared(i, c.kwargs), c.key) for i, c in enumerate(found[1])])
+        again = self._record(model, self.batches[0][1], wrap, lambda hidden: 2 * hidden + 1)
+        return again is not None and _same(
+            [(c.args, c.kwargs) for c in self.calls[0]], [(c.args, c.kwargs) for c in again[1]]
+        )
+
     @torch.no_grad()
-    def _record(self, model: nn.Module, batch: Batch, wrap: Callable[[Tensor], Any]) -> bool:
-        """Run the model with layers that hand on what they are given: whether each gets just that."""
+    def _record(
+        self, model: nn.Module, batch: Batch, wrap: Callable[[Tensor], Any], change: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, list[_Call]] | None:
+        """What layers that only `change` what they are given are called with, and what the first one is given."""
         calls: list[_Call] = []
         states: list[Tensor] = []
 
@@ -103,13 +123,16 @@ class Stream:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 key = None if args else "hidden_states"
                 hidden = args[0] if key is None else kwargs.pop(key)
-                states.append(hidden)
-                if layer != len(calls) or hidden is not states[0]:
+                leaves = torch.utils._pytree.tree_leaves((args[1:], kwargs))
+                chained = hidden is states[-1] if states else isinstance(hidden, Tensor)
+                if layer != len(calls) or not chained or any(leaf is hidden for leaf in leaves):
                     raise Stop
-                calls.append(_Call(args[1:], self._shared(layer, kwargs), key))
+                states.append(hidden.clone() if not states else hidden)
+                calls.append(_Call(args[1:], kwargs, key))
                 if len(calls) == len(self.layers):
                     raise Stop
-                return wrap(hidden)
+                states.append(change(hidden))
+                return wrap(states[-1])
 
             return forward
 
@@ -117,16 +140,12 @@ class Stream:
             for i, layer in enumerate(self.layers):
                 stack.enter_context(replaced(layer, stub(i)))
             try:
-                model(**batch)
+                model(**fresh(batch))
             except Stop:
                 pass
             except Exception:  # a layer's output is more than hidden states
-                return False
-        if len(calls) < len(self.layers) or not isinstance(states[0], Tensor):
-            return False
-        self.hidden.append(self.store.put(states[0]))
-        self.calls.append(calls)
-        return True
+                return None
+        return (states[0], calls) if len(calls) == len(self.layers) else None
 
     def _shared(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments, tensors that equal those of the last batch taken from there: rotations, masks."""
@@ -143,7 +162,7 @@ class Stream:
     def walk(self, targets: Mapping[str, str], done: Container[str]) -> Iterator[Found]:
         """Yield (group, sites) layer by layer; see `Walk`."""
         last = max(group.layer for group in self.groups if group.layer is not None)
-        if targets and _rows(self.batches) < HELD_OUT:
+        if targets and _rows(self.batches, self.store.device) < HELD_OUT:
             say(f"fewer than {HELD_OUT} calibration samples: too few to hold some out; target=pruned is taken")
             targets = {}
         if targets:
@@ -163,7 +182,7 @@ class Stream:
             with together():
                 site = self._observe(i, group, finder, targets.get(group.name, "pruned"), group.name in done)
             yield group, [] if site is None else site.finish()
-        first = self.hidden[0].get() if self.source else None
+        first = self.hidden[0].get(copy=True) if self.source else None
         if not last:
             with together():
                 self._advance(i, finder)
@@ -180,7 +199,7 @@ class Stream:
         after = []
         for b in range(len(self.batches)):
             with finder.looking() if b == 0 else outputs_aside(finder.blocks, self.store, b):
-                after.append(self.store.put(self._run(i, b, {}, self.dense[b])))
+                after.append(self.store.put(self._run(i, b, {}, self.dense[b]), copy=False))
             if b == 0:
                 with outputs_aside(finder.blocks, self.store, b):
                     self._run(i, b, {}, self.dense[b])
@@ -196,7 +215,7 @@ class Stream:
         elif block and target == "residual" and not self._is_added(i, finder, block):
             say(f"{group.name}: its output is not simply added to the residual stream: target=dense is taken")
             target = "dense"
-        observation = Observation(consumers, target != "pruned", stop=False)
+        observation = Observation(consumers, target != "pruned")
         for b, (sample, batch) in enumerate(self.batches):
             look = block is None and b == 0 and finder.unsettled(consumers)
             if done and block is None and not look:
@@ -226,7 +245,7 @@ class Stream:
                 bad = (~torch.isfinite(hidden.flatten(1))).any(1).nonzero()[0].item()
                 raise DataError(f"layer {i}: its outputs hold NaN or infinity in calibration sample {sample + bad}")
             self.hidden[b].free()
-            self.hidden[b] = self.store.put(hidden)
+            self.hidden[b] = self.store.put(hidden, copy=False)
 
     def _target(self, i: int, b: int, finder: Finder, block: Block, target: str) -> Tensor:
         """What the block's consumer must give: the dense output, or what brings back the dense residual stream."""
@@ -247,20 +266,21 @@ class Stream:
         given = self._run(i, 0, {**rest, block: own}, self.dense[0])
         without = self._run(i, 0, {**rest, block: torch.zeros_like(own)}, self.dense[0])
         scale = given.float().abs().max()
-        differs = (given - without - own).float().abs().max() > 2e-2 * scale
-        return add_up(differs.float()).item() == 0
+        fits = own.numel() == given.numel()
+        differs = not fits or bool((given - without - own.view_as(given)).float().abs().max() > 2e-2 * scale)
+        return add_up(torch.tensor([float(differs)], device=given.device)).item() == 0
 
     @torch.no_grad()
     def _run(self, i: int, b: int, answers: Mapping[Block, Tensor], hidden: Kept | Tensor | None = None) -> Tensor:
         """The layer's output on a batch, with the answers of blocks that need not run; empty where it was stopped."""
         call = self.calls[b][i]
         hidden = self.hidden[b] if hidden is None else hidden
-        states = hidden.get() if isinstance(hidden, Kept) else hidden
+        states = hidden.get(copy=True) if isinstance(hidden, Kept) else hidden.clone()
         args = call.args if call.key else (states, *call.args)
         kwargs = {**call.kwargs, call.key: states} if call.key else call.kwargs
         with ExitStack() as stack:
             for block, output in answers.items():
-                stack.enter_context(replaced(block.module, constant(block.answer(output))))
+                stack.enter_context(replaced(block.module, constant(block.answer(output.clone()))))
             try:
                 return _first(self.layers[i](*args, **kwargs))
             except Stop:
@@ -283,11 +303,16 @@ def _feeder(consumers: Sequence[Consumer], take: See | None, keep: Callable[[Ten
     return see
 
 
-def _rows(batches: Sequence[Numbered]) -> int:
-    rows = sum(
-        max((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), default=1) for _, batch in batches
-    )
-    return int(add_up(torch.tensor([rows]))[0])
+def _same(left: Any, right: Any) -> bool:
+    """Whether two structures hold equal tensors."""
+    pairs = zip(*(torch.utils._pytree.tree_leaves(found) for found in (left, right)), strict=False)
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in tensors)
+
+
+def _rows(batches: Sequence[Numbered], device: torch.device) -> int:
+    rows = sum(positions_of(batch)[0] for _, batch in batches)
+    return int(add_up(torch.tensor([rows], device=device)))
 
 
 def _first(output: Any) -> Tensor:

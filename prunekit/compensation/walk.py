@@ -10,17 +10,17 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.compensation.consumers import Consumer, consumers_of, experts_in_turn, watched
 from prunekit.compensation.hessian import Moments
-from prunekit.compensation.observe import Batch, Numbered, Observation, Site, Stop
+from prunekit.compensation.observe import Batch, Numbered, Observation, Site, fresh, positions_of, unpadded
 from prunekit.compensation.store import Store
 from prunekit.compensation.stream import Layers, Stream
 from prunekit.console import say
-from prunekit.errors import TraceError
+from prunekit.errors import DataError, TraceError
 from prunekit.graph import CoupledGroup
-from prunekit.parallel import own_part, together
+from prunekit.parallel import own_part, together, world_size
 
 __all__ = ["Batch", "Consumer", "Layers", "Moments", "Site", "Walk", "consumers_of"]
 
@@ -55,9 +55,15 @@ class Walk:
         self.model.eval()
         consumers = {group.name: consumers_of(self.model, group) for group in self.groups}
         store = self.store or Store(next(self.model.parameters()).device)
-        numbered = own_part(_numbered(self.batches))
+        everyone = [consumer for found in consumers.values() for consumer in found]
+        experts = any(consumer.expert is not None for consumer in everyone)
+        batches = unpadded(self.batches) if experts else self.batches  # routed tokens no longer know their place
+        if len(batches) < world_size():
+            raise DataError(f"expected a batch for each of {world_size()} processes, got {len(batches)}: "
+                            "lower data.calibration.batch_size")  # fmt: skip
+        numbered = own_part(_numbered(batches))
         try:
-            with experts_in_turn(self.model, [c for found in consumers.values() for c in found]):
+            with experts_in_turn(self.model, everyone):
                 stream = Stream.open(self.model, self.groups, consumers, numbered, store, self.layers)
                 if stream is not None:
                     yield from stream.walk(self.targets, self.done)
@@ -79,8 +85,7 @@ def _numbered(batches: Sequence[Batch]) -> list[Numbered]:
     found, count = [], 0
     for batch in batches:
         found.append((count, batch))
-        rows = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
-        count += rows
+        count += positions_of(batch)[0]
     return found
 
 
@@ -89,8 +94,5 @@ def _observed(model: nn.Module, consumers: Sequence[Consumer], batches: Sequence
     with together():
         for sample, batch in batches:
             with observation.of(sample, batch), watched(consumers, observation.see), torch.no_grad():
-                try:
-                    model(**batch)
-                except Stop:
-                    pass
+                model(**fresh(batch))
     return observation.finish()

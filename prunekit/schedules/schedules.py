@@ -63,7 +63,7 @@ class Schedule(ABC):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, str) or not self.damping >= 0:
+        if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
             raise ConfigError(f"schedule.damping: expected a number ≥ 0, got {self.damping}")
 
     @abstractmethod

@@ -31,12 +31,15 @@ class State:
         resume: whether to go on with what is there.
 
     Raises:
-        CheckpointError: something is there and `resume` is not asked for; other facts; damage.
+        CheckpointError: the folder holds other things, or a state and `resume` is not asked for, or one with other
+            facts; damage.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, self.facts = folder, json.loads(json.dumps(facts))
         self.there = there = (folder / "state.json").exists()
+        if not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: expected a new folder or the state of an unfinished run")
         if there and not resume:
             raise CheckpointError(f"{folder}: holds an unfinished run: resume=true goes on with it; {_HINT}")
         if there:
@@ -44,15 +47,22 @@ class State:
         self.finished = {path.stem for path in folder.glob("*.safetensors")} if there else set()
 
     def _compare(self) -> None:
-        path = self.folder / "state.json"
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged: {error}; {_HINT}") from error
+        before = self._read(self.folder / "state.json")
         for key in sorted({*before, *self.facts}):
             if before.get(key) != self.facts.get(key):
                 made, now = before.get(key), self.facts.get(key)
                 raise CheckpointError(f"resume: {self.folder} was made with {key}={made}, this run has {now}; {_HINT}")
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged: {error}; {_HINT}") from error
+
+    def remove(self) -> None:
+        """The run is finished: nothing of it is needed any more."""
+        if not rank():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def drop_if_empty(self) -> None:
         """Remove the folder where no group was finished."""
@@ -63,7 +73,7 @@ class State:
         """A small JSON object that is computed once: the counts, or the units chosen at the beginning."""
         path = self.folder / f"{name}.json"
         if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            return self._read(path)
         found = compute()
         self._write(path, lambda target: target.write_text(json.dumps(found), encoding="utf-8"))
         return found

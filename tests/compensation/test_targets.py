@@ -95,6 +95,22 @@ def test_a_bias_takes_up_the_mean():
     assert not Obs().centred(place)
 
 
+def test_a_target_with_biases_is_met_by_both():
+    x, weight, generator = drawn(4000)
+    x += torch.linspace(-3, 3, 12)
+    wanted, constant = torch.randn(weight.shape, generator=generator), torch.randn(len(weight), generator=generator)
+    place = site(x, x @ (wanted - weight).T + constant, weight, torch.zeros(len(weight)))
+    statistics = Statistics(site=place, damping=0.0, centred=True)
+    moved = statistics.weight()
+    torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-3)
+    repaired, bias = Obs(bias=True).repair(moved, statistics, torch.tensor([1, 4]))
+    kept = [i for i in range(12) if i not in (1, 4)]
+    augmented = torch.cat([x[:, kept], torch.ones(4000, 1)], 1).double()
+    solution = torch.linalg.lstsq(augmented, (x @ wanted.T + constant).double()).solution.T
+    torch.testing.assert_close(repaired[:, kept].double(), solution[:, :-1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(bias.double(), solution[:, -1], rtol=1e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 def test_the_residual_target_brings_the_stream_nearer_to_the_dense_one(family):
     calibration, fresh, errors = token_ids(200, 24), token_ids(40, 24, seed=1), {}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import inputs_of, tiny_llama, token_ids
 from test_families import CASES, EXPERTS, build
+from torch import nn
 
 import prunekit
 from prunekit.compensation import walk as walking
@@ -83,7 +84,7 @@ def test_activations_in_files_change_nothing(budget, tmp_path):
     assert one.plan == two.plan
     for left, right in zip(plain.parameters(), filed.parameters(), strict=True):
         assert torch.equal(left, right)
-    store = Store(budget=budget, folder=tmp_path)
+    store = Store(budget=budget, folder=tmp_path / "activations")
     kept = [store.put(torch.full((100, 10), float(i)).to(torch.bfloat16)) for i in range(20)]
     assert store.used["device"] <= budget
     assert all((tensor.get() == i).all() for i, tensor in enumerate(kept))
@@ -179,3 +180,108 @@ def test_the_sample_with_nan_is_named(streamed, monkeypatch):
     match = r"layers\.0\.mlp\.down_proj: its inputs hold NaN or infinity in calibration sample 5"
     with pytest.raises(DataError, match=match):
         prunekit.prune(model, calibration=given)
+
+
+class Layer(nn.Module):
+    """An FFN with a residual connection, in one of several ways a layer may be written."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.ffn = nn.Sequential(self.up, nn.ReLU(), self.down)
+
+    def forward(self, x, *before):
+        if self.how == "writes its input":
+            x += self.ffn(x)
+            return x
+        if self.how == "writes its block's output":
+            h = self.ffn(x)
+            h += x
+            return h
+        return x + self.ffn(x) + sum(0.1 * other for other in before)
+
+
+class Stack(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.layers = nn.ModuleList(Layer(how) for _ in range(3))
+        if how == "shares weights":
+            for layer in self.layers[1:]:
+                layer.ffn = self.layers[0].ffn
+                layer.up, layer.down = layer.ffn[0], layer.ffn[2]
+
+    def forward(self, x):
+        first = before = x
+        for layer in self.layers:
+            extra = {"given the layer before": (before,), "given the first": (first,), "given a function": (x.tanh(),)}
+            x, before = layer(x, *extra.get(self.how, ())), x
+        return x
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["plain", "writes its input", "writes its block's output", "given the layer before", "given the first",
+     "given a function", "shares weights"],
+)  # fmt: skip
+def test_layers_however_they_are_written(how, monkeypatch):
+    torch.manual_seed(0)
+    dense = Stack(how)
+    x = torch.randn(40, 12)
+    given = [{"x": part} for part in x.split(16)]
+    results = []
+    for streamed in (True, False):
+        if not streamed:
+            monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
+        model = copy.deepcopy(dense)
+        results.append(prunekit.prune(model, ratio=0.3, calibration=copy.deepcopy(given), overrides=["policy=uniform"]))
+    assert results[0].plan == results[1].plan
+    for left, right in zip(results[0].model.parameters(), results[1].model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["dense", "residual"])
+@pytest.mark.parametrize("family", ["falcon", "opt", "gpt_neox"])
+def test_targets_do_not_depend_on_where_activations_wait(family, target):
+    found = []
+    for budget in ("null", "0"):
+        model = build(family, FIRST[family], "sdpa", "eager")
+        options = [f"compensation.target={target}", f"memory.budget={budget}", "policy=uniform"]
+        found.append(prunekit.prune(model, calibration=token_ids(24, 12), overrides=options))
+    assert found[0].plan == found[1].plan
+    for left, right in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "opt"])
+def test_padding_does_not_count_where_positions_are_regrouped(family):
+    model = build(family, FIRST[family], "sdpa", "eager")
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    groups = [g for g in graph.groups if g.kind == "mlp"]
+    ids = token_ids(6, 9)
+    mask = torch.ones_like(ids)
+    mask[::2, 5:] = 0
+    padded = [
+        {"input_ids": i, "attention_mask": m, "use_cache": False}
+        for i, m in zip(ids.split(3), mask.split(3), strict=True)
+    ]
+    plain = [{"input_ids": row[None, keep.bool()], "use_cache": False} for row, keep in zip(ids, mask, strict=True)]
+    for (_, left), (_, right) in zip(
+        walking.Walk(model=model, groups=groups, batches=padded),
+        walking.Walk(model=model, groups=groups, batches=plain),
+        strict=True,
+    ):
+        for one, two in zip(left, right, strict=True):
+            assert one.moments.tokens == two.moments.tokens
+            torch.testing.assert_close(one.moments.hessian, two.moments.hessian, rtol=1e-3, atol=1e-5)
+        if len(left) == 1:
+            assert left[0].moments.tokens == int(mask.sum())
+
+
+def test_a_sample_without_tokens_is_named_too():
+    net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(100, 10)
+    x[77] = torch.nan
+    with pytest.raises(DataError, match="calibration sample 77"):
+        prunekit.prune(net, calibration=[{"input": part} for part in x.split(50)])

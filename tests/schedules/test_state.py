@@ -80,7 +80,14 @@ def test_a_state_that_does_not_fit_is_refused(left, seed, ids, options, match):
     assert (left / "state.json").exists()
 
 
-@pytest.mark.parametrize("file", ["state.json", "layers.1.mlp.safetensors"])
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="expected a new folder or the state of an unfinished run"):
+        prunekit.prune(tiny_llama(), calibration=token_ids(), state=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("file", ["state.json", "counts.json", "layers.1.mlp.safetensors"])
 def test_a_damaged_state_is_refused(left, file):
     content = (left / file).read_bytes()
     (left / file).write_bytes(content[: len(content) // 2])
@@ -145,9 +152,28 @@ def test_killed_in_the_middle_of_a_layer(stream, whole, tmp_path):
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_two_processes_leave_what_one_does(whole, tmp_path):
+@pytest.mark.parametrize("at", ["save_pretrained", "write_pictures"])
+def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
+    from prunekit import config as cfg
+    from prunekit import pipeline
+
+    overrides = ["data.calibration.samples=4", "eval=none", "output_dir=out"]
+    monkeypatch.setattr(f"prunekit.pipeline.{at}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pipeline, "clear_results", lambda _: None)  # no time for that
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(cfg.check(cfg.compose(overrides)), tmp_path / "out", {"config.yaml": "x"})
+    monkeypatch.undo()
+    (tmp_path / "out/.model.half").mkdir()
+    pipeline.run(cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".hydra", "model", "plan.json", "report.json", "report.md", "layers.svg"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_two_processes_leave_what_one_does(stream, whole, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prunekit", *QUICK]
-    out = finish(torchrun, tmp_path)
+    out = finish(torchrun, tmp_path, f"memory.stream={stream}")
     assert json.loads((out / "plan.json").read_text()) == json.loads((whole / "plan.json").read_text())
     one, two = (prunekit.from_pretrained(folder / "model").state_dict() for folder in (whole, out))
     for name in one:
