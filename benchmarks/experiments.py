@@ -2,13 +2,19 @@
 
 python -m prunekit -m experiment=importance hydra.sweep.dir=sweeps/demo/importance
 python benchmarks/experiments.py sweeps        # sweeps/<model>/<experiment>/<run>/report.json
+
+A table replaces the one of the same model and experiment in experiments.json; the others stay. Runs that differ only in
+data.calibration.seed become a mean and a spread.
 """
 
 import json
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from page import environment, write
+from page import HERE, environment, write
 
 NOTES = {
     "importance": "LLM-Pruner's table 1: Taylor before L2 before random. Contradiction: on stories260K L2 is behind "
@@ -28,35 +34,54 @@ NOTES = {
     "whole layers. Contradiction: Taylor sums over a layer's weights drop the first layer of stories260K, which it "
     "can least do without.",
 }
-HIDDEN = ("data.", "eval.", "ratio=")
+HIDDEN = ("eval.", "ratio=", "data.calibration.seed=")
+BY_LAYER = "policy=log_increase"  # whose ratios by layer are kept: SlimGPT's figure 4
 
 
 def runs(folder: Path) -> list[dict]:
-    rows = []
+    draws = defaultdict(list)
     for report in sorted(folder.glob("*/report.json")):
         found = json.loads(report.read_text())
-        chosen = [part for part in report.parent.name.split(",") if not part.startswith(HIDDEN)]
-        ((_, perplexity),) = found["perplexity"].items()
-        rows.append(
-            {
-                "chosen": ", ".join(chosen) or "the default",
-                "target": found["ratio"]["target"],
-                "achieved": found["ratio"]["achieved"],
-                "dense": perplexity["dense"],
-                "pruned": perplexity["pruned"],
-            }
-        )
+        parts = [part for part in report.parent.name.split(",") if not part.startswith(HIDDEN)]
+        chosen = ", ".join(part.removeprefix("data.calibration.") for part in parts) or "the default"
+        draws[chosen, found["ratio"]["target"]].append(found)
+    rows = []
+    for (chosen, target), reports in draws.items():
+        perplexities = [next(iter(found["perplexity"].values())) for found in reports]
+        pruned = [perplexity["pruned"] for perplexity in perplexities]
+        row = {
+            "chosen": chosen,
+            "target": target,
+            "achieved": reports[0]["ratio"]["achieved"],
+            "dense": perplexities[0]["dense"],
+            "pruned": statistics.mean(pruned),
+        }
+        if len(pruned) > 1:
+            row |= {"spread": statistics.stdev(pruned), "runs": len(pruned)}
+        if chosen == BY_LAYER:
+            row["removed"] = [removed(layer) for layer in reports[0]["layers"]]
+        rows.append(row)
     return rows
+
+
+def removed(layer: dict[str, Any]) -> dict[str, float]:
+    """Kind → the share of its units that go."""
+    return {kind: 1 - units["kept"] / units["total"] for kind, units in layer.items() if kind != "index"}
 
 
 def main() -> None:
     root = Path(sys.argv[1])
-    tables = [
-        {"model": model.name, "experiment": folder.name, "note": NOTES.get(folder.name, ""), "rows": runs(folder)}
-        for model in sorted(root.iterdir())
-        for folder in sorted(model.iterdir())
-    ]
-    write("experiments", {**environment("experiments"), "repeats": 1, "tables": tables})
+    header = {**environment("experiments"), "repeats": 1}
+    path = HERE / "experiments.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {"tables": []}
+    tables = {(t["model"], t["experiment"]): {"revision": earlier.get("revision"), **t} for t in earlier["tables"]}
+    for folder in sorted(root.glob("*/*/")):
+        model, experiment = folder.parent.name, folder.name
+        found = {"revision": header["revision"], "model": model, "experiment": experiment, "rows": runs(folder)}
+        tables[model, experiment] = found
+    for (_, experiment), found in tables.items():
+        found["note"] = NOTES.get(experiment, "")
+    write("experiments", {**header, "tables": [tables[key] for key in sorted(tables)]})
 
 
 if __name__ == "__main__":
