@@ -39,27 +39,29 @@ BY_LAYER = "policy=log_increase"  # whose ratios by layer are kept: SlimGPT's fi
 
 
 def runs(folder: Path) -> list[dict]:
+    reports = sorted(folder.glob("*/report.json"))
+    parts = [[p for p in path.parent.name.split(",") if not p.startswith(HIDDEN)] for path in reports]
+    common = set(parts[0]).intersection(*parts) if parts else set()
     draws = defaultdict(list)
-    for report in sorted(folder.glob("*/report.json")):
-        found = json.loads(report.read_text())
-        parts = [part for part in report.parent.name.split(",") if not part.startswith(HIDDEN)]
-        chosen = ", ".join(part.removeprefix("data.calibration.") for part in parts) or "the default"
-        draws[chosen, found["ratio"]["target"]].append(found)
+    for path, own in zip(reports, parts, strict=True):
+        found = json.loads(path.read_text())
+        chosen = ", ".join(part.removeprefix("data.calibration.") for part in own if part not in common)
+        draws[chosen or "the default", found["ratio"]["target"]].append(found)
     rows = []
-    for (chosen, target), reports in draws.items():
-        perplexities = [next(iter(found["perplexity"].values())) for found in reports]
+    for (chosen, target), found in draws.items():
+        perplexities = [next(iter(report["perplexity"].values())) for report in found]
         pruned = [perplexity["pruned"] for perplexity in perplexities]
         row = {
             "chosen": chosen,
             "target": target,
-            "achieved": reports[0]["ratio"]["achieved"],
+            "achieved": found[0]["ratio"]["achieved"],
             "dense": perplexities[0]["dense"],
             "pruned": statistics.mean(pruned),
         }
         if len(pruned) > 1:
             row |= {"spread": statistics.stdev(pruned), "runs": len(pruned)}
         if chosen == BY_LAYER:
-            row["removed"] = [removed(layer) for layer in reports[0]["layers"]]
+            row["removed"] = [removed(layer) for layer in found[0]["layers"]]
         rows.append(row)
     return rows
 

@@ -173,12 +173,13 @@ def accumulation(result: dict) -> list[str]:
         for key, title in (("states", "Residual stream after each layer"), ("ffn", "Output of each FFN")):
             lines += [f"## {found['model']}: {title.lower()}", ""]
             lines += [f"Dense perplexity {found['dense']:.2f}. {title}: error over energy, %.", ""]
+            energy = ["dense energy, mean square", "–", *(f"{value:.3g}" for value in found["energy"][key]), "–"]
             cells = [
                 [row["cut"], row["target"], *(f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in row[key])]
                 + [f"{row['perplexity'][0]:.2f} ± {row['perplexity'][1]:.2f}"]
                 for row in found["rows"]
             ]
-            lines += [*table(columns, cells), ""]
+            lines += [*table(columns, [energy, *cells]), ""]
     return lines[:-1]
 
 
