@@ -31,7 +31,7 @@ NOTE = (
     "of all parameters; the squared difference between dense and pruned on held-out text, over the dense energy. "
     "The paper shows the FFNs' error as it is: multiply by the dense energy, the first row. "
     "Its error grows with depth, and faster than the cut; the second holds here. Contradiction: only the energy makes "
-    "it grow with depth; relative to it, one cut layer's error falls in the FFNs and hardly grows in the stream."
+    "it grow with depth; relative to it, one cut layer's error falls in the FFNs; in the stream it grows by 16 to 37 %."
 )
 
 
