@@ -128,18 +128,65 @@ def importance(result: dict) -> list[str]:
 
 
 def experiments(result: dict) -> list[str]:
-    lines = head("The papers' comparisons, at small scale", "experiments", result, "seed 0")
+    lines = head("The papers' comparisons, at small scale", "experiments", result, "seed 0, or mean ± spread of draws")
     for found in result["tables"]:
         ratios = sorted({row["target"] for row in found["rows"]})
         names = list(dict.fromkeys(row["chosen"] for row in found["rows"]))
-        at = {(row["chosen"], row["target"]): f"{row['pruned']:.2f}" for row in found["rows"]}
+        at = {(row["chosen"], row["target"]): row for row in found["rows"]}
         dense = found["rows"][0]["dense"] if found["rows"] else float("nan")
         columns = " | ".join(["choice", *(f">{ratio:.1%} removed" for ratio in ratios)])
-        order = sorted(names, key=lambda name: [float(at.get((name, ratio), "inf")) for ratio in ratios])
+        order = sorted(names, key=lambda name: [at.get((name, r), {"pruned": float("inf")})["pruned"] for r in ratios])
+        draws = max((row.get("runs", 1) for row in found["rows"]), default=1)
+        drawn = f", {draws} calibration draws" if draws > 1 else ""
         lines += [f"## {found['model']}: experiment={found['experiment']}", ""]
-        lines += [f"Held-out perplexity; dense {dense:.2f}. {found['note']}".rstrip(), ""]
-        lines += [*table(columns, [[name, *(at.get((name, r), "–") for r in ratios)] for name in order]), ""]
+        lines += [
+            f"Held-out perplexity{drawn}; dense {dense:.2f}; revision `{found['revision']}`. {found['note']}".rstrip()
+        ]
+        cells = [[name, *(_measured(at.get((name, ratio))) for ratio in ratios)] for name in order]
+        lines += ["", *table(columns, cells), ""]
+        if layered := [row for row in found["rows"] if "removed" in row]:
+            lines += ["SlimGPT's figure 4, the ratio by layer (heads, FFN channels):", ""]
+            layers = " | ".join(f">layer {i}" for i in range(len(layered[0]["removed"])))
+            cells = [
+                [f"{row['chosen']}, {row['target']:.0%} of all parameters"]
+                + [", ".join(f"{share:.0%}" for share in layer.values()) for layer in row["removed"]]
+                for row in layered
+            ]
+            lines += [*table(f"choice | {layers}", cells), ""]
     return lines[:-1]
 
 
-SECTIONS = {"solver": solver, "tracer": tracer, "importance": importance, "experiments": experiments}
+def _measured(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['pruned']:.2f}" + (f" ± {row['spread']:.2f}" if "spread" in row else "")
+
+
+def accumulation(result: dict) -> list[str]:
+    lines = head(
+        "Error accumulation by depth", "accumulation", result, f"{result['draws']} calibration draws, mean ± spread"
+    )
+    lines += [result["note"], ""]
+    for found in result["tables"]:
+        layers = len(found["rows"][0]["states"])
+        columns = " | ".join(["cut", "target", *(f">layer {i}" for i in range(layers)), ">perplexity"])
+        for key, title in (("states", "Residual stream after each layer"), ("ffn", "Output of each FFN")):
+            lines += [f"## {found['model']}: {title.lower()}", ""]
+            lines += [f"Dense perplexity {found['dense']:.2f}. {title}: error over energy, %.", ""]
+            energy = ["dense energy, mean square", "–", *(f"{value:.3g}" for value in found["energy"][key]), "–"]
+            cells = [
+                [row["cut"], row["target"], *(f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in row[key])]
+                + [f"{row['perplexity'][0]:.2f} ± {row['perplexity'][1]:.2f}"]
+                for row in found["rows"]
+            ]
+            lines += [*table(columns, [energy, *cells]), ""]
+    return lines[:-1]
+
+
+SECTIONS = {
+    "solver": solver,
+    "tracer": tracer,
+    "importance": importance,
+    "experiments": experiments,
+    "accumulation": accumulation,
+}

@@ -35,6 +35,20 @@ def test_groups_override_the_method(method, importance, policy):
     assert run.method_name == method
 
 
+def swept():
+    for path in sorted((config_dir() / "experiment").glob("*.yaml")):
+        for key, values in OmegaConf.load(path).hydra.sweeper.params.items():
+            if "(" not in (text := str(values)):
+                yield from ((path.stem, f"{key}={value}") for value in text.split(","))
+
+
+@pytest.mark.parametrize(("experiment", "override"), swept())
+def test_what_an_experiment_sweeps_over_composes_and_builds(experiment, override):
+    run = check(compose([f"experiment={experiment}", override]))
+    for name in ("importance", "policy", "compensation", "schedule"):
+        build(getattr(run, name), name)
+
+
 def test_all_groups_of_the_design_exist():
     assert {path.name for path in config_dir().iterdir() if path.is_dir()} == set(GROUPS)
 
