@@ -142,4 +142,33 @@ def experiments(result: dict) -> list[str]:
     return lines[:-1]
 
 
-SECTIONS = {"solver": solver, "tracer": tracer, "importance": importance, "experiments": experiments}
+def layerwise(result: dict) -> list[str]:
+    setup = result["setup"]
+    model = (
+        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
+        f"float32; {setup['tokens'][0]} × {setup['tokens'][1]} tokens; 20 % of the parameters go"
+    )
+    rows = [
+        [name, *(f"{found[key]:.1f}" if key in found else "–" for key in ("forward", "products", "solver", "run"))]
+        + [f"{ratio:.2f}"]
+        for name, found, ratio in (
+            ("floor", result["floor"], 1.0),
+            ("layer-wise", result["layerwise"], result["run_to_floor"]),
+            ("whole", {"run": result["layerwise"]["whole"]}, result["whole_to_floor"]),
+        )
+    ]
+    return [
+        *head("The layer-wise run against its floor", "layerwise", result, model),
+        result["note"],
+        "",
+        *table("CPU seconds | >forward | >products | >solver | >together | >/ floor", rows),
+    ]
+
+
+SECTIONS = {
+    "solver": solver,
+    "tracer": tracer,
+    "importance": importance,
+    "layerwise": layerwise,
+    "experiments": experiments,
+}

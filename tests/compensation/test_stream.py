@@ -16,7 +16,7 @@ from prunekit.errors import DataError
 from prunekit.graph import trace
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "gemma2", "phi3", "opt", "falcon", "bloom", "cohere", "qwen3_moe", "mixtral"]
-FIRST = {family: values for family, values in reversed(CASES)}
+FIRST = dict(reversed(CASES))
 
 
 def batches(ids, size=3):

@@ -13,7 +13,7 @@ from prunekit.compensation.observe import Site
 from prunekit.errors import ConfigError
 from prunekit.graph import Member
 
-FIRST = {family: values for family, values in reversed(CASES)}
+FIRST = dict(reversed(CASES))
 
 
 def site(x, errors, weight, bias=None):

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_llama, token_ids
 
 import prunekit
-from prunekit.errors import CheckpointError, DataError
+from prunekit.errors import CheckpointError
 from prunekit.schedules import State
 
 QUICK = ["data.calibration.samples=32", "eval=none"]
