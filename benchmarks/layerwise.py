@@ -25,7 +25,6 @@ import prunekit
 from prunekit.compensation.hessian import Moments
 from prunekit.schedules import Layerwise, schedules
 
-torch.set_num_threads(1)  # CPU time of one thread: other processes hardly disturb it
 BATCH = 16
 NOTE = (
     "Floor: the decoder layers once over all batches in a plain loop, and x.T @ x of what every o_proj and down_proj "
@@ -80,16 +79,18 @@ def layerwise(model: nn.Module, ids: Tensor) -> dict[str, float]:
 
 
 @contextmanager
-def timed(owner: Any, name: str, spent: dict[str, float], key: str) -> Iterator[None]:
+def timed(
+    owner: Any, name: str, spent: dict[str, float], key: str, clock: Callable[[], float] = time.process_time
+) -> Iterator[None]:
     """Add what a function takes to `spent`."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def clocked(*args: Any, **kwargs: Any) -> Any:
-        began = time.process_time()
+        began = clock()
         try:
             return function(*args, **kwargs)
         finally:
-            spent[key] += time.process_time() - began
+            spent[key] += clock() - began
 
     with patch.object(owner, name, clocked):
         yield
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=(32, 512), help="sequences and their length")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # CPU time of one thread: other processes hardly disturb it
     heads = {"num_attention_heads": args.hidden // 128, "num_key_value_heads": args.hidden // 128}
     sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "num_hidden_layers": args.layers}
     dense, ids = make({**sizes, **heads, "vocab_size": 2000}, tuple(args.tokens))

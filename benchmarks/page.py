@@ -165,10 +165,56 @@ def layerwise(result: dict) -> list[str]:
     ]
 
 
+def streamed(result: dict) -> list[str]:
+    weights, budget, opened, peak = (result[key] for key in ("weights", "budget", "opened", "peak"))
+    allowed = 0.35 * weights + budget
+    model = (
+        f"hidden {result['setup']['hidden_size']}, FFN {result['setup']['intermediate_size']}, "
+        f"{result['setup']['num_hidden_layers']} layers: {weights:,.0f} MiB of weights in bfloat16"
+    )
+    rows = [
+        [name, f"{found:,.0f}", f"{found / weights:.0%}", f"{found - opened:,.0f}", f"{(found - opened) / weights:.0%}"]
+        for name, found in (("opened", opened), ("traced", result["traced"]), ("loaded", result["loaded"]))
+    ]
+    above = peak - opened
+    rows.append(["streamed", f"{peak:,.0f}", f"{peak / weights:.0%}", f"{above:,.0f}", f"{above / weights:.0%}"])
+    stages = ", ".join(f"{name.replace('_', ' ')} {found:,.0f}" for name, found in result["stages"].items())
+    return [
+        *head("The memory of a streamed run", "streamed", result, model),
+        f"{result['note']} Its stages' peaks: {stages}. 35 % of the weights and the activation budget of {budget} MiB "
+        f"are {allowed:,.0f} MiB. {result['cpu_seconds']:.0f} CPU seconds. `{' '.join(result['options'])}`.",
+        "",
+        *table("process | >peak | >of the weights | >above opened | >of the weights", rows),
+    ]
+
+
+def llama7b(result: dict) -> list[str]:
+    keys = ("trace", "forward", "products", "solver", "schedule", "whole")
+    rows = [
+        [f"{row['samples']} × 2,048, {'activations in host memory' if row['budget'] == 0 else 'all on the device'}"]
+        + [f"{row['seconds'][key]:.1f}" for key in keys]
+        + [f"{row['peak_mb'][key]:,.0f}" for key in ("schedule", "whole")]
+        for row in result["rows"]
+    ]
+    paper = result["paper"]
+    rows.append(["the paper's", *["–"] * 5, f"{paper['seconds']}", "–", f"{paper['peak_mb']:,}"])
+    gpu = (f"{result['device']}, CUDA {result['cuda']}", f"{result['rows'][0]['weights_mb']:,.0f} MB of weights")
+    return [
+        *head("LLaMA-7B's shape on a GPU, 20 %", "llama7b", result, *gpu),
+        result["note"],
+        "",
+        *table(
+            "tokens | " + " | ".join(f">{key}, s" for key in keys) + " | >schedule's peak, MB | >whole's peak, MB", rows
+        ),
+    ]
+
+
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,
     "importance": importance,
     "layerwise": layerwise,
+    "streamed": streamed,
+    "llama7b": llama7b,
     "experiments": experiments,
 }

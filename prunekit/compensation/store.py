@@ -77,7 +77,7 @@ class Store:
         self.used[level] += tensor.nbytes
         self.peak[level] = max(self.peak[level], self.used[level])
         if level == "host":
-            tensor = tensor.to("cpu").pin_memory() if self.device.type == "cuda" else tensor.to("cpu")
+            tensor = torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda").copy_(tensor)
         return Kept(self, tensor if path is None else torch.empty_like(tensor, device="meta"), level, path)
 
     def _write(self, tensor: Tensor) -> Path:
