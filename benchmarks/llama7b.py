@@ -46,7 +46,8 @@ def measure(args: argparse.Namespace, samples: int, budget: int | None) -> dict:
     """One run on a new model."""
     device, clock, heads = torch.device(args.device), partial(now, torch.device(args.device)), args.hidden // 128
     sizes = {"hidden_size": args.hidden, "intermediate_size": args.hidden * 43 // 16, "num_hidden_layers": args.layers}
-    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=heads, num_key_value_heads=heads)
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": args.hidden * 125 // 16}
+    config = AutoConfig.for_model("llama", **sizes)
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

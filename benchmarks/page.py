@@ -32,11 +32,12 @@ def _there(name: str) -> bool:
 
 
 def head(title: str, name: str, result: dict, *more: str) -> list[str]:
+    often = f"medians of {result['repeats']}" if result["repeats"] > 1 else "each once"
     run = [f"{result['machine']}, {result['cpus']} CPUs", f"torch {result['torch']}", f"{result['threads']} thread(s)"]
     return [
         f"# {title}",
         "",
-        f"`{result['command']}`, {', '.join([*run, *more])}, medians of {result['repeats']}, "
+        f"`{result['command']}`, {', '.join([*run, *more])}, {often}, "
         f"revision `{result['revision']}`. Generated from `{name}.json`.",
         "",
     ]
