@@ -183,7 +183,9 @@ def streamed(result: dict) -> list[str]:
     return [
         *head("The memory of a streamed run", "streamed", result, model),
         f"{result['note']} Its stages' peaks: {stages}. 35 % of the weights and the activation budget of {budget} MiB "
-        f"are {allowed:,.0f} MiB. {result['cpu_seconds']:.0f} CPU seconds. `{' '.join(result['options'])}`.",
+        f"are {allowed:,.0f} MiB: the streamed run takes {above:,.0f} above the opened process, {peak:,.0f} with what "
+        f"that holds, Python and its libraries. {result['cpu_seconds']:.0f} CPU seconds; "
+        f"`{' '.join(result['options'])}`.",
         "",
         *table("process | >peak | >of the weights | >above opened | >of the weights", rows),
     ]
