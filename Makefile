@@ -33,9 +33,12 @@ format: $(DONE)  ## put the formatting right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DONE)  ## time the solver and the tracer; benchmarks/RESULTS.md is generated from the JSON they leave
+bench: $(DONE)  ## time what takes time; benchmarks/RESULTS.md is generated from the JSON the scripts leave
 	$(BIN)/python benchmarks/solver.py
 	$(BIN)/python benchmarks/tracer.py
+	$(BIN)/python benchmarks/importance.py
+	$(BIN)/python benchmarks/layerwise.py
+	$(BIN)/python benchmarks/streamed.py
 
 docs: $(DONE)  ## write docs/options.md from the configuration
 	$(BIN)/python docs/make.py

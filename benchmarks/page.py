@@ -32,11 +32,12 @@ def _there(name: str) -> bool:
 
 
 def head(title: str, name: str, result: dict, *more: str) -> list[str]:
+    often = f"medians of {result['repeats']}" if result["repeats"] > 1 else "each once"
     run = [f"{result['machine']}, {result['cpus']} CPUs", f"torch {result['torch']}", f"{result['threads']} thread(s)"]
     return [
         f"# {title}",
         "",
-        f"`{result['command']}`, {', '.join([*run, *more])}, medians of {result['repeats']}, "
+        f"`{result['command']}`, {', '.join([*run, *more])}, {often}, "
         f"revision `{result['revision']}`. Generated from `{name}.json`.",
         "",
     ]
@@ -183,10 +184,102 @@ def accumulation(result: dict) -> list[str]:
     return lines[:-1]
 
 
+def layerwise(result: dict) -> list[str]:
+    setup = result["setup"]
+    model = (
+        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
+        f"float32; {setup['tokens'][0]} × {setup['tokens'][1]} tokens; 20 % of the parameters go"
+    )
+    rows = [
+        [name, *(f"{found[key]:.1f}" if key in found else "–" for key in ("forward", "products", "solver", "run"))]
+        + [f"{ratio:.2f}"]
+        for name, found, ratio in (
+            ("floor", result["floor"], 1.0),
+            ("layer-wise", result["layerwise"], result["run_to_floor"]),
+            ("whole", {"run": result["layerwise"]["whole"]}, result["whole_to_floor"]),
+        )
+    ]
+    return [
+        *head("The layer-wise run against its floor", "layerwise", result, model),
+        result["note"],
+        "",
+        *table("CPU seconds | >forward | >products | >solver | >together | >/ floor", rows),
+    ]
+
+
+def streamed(result: dict) -> list[str]:
+    weights, budget, opened, peak = (result[key] for key in ("weights", "budget", "opened", "peak"))
+    allowed = 0.35 * weights + budget
+    model = (
+        f"hidden {result['setup']['hidden_size']}, FFN {result['setup']['intermediate_size']}, "
+        f"{result['setup']['num_hidden_layers']} layers: {weights:,.0f} MiB of weights in bfloat16"
+    )
+    rows = [
+        [name, f"{found:,.0f}", f"{found / weights:.0%}", f"{found - opened:,.0f}", f"{(found - opened) / weights:.0%}"]
+        for name, found in (("opened", opened), ("traced", result["traced"]), ("loaded", result["loaded"]))
+    ]
+    above = peak - opened
+    rows.append(["streamed", f"{peak:,.0f}", f"{peak / weights:.0%}", f"{above:,.0f}", f"{above / weights:.0%}"])
+    stages = ", ".join(f"{name.replace('_', ' ')} {found:,.0f}" for name, found in result["stages"].items())
+    return [
+        *head("The memory of a streamed run", "streamed", result, model),
+        f"{result['note']} Its stages' peaks: {stages}. 35 % of the weights and the activation budget of {budget} MiB "
+        f"are {allowed:,.0f} MiB: the streamed run takes {above:,.0f} above the opened process, {peak:,.0f} with what "
+        f"that holds, Python and its libraries. {result['cpu_seconds']:.0f} CPU seconds; "
+        f"`{' '.join(result['options'])}`.",
+        "",
+        *table("process | >peak | >of the weights | >above opened | >of the weights", rows),
+    ]
+
+
+def llama7b(result: dict) -> list[str]:
+    keys = ("trace", "forward", "products", "solver", "schedule", "whole")
+    rows = [
+        [f"{row['samples']} × 2,048, {'activations in host memory' if row['budget'] == 0 else 'all on the device'}"]
+        + [f"{row['seconds'][key]:.1f}" for key in keys]
+        + [f"{row['peak_mb'][key]:,.0f}" for key in ("schedule", "whole")]
+        for row in result["rows"]
+    ]
+    paper = result["paper"]
+    rows.append(["the paper's", *["–"] * 5, f"{paper['seconds']}", "–", f"{paper['peak_mb']:,}"])
+    gpu = (f"{result['device']}, CUDA {result['cuda']}", f"{result['rows'][0]['weights_mb']:,.0f} MB of weights")
+    return [
+        *head("LLaMA-7B's shape on a GPU, 20 %", "llama7b", result, *gpu),
+        result["note"],
+        "",
+        *table(
+            "tokens | " + " | ".join(f">{key}, s" for key in keys) + " | >schedule's peak, MB | >whole's peak, MB", rows
+        ),
+    ]
+
+
+def quality(result: dict) -> list[str]:
+    lines = [*head("SlimGPT's choices over five calibration draws", "quality", result), result["note"], ""]
+    questions = dict.fromkeys(row["question"] for row in result["rows"])
+    for question in questions:
+        rows = [row for row in result["rows"] if row["question"] == question]
+        models, settings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "setting"))
+        found = {(row["setting"], row["model"]): row for row in rows}
+        cells = [
+            [setting, *(_spread(found.get((setting, model)), question) for model in models)] for setting in settings
+        ]
+        lines += [f"## {question}", "", *table(" | ".join(["", *(f">{model}" for model in models)]), cells), ""]
+    return lines[:-1]
+
+
+def _spread(row: dict | None, question: str) -> str:
+    digits = 4 if "error" in question else 2
+    return f"{row['mean']:.{digits}f} ± {row['spread']:.{digits}f}" if row else "–"
+
+
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,
     "importance": importance,
+    "layerwise": layerwise,
+    "streamed": streamed,
+    "llama7b": llama7b,
     "experiments": experiments,
     "accumulation": accumulation,
+    "quality": quality,
 }

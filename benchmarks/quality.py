@@ -123,10 +123,10 @@ def gather() -> None:
         for name, values in found.pop("layer_error").items():
             question = "layer error, half of the units"
             rows.append({"model": path.stem, "question": question, "setting": name, **_spread(values)})
-        dense = found.pop("dense")
+        found.pop("dense")
         for key, values in found.items():
             question, option, tokens, ratio = key.split("|")
-            question = f"{question}, {int(tokens):,} tokens: perplexity at {float(ratio):.0%} (dense {dense:.2f})"
+            question = f"{question}, {int(tokens):,} tokens: perplexity at {float(ratio):.0%}"
             rows.append(
                 {"model": path.stem, "question": question, "setting": option.partition(".")[2], **_spread(values)}
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 from prunekit.errors import ConfigError
+
+_MMAP_THRESHOLD = -3  # mallopt's number of it
 
 
 @dataclass
@@ -52,6 +55,16 @@ def pick_dtype(name: str) -> torch.dtype | None:
     if name not in known:
         raise ConfigError(f"dtype: unknown {name!r}; available: {', '.join(known)}")
     return known[name]
+
+
+def return_freed() -> None:
+    """Let freed tensors go back to the system at once, where glibc would keep them in its heap."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        pass  # another C library
 
 
 def reset_peak(device: torch.device) -> None:

@@ -244,18 +244,19 @@ def snapshot(
 ) -> dict[str, Tensor | None]:
     """Copies of what choosing may change: the consumers and their biases (None where there is none), or all members.
 
-    Without `copies` only which biases there are not.
+    They are in host memory. Without `copies` only which biases there are not.
     """
     names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
     parameters = dict(model.named_parameters())
-    found: dict[str, Tensor | None] = {n: parameters[n].detach().clone() for n in names if n in parameters and copies}
+    held = [name for name in names if name in parameters and copies]
+    found: dict[str, Tensor | None] = {name: parameters[name].detach().to("cpu", copy=True) for name in held}
     for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
         module = model.get_submodule(name.rpartition(".")[0])
         if "bias" in module._parameters:
             if (bias := module._parameters["bias"]) is None:
                 found[name] = None
             elif copies:
-                found[name] = bias.detach().clone()
+                found[name] = bias.detach().to("cpu", copy=True)
     return found
 
 

@@ -16,6 +16,7 @@ from prunekit.config import RunConfig, build
 from prunekit.console import say
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph
+from prunekit.machine import return_freed
 from prunekit.parallel import add_up, rank
 from prunekit.surgery import TOLERANCE, cut_layer
 
@@ -87,6 +88,7 @@ class Streamed:
     def __init__(
         self, source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
     ) -> None:
+        return_freed()
         self.stored = stored or Shards.of_folder(Path(source)).dtype
         half = self.stored in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if device.type == "cpu" and half else self.stored

@@ -103,7 +103,7 @@ class Weights:
                 shape = tuple(old.shape)
                 raise CheckpointError(f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}")
             tensor = shards.read([name], self.device, old.dtype)[name]
-            if not torch.isfinite(tensor).all():
+            if not all(torch.isfinite(end) for end in (tensor.aminmax() if tensor.numel() else ())):  # no temporaries
                 raise DataError(f"{name}: the weights hold NaN or infinity")
             _put(places, tensor, old.requires_grad)
 

@@ -49,7 +49,9 @@ class Statistics:
     def problem(self, weight: Tensor) -> Problem:
         """What to choose units by: W [d, n], where a dead input costs nothing, and A."""
         index = self.site.consumers[0].member.index.to(weight.device)
-        return Problem(weight=weight.masked_fill(self.inverse.dead, 0), inverse=self.inverse.matrix, index=index)
+        dead = self.inverse.dead
+        alive = weight.masked_fill(dead, 0) if dead.any() else weight
+        return Problem(weight=alive, inverse=self.inverse.matrix, index=index)
 
     def weight(self) -> Tensor:
         """W [d, n] to cut: the site's, or where it has a target, nearer to what gives the target on these inputs.

@@ -85,6 +85,10 @@ class Moments:
             self.error = None if self.error is None else self.error.cpu()
         return self
 
+    def drop(self) -> None:
+        """Let go of the Hessian: its inverse is all that is needed from here on."""
+        self.hessian = self.hessian.new_empty(0, 0)
+
     @staticmethod
     def together(parts: Sequence[Moments]) -> Moments:
         """The moments of all the parts' tokens."""

@@ -82,17 +82,17 @@ def _inverted(
     root = diagonal.masked_fill(dead, torch.inf).rsqrt().to(dtype)
     scaled = hessian.to(dtype, copy=True).mul_(root[:, None]).mul_(root)
     scaled.diagonal().fill_(1)
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    del scaled
-    if info or not factor.diagonal().square().min() > floor:
+    columns = scaled.T  # symmetric, in LAPACK's order: factor and inverse take its place
+    info = torch.empty((), dtype=torch.int32, device=scaled.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    if info or not scaled.diagonal().square().min() > floor:
         return None
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    if dtype == torch.float32 and not inverse.diagonal().max() * floor <= 1:
+    torch.cholesky_inverse(columns, out=columns)
+    if dtype == torch.float32 and not scaled.diagonal().max() * floor <= 1:
         return None
     root[dead] = mean**-0.5
-    inverse.mul_(root[:, None]).mul_(root)
-    return inverse if torch.isfinite(inverse.diagonal()).all() else None
+    scaled.mul_(root[:, None]).mul_(root)
+    return scaled if torch.isfinite(scaled.diagonal()).all() else None
 
 
 def cholesky(blocks: Tensor) -> Tensor:
@@ -110,7 +110,9 @@ def remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
     weight = weight.to(inverse.dtype)
     rows = inverse.index_select(0, removed)
     factor = cholesky(rows.index_select(1, removed))
-    updated = weight - torch.cholesky_solve(weight[:, removed].T, factor).T @ rows
+    gone = torch.cholesky_solve(weight[:, removed].T, factor)
+    del factor
+    updated = torch.addmm(weight, gone.T, rows, alpha=-1)
     updated[:, removed] = 0
     return updated
 

@@ -76,7 +76,7 @@ class Store:
         self.used[level] += tensor.nbytes
         self.peak[level] = max(self.peak[level], self.used[level])
         if level == "host":
-            tensor = tensor.to("cpu").pin_memory() if self.device.type == "cuda" else tensor.to("cpu")
+            tensor = torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda").copy_(tensor)
         elif level == "device" and copy:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         return Kept(self, tensor if path is None else torch.empty_like(tensor, device="meta"), level, path)

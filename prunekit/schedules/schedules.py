@@ -188,6 +188,8 @@ def _cut(
     if units is None:
         assert isinstance(task.importance, LayerImportance)
         problems = [statistics.problem(weight) for statistics, weight in zip(found, weights, strict=True)]
+        for site in sites:
+            site.moments.drop()
         units = task.importance.choose(problems, counts[group.name])
     for site, statistics, weight in zip(sites, found, weights, strict=True):
         columns = site.consumers[0].member.index[torch.tensor(units)].flatten().to(weight.device)
