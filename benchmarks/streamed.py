@@ -46,9 +46,10 @@ p.check_finite(prunekit.from_pretrained(sys.argv[1]))
 """
 BESIDE = {"opened": OPENED, "traced": TRACED, "loaded": LOADED}
 NOTE = (
-    "Peak resident memory, MiB. Opened: prunekit imported, the skeleton without weights, the tokenizer; traced: its "
-    "groups found too; loaded: every weight in memory as it is stored, and no pruning. Streamed: the command, from "
-    "start to the finished folder; activations wait in memory up to the budget, the rest in files."
+    "Peak resident memory, MiB; the three processes beside it are medians of three. Opened: prunekit imported, the "
+    "skeleton without weights, the tokenizer; traced: its groups found too; loaded: every weight in memory as it is "
+    "stored, and no pruning. Streamed: the command, from start to the finished folder; activations wait in memory up "
+    "to the budget, the rest in files."
 )
 
 
