@@ -29,7 +29,9 @@ BATCH = 16
 NOTE = (
     "Floor: the decoder layers once over all batches in a plain loop, and x.T @ x of what every o_proj and down_proj "
     "is fed. Layer-wise: the schedule of `prune`, from the embeddings to the last repaired layer; whole: `prune` with "
-    "tracing, allocation and the checked cut as well. Forward is what is neither products nor solver."
+    "tracing, allocation and the checked cut as well. Forward is what is neither products nor solver. target=residual, the "
+    "default, takes a dense stream through the layers beside the pruned one, and products of errors with inputs; "
+    "target=pruned is SlimGPT's, with SlimGPT's floor."
 )
 
 
@@ -62,7 +64,7 @@ def floor(model: Any, ids: Tensor) -> dict[str, float]:
     return spent | {"forward": spent["run"] - spent["products"]}
 
 
-def layerwise(model: nn.Module, ids: Tensor) -> dict[str, float]:
+def layerwise(model: nn.Module, ids: Tensor, target: str) -> dict[str, float]:
     """Seconds of a whole `prune`, its schedule, and the parts of that."""
     spent = dict.fromkeys(("run", "products", "solver"), 0.0)
     with ExitStack() as stack:
@@ -73,7 +75,8 @@ def layerwise(model: nn.Module, ids: Tensor) -> dict[str, float]:
         ):
             stack.enter_context(timed(owner, name, spent, key))
         began = time.process_time()
-        prunekit.prune(model, ratio=0.2, calibration=ids, overrides=[f"data.calibration.batch_size={BATCH}"])
+        options = [f"data.calibration.batch_size={BATCH}", f"compensation.target={target}"]
+        prunekit.prune(model, ratio=0.2, calibration=ids, overrides=options)
         spent["whole"] = time.process_time() - began
     return spent | {"forward": spent["run"] - spent["products"] - spent["solver"]}
 
@@ -108,18 +111,21 @@ def main() -> None:
     heads = {"num_attention_heads": args.hidden // 128, "num_key_value_heads": args.hidden // 128}
     sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "num_hidden_layers": args.layers}
     dense, ids = make({**sizes, **heads, "vocab_size": 2000}, tuple(args.tokens))
-    turns: list[tuple[dict, dict]] = []
+    turns: list[tuple[dict, dict, dict]] = []
     floor(dense, ids[:BATCH])  # warms up
     for _ in range(args.repeats):
-        turns.append((floor(dense, ids), layerwise(copy.deepcopy(dense), ids)))
+        runs = (layerwise(copy.deepcopy(dense), ids, target) for target in ("pruned", "residual"))
+        turns.append((floor(dense, ids), *runs))
         print(turns[-1], file=sys.stderr)
-    bottoms, runs = zip(*turns, strict=True)
+    bottoms, *runs = zip(*turns, strict=True)
     result = {**environment("layerwise"), "command": " ".join(["python benchmarks/layerwise.py", *sys.argv[1:]])}
     result |= {"repeats": args.repeats, "setup": {**sizes, "tokens": list(args.tokens)}, "note": NOTE}
     result["floor"] = {key: statistics.median(turn[key] for turn in bottoms) for key in bottoms[0]}
-    result["layerwise"] = {key: statistics.median(turn[key] for turn in runs) for key in runs[0]}
-    for key in ("run", "whole"):
-        result[f"{key}_to_floor"] = statistics.median(run[key] / low["run"] for low, run in turns)
+    for name, found in zip(("pruned", "residual"), runs, strict=True):
+        result[name] = {key: statistics.median(turn[key] for turn in found) for key in found[0]}
+        for key in ("run", "whole"):
+            ratios = (run[key] / low["run"] for low, run in zip(bottoms, found, strict=True))
+            result[name][f"{key}_to_floor"] = statistics.median(ratios)
     write("layerwise", result)
 
 

@@ -62,7 +62,11 @@ def measure(args: argparse.Namespace, samples: int, budget: int | None) -> dict:
         peaks["schedule"] = peak_memory(device) / 1e6
         return plan
 
-    options = ["data.calibration.batch_size=4", f"memory.budget={'null' if budget is None else budget}"]
+    options = [
+        "data.calibration.batch_size=4",
+        "compensation.target=pruned",
+        f"memory.budget={'null' if budget is None else budget}",
+    ]
     with (
         patch.object(Layerwise, "run", noted),
         timed(Layerwise, "run", spent, "schedule", clock),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+TARGETS = ("pruned", "residual")
 
 
 def environment(script: str) -> dict:
@@ -190,13 +191,14 @@ def layerwise(result: dict) -> list[str]:
         f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
         f"float32; {setup['tokens'][0]} × {setup['tokens'][1]} tokens; 20 % of the parameters go"
     )
+    whole = [(f"prune, target={t}", {"run": result[t]["whole"]}, result[t]["whole_to_floor"]) for t in TARGETS]
     rows = [
         [name, *(f"{found[key]:.1f}" if key in found else "–" for key in ("forward", "products", "solver", "run"))]
         + [f"{ratio:.2f}"]
         for name, found, ratio in (
             ("floor", result["floor"], 1.0),
-            ("layer-wise", result["layerwise"], result["run_to_floor"]),
-            ("whole", {"run": result["layerwise"]["whole"]}, result["whole_to_floor"]),
+            *((f"layer-wise, target={t}", result[t], result[t]["run_to_floor"]) for t in TARGETS),
+            *whole,
         )
     ]
     return [

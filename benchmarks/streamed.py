@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the model and the result; a temporary one by default")
     args = parser.parse_args()
     options = ["memory.stream=true", f"memory.budget={args.budget * MIB}", "method=slimgpt", "ratio=0.2", "eval=none"]
+    options += ["compensation.target=pruned"]  # SlimGPT's; a target beyond takes a second Hessian and stream
     options += [f"data.calibration.samples={args.samples}", "data.calibration.sequence_length=128"]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         model, pruned = f"{folder}/dense", Path(folder, "pruned")

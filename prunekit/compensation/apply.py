@@ -111,11 +111,11 @@ class Obs(Compensation):
 
     `target`: what the consumers must reproduce from the inputs that the pruned layers before them give. pruned: what
     they compute on these (SlimGPT); dense: what they compute in the dense model; residual: what brings back the dense
-    residual stream behind them. `attention`, `mlp`: the same for the groups of that kind alone. `bias`: where a
+    residual stream behind them, which takes a second, dense stream through the layers. `attention`, `mlp`: the same for the groups of that kind alone. `bias`: where a
     consumer has a bias, it takes up the mean of what is lost.
     """
 
-    target: Target = "pruned"
+    target: Target = "residual"
     attention: Target | None = None
     mlp: Target | None = None
     bias: bool = False

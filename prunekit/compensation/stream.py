@@ -63,6 +63,7 @@ class Stream:
     hidden: list[Kept] = field(default_factory=list)
     dense: list[Kept] = field(default_factory=list)
     calls: list[list[_Call]] = field(default_factory=list)  # [batch][layer]
+    said: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
@@ -210,10 +211,10 @@ class Stream:
         consumers = self.consumers[group.name]
         block = finder.block_of(consumers)
         if target != "pruned" and block is None:
-            say(f"{group.name}: its consumer's output goes through more than an addition: target=pruned is taken")
+            self._say_once("no lone consumer whose output can be told: target=pruned is taken", group)
             target = "pruned"
         elif block and target == "residual" and not self._is_added(i, finder, block):
-            say(f"{group.name}: its output is not simply added to the residual stream: target=dense is taken")
+            self._say_once("its output is not simply added to the residual stream: target=dense is taken", group)
             target = "dense"
         observation = Observation(consumers, target != "pruned")
         for b, (sample, batch) in enumerate(self.batches):
@@ -233,6 +234,11 @@ class Stream:
                 for kept in aside.values():
                     kept.free()
         return None if done else observation
+
+    def _say_once(self, reason: str, group: CoupledGroup) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
+            say(f"{group.name}, and others like it: {reason}")
 
     def _keep(self, aside: dict[int, Kept], batch: int, inputs: Tensor) -> None:
         aside[batch] = self.store.put(inputs)

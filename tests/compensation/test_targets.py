@@ -138,7 +138,7 @@ def test_where_the_residual_target_does_not_exist_the_next_best_is_taken(monkeyp
 
 
 def test_targets_by_kind_and_unknown_ones():
-    repairs = Obs(attention="residual")
+    repairs = Obs(target="pruned", attention="residual")
     assert [repairs.target_of(kind) for kind in ("attention", "query_head", "mlp")] == ["residual"] * 2 + ["pruned"]
     with pytest.raises(ConfigError, match=r"compensation.mlp: unknown 'dens': did you mean dense\?"):
         Obs(mlp="dens")
