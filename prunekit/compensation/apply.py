@@ -111,8 +111,9 @@ class Obs(Compensation):
 
     `target`: what the consumers must reproduce from the inputs that the pruned layers before them give. pruned: what
     they compute on these (SlimGPT); dense: what they compute in the dense model; residual: what brings back the dense
-    residual stream behind them, which takes a second, dense stream through the layers. `attention`, `mlp`: the same for the groups of that kind alone. `bias`: where a
-    consumer has a bias, it takes up the mean of what is lost.
+    residual stream behind them (both take a dense stream through the layers beside the pruned one). `attention`,
+    `mlp`: the same for the groups of that kind alone. `bias`: where a consumer has a bias, it takes up the mean of
+    what is lost.
     """
 
     target: Target = "residual"
