@@ -78,7 +78,7 @@ class Observation:
             site.moments.add(inputs, mask, None, self._sample)
             return
         output = site.consumers[0].module.forward(inputs)
-        error = self._wanted.reshape(output.shape) - output
+        error = wide(self._wanted.reshape(output.shape)) - wide(output)
         if mask is None:
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
         rows = (torch.arange(len(inputs), device=inputs.device) + self._sample) % HELD_OUT == HELD_OUT - 1
@@ -127,6 +127,11 @@ def positions_of(batch: Batch) -> tuple[int, int]:
         if isinstance(value := batch.get(name), Tensor) and value.ndim > 1:
             return value.shape[0], value.shape[1]
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1), 1
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: differences of half precision are exact there."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def fresh(batch: Batch) -> Batch:

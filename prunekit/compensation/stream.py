@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.compensation.blocks import Block, Finder, constant, outputs_aside, replaced
 from prunekit.compensation.consumers import Consumer, See, watched
-from prunekit.compensation.observe import HELD_OUT, Batch, Numbered, Observation, Site, Stop, fresh, positions_of
+from prunekit.compensation.observe import HELD_OUT, Batch, Numbered, Observation, Site, Stop, fresh, positions_of, wide
 from prunekit.compensation.store import Kept, Store
 from prunekit.console import say
 from prunekit.errors import DataError
@@ -262,7 +262,7 @@ class Stream:
         dense = {o: o.dense[b].get() for o in (*earlier, block)}
         pruned = {o: o.output(b, self.store) for o in earlier}
         stream = self._run(i, b, {**zero, **dense}, self.dense[b])
-        return stream - self._run(i, b, {**zero, **pruned, block: torch.zeros_like(dense[block])})
+        return wide(stream) - wide(self._run(i, b, {**zero, **pruned, block: torch.zeros_like(dense[block])}))
 
     def _is_added(self, i: int, finder: Finder, block: Block) -> bool:
         """Whether the layer's output, but for the blocks behind this one, is a sum with this block's output."""
@@ -271,9 +271,7 @@ class Stream:
         rest = {o: o.dense[0].get() for o in earlier} | {o: torch.zeros_like(o.dense[0].get()) for o in later}
         given = self._run(i, 0, {**rest, block: own}, self.dense[0])
         without = self._run(i, 0, {**rest, block: torch.zeros_like(own)}, self.dense[0])
-        scale = given.float().abs().max()
-        fits = own.numel() == given.numel()
-        differs = not fits or bool((given - without - own.view_as(given)).float().abs().max() > 2e-2 * scale)
+        differs = own.numel() != given.numel() or not _is_sum(wide(given), wide(without), wide(own.view_as(given)))
         return add_up(torch.tensor([float(differs)], device=given.device)).item() == 0
 
     @torch.no_grad()
@@ -307,6 +305,13 @@ def _feeder(consumers: Sequence[Consumer], take: See | None, keep: Callable[[Ten
             raise Stop
 
     return see
+
+
+def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> bool:
+    """Whether total = rest + part, but for rounding; told where the rest is small, and with it the rounding."""
+    small = rest.abs() <= rest.abs().median()
+    lost = (total - rest - part)[small].square().sum()
+    return bool(lost <= 0.01 * part[small].square().sum())
 
 
 def _same(left: Any, right: Any) -> bool:
