@@ -21,8 +21,8 @@ _tree = torch.utils._pytree
 class Block:
     """A module whose output, in a structure of `leaves`, is its consumer's.
 
-    By batch: the consumer's `inputs` until it is repaired, then its `outputs`; its `dense` outputs where a target
-    needs them.
+    `first`: the consumer's output on the batch the block was found with. By batch: the consumer's `inputs` until it is
+    repaired, then its `outputs`; its `dense` outputs where a target needs them.
     """
 
     module: nn.Module
@@ -30,6 +30,7 @@ class Block:
     leaves: list[Any]
     spec: Any
     place: int
+    first: Tensor
     inputs: dict[int, Kept] = field(default_factory=dict)
     outputs: dict[int, Kept] = field(default_factory=dict)
     dense: dict[int, Kept] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Finder:
     def looking(self, consumer: Consumer | None = None) -> Iterator[None]:
         """Watch one run of the layer; for one consumer alone it ends behind the outermost module around it."""
         alone, wanted = consumer is not None, [consumer] if consumer else self.consumers
-        own: dict[Consumer, list[Tensor]] = {consumer: [] for consumer in wanted}
+        own: dict[Consumer, list[tuple[Tensor, Tensor]]] = {consumer: [] for consumer in wanted}
         outer: dict[Consumer, list[tuple[nn.Module, Any]]] = {consumer: [] for consumer in wanted}
         with ExitStack() as stack:
             for consumer in wanted:
@@ -119,7 +120,7 @@ class Finder:
 def _note(consumer: Consumer, module: nn.Module, own: dict, outer: dict, stop: bool) -> Callable[..., None]:
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         if module is consumer.module:
-            own[consumer].append(output)
+            own[consumer].append((output, output.clone()))  # the layer may write to it later
         outer[consumer].append((module, output))
         if stop:
             raise Stop
@@ -127,16 +128,17 @@ def _note(consumer: Consumer, module: nn.Module, own: dict, outer: dict, stop: b
     return hook
 
 
-def _block(consumer: Consumer, own: list[Any], outer: list[tuple[nn.Module, Any]]) -> Block | None:
-    if len(own) != 1 or not isinstance(own[0], Tensor):
+def _block(consumer: Consumer, own: list[tuple[Tensor, Tensor]], outer: list[tuple[nn.Module, Any]]) -> Block | None:
+    if len(own) != 1:
         return None
+    output, first = own[0]
     found = None
-    for module, output in outer:  # the innermost finish first
-        leaves, spec = _tree.tree_flatten(output)
+    for module, given in outer:  # the innermost finish first
+        leaves, spec = _tree.tree_flatten(given)
         tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if len(tensors) == 1 and torch.equal(leaves[tensors[0]], own[0]):
-            found = Block(module, consumer, [None if k in tensors else leaf for k, leaf in enumerate(leaves)], spec,
-                           tensors[0])  # fmt: skip
+        if len(tensors) == 1 and torch.equal(leaves[tensors[0]], output):
+            rest = [None if k in tensors else leaf for k, leaf in enumerate(leaves)]
+            found = Block(module, consumer, rest, spec, tensors[0], first)
     return found
 
 

@@ -201,9 +201,8 @@ class Stream:
         for b in range(len(self.batches)):
             with finder.looking() if b == 0 else outputs_aside(finder.blocks, self.store, b):
                 after.append(self.store.put(self._run(i, b, {}, self.dense[b]), copy=False))
-            if b == 0:
-                with outputs_aside(finder.blocks, self.store, b):
-                    self._run(i, b, {}, self.dense[b])
+        for block in finder.blocks:
+            block.dense[0] = self.store.put(block.first, copy=False)
         return after
 
     def _observe(self, i: int, group: CoupledGroup, finder: Finder, target: str, done: bool) -> Observation | None:

@@ -235,7 +235,8 @@ def test_layers_however_they_are_written(how, monkeypatch):
         if not streamed:
             monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
         model = copy.deepcopy(dense)
-        results.append(prunekit.prune(model, ratio=0.3, calibration=copy.deepcopy(given), overrides=["policy=uniform"]))
+        options = ["policy=uniform", "compensation.target=pruned"]
+        results.append(prunekit.prune(model, ratio=0.3, calibration=copy.deepcopy(given), overrides=options))
     assert results[0].plan == results[1].plan
     for left, right in zip(results[0].model.parameters(), results[1].model.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
