@@ -88,10 +88,10 @@ class Stream:
         stream = cls(layers, groups, consumers, batches, store, source)
         with source.outside() if source else nullcontext():
             chained = any(stream._record_all(model, wrap) for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)))
-        agreed = add_up(torch.tensor([float(not chained)], device=store.device)).item() == 0
-        if not agreed:
-            stream._forget()
-        return stream if agreed else None
+        if stream._everywhere(chained):
+            return stream
+        stream._forget()
+        return None
 
     def _forget(self) -> None:
         for kept in self.hidden:
@@ -209,7 +209,7 @@ class Stream:
         """Feed the group's consumers, put their inputs aside where that saves running their module again."""
         consumers = self.consumers[group.name]
         block = finder.block_of(consumers)
-        if target != "pruned" and block is None:
+        if target != "pruned" and not self._everywhere(block is not None):
             self._say_once("no lone consumer whose output can be told: target=pruned is taken", group)
             target = "pruned"
         elif block and target == "residual" and not self._is_added(i, finder, block):
@@ -271,7 +271,11 @@ class Stream:
         given = self._run(i, 0, {**rest, block: own}, self.dense[0])
         without = self._run(i, 0, {**rest, block: torch.zeros_like(own)}, self.dense[0])
         differs = own.numel() != given.numel() or not _is_sum(wide(given), wide(without), wide(own.view_as(given)))
-        return add_up(torch.tensor([float(differs)], device=given.device)).item() == 0
+        return self._everywhere(not differs)
+
+    def _everywhere(self, holds: bool) -> bool:
+        """Whether something holds in all processes: they must go the same way."""
+        return add_up(torch.tensor([float(not holds)], device=self.store.device)).item() == 0
 
     @torch.no_grad()
     def _run(self, i: int, b: int, answers: Mapping[Block, Tensor], hidden: Kept | Tensor | None = None) -> Tensor:
