@@ -176,7 +176,14 @@ def test_out_of_reach(tmp_path):
 
 def test_interrupted_runs_leave_no_model(tmp_path):
     command = [sys.executable, "-u", "-m", "prunekit", "eval=none", "output_dir=out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     for line in process.stdout:
         if "units" in line and "→" in line:  # the first group is finished
             process.send_signal(signal.SIGINT)
