@@ -33,7 +33,7 @@ from prunekit.graph import trace
 from prunekit.pipeline import DEMO_MODEL
 
 NOTE = (
-    "Mean ± spread over five draws of the calibration windows (two of the embedded model at 131,072 tokens). demo: the "
+    "Mean ± spread over five draws of the calibration windows. demo: the "
     "embedded model, gpt2: `benchmarks/small_gpt2.py`, both on the standard library's text, stories260K TinyStories. "
     "Layer errors: E(S) / E‖W x‖² on the dense model's inputs, mean over the layers. target=residual, the default, is "
     "the best nearly everywhere, more so with more tokens; target=dense alone is hardly better than pruned, often "
@@ -42,7 +42,6 @@ NOTE = (
 )
 FOLDER = Path(__file__).parent / "quality"
 SEEDS, WINDOW, EVAL_TOKENS = range(5), 128, 16_384
-FEW = 2  # draws where a run takes minutes
 RATIOS, TOKENS = (0.2, 0.45), (8_192, 32_768, 131_072)
 HEADS = ("exact", "grouped_cholesky", "diagonal")
 COLUMNS = ("greedy", "dynamic_group", "released_group", "fixed_group")
@@ -124,8 +123,7 @@ def measure(setting: Setting) -> None:
             if option in DEFAULTS and (same := f"default|{tokens}|{ratio}") in found:
                 done[key] = found[same]
             if key not in done:
-                seeds = SEEDS[:FEW] if setting.name == "demo" and tokens == TOKENS[-1] else SEEDS
-                done[key] = [setting.perplexity(option, ratio, tokens, seed) for seed in seeds]
+                done[key] = [setting.perplexity(option, ratio, tokens, seed) for seed in SEEDS]
                 path.write_text(json.dumps(done, indent=1) + "\n")
                 print(setting.name, key, [round(value, 2) for value in done[key]], flush=True)
             if option in DEFAULTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -172,7 +173,7 @@ def prune_model(
             task = replace(task, layers=partial(streamed.layers, graph))
         total = num_parameters(model)
         changes = task.independent or task.compensation is not None or isinstance(choice.schedule, Layerwise)
-        before = snapshot(model, task.groups, task.independent, copies=places.undo) if changes else {}
+        before = snapshot(model, task.groups, task.independent, copies=places.undo and not streamed) if changes else {}
         try:
             plan = choice.schedule.run(task)
             without = [model.get_submodule(name.rpartition(".")[0]) for name, bias in before.items() if bias is None]
@@ -202,7 +203,7 @@ def activations_folder(config: RunConfig, output: Path | None) -> Path | None:
     """Where this process's activations go that memory has no room for: a folder of their own; the system's if None."""
     if config.memory.folder is None and output is None:
         return None
-    whose = hashlib.sha256(str((output or Path()).absolute()).encode()).hexdigest()[:8]
+    whose = os.getpid() if output is None else hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]
     parent = Path(config.memory.folder) if config.memory.folder else output / STATE if output else Path()
     return parent / f"activations-{whose}-{rank()}"
 

@@ -153,11 +153,14 @@ class StreamedLayers:
 
     def _cut(self, units: Mapping[str, list[int]], run: Callable[[], Tensor]) -> None:
         expected = run()
+        exact = all(self.graph[name].exact for name in units)  # elsewhere a norm runs over what is left
         problem = ""
         for by_value in (None, "*"):
             undo = cut_layer(self.streamed.model, self.graph, units, by_value)
             try:
                 got = run()
+                if not exact and got.shape == expected.shape:
+                    return
                 error = ((expected - got).float().abs().max() / expected.float().abs().max().clamp_min(1e-30)).item()
                 if error <= TOLERANCE[expected.dtype]:
                     return

@@ -43,7 +43,8 @@ def test_no_exchange_would_lower_the_error_any_more(units, width, consumers, see
 def test_the_changes_are_those_of_the_exact_error_after_exchanges_too(units, width, seed, data):
     order = data.draw(st.permutations(range(units)))
     removed = order[: data.draw(st.integers(1, units - 1))]
-    _, (problem,) = cases(units, width, 1, seed)
+    ((h, _, _),), (problem,) = cases(units, width, 1, seed)
+    digits = 1e-12 * max(torch.linalg.cond(h).item(), 100)  # what sweeping to and fro may lose of the larger error
     swept = _Swept(problem)
     swept.sweep(torch.tensor(removed), 1)
     for _ in range(3):
@@ -52,7 +53,8 @@ def test_the_changes_are_those_of_the_exact_error_after_exchanges_too(units, wid
         now = removal_error(problem, removed)
         for (i, p), (j, q) in itertools.product(enumerate(removed), enumerate(kept)):
             after = removal_error(problem, [q, *(u for u in removed if u != p)])
-            assert changes[i, j].item() == pytest.approx((after - now).item(), rel=1e-4, abs=1e-5 * now.item())
+            allowed = digits * max(now.item(), after.item())
+            assert changes[i, j].item() == pytest.approx((after - now).item(), rel=0, abs=allowed)
         swept.sweep(torch.tensor(removed[:1]), -1)
         swept.sweep(torch.tensor(kept[:1]), 1)
         removed = [*removed[1:], kept[0]]
