@@ -34,10 +34,10 @@ CONFIG = {
 }
 MIB = 2**20
 OPENED = """
-import sys, torch, prunekit.pipeline as p
+import sys, torch, prunekit.checkpoint, prunekit.pipeline as p
 from prunekit.streaming import Streamed
 streamed = Streamed(sys.argv[1], torch.device("cpu"), None, False)
-p.load_tokenizer(sys.argv[1])
+prunekit.checkpoint.load_tokenizer(sys.argv[1])
 """
 TRACED = f"{OPENED}p.trace(streamed.model, p.example_of({{'input_ids': torch.zeros(2, 8, dtype=int)}}))\n"
 LOADED = """

@@ -1,6 +1,7 @@
 """The command line: `python -m prunekit key=value …`; errors become one line and status 2."""
 
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -32,7 +33,8 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _kept(folder: Path, error: Exception | None = None) -> str:
     """What to say of a state that an unfinished run left, unless the error is about it."""
-    if not (folder / ".state").is_dir() or "resume" in str(error):
+    unfinished = any((folder / name).is_dir() for name in (".state", ".training"))
+    if not unfinished or "resume" in str(error):
         return ""
     return f"; what was finished is kept: output_dir={os.path.relpath(folder)} resume=true goes on from there"
 
@@ -46,16 +48,17 @@ def _job(config: DictConfig) -> None:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})),
     }
     try:
-        from prunekit import console, pipeline
+        from prunekit import console, jobs
         from prunekit.report import print_summary
         from prunekit.report.couplings import print_groups
 
         console.speak(os.environ.get("RANK", "0") == "0")
         run_config = check(config)
         if run_config.task == "trace":
-            print_groups(pipeline.run_trace(run_config, folder))
+            print_groups(jobs.run_trace(run_config, folder))
             return
-        result = pipeline.run(run_config, folder, provenance)
+        command = shlex.join(["python", "-m", "prunekit", *HydraConfig.get().overrides.task])
+        report = jobs.run(run_config, folder, provenance, command)
     except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
         _failures.append(error)
         _remove_if_empty(folder)
@@ -65,7 +68,7 @@ def _job(config: DictConfig) -> None:
         raise KeyboardInterrupt(_kept(folder)) from None
     else:
         if os.environ.get("RANK", "0") == "0":
-            print_summary(result.report, Path(os.path.relpath(folder)))
+            print_summary(report, Path(os.path.relpath(folder)))
         else:
             _remove_if_empty(folder)
 
@@ -74,6 +77,7 @@ def main() -> None:
     """Run; exit with 0, or 2 after one line on what was wrong, or 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _failures.clear()
     try:
         check_choices(sys.argv[1:])
         _job()

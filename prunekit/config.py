@@ -13,7 +13,7 @@ from prunekit.errors import ConfigError, suggest
 
 GROUPS = ("model", "data", "importance", "policy", "scope", "compensation", "schedule", "recovery", "eval", "export",
           "method", "experiment")  # fmt: skip
-TASKS = ("prune", "trace")
+TASKS = ("prune", "trace", "evaluate", "recover")
 BLOCK = ("attention", "mlp")
 SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
 KINDS = {"block": BLOCK, **{kind: (kind,) for kind in SINGLE}, "independent": BLOCK}
@@ -77,16 +77,38 @@ MEASURES = ("parameters", "bytes", "flops", "latency")
 
 
 @dataclass
+class LatencyConfig:
+    """What tokens/s are measured on."""
+
+    batch: int = 1
+    prompt: int = 128
+    new: int = 32
+    repeats: int = 5
+
+
+@dataclass
 class EvalConfig:
-    """What is measured, dense and pruned."""
+    """What is measured of every model: dense, pruned, recovered."""
 
     corpora: list[str] = field(default_factory=list)
     window: int = 128
-    batch_size: int = 32
+    stride: int | None = None
+    batch_size: Any = "auto"
     max_tokens: int | None = None
-    speed: bool = True
-    prompt: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    tasks_dir: str | None = None
+    task_limit: int | None = None
+    fewshot: int | None = None
+    prompts: list[str] = field(default_factory=list)
     new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 0.95
+    layer_tokens: int = 1024
+    macs: int = 64
+    speed: bool = True
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    cache: Any = "auto"
+    baseline: str | None = None
 
 
 @dataclass
@@ -177,8 +199,9 @@ def check(config: DictConfig) -> RunConfig:
     """The configuration as typed dataclasses; ConfigError names the key, what was expected and what came."""
     container: Any = OmegaConf.to_container(config, resolve=False)
     plain = OmegaConf.create({k: v for k, v in container.items() if k != "hydra"})
-    if isinstance(OmegaConf.select(plain, "eval.corpora"), str):
-        plain.eval.corpora = [plain.eval.corpora]
+    for name in ("corpora", "tasks", "prompts"):
+        if isinstance(OmegaConf.select(plain, f"eval.{name}"), str):
+            plain.eval[name] = [plain.eval[name]]
     known = {f.name for f in fields(RunConfig)}
     if unknown := [key for key in plain if key not in known]:
         raise ConfigError(f"unknown key {unknown[0]!r}: {suggest(str(unknown[0]), sorted(known))}")
@@ -203,6 +226,11 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(f"ratio: expected a number in (0, 1), got {run.ratio:g}")
     if not (isinstance(run.memory.stream, bool) or run.memory.stream == "auto"):
         raise ConfigError(f"memory.stream: expected true, false or auto, got {run.memory.stream!r}")
+    if run.eval.batch_size != "auto" and not (isinstance(run.eval.batch_size, int) and run.eval.batch_size > 0):
+        raise ConfigError(f"eval.batch_size: expected a whole number ≥ 1 or auto, got {run.eval.batch_size}")
+    if not (run.eval.temperature >= 0 and 0 < run.eval.top_p <= 1):
+        came = f"{run.eval.temperature:g} and {run.eval.top_p:g}"
+        raise ConfigError(f"eval: expected temperature ≥ 0 and top_p in (0, 1], got {came}")
     for name, value in (("budget", run.memory.budget), ("host", run.memory.host)):
         if value is not None and not value >= 0:
             raise ConfigError(f"memory.{name}: expected a number of bytes ≥ 0, got {value:g}")
@@ -210,7 +238,12 @@ def check(config: DictConfig) -> RunConfig:
         ("target.tokens", run.target.tokens, 2),
         ("target.batch", run.target.batch, 1),
         ("eval.window", run.eval.window, 2),
-        ("eval.batch_size", run.eval.batch_size, 1),
+        ("eval.stride", 1 if run.eval.stride is None else run.eval.stride, 1),
+        ("eval.task_limit", 1 if run.eval.task_limit is None else run.eval.task_limit, 1),
+        ("eval.fewshot", run.eval.fewshot or 0, 0),
+        ("eval.layer_tokens", run.eval.layer_tokens, 0),
+        ("eval.macs", run.eval.macs, 0),
+        *((f"eval.latency.{name}", value, 1) for name, value in vars(run.eval.latency).items()),
         ("eval.max_tokens", 2 if run.eval.max_tokens is None else run.eval.max_tokens, 2),
         ("eval.new_tokens", run.eval.new_tokens, 1),
         ("data.calibration.samples", run.data.calibration.samples, 1),

@@ -1,14 +1,11 @@
-"""The stages of a run in order: load, measure, trace, prune, measure, save; the only module that knows them all."""
+"""Pruning in order: trace, allocate, choose and repair, cut; on models that are loaded, whole or streamed."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import platform
-import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,34 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import config as cfg
-from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from prunekit.checkpoint.save import write_text
 from prunekit.choice import Choice, plan_choice, timing_example
 from prunekit.compensation.store import Store
 from prunekit.config import RunConfig
 from prunekit.console import say
-from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import batches as token_batches
-from prunekit.data.tokens import calibration_windows, evaluation_windows
-from prunekit.errors import CheckpointError, DataError, PrunekitError, TraceError
-from prunekit.evaluation.cost import size, tokens_per_second
-from prunekit.evaluation.generation import continuation
-from prunekit.evaluation.perplexity import perplexity, protocol
+from prunekit.errors import DataError, TraceError
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
 from prunekit.graph.capture import without_cache
-from prunekit.machine import Stages, pick_device, pick_dtype
-from prunekit.parallel import process_group, rank, together, world_size
+from prunekit.machine import Stages
+from prunekit.parallel import rank, together, world_size
 from prunekit.plan import PruningPlan
-from prunekit.report import render_markdown, to_json, write_pictures
-from prunekit.report.couplings import write_couplings
 from prunekit.schedules import Layerwise, State
-from prunekit.streaming import Streamed, layers_path, stream
+from prunekit.streaming import Streamed, layers_path
 from prunekit.surgery import apply_plan
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
-PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
 STATE = ".state"  # what an unfinished run leaves in its output folder
-_BESIDE_LIMIT = 2 << 30  # bytes up to which a dense copy stays in memory for timing both models in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,203 +325,9 @@ def figures(
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
     found = {"python": platform.python_version()}
-    for name in ("prunekit", "torch", "transformers"):
+    for name in ("prunekit", "torch", "transformers", "peft", "lm_eval"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "checkout"
     return found
-
-
-def run(config: RunConfig, output: Path, provenance: Mapping[str, str] | None = None) -> Result:
-    """The command line's job: everything from the model's name to the finished folder.
-
-    Args:
-        config: what to do.
-        output: a new or empty folder.
-        provenance: file name → text, kept in `.hydra/`: what repeats the run.
-
-    Raises:
-        PrunekitError: whatever was wrong with the request; `output` then holds no result.
-    """
-    device = pick_device(config.device)
-    with process_group(device):
-        return _run(config, output, device, provenance or {})
-
-
-def _run(config: RunConfig, output: Path, device: torch.device, provenance: Mapping[str, str]) -> Result:
-    if rank():  # the first process evaluates and writes
-        config = replace(config, eval=replace(config.eval, corpora=[], prompt=None))
-    else:
-        if config.resume and (output / STATE / "state.json").exists():
-            clear_results(output)  # of a run that was killed while it wrote them
-        ensure_empty(output, besides={STATE, PARTIAL})
-    torch.manual_seed(config.seed)
-    stages = Stages(device)
-    source = config.model.path or DEMO_MODEL
-    with stages("load"):
-        if streamed := stream(config, source, device, pick_dtype(config.dtype)):
-            model, stored = streamed.model, streamed.stored
-        else:
-            model, stored = load(source, device, pick_dtype(config.dtype), config.model.trust_remote_code)
-        tokenizer = load_tokenizer(source, config.model.trust_remote_code)
-        data = config.data.calibration
-        documents = load_corpus(data.path or data.corpus, "calibration", config.corpora)
-        windows = calibration_windows(documents, tokenizer, data.samples, data.sequence_length, data.seed)
-        evals = eval_windows(config, tokenizer)
-    if streamed is None:
-        check_finite(model)
-    dense_size = size(model, stored)
-    say(f"{config.model.path or 'the embedded model'}: {dense_size['parameters']:,} parameters; {config.method_name}, "
-        f"{aim(config)}; {windows.numel():,} calibration tokens")  # fmt: skip
-    with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
-        dense = measure(model, tokenizer, evals, config, device)
-    timed = config.eval.speed and evals and streamed is None and dense_size["weight_bytes"] <= _BESIDE_LIMIT
-    beside = copy.deepcopy(model) if timed else None
-    places = Places(
-        state=output / STATE,
-        activations=activations_folder(config, output),
-        model=output / "model",
-        identity=identity_of(source),
-        undo=False,
-        keep=True,
-    )
-    batches = token_batches(windows, min(data.batch_size, -(-len(windows) // world_size())), device)
-    result = prune_model(model, config, batches, stages, stored, places, streamed)
-    if rank():
-        return result
-    if streamed is None:
-        round_to(model, stored)
-    with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
-        pruned = measure(model, tokenizer, evals, config, device)
-        speeds = tokens_per_second([beside, model], next(iter(evals.values()))[:8]) if beside else []
-    report = result.report | {
-        "weight_bytes": {"dense": dense_size["weight_bytes"], "pruned": size(model, stored)["weight_bytes"]},
-        "perplexity": {
-            name: {"dense": dense["perplexity"][name], "pruned": value, "protocol": protocol(evals[name])}
-            for name, value in pruned["perplexity"].items()
-        },
-        "samples": {"dense": dense["sample"], "pruned": pruned["sample"]},
-    }
-    if speeds:
-        report["tokens_per_second"] = {"dense": speeds[0], "pruned": speeds[1]}
-    with stages("save"):
-        if streamed is None:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(stored)
-            model.config.dtype = stored
-        write_run(output, model, tokenizer, result.plan, report, provenance, streamed)
-    for left in (output / STATE, output / PARTIAL):
-        shutil.rmtree(left, ignore_errors=True)
-    return Result(model=model, plan=result.plan, report=report, graph=result.graph)
-
-
-def identity_of(source: str | Path) -> str:
-    """A folder's weight files with their sizes and times, or a hub name."""
-    files = sorted(Path(source).glob("*.safetensors"))
-    return f"{source} " + ", ".join(f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files)
-
-
-def aim(config: RunConfig) -> str:
-    """The target in words."""
-    if name := config.target.name:
-        return f"down to {getattr(config.target, name):,g} {name}"
-    return f"{config.ratio:.0%} of them to go"
-
-
-def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
-    """`task=trace`: the model's coupled groups, with `graph.graphml` and `layer.svg` in the output folder."""
-    ensure_empty(output)
-    source = config.model.path or DEMO_MODEL
-    model = from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(config.seed))
-    graph = trace(model, {"input_ids": ids})
-    write_couplings(graph, output)
-    return graph
-
-
-def load(source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool) -> Any:
-    """The model in the type it computes in, and the type its result is stored in.
-
-    Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint was, or as asked.
-    """
-    model = from_pretrained(source, trust_remote_code=trust_remote_code)
-    stored = stored or next(model.parameters()).dtype
-    compute = torch.float32 if device.type == "cpu" and stored in (torch.float16, torch.bfloat16) else stored
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(compute)
-    model.config.dtype = compute
-    return model.to(device), stored
-
-
-def round_to(model: nn.Module, stored: torch.dtype) -> None:
-    """Round the weights to the type they will be stored in: what is measured is what is saved."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored).to(parameter.dtype)
-
-
-def eval_windows(config: RunConfig, tokenizer: Any) -> dict[str, Tensor]:
-    """Corpus name → token windows [N, window]."""
-    found = {}
-    for name in config.eval.corpora:
-        documents = load_corpus(name, "eval", config.corpora)
-        key = Path(name).stem if "/" in name else name
-        found[key] = evaluation_windows(documents, tokenizer, config.eval.window, config.eval.max_tokens, name)
-    return found
-
-
-def measure(
-    model: Any, tokenizer: Any, evals: Mapping[str, Tensor], config: RunConfig, device: torch.device
-) -> dict[str, Any]:
-    """Perplexity on every corpus, and a sample."""
-    given = config.eval
-    values = {name: perplexity(model, w, given.batch_size, name, device) for name, w in evals.items()}
-    sample = continuation(model, tokenizer, given.prompt, given.new_tokens, device) if given.prompt else None
-    return {"perplexity": values, "sample": sample}
-
-
-def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
-    """Raise CheckpointError where the output folder holds anything `besides` some names."""
-    if folder.is_file() or (folder.is_dir() and any(path.name not in besides for path in folder.iterdir())):
-        raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
-
-
-def clear_results(output: Path) -> None:
-    """Remove what `write_run` leaves, finished or not."""
-    names = ("report.json", "report.md", "layers.svg", "plan.json", "model", ".hydra")
-    half = [path for path in output.glob(".*") if path.name not in (STATE, PARTIAL)]
-    for path in [*(output / name for name in names), *half]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def write_run(
-    output: Path,
-    model: Any,
-    tokenizer: Any,
-    plan: PruningPlan,
-    report: Mapping[str, Any],
-    provenance: Mapping[str, str],
-    streamed: Streamed | None = None,
-) -> None:
-    """Write the run folder, `report.json` last; on any failure nothing of it stays."""
-    try:
-        (output / ".hydra").mkdir(parents=True, exist_ok=True)
-        for name, text in provenance.items():
-            write_text(output / ".hydra" / name, text)
-        if streamed is None or streamed.writer is None:
-            save_pretrained(model, output / "model", tokenizer)
-        else:
-            streamed.writer.finish(model, tokenizer)
-        write_text(output / "plan.json", plan.to_json())
-        write_pictures(report, output)
-        write_text(output / "report.md", render_markdown(report))
-        write_text(output / "report.json", to_json(report))
-    except BaseException as error:
-        clear_results(output)
-        if isinstance(error, OSError):
-            raise PrunekitError(f"{output}: can't be written: {error.strerror}") from error
-        raise

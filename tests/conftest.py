@@ -1,4 +1,9 @@
+import contextlib
+import io
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +16,8 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 DATA = Path(os.environ.get("PRUNEKIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -94,6 +101,23 @@ def zero_consumers(model, graph, removed):
             weight = model.get_parameter(member.parameter)
             for unit in units:
                 weight.data.index_fill_(member.dim, member.index[unit], 0)
+
+
+def command_line(*arguments, cwd):
+    """`python -m prunekit …` in this process, which saves its start; as `subprocess.run` gives it."""
+    from prunekit import cli, console
+
+    out, err, before, status = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ["prunekit", *map(str, arguments)]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = before
+        console.speak(False)
+    return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

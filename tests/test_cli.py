@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, command_line
 
 import prunekit
 from prunekit.pipeline import DEMO_MODEL
@@ -30,7 +30,7 @@ def prunekit_command(*arguments, cwd, **kwargs):
 
 
 def fails(*arguments, cwd, match):
-    done = prunekit_command(*arguments, cwd=cwd)
+    done = command_line(*arguments, cwd=cwd)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
@@ -99,16 +99,14 @@ def test_the_api_gives_the_same_plan(finished):
 def test_an_output_folder_with_files_is_refused_and_kept(finished):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = prunekit_command(*QUICK, "output_dir=result", "ratio=0.5", cwd=folder.parent)
+    done = command_line(*QUICK, "output_dir=result", "ratio=0.5", cwd=folder.parent)
     assert done.returncode == 2
     assert "exists and is not empty" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_a_sweep_runs_every_combination(tmp_path):
-    done = prunekit_command(
-        "-m", "method=magnitude,random", "ratio=0.1,0.3", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path
-    )
+    done = command_line("-m", "method=magnitude,random", "ratio=0.1,0.3", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     reports = [json.loads(path.read_text()) for path in (tmp_path / "sweep").rglob("report.json")]
     assert {(r["method"], r["ratio"]["target"]) for r in reports} == {
@@ -146,7 +144,7 @@ def test_an_output_folder_that_cannot_be(tmp_path, target):
 
 
 def test_a_result_can_be_pruned_again_from_the_command_line(finished, tmp_path):
-    done = prunekit_command(f"model.path={finished[0] / 'model'}", "output_dir=out", "ratio=0.1", *QUICK, cwd=tmp_path)
+    done = command_line(f"model.path={finished[0] / 'model'}", "output_dir=out", "ratio=0.1", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, again = (json.loads((f / "report.json").read_text()) for f in (finished[0], tmp_path / "out"))
     assert again["parameters"]["dense"] == first["parameters"]["pruned"]
@@ -158,7 +156,7 @@ def test_a_result_can_be_pruned_again_from_the_command_line(finished, tmp_path):
 def test_trace_lists_the_groups_and_draws_a_layer(tmp_path):
     import networkx
 
-    done = prunekit_command("task=trace", "output_dir=out", cwd=tmp_path)
+    done = command_line("task=trace", "output_dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "layers.3.self_attn" in done.stdout
     assert "vocabulary" in done.stdout
@@ -170,7 +168,7 @@ def test_trace_lists_the_groups_and_draws_a_layer(tmp_path):
 
 def test_out_of_reach(tmp_path):
     fails(*QUICK, "ratio=0.99", "output_dir=out", cwd=tmp_path, match="can remove at most")
-    done = prunekit_command(*QUICK, "eval=none", "output_dir=out", cwd=tmp_path)
+    done = command_line(*QUICK, "eval=none", "output_dir=out", cwd=tmp_path)
     assert done.returncode == 0, "the folder of a run that failed can be used again"
 
 
@@ -212,7 +210,7 @@ def test_a_disk_that_fills_leaves_no_model(tmp_path):
 
 def test_real_checkpoint_from_the_command_line(data, tmp_path):
     stories = DATA.resolve() / "tinystories" / "stories.jsonl"
-    done = prunekit_command(
+    done = command_line(
         f"model.path={DATA.resolve() / 'models' / 'stories260K'}",
         f"data.calibration.path={stories}",
         f"eval.corpora=[{stories}]",

@@ -45,10 +45,15 @@ def calibration_windows(documents: Sequence[str], tokenizer: Any, samples: int, 
     return torch.stack(windows)
 
 
-def evaluation_windows(documents: Sequence[str], tokenizer: Any, length: int, limit: int | None, name: str) -> Tensor:
-    """LongTensor [N, length]: the documents joined by blank lines, tokenised once, cut without overlap, tail dropped.
+def evaluation_windows(
+    documents: Sequence[str], tokenizer: Any, length: int, limit: int | None, name: str, stride: int | None = None
+) -> Tensor:
+    """LongTensor [N, length]: the documents joined by blank lines, tokenised once, cut every `stride` tokens.
 
-    At most `limit` tokens where one is given.
+    Without a stride there is no overlap; the tail is dropped; at most `limit` tokens where one is given.
+
+    Raises:
+        DataError: the text is shorter than one window.
     """
     text = "\n\n".join(documents)
     if limit is not None:
@@ -56,7 +61,7 @@ def evaluation_windows(documents: Sequence[str], tokenizer: Any, length: int, li
     ids = encode(tokenizer, text, special=True)[:limit]
     if len(ids) < length:
         raise DataError(f"eval corpus {name}: it has {len(ids)} tokens, one window needs {length} (eval.window)")
-    return ids[: len(ids) // length * length].view(-1, length)
+    return ids.unfold(0, length, stride or length)
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> Tensor:

@@ -1,19 +1,61 @@
-"""Sample sentences, greedy, so that a person can see what the figures mean."""
+"""Sample sentences, greedy and drawn, so that a person can see what the figures mean."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from prunekit.evaluation.perplexity import input_device
+
+PAPERS = (  # appendix E of both papers
+    "AI can create a logo in seconds",
+    "Neural Sequential Model, especially transformers,",
+    "What's great about the holiday season,",
+)
+
+
+def prompts_of(given: Sequence[str]) -> list[str]:
+    """The prompts, with "papers" standing for the three of the papers."""
+    return [text for prompt in given for text in (PAPERS if prompt == "papers" else (prompt,))]
+
 
 @torch.inference_mode()
 def continuation(
-    model: Any, tokenizer: Any, prompt: str, new_tokens: int, device: torch.device | str | None = None
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    new_tokens: int,
+    device: torch.device | str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> str:
-    """The prompt and its greedy continuation; inputs go to `device`, where the weights are by default."""
+    """The prompt and its continuation by up to `new_tokens` tokens.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its.
+        prompt: what is continued.
+        new_tokens: at most.
+        device: where inputs go; by default where the model wants them.
+        temperature: of the softmax that tokens are drawn from; 0: the likeliest token is taken.
+        top_p: they are drawn from the likeliest that make up this share.
+        seed: of the draws; the generators are left as they were.
+    """
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"]
-    ids = ids.to(model.device if device is None else device)
+    ids = ids.to(input_device(model) if device is None else device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
-    )
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    with torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=bool(temperature),
+            pad_token_id=pad,
+            **drawn,
+        )
     return tokenizer.decode(out[0], skip_special_tokens=True)

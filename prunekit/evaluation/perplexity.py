@@ -1,4 +1,4 @@
-"""Perplexity: exp of the mean next-token loss over non-overlapping windows, in float32."""
+"""Perplexity: exp of the mean next-token loss over windows of a text, in float32."""
 
 from __future__ import annotations
 
@@ -9,44 +9,104 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.console import track
-from prunekit.errors import DataError
+from prunekit.console import say, track
+from prunekit.errors import ConfigError, DataError
+
+BATCH = 32  # windows in a forward pass to begin with
 
 
-@torch.inference_mode()
 def perplexity(
     model: nn.Module,
     windows: Tensor,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     name: str = "eval",
     device: torch.device | str | None = None,
+    stride: int | None = None,
 ) -> float:
-    """Perplexity of a causal language model on token windows [N, T]; T − 1 tokens of each are predicted.
+    """Perplexity of a causal language model on token windows int64 [N, T]; losses in float32, their sum in float64.
 
-    Inputs go to `device`: where the weights are by default, but weights that are read while it runs are nowhere before.
+    Windows cut without overlap predict T − 1 tokens each. Those cut every `stride` tokens predict what no window before
+    has, the first one all, the others their last `stride` tokens, with what is before them as context.
+
+    Args:
+        model: on one device, or spread over several by accelerate.
+        windows: consecutive windows of one text.
+        batch_size: windows in a forward pass; None: 32, halved while memory doesn't suffice.
+        name: of the text, in messages.
+        device: where inputs go; by default where the model wants them.
+        stride: tokens from the beginning of one window to that of the next; T by default.
 
     Raises:
         DataError: the loss is not finite.
+        ConfigError: memory doesn't suffice for the batch size asked for, or for one window.
     """
-    device = next(model.parameters()).device if device is None else device
-    training = model.training
+    training, size = model.training, batch_size or BATCH
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
     try:
-        chunks = windows.split(batch_size)
-        for chunk in track(chunks, f"perplexity on {name}", len(chunks)):
-            ids = chunk.to(device)
-            logits: Any = model(input_ids=ids, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            total += loss.double().cpu()
+        while True:
+            try:
+                total = _total(model, windows, size, name, device or input_device(model), stride)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if batch_size or size == 1:
+                    halves = f"eval.batch_size={max(size // 2, 1)}" if size > 1 else "a shorter eval.window"
+                    raise ConfigError(f"out of memory at eval.batch_size={size}: {halves} halves it") from error
+            size //= 2
+            say(f"out of memory: {size} windows at a time now")
     finally:
         model.train(training)
-    mean = total.item() / (windows.numel() - len(windows))
+    mean = total / predicted(windows, stride)
     if not math.isfinite(mean):
         raise DataError(f"the model's loss on {name} is {mean}: its weights or activations hold NaN or infinity")
     return math.exp(min(mean, 700.0))
 
 
-def protocol(windows: Tensor) -> str:
+@torch.inference_mode()
+def _total(
+    model: nn.Module, windows: Tensor, size: int, name: str, device: torch.device | str, stride: int | None
+) -> float:
+    """The sum of the losses."""
+    total, first = torch.zeros((), dtype=torch.float64), True
+    chunks = windows.split(size)
+    for chunk in track(chunks, f"perplexity on {name}", len(chunks)):
+        ids = chunk.to(device)
+        logits: Any = model(input_ids=ids, use_cache=False).logits
+        targets = ids[:, 1:].to(logits.device, copy=True)
+        if stride is not None and stride < ids.shape[1]:
+            targets[1 if first else 0 :, :-stride] = -100  # predicted by the window before
+        first = False
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
+        total += loss.double().cpu()
+    return total.item()
+
+
+def predicted(windows: Tensor, stride: int | None = None) -> int:
+    """How many tokens the windows [N, T] predict."""
+    count, length = windows.shape
+    return length - 1 + (count - 1) * min(stride or length, length - 1)
+
+
+def protocol(windows: Tensor, stride: int | None = None) -> str:
     """What was measured, for the report."""
-    return f"{windows.numel():,} tokens, windows of {windows.shape[1]} without overlap, no context between them"
+    length = windows.shape[1]
+    if stride is None or stride >= length:
+        return f"{windows.numel():,} tokens, windows of {length} without overlap, no context between them"
+    tokens = predicted(windows, stride) + 1
+    return f"{tokens:,} tokens, windows of {length} every {stride}, each predicting what those before it have not"
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs: where accelerate runs its first module, else where its first weights are."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(part, "execution_device", None)) is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(model.parameters()).device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

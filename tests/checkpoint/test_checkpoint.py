@@ -14,11 +14,13 @@ from prunekit.errors import CheckpointError, PrunekitError
 
 READ = """
 import sys, torch, prunekit
-model = prunekit.from_pretrained(sys.argv[1])
-ids = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    generated = model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
-    torch.save([model(input_ids=ids).logits, generated], sys.argv[3])
+from pathlib import Path
+ids = torch.load("ids", weights_only=True)
+for folder in sorted(Path(".").glob("model*")):
+    model = prunekit.from_pretrained(folder)
+    with torch.no_grad():
+        generated = model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
+        torch.save([model(input_ids=ids).logits, generated], f"out{folder}")
 """
 
 
@@ -30,21 +32,23 @@ def pruned(kv_heads=4, tied=False, dtype=torch.float32, ratio=0.3):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kv_heads", "tied"), [(8, False), (4, True), (1, False)])
-def test_a_fresh_process_gives_the_same_logits_bit_for_bit(tmp_path, kv_heads, tied, dtype):
-    model = pruned(kv_heads, tied, dtype)
-    prunekit.save_pretrained(model, tmp_path / "model")
-    ids = token_ids()
+def test_a_fresh_process_gives_the_same_logits_bit_for_bit(tmp_path):
+    ids, models = token_ids(), {}
+    for kv_heads, tied in ((8, False), (4, True), (1, False)):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"model{len(models)}"
+            models[name] = pruned(kv_heads, tied, dtype)
+            prunekit.save_pretrained(models[name], tmp_path / name)
     torch.save(ids, tmp_path / "ids")
-    subprocess.run([sys.executable, "-c", READ, tmp_path / "model", tmp_path / "ids", tmp_path / "out"], check=True)
-    logits, generated = torch.load(tmp_path / "out", weights_only=True)
-    with torch.no_grad():
-        assert torch.equal(logits, model(input_ids=ids).logits)
-    assert torch.equal(generated, model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False))
-    per_layer = json.loads((tmp_path / "model" / "config.json").read_text())["per_layer_config"]
-    widths = {values["intermediate_size"] for values in per_layer.values()}
-    assert len(widths) > 1, "layers of different widths are the normal case"
+    subprocess.run([sys.executable, "-c", READ], check=True, cwd=tmp_path)
+    for name, model in models.items():
+        logits, generated = torch.load(tmp_path / f"out{name}", weights_only=True)
+        with torch.no_grad():
+            assert torch.equal(logits, model(input_ids=ids).logits)
+        assert torch.equal(generated, model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False))
+        per_layer = json.loads((tmp_path / name / "config.json").read_text())["per_layer_config"]
+        widths = {values["intermediate_size"] for values in per_layer.values()}
+        assert len(widths) > 1, "layers of different widths are the normal case"
 
 
 def test_a_loaded_model_can_be_pruned_and_saved_again(tmp_path):

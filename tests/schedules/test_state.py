@@ -155,16 +155,16 @@ def test_killed_in_the_middle_of_a_layer(stream, whole, tmp_path):
 @pytest.mark.parametrize("at", ["save_pretrained", "write_pictures"])
 def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
     from prunekit import config as cfg
-    from prunekit import pipeline
+    from prunekit import jobs
 
     overrides = ["data.calibration.samples=4", "eval=none", "output_dir=out"]
-    monkeypatch.setattr(f"prunekit.pipeline.{at}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(pipeline, "clear_results", lambda _: None)  # no time for that
+    monkeypatch.setattr(f"prunekit.jobs.{at}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(jobs, "clear_results", lambda _: None)  # no time for that
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(cfg.check(cfg.compose(overrides)), tmp_path / "out", {"config.yaml": "x"})
+        jobs.run(cfg.check(cfg.compose(overrides)), tmp_path / "out", {"config.yaml": "x"})
     monkeypatch.undo()
     (tmp_path / "out/.model.half").mkdir()
-    pipeline.run(cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"})
+    jobs.run(cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".hydra", "model", "plan.json", "report.json", "report.md", "layers.svg"
     }  # fmt: skip
