@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from prunekit.console import say
-from prunekit.errors import ConfigError, DataError, suggest
-from prunekit.evaluation.task_files import LocalFiles, Splits, first_line, listed, unreadable
+from prunekit.errors import ConfigError, DataError
+from prunekit.evaluation.task_files import LocalFiles, Splits, first_line, listed, say_once, unreadable
 
 _GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include"}
 
@@ -43,7 +43,9 @@ def members(names: Sequence[str]) -> list[Member]:
         raise ConfigError("eval.tasks: expected at least one name, got none")
     for name in names:
         if name not in manager().task_index:
-            raise ConfigError(f"eval.tasks: unknown task {name!r}: {suggest(name, manager().all_tasks)}")
+            near = get_close_matches(name, manager().all_tasks, n=4, cutoff=0.5)
+            known = f"of lm-eval's {len(manager().all_tasks):,} names the nearest: {', '.join(near) or 'none'}"
+            raise ConfigError(f"eval.tasks: unknown task {name!r}; {known}")
     found = [
         Member(name=task, config=config_of(task) | changes, changes=changes, group=name if _aggregates(name) else None)
         for name in names
@@ -113,9 +115,11 @@ def _tell_absent(local: Sequence[tuple[Member, Splits | None]], root: Path) -> N
         own = [(member.name, splits) for member, splits in local if member.group == group]
         there, absent = [name for name, s in own if s], [name for name, s in own if not s]
         if absent and (group is None or not there):
-            raise DataError(f"{root}: expected a folder {group or absent[0]!r} with the task's rows, found {listed(root)}")
+            raise DataError(
+                f"{root}: expected a folder {group or absent[0]!r} with the task's rows, found {listed(root)}"
+            )
         if absent:
-            say(f"{group}: {len(there)} of {len(own)} tasks have rows in {root}: {', '.join(there)}")
+            say_once(f"{group}: {len(there)} of {len(own)} tasks have rows in {root}: {', '.join(there)}")
 
 
 def build(member: Member, splits: Splits | None, fewshot: int | None, seed: int) -> Any:
@@ -127,19 +131,48 @@ def build(member: Member, splits: Splits | None, fewshot: int | None, seed: int)
     """
     if splits and "class" in member.config:
         raise ConfigError(f"eval.tasks: {member.name} reads from the hub only; leave it out or eval.tasks_dir unset")
-    local = {"custom_dataset": lambda **_: splits.rows} if splits else {}
+    rows = splits.rows if splits else None
     try:
-        spec = {"group": "one", "task": [{"task": member.name, **member.changes, **local}]}
-        task = next(iter(manager().load([spec])["tasks"].values()))
+        task = _instantiate(member, (lambda **_: rows) if splits else None)
         if splits:
             _check_columns(task)
     except ImportError as error:
-        raise ConfigError(f"eval.tasks: {member.name}: a package is missing: {first_line(error)}") from error
+        raise _missing_package(member, error) from error
     except Exception as error:
         raise unreadable(member.config, splits, error) if splits else _unreachable(member, error) from error
     task.set_config("num_fewshot", shots_of(member, fewshot))
     task.set_fewshot_seed(seed)
     return task
+
+
+def _instantiate(member: Member, rows: Callable[..., Any] | None) -> Any:
+    """An lm-eval task, its rows from a function in place of the hub."""
+    item = {"task": member.name, **member.changes, **({"custom_dataset": rows} if rows else {})}
+    return next(iter(manager().load([{"group": "one", "task": [item]}])["tasks"].values()))
+
+
+def check_packages(member: Member) -> None:
+    """Whether a task's code can be imported; its rows are left alone.
+
+    Raises:
+        ConfigError: a package that it needs is missing.
+    """
+
+    def stop(**_: Any) -> Any:
+        raise LookupError
+
+    if "class" in member.config:  # these load their rows at once
+        return
+    try:
+        _instantiate(member, stop)
+    except ImportError as error:
+        raise _missing_package(member, error) from error
+    except Exception:  # everything else is told when its rows are there
+        return
+
+
+def _missing_package(member: Member, error: ImportError) -> ConfigError:
+    return ConfigError(f"eval.tasks: {member.name}: a package is missing: {first_line(error)}")
 
 
 def _check_columns(task: Any) -> None:

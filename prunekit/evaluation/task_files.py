@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class LocalFiles:
         if not len(rows):
             return None
         if source != held_out:
-            say(f"{config['task']}: {folder} has no split {held_out!r}, evaluating on {source!r}")
+            say_once(f"{config['task']}: {folder} has no split {held_out!r}, evaluating on {source!r}")
         if shots:
             _check_fewshot(config, files, held_out, source, folder)
         given = {split: self._rows(files[split], subject) for split in _named(config) & files.keys()}
@@ -130,7 +131,9 @@ def read_rows(path: Path) -> Any:
 
     try:
         rows = (
-            Dataset(pyarrow.parquet.read_table(path)) if path.suffix == ".parquet" else Dataset.from_list(_records(path))
+            Dataset(pyarrow.parquet.read_table(path))
+            if path.suffix == ".parquet"
+            else Dataset.from_list(_records(path))
         )
     except Exception as error:  # pyarrow and datasets have many
         raise DataError(f"{path}: can't be read: {first_line(error)}") from error
@@ -156,7 +159,7 @@ def unreadable(config: Mapping[str, Any], splits: Splits, error: Exception) -> D
 
 
 def _columns_in(field: Any) -> set[str]:
-    """The columns named by a field of a task: a column, a function `path/module.name` that reads `doc`, or a template."""
+    """The columns in a field of a task: a column, a function `path/module.name` that reads `doc`, a template."""
     if not isinstance(field, str):
         return set()
     module, _, name = field.rpartition(".")
@@ -174,6 +177,12 @@ def _subscript(node: ast.AST) -> list[str]:
         case ast.Subscript(value=ast.Name(id="doc"), slice=ast.Constant(value=str(column)), ctx=ast.Load()):
             return [column]
     return []
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """One line, the first time; the same tasks are checked before a run and run on several models."""
+    say(message)
 
 
 def listed(folder: Path) -> str:

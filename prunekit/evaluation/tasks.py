@@ -1,32 +1,25 @@
 """Accuracy on lm-eval's tasks: the live model answers the official prompts, scored by the official metrics.
 
-A multiple-choice answer is argmax over choices of log p(choice | question): `acc`; divided by its bytes: `acc_norm`.
+The answer is argmax over choices of log p(choice | question): `acc`; of that divided by its characters: `acc_norm`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import gc
 import hashlib
-import io
 import json
-import logging
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from prunekit.console import say, track
-from prunekit.errors import ConfigError, DataError
+from prunekit.console import track
+from prunekit.errors import DataError
 from prunekit.evaluation import task_data
 from prunekit.evaluation.task_files import first_line
+from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, quiet, unchanged
 
 NORMALISED = ("piqa", "hellaswag", "arc_challenge", "openbookqa")  # acc_norm, as papers on these models do
-_BOOTSTRAP = 1000  # draws for the error of metrics that are no mean
-_LARGEST_BATCH = 64
 
 
 class Cache(Protocol):
@@ -46,9 +39,10 @@ def check_tasks(names: Sequence[str], tasks_dir: Path | None, fewshot: int | Non
         ConfigError: an unknown name (the nearest ones are named), a task asked for twice, a missing package.
         DataError: local files that are missing or broken, or lack columns.
     """
-    with _quiet():
+    with quiet():
         if tasks_dir is None:
-            task_data.members(names)
+            for member in task_data.members(names):
+                task_data.check_packages(member)
         else:
             task_data.load(names, tasks_dir, fewshot)
 
@@ -67,7 +61,7 @@ def fingerprint(
     It covers lm-eval's version, the task's configuration, every request and row, the seed and the tokenizer. What
     belongs to the model stays with the caller: weights, number type, window, torch's version.
     """
-    with _quiet():
+    with quiet():
         loaded = task_data.load(names, tasks_dir, fewshot, seed)
         return {member.name: _key(_requests(member, task, limit), tokenizer, seed) for member, task in loaded}
 
@@ -108,96 +102,17 @@ def evaluate_tasks(
             for a task, memory that doesn't suffice.
     """
     results: dict[str, dict[str, Any]] = {}
-    with _quiet(), _unchanged(model):
+    with quiet(), unchanged(model):
         loaded = task_data.load(names, tasks_dir, fewshot, seed)
         for member, task in track(loaded, "lm-eval tasks", len(loaded)):
             key = _key(_requests(member, task, limit), tokenizer, seed)
-            known = cache.get(key) if cache else None
+            known = None if cache is None else cache.get(key)
             if known is None:
-                known = _Runner(model, tokenizer, batch_size, device, seed).run(member.name, task, limit)
-                if cache:
+                known = Runner(model, tokenizer, batch_size, device, seed).run(member.name, task, limit)
+                if cache is not None:
                     cache.put(key, known)
             results[member.name] = known
         return _rows(names, loaded, results)
-
-
-class _Runner:
-    """lm-eval's wrapper around the live model, and the batch that fits."""
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, device: Any, seed: int) -> None:
-        self.model, self.tokenizer, self.device, self.seed = model, copy.deepcopy(tokenizer), device, seed
-        self.auto = batch_size == "auto"
-        if not self.auto and not (isinstance(batch_size, int) and batch_size > 0):
-            raise ConfigError(f"eval.task_batch_size: expected a positive number or auto, got {batch_size!r}")
-        self.batch_size = batch_size
-
-    def run(self, name: str, task: Any, limit: int | None) -> dict[str, Any]:
-        """The metrics of one task as lm-eval names them ("acc,none"), with `sample_len`."""
-        size = self._fitting(task) if self.auto else int(self.batch_size)
-        while True:
-            try:
-                return self._attempt(task, size, limit)
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                if not self.auto or size == 1:
-                    hint = f"halve eval.task_batch_size to {size // 2}" if size > 1 else "it needs a smaller model"
-                    raise DataError(f"task {name}: out of memory at batch size {size}: {hint}") from error
-            except AssertionError as error:  # lm-eval asserts that answers and generations fit
-                window = self._wrap(1).max_length
-                raise DataError(
-                    f"task {name}: it doesn't fit the model's window of {window} tokens: {first_line(error)}"
-                ) from error
-            size //= 2
-            _free_memory()
-            say(f"{name}: out of memory, again with batch size {size}")
-
-    def _attempt(self, task: Any, size: int, limit: int | None) -> dict[str, Any]:
-        from lm_eval.evaluator import evaluate
-
-        for instance in task.instances:
-            instance.resps = []
-        task.build_all_requests = lambda **_: None  # they are there
-        torch.manual_seed(self.seed)
-        tasks = {"tasks": {task.task_name: task}, "groups": {}}
-        found = evaluate(
-            self._wrap(size), tasks, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
-        )["results"][task.task_name]
-        return {key: value if isinstance(value, str) else float(value) for key, value in found.items() if "," in key} | {
-            "sample_len": int(found["sample_len"])
-        }
-
-    def _wrap(self, size: int) -> Any:
-        from lm_eval.models.huggingface import HFLM
-
-        self.model.tie_weights = lambda *_, **__: None  # HFLM would call it; the weights are to stay
-        try:
-            wrapped = HFLM(pretrained=self.model, tokenizer=self.tokenizer, backend="causal", batch_size=size)
-        finally:
-            del self.model.tie_weights
-        if self.device is not None:
-            wrapped._device = torch.device(self.device)
-        return wrapped
-
-    def _fitting(self, task: Any) -> int:
-        """Rows whose logits in float32, held three times, take half the GPU's free memory, or 1 GiB elsewhere."""
-        texts = ("".join(part for part in i.args if isinstance(part, str)) for i in task.instances)
-        length = min(len(self.tokenizer(max(texts, key=len))["input_ids"]), self._wrap(1).max_length)
-        device = torch.device(self.device or self.model.device)
-        free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
-        return max(1, min(_LARGEST_BATCH, free // (12 * length * len(self.tokenizer))))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)  # type: ignore[arg-type]
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _requests(member: task_data.Member, task: Any, limit: int | None) -> Any:
@@ -213,7 +128,7 @@ def _key(task: Any, tokenizer: Any, seed: int) -> str:
 
     config = {key: value for key, value in task.config.to_dict().items() if key not in ("custom_dataset", "metadata")}
     digest = hashlib.sha256()
-    for part in (version("lm-eval"), task.VERSION, config, seed, _BOOTSTRAP, _tokenizer_state(tokenizer)):
+    for part in (version("lm-eval"), task.VERSION, config, seed, BOOTSTRAP, _tokenizer_state(tokenizer)):
         digest.update(_plain(part))
     for instance in task.instances:
         digest.update(_plain([instance.request_type, instance.args, instance.doc]))
@@ -294,35 +209,3 @@ def _row(found: Mapping[str, Any], key: str, fewshot: int) -> dict[str, Any]:
         "samples": int(found["sample_len"]),
         "fewshot": fewshot,
     }
-
-
-@contextlib.contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """Put back the training mode of every module and the states of the random generators."""
-    import numpy
-
-    modes = [(module, module.training) for module in model.modules()]
-    states = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the loggers and the progress bars (on standard error) of lm-eval and its libraries."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
