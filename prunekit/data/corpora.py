@@ -26,30 +26,50 @@ def load_corpus(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]])
     Raises:
         DataError: an unknown name, a file that can't be read or lacks the field, no text in it.
     """
-    if name == "embedded":
-        split: embedded.Split = "train" if purpose == "calibration" else "heldout"
-        documents = [text for _, text in embedded.documents(split)]
-    elif name in known:
-        documents = _from_hub(name, purpose, known[name])
-    elif Path(name).exists():
-        documents = read_file(Path(name))
-    elif "/" in name or Path(name).suffix in _TEXT | _RECORDS:
-        raise DataError(f"{purpose} corpus: no such file: {name}")
-    else:
-        raise DataError(f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path")
+    source = known.get(name, {})
+    records = load_records(name, purpose, known)
+    documents = [text_of(record, source.get("field", "text"), source.get("hub", name)) for record in records]
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise DataError(f"{purpose} corpus {name}: it holds no text")
     return documents
 
 
+def load_records(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a corpus, with all their fields; a document without fields is `{"text": …}`.
+
+    Args:
+        name: as for `load_corpus`.
+        purpose: "calibration", "recovery" (the calibration split where it has none of its own) or "eval".
+        known: as for `load_corpus`.
+
+    Raises:
+        DataError: an unknown name, a file that can't be read.
+    """
+    if name == "embedded":
+        split: embedded.Split = "heldout" if purpose == "eval" else "train"
+        return [{"text": text} for _, text in embedded.documents(split)]
+    if name in known:
+        return _from_hub(name, purpose, known[name])
+    if Path(name).exists():
+        return read_records(Path(name))
+    if "/" in name or Path(name).suffix in _TEXT | _RECORDS:
+        raise DataError(f"{purpose} corpus: no such file: {name}")
+    raise DataError(f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path")
+
+
 def read_file(path: Path, field: str = "text") -> list[str]:
     """The documents of a local file: a text file is one document, a record's is its `field`."""
+    return [text_of(record, field, path) for record in read_records(path)]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a local file; a text file is one, `{"text": …}`."""
     if path.is_dir() or path.suffix not in _TEXT | _RECORDS:
         raise DataError(f"{path}: expected a file ending in {', '.join(sorted(_TEXT | _RECORDS))}")
     try:
         if path.suffix in _TEXT:
-            return [path.read_text(encoding="utf-8")]
+            return [{"text": path.read_text(encoding="utf-8")}]
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -62,7 +82,7 @@ def read_file(path: Path, field: str = "text") -> list[str]:
         raise DataError(f"{path}: can't be read: {error}") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{path}: expected a list of records")
-    return [_text_of(record, field, path) for record in records]
+    return records
 
 
 def _json_lines(path: Path) -> list[Any]:
@@ -75,7 +95,8 @@ def _json_lines(path: Path) -> list[Any]:
     return records
 
 
-def _text_of(record: Mapping[str, Any], field: str, where: object) -> str:
+def text_of(record: Mapping[str, Any], field: str, where: object) -> str:
+    """A record's text: its `field`, or instruction, input and output one after the other."""
     if isinstance(record.get(field), str):
         return record[field]
     if {"instruction", "output"} <= record.keys():
@@ -84,17 +105,18 @@ def _text_of(record: Mapping[str, Any], field: str, where: object) -> str:
     raise DataError(f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}")
 
 
-def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[str]:
+def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
+    splits = source["splits"]
     try:
         rows = load_dataset(
             source["hub"],
             source.get("config"),
             data_files=source.get("data_files"),
-            split=source["splits"][purpose],
+            split=splits.get(purpose, splits["calibration"]) if purpose == "recovery" else splits[purpose],
         )
     except Exception as error:
         message = str(error).strip().splitlines()[0]
         raise DataError(f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}") from error
-    return [_text_of(row, source.get("field", "text"), source["hub"]) for row in rows]
+    return list(rows)

@@ -1,0 +1,7 @@
+"""Recovery: fine-tune a pruned model, with LoRA or whole, on text, on instructions or after the dense model."""
+
+from prunekit.recovery.adapters import detach
+from prunekit.recovery.settings import Recovery
+from prunekit.recovery.training import recover
+
+__all__ = ["Recovery", "detach", "recover"]
