@@ -47,7 +47,7 @@ def _upright(panel: Axes, places: Sequence[int], own: Sequence[Units], limits: t
     panel.plot(gone, [8] * len(gone), "x", color=LIGHT["ink"], markersize=5, markeredgewidth=1.4)
     if limits[1] - limits[0] < NAMED:
         for x, entry in zip(places, own, strict=True):
-            panel.text(x, 103, f"{entry.kept:,}", ha="center", va="bottom", fontsize=8, color=LIGHT["soft"])
+            panel.text(x, 103, f"{entry.kept:,}", ha="center", va="bottom", fontsize=9, color=LIGHT["soft"])
     percent_axes(panel, limits, 118 if limits[1] - limits[0] < NAMED else 104)
 
 
@@ -58,7 +58,7 @@ def _lying(panel: Axes, own: Sequence[Units]) -> None:
     panel.barh(places, 100, 0.62, color=LIGHT["track"], linewidth=0)
     panel.barh(places, [100 * e.share for e in own], 0.62, color=LIGHT["pruned"], linewidth=0)
     for y, entry in enumerate(own):
-        panel.text(101, y, f"{entry.kept:,} of {entry.total:,}", va="center", fontsize=8, color=LIGHT["soft"])
+        panel.text(101, y, f"{entry.kept:,} of {entry.total:,}", va="center", fontsize=9, color=LIGHT["soft"])
     panel.set_yticks(places, [words.shorten(e.kind, 32) for e in own])
     panel.set(xlim=(0, 118), ylim=(len(own) - 0.5, -0.5), xticks=(0, 25, 50, 75, 100))
     panel.xaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -71,7 +71,7 @@ def scores(tasks: Mapping[str, Mapping[str, Any]], columns: list[str]) -> Figure
 
     shown = [column for column in columns if any(column in task for task in tasks.values())]
     places = [i + 0.35 * (name == AVERAGE and i > 0) for i, name in enumerate(tasks)]
-    figure, (panel,) = new_figure([0.2 * len(shown) * len(tasks) + 0.9])
+    figure, (panel,) = new_figure([0.21 * len(shown) * len(tasks) + 0.9])
     height, furthest = 0.8 / len(shown), 0.0
     for k, column in enumerate(shown):
         look = place(column, columns)
@@ -97,8 +97,9 @@ def scores(tasks: Mapping[str, Mapping[str, Any]], columns: list[str]) -> Figure
 def _reading(panel: Axes, y: float, value: float, error: float) -> float:
     """The error bar and the value behind it; returns where the bar ends."""
     if error:
+        panel.errorbar(value, y, xerr=error, color=LIGHT["paper"], linewidth=2.8)  # so that it is seen on the bar
         panel.errorbar(value, y, xerr=error, color=LIGHT["ink"], linewidth=1, capsize=2)
     panel.annotate(
-        f"{value:.1f}", (value + error, y), (4, 0), textcoords="offset points", va="center", fontsize=8
+        f"{value:.1f}", (value + error, y), (4, 0), textcoords="offset points", va="center", fontsize=9
     )  # fmt: skip
     return value + error

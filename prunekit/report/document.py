@@ -101,8 +101,8 @@ def _gone(report: Mapping[str, Any]) -> str:
 
 
 def _explain(drawn: Mapping[str, Picture]) -> str:
-    formula = "‖output − dense output‖² / ‖dense output‖²"
-    return f"How far each layer's output lies from the dense model's: {formula}." if "error" in drawn else ""
+    formula = "‖output − dense‖² / ‖dense‖²"
+    return f"Each layer's output against the dense model's: {formula}." if "error" in drawn else ""
 
 
 def _protocols(report: Mapping[str, Any]) -> Items | None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_LOOKS = (3, 4, 1, 2)  # of corpora; the first three looks are the models'
+
+
 def ratios(entries: Sequence[Units]) -> Figure:
     """A panel a kind: the share removed in each layer, and the policy's curve where there is one."""
     kinds = by_kind(entries) or {"groups": list(entries)}
@@ -25,7 +28,7 @@ def ratios(entries: Sequence[Units]) -> Figure:
         places = [i if e.index is None else e.index for i, e in enumerate(own)]
         planned = [(x, 100 * e.planned) for x, e in zip(places, own, strict=True) if e.planned is not None]
         if planned:
-            panel.plot(*zip(*planned, strict=True), "--", color=LIGHT["recovered"], linewidth=1.6, label="policy")
+            panel.plot(*zip(*planned, strict=True), "--", color=LIGHT["soft"], linewidth=1.6, label="policy")
         removed = [100 * e.removed for e in own]
         panel.plot(places, removed, "o", color=LIGHT["pruned"], markersize=size, clip_on=False, label="removed")
         panel.set_title(kind)
@@ -44,7 +47,7 @@ def errors(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Figure:
     for column in columns:
         points = [(row["index"], row[column]) for row in rows if row.get(column) is not None]
         _line(panel, points, column, place(column, columns))
-    panel.set(xlabel="layer", ylabel="relative squared error")
+    panel.set(xlabel="layer", ylabel="relative squared error", xlim=(rows[0]["index"] - 0.6, rows[-1]["index"] + 0.6))
     _wide_or_from_zero(panel, values)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     legend(panel)
@@ -63,6 +66,7 @@ def _wide_or_from_zero(panel: Axes, values: Sequence[float]) -> None:
     panel.tick_params(length=0, which="both")
     if min(values) > 0 and max(values) > 30 * min(values):
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         panel.set_ylim(0, 1.08 * max(values) or 1)
 
@@ -74,10 +78,12 @@ def corpora(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     """Losses above, perplexities below, over the steps; the step that was kept is marked."""
-    losses = {"training": (_points(rows, "loss"), 0), "validation": (_points(rows, "validation_loss"), 2)}
+    losses = {"training": (_points(rows, "loss"), 0), "validation": (_points(rows, "validation_loss"), _LOOKS[0])}
     losses = {name: line for name, line in losses.items() if line[0]}
     names = corpora(rows)
-    scores = {c: (_points([r.get("perplexity") or {} for r in rows], c, rows), 1 + i % 4) for i, c in enumerate(names)}
+    scores = {
+        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 4]) for i, c in enumerate(names)
+    }
     parts = [(what, lines) for what, lines in (("loss", losses), ("perplexity", scores)) if lines]
     figure, panels = new_figure([2.0] * len(parts), 0.2, sharex=True)
     for panel, (what, lines) in zip(panels, parts, strict=True):

@@ -69,10 +69,12 @@ def _table(table: Table) -> str:
     head = "".join(
         _cell(cell, i < table.left, 'th scope="col"') if cell else "<td></td>" for i, cell in enumerate(table.header)
     )
-    lines = [f"<table><caption>{_text(table.caption)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    tag = '<table class="strong">' if table.strong else "<table>"
+    lines = [f"{tag}<caption>{_text(table.caption)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
     for first, *others in table.rows:
         cells = "".join(_cell(cell, i < table.left, "td") for i, cell in enumerate(others, 1))
-        lines.append("<tr>" + _cell(first, True, 'th scope="row"') + cells + "</tr>")
+        name = _cell(first, True, 'th scope="row"').replace("_", "_<wbr>")
+        lines.append(f"<tr>{name}{cells}</tr>")
     wide = '<div class="wide" tabindex="0">' + "\n".join([*lines, "</tbody></table></div>"])
     return f"<details><summary>{_text(table.caption)}</summary>{wide}</details>" if table.folded else wide
 

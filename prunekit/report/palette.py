@@ -27,7 +27,7 @@ DARK = {
     "fifth": "#dd93bc",
 }
 SERIES = ("dense", "pruned", "recovered", "fourth", "fifth")
-HATCHES = ("", "////", "xxxx", "----", "....")
+HATCHES = ("", "///", "xxx", "---", "...")
 MARKERS = ("s", "o", "^", "D", "v")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH = 7.2  # inches of 72 units
+_WIDTH = 6.2  # inches of 72 units
 NAMED = 12  # bars up to which each gets words of its own
 
 
@@ -38,7 +38,7 @@ def percent_axes(panel: Axes, limits: tuple[int, int], top: float) -> None:
     panel.tick_params(length=0)
     panel.set(xlim=(limits[0] - 0.6, limits[1] + 0.6), ylim=(0, top))
     panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2.5, 5, 10]))
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
     panel.yaxis.set_major_formatter(PercentFormatter(decimals=0))
 
 

@@ -20,8 +20,8 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prunekit",
     "text.parse_math": False,  # a task may be called a_$b
-    "font.size": 10,
-    "axes.titlesize": 10,
+    "font.size": 11,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,7 +34,7 @@ STYLE: dict[str, Any] = {
     "axes.edgecolor": LIGHT["line"],
     "grid.color": LIGHT["line"],
     "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.9,
+    "hatch.linewidth": 0.7,
     "legend.frameon": False,
     "legend.borderpad": 0,
 }

@@ -18,13 +18,16 @@ _STEPS = 100  # rows a curve's table may have
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells as text; the first column names the row, the first `left` columns hold words. `folded`: it may be long."""
+    """Cells as text; the first column names the row, the first `left` columns hold words. `folded`: it may be long;
+    `strong`: the last column is what counts.
+    """
 
     caption: str
     header: Row
     rows: tuple[Row, ...]
     left: int = 1
     folded: bool = False
+    strong: bool = False
 
 
 def header(report: Mapping[str, Any]) -> Row:
@@ -64,7 +67,9 @@ def _row(report: Mapping[str, Any], name: str, values: Mapping[str, Any], style:
 def summary(report: Mapping[str, Any]) -> Table:
     """`rows` that have a figure, under their heads."""
     measured = tuple(row for row in rows(report) if set(row[1:]) != {words.NONE})
-    return Table(caption=" against ".join(reversed(report["models"])), header=header(report), rows=measured)
+    models = report["models"]
+    caption = f"Change: {models[-1]} against {models[0]}" if len(models) > 1 else "What was measured"
+    return Table(caption=caption, header=header(report), rows=measured, strong=len(models) > 1)
 
 
 def layers(report: Mapping[str, Any]) -> Table | None:

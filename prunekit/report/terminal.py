@@ -27,7 +27,7 @@ def print_summary(report: Mapping[str, Any], folder: Path) -> None:
         table.add_column(Text(words.plain(name)), justify="right" if i else "left")
     for row in shown.rows:
         table.add_row(*(Text(words.plain(cell)) for cell in row))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else 120)
     console.print(table)
     for line in _lines(report, folder):
         console.print(line, markup=False)

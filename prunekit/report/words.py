@@ -18,13 +18,13 @@ def count(value: float | None) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """Four digits or more: 0.0123, 5.063, 21.59, 12,346."""
+    """About four digits: 0.0123, 5.063, 21.59, 377.2, 12,346."""
     if value is None:
         return NONE
     size = abs(value)
     if 0 < size < 1e-3:
         return f"{value:.2e}"
-    return f"{value:,.{4 if size < 1 else 3 if size < 10 else 2 if size < 10_000 else 0}f}"
+    return f"{value:,.{4 if size < 1 else max(0, 4 - len(f'{size:.0f}'))}f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -48,7 +48,8 @@ def _scaled(value: float | None, base: int, units: tuple[str, ...]) -> str:
     step = 0
     while abs(value) >= base and step < len(units) - 1:
         value, step = value / base, step + 1
-    return (f"{value:,.2f}" if step else f"{value:,.0f}") + (f" {units[step]}" if units[step] else "")
+    text = f"{value:,.{(2 if abs(value) < 100 else 1) if step else 0}f}"
+    return f"{text} {units[step]}".rstrip()
 
 
 def duration(seconds: float | None) -> str:
