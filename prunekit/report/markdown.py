@@ -1,0 +1,74 @@
+"""`report.md`: the report for people who read text; its pictures lie beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from prunekit.report import words
+from prunekit.report.document import Block, Code, Items, Sample, Section, document, title
+from prunekit.report.pictures import Picture
+from prunekit.report.tables import Table
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """`report.md`, in GitHub's dialect; it links the files of `write_pictures`."""
+    lines = [f"# {_text(title(report))}"]
+    for section in document(report):
+        lines += _section(section)
+    return "\n\n".join(lines) + "\n"
+
+
+def _section(section: Section) -> list[str]:
+    return [f"## {section.title}", *(_block(block) for block in section.blocks)]
+
+
+def _block(block: Block) -> str:
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Picture):
+        return f"![{_text(block.label)}]({block.name}.svg)"
+    if isinstance(block, Sample):
+        return _sample(block)
+    if isinstance(block, Code):
+        return _fence(block.text, "sh")
+    if isinstance(block, Items):
+        return "\n".join(f"- {_text(line)}" for line in block.lines)
+    return _text(block)
+
+
+def _text(text: str) -> str:
+    """One line that Markdown and HTML read as it stands."""
+    return _SPECIAL.sub(lambda match: f"\\{match[0]}", " ".join(words.plain(text).split()))
+
+
+def _table(table: Table) -> str:
+    rules = ["---" if i < table.left else "---:" for i in range(len(table.header))]
+    lines = [_cells([_text(cell) for cell in table.header]), _cells(rules)]
+    lines += [_cells([_text(cell) for cell in row]) for row in table.rows]
+    text = "\n".join(lines)
+    if not table.folded:
+        return text
+    return f"<details><summary>{table.caption}</summary>\n\n{text}\n\n</details>"
+
+
+def _cells(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _sample(sample: Sample) -> str:
+    mode = f" ({_text(sample.mode)})" if sample.mode else ""
+    parts = [f"Prompt{mode}:", _fence(sample.prompt)]
+    for column, answer in sample.answers.items():
+        parts += [f"{_text(column)}:", _fence(answer)]
+    return "\n\n".join(parts)
+
+
+def _fence(text: str, language: str = "") -> str:
+    """A code block, its fence longer than any run of backticks in it."""
+    runs = [len(run) for run in re.findall(r"`+", text)]
+    fence = "`" * max(3, *(run + 1 for run in runs), 3)
+    return f"{fence}{language}\n{words.plain(text)}\n{fence}"
