@@ -163,7 +163,7 @@ def _columns_in(field: Any) -> set[str]:
     if not isinstance(field, str):
         return set()
     module, _, name = field.rpartition(".")
-    if Path(f"{module}.py").is_file():
+    if Path(module).is_absolute() and Path(f"{module}.py").is_file():
         tree = ast.parse(Path(f"{module}.py").read_text(encoding="utf-8"))
         bodies = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         return {column for body in bodies for node in ast.walk(body) for column in _subscript(node)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,8 @@ from prunekit.console import track
 from prunekit.errors import DataError
 from prunekit.evaluation import task_data
 from prunekit.evaluation.task_files import first_line
+from prunekit.evaluation.task_rows import rows_of
 from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, quiet, unchanged
-
-NORMALISED = ("piqa", "hellaswag", "arc_challenge", "openbookqa")  # acc_norm, as papers on these models do
 
 
 class Cache(Protocol):
@@ -112,14 +111,39 @@ def evaluate_tasks(
                 if cache is not None:
                     cache.put(key, known)
             results[member.name] = known
-        return _rows(names, loaded, results)
+        return rows_of(loaded, results)
 
 
 def _requests(member: task_data.Member, task: Any, limit: int | None) -> Any:
+    """The task with its requests built, its metric tried on the first row."""
     try:
         task.build_all_requests(limit=limit)
     except Exception as error:
         raise DataError(f"task {member.name}: its rows can't be turned into requests: {first_line(error)}") from error
+    first = task.instances[0]
+    answers = {"generate_until": "a", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
+    asked = [instance for instance in task.instances if instance.doc_id == first.doc_id]
+    try:
+        task.process_results(first.doc, [answers[instance.request_type] for instance in asked])
+    except KeyError as error:
+        found = ", ".join(first.doc)
+        raise DataError(f"task {member.name}: its metric reads a column {error}; found {found}") from error
+    except Exception:  # the answer is made up; real ones are scored, or refused, below
+        pass
+    return _refusing(member, task)
+
+
+def _refusing(member: task_data.Member, task: Any) -> Any:
+    """A row that the metric can't score is the data's fault."""
+    score = task.process_results
+
+    def scored(doc: Any, results: Any) -> Any:
+        try:
+            return score(doc, results)
+        except Exception as error:
+            raise DataError(f"task {member.name}: a row can't be scored: {first_line(error)}: {doc}"[:400]) from error
+
+    task.process_results = scored
     return task
 
 
@@ -147,65 +171,3 @@ def _tokenizer_state(tokenizer: Any) -> Any:
         return [type(tokenizer).__name__, special, tokenizer.get_vocab()]
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return [special, {key: value for key, value in state.items() if key not in ("padding", "truncation")}]
-
-
-def _rows(
-    names: Sequence[str], loaded: Sequence[tuple[task_data.Member, Any]], results: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """The rows of groups, before their members', and of tasks; then the average of those on top."""
-    rows: dict[str, dict[str, Any]] = {}
-    for member, task in loaded:
-        if member.group and member.group not in rows:
-            own = [task for other, task in loaded if other.group == member.group]
-            rows[member.group] = _group_row(member.group, own, results)
-        of = {"of": member.group} if member.group else {}
-        metric = _main_metric(member.name, results[member.name])
-        rows[member.name] = _row(results[member.name], metric, task.config.num_fewshot) | of
-    top = [row for row in rows.values() if "of" not in row]
-    metrics = dict.fromkeys(row["metric"] for row in top)
-    if len(top) > 1 and metrics.keys() <= {"acc", "acc_norm"}:
-        rows["average"] = {
-            "value": sum(row["value"] for row in top) / len(top),
-            "metric": f"mean of {' and '.join(metrics)}",
-            "stderr": None,
-            "samples": sum(row["samples"] for row in top),
-            "fewshot": top[0]["fewshot"] if len({row["fewshot"] for row in top}) == 1 else None,
-        }
-    return rows
-
-
-def _group_row(name: str, tasks: Sequence[Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's own aggregate, over the members that ran."""
-    from dataclasses import fields
-
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import GroupConfig
-
-    known = {field.name for field in fields(GroupConfig)}
-    group = Group.from_config({key: value for key, value in task_data.config_of(name).items() if key in known})
-    for task in tasks:
-        group.add(task)
-    found: Any = group.aggregate({task.task_name: results[task.task_name] for task in tasks})
-    metric = next(key for key in found if "," in key and "_stderr" not in key)
-    return _row(found, metric, tasks[0].config.num_fewshot)
-
-
-def _main_metric(name: str, found: Mapping[str, Any]) -> str:
-    """The metric that papers give: `acc_norm` for some tasks, else `acc`, else the first that says what it is."""
-    keys = [key for key in found if "," in key and "_stderr" not in key]
-    for wanted in ("acc_norm",) if name in NORMALISED else ("acc",):
-        if any(key.startswith(f"{wanted},") for key in keys):
-            return next(key for key in keys if key.startswith(f"{wanted},"))
-    return next((key for key in keys if not key.startswith("score,")), keys[0])
-
-
-def _row(found: Mapping[str, Any], key: str, fewshot: int) -> dict[str, Any]:
-    metric, variant = key.split(",", 1)
-    stderr = found.get(f"{metric}_stderr,{variant}")
-    return {
-        "value": float(found[key]),
-        "metric": metric,
-        "stderr": None if stderr is None or isinstance(stderr, str) else float(stderr),
-        "samples": int(found["sample_len"]),
-        "fewshot": fewshot,
-    }

@@ -17,7 +17,8 @@ from prunekit.evaluation.tasks import check_tasks, evaluate_tasks, fingerprint
 
 SEVEN = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 PIQA = [
-    {"goal": f"open jar {i}", "sol1": "twist it" * (i % 3 + 1), "sol2": "hit it", "label": i * i % 2} for i in range(12)
+    {"goal": f"open jar {i}", "sol1": "twist it" * (i % 3 + 1), "sol2": "hit it", "label": int(i % 3 == 0)}
+    for i in range(12)
 ]
 MMLU = [
     {"question": f"Which of {i}?", "choices": ["a", "bb", "c", "dd"], "answer": i % 4, "subject": subject}
@@ -165,7 +166,7 @@ def test_known_results_are_not_computed_again(tmp_path, model, characters):
 
 
 def test_the_fingerprint_tells_all_that_decides_the_result(tmp_path, characters):
-    first, second = write(tmp_path / "1"), write(tmp_path / "2", rows=[{**PIQA[0], "label": 1}, *PIQA[1:]])
+    first, second = write(tmp_path / "1"), write(tmp_path / "2", rows=[{**PIQA[0], "label": 0}, *PIQA[1:]])
     other = copy.deepcopy(characters)
     other.backend_tokenizer.post_processor = None
 
@@ -298,10 +299,20 @@ def test_longbench_generates_and_names_its_metric(tmp_path, model, characters, m
             monkeypatch.setitem(sys.modules, name, stub)
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
     rows = evaluate_tasks(model, characters, ["longbench"], tasks_dir=tmp_path)
-    monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics")
     assert rows["longbench_2wikimqa"]["metric"] == "qa_f1_score"
     assert rows["longbench"]["metric"] == "score"
     assert 0 <= rows["longbench"]["value"] == rows["longbench_2wikimqa"]["value"] <= 1
+    calls = count_calls(model)
+    for task, rows, message in [
+        ("longbench_2wikimqa", without([row], "answers"), "missing answers; found columns context, question"),
+        ("longbench_trec", [row | {"input": "a"}], "its metric reads a column 'all_classes'; found context"),
+        ("longbench_2wikimqa", [row | {"answers": [5]}], "a row can't be scored"),
+    ]:
+        assert not calls
+        write(tmp_path / message[:9], task, "test", rows)
+        with pytest.raises(DataError, match=f"task {task}: {message}"):
+            evaluate_tasks(model, characters, [task], tasks_dir=tmp_path / message[:9])
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics")
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ConfigError, match="longbench_lcc: a package is missing: .*jieba"):
         check_tasks(["longbench"], None)
