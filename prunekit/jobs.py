@@ -61,8 +61,6 @@ def run(
         PrunekitError: whatever was wrong with the request; `output` then holds no result.
     """
     device = pick_device(config.device)
-    jobs: dict[str, Callable[[Job], tuple[dict[str, Any], Finished | None]]]
-    jobs = {"prune": run_prune, "evaluate": run_evaluate, "recover": run_recover}
     with process_group(device):
         if rank():  # the first process evaluates and writes; all watch a recovery
             corpora = config.eval.corpora if config.recovery.get("_target_") else []
@@ -73,7 +71,7 @@ def run(
             ensure_empty(output, besides={STATE, PARTIAL, TRAINING})
         torch.manual_seed(config.seed)
         stages = Stages(device)
-        report, result = jobs[config.task](Job(config=config, output=output, stages=stages))
+        report, result = _JOBS[config.task](Job(config=config, output=output, stages=stages))
         if rank():
             return report
         with stages("save"):
@@ -83,8 +81,6 @@ def run(
             write_run(output, report, provenance or {}, result)
         for left in (STATE, PARTIAL, TRAINING):
             shutil.rmtree(output / left, ignore_errors=True)
-        for warning in report.get("warnings", ()):
-            say(f"note: {warning}")
         return report
 
 
@@ -271,13 +267,17 @@ def _recovered(
             seed=config.seed,
             folder=folder,
             teacher=teacher,
-            watch={name: lambda m, name=name: measures.perplexity(m, name) for name in measures.windows},
+            watch={name: partial(_perplexity, measures, name) for name in measures.windows},
             modules=modules,
             resume=config.resume,
         )
     if recovery.merge:
         round_to(model, stored)
     return found, None if recovery.merge else folder / "adapter"
+
+
+def _perplexity(measures: Measures, name: str, model: nn.Module) -> float:
+    return measures.perplexity(model, name)
 
 
 def modules_by_kind(graph: CouplingGraph) -> dict[str, set[str]]:
@@ -426,3 +426,10 @@ def write_run(
         if isinstance(error, OSError):
             raise PrunekitError(f"{output}: can't be written: {error.strerror}") from error
         raise
+
+
+_JOBS: dict[str, Callable[[Job], tuple[dict[str, Any], Finished | None]]] = {
+    "prune": run_prune,
+    "evaluate": run_evaluate,
+    "recover": run_recover,
+}

@@ -54,7 +54,8 @@ class Measures:
                 documents, tokenizer, self.given.window, self.given.max_tokens, name, self.given.stride
             )
             self.windows[Path(name).stem if "/" in name else name] = cut
-        check_tasks(self.given.tasks, self._tasks_dir)
+        if self.given.tasks:
+            check_tasks(self.given.tasks, self._tasks_dir, self.given.fewshot)
         folder = default_folder() if self.given.cache == "auto" else self.given.cache
         self._folder = Path(folder) if folder else None
 
@@ -81,7 +82,7 @@ class Measures:
             protocol = f"perplexity {digest([windows.numpy().data])} {tuple(windows.shape)} {self.given.stride}"
             compute = partial(self.perplexity, model, name)
             found["perplexity"][name] = cache.remember(f"{protocol} {self.given.batch_size}", compute)
-        found["tasks"] = evaluate_tasks(
+        found["tasks"] = self.given.tasks and evaluate_tasks(
             model,
             self.tokenizer,
             self.given.tasks,
@@ -91,6 +92,7 @@ class Measures:
             batch_size=self.given.batch_size,
             seed=self.seed,
             cache=cache,
+            device=self.device,
         )
         if self.given.macs:
             found["macs"] = macs(model, self.given.macs, self.device)

@@ -30,7 +30,7 @@ ALLOWED = {
         "policies",
         "surgery",
     },
-    "evaluation": {"data", "errors", "console"},
+    "evaluation": {"data", "errors", "console", "machine"},
     "recovery": {"data", "errors", "console"},
     "checkpoint": {"plan", "sizes", "errors"},
     "report": {"errors", "graph"},
