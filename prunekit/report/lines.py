@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunekit.report import words
 from prunekit.report.palette import LIGHT, MARKERS, SERIES, STYLES, place
 from prunekit.report.panels import layers_of, legend, new_figure, percent_axes
 from prunekit.report.units import Units, by_kind
@@ -31,7 +32,7 @@ def ratios(entries: Sequence[Units]) -> Figure:
             panel.plot(*zip(*planned, strict=True), "--", color=LIGHT["soft"], linewidth=1.6, label="policy")
         removed = [100 * e.removed for e in own]
         panel.plot(places, removed, "o", color=LIGHT["pruned"], markersize=size, clip_on=False, label="removed")
-        panel.set_title(kind)
+        panel.set_title(words.shorten(kind, 48))
         percent_axes(panel, limits, min(103.0, 1.12 * top) or 1)
     panels[-1].set_xlabel("layer" if by_kind(entries) else "group, in order")
     legend(panels[0])
@@ -88,7 +89,7 @@ def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     figure, panels = new_figure([2.0] * len(parts), 0.2, sharex=True)
     for panel, (what, lines) in zip(panels, parts, strict=True):
         for name, (points, look) in lines.items():
-            _line(panel, points, name, look, markers=25)
+            _line(panel, points, words.shorten(name, 28), look, markers=25)
         panel.set_ylabel(what)
         panel.grid(axis="y")
         panel.tick_params(length=0, which="both")
