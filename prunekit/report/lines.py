@@ -49,7 +49,10 @@ def errors(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Figure:
         points = [(row["index"], row[column]) for row in rows if row.get(column) is not None]
         _line(panel, points, column, place(column, columns))
     panel.set(xlabel="layer", ylabel="relative squared error", xlim=(rows[0]["index"] - 0.6, rows[-1]["index"] + 0.6))
-    _wide_or_from_zero(panel, values)
+    panel.grid(axis="y")
+    panel.tick_params(length=0)
+    if not _logarithmic(panel, values):
+        panel.set_ylim(0, 1.08 * max(values) or 1)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     legend(panel)
     return figure
@@ -62,14 +65,18 @@ def _line(panel: Axes, points: Sequence[tuple[float, float]], name: str, look: i
     panel.plot(xs, ys, linestyle=style, marker=MARKERS[look], markevery=every, color=colour, markersize=4.5, label=name)
 
 
-def _wide_or_from_zero(panel: Axes, values: Sequence[float]) -> None:
-    panel.grid(axis="y")
-    panel.tick_params(length=0, which="both")
-    if min(values) > 0 and max(values) > 30 * min(values):
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    else:
-        panel.set_ylim(0, 1.08 * max(values) or 1)
+def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
+    """Where the values span more than a decade and a half, a logarithmic scale with ticks 1, 3, 10 or by decades."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = min(values), max(values)
+    if low <= 0 or high <= 30 * low:
+        return False
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return True
 
 
 def corpora(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -92,7 +99,8 @@ def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
             _line(panel, points, words.shorten(name, 28), look, markers=25)
         panel.set_ylabel(what)
         panel.grid(axis="y")
-        panel.tick_params(length=0, which="both")
+        panel.tick_params(length=0)
+        _logarithmic(panel, [y for points, _ in lines.values() for _, y in points])
         legend(panel)
         if best is not None:
             panel.axvline(best, color=LIGHT["soft"], linewidth=1, linestyle=":")

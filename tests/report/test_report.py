@@ -368,8 +368,7 @@ def test_any_depth_and_any_kinds(layers, kinds):
     given = make(layers, recovered=False, kinds=kinds)
     for kind in kinds:
         given["layers"][layers // 2][kind]["kept"] = 0
-    page = render_html(given)
-    assert f"{kinds[0]} of layer {layers // 2}" in page
+    assert f"{kinds[0]} of layer {layers // 2}" in render_markdown(given)
     svg = pictures(given)["layers"].svg()
     for kind in kinds:
         assert re.search(rf">{kind}: [\d,]+ of [\d,]+ kept<", svg)
@@ -397,8 +396,8 @@ def test_groups_outside_of_layers(many, layers):
     given["policy"]["shares"] = dict.fromkeys(names, 1.0)
     svg = pictures(given)["layers"].svg()
     assert ("features.0.conv" in svg.split(">", 1)[1]) == (many == 2), "named where there is room"
-    page = Page(render_html(given))
-    table = next(table for table in page.tables if table[0][0] == "layer")
+    assert "ratio-0" in pictures(given)["ratio"].svg()
+    table = next(table for table in markdown_tables(render_markdown(given))[0] if table[0][0] == "layer")
     assert [row[1] for row in table if row[0] == "–"] == names
 
 
@@ -413,6 +412,20 @@ def test_the_policy_s_curve_is_scaled_to_what_was_removed():
     found = units(given)
     assert [entry.planned for entry in found[::2]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert [entry.removed for entry in found[::2]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.45])
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"), [((1e-6, 1e-3, 2.0), {"1e-06", "1"}), ((0.02, 0.5, 0.9), {"0.03", "0.3"})]
+)
+def test_errors_over_decades_are_drawn_logarithmically(values, ticks):
+    given = {"task": "prune", "models": ["dense", "pruned"]}
+    given["layer_error"] = [{"index": i, "pruned": value} for i, value in enumerate(values)]
+    picture = pictures(given)["error"]
+    assert ticks <= set(re.findall(r">([^<]+)</text>", picture.svg()))
+    assert re.search(rf"pruned at most {values[2]}0+, in layer 2", picture.label)
+    given["layer_error"][0]["pruned"] = 0.0
+    labels = re.findall(r">([\d.e-]+)</text>", pictures(given)["error"].svg())
+    assert "0.0" in labels, "zero has no logarithm"
 
 
 def luminance(colour):
