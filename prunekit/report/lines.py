@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.report import words
 from prunekit.report.palette import LIGHT, MARKERS, SERIES, STYLES, place
-from prunekit.report.panels import layers_of, legend, new_figure, percent_axes
+from prunekit.report.panels import layers_of, legend, legend_columns, new_figure, percent_axes
 from prunekit.report.units import Units, by_kind
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_LOOKS = (3, 4, 1, 2)  # of corpora; the first three looks are the models'
+MEASURED = ("loss", "validation_loss", "perplexity")
+_LOOKS = (3, 4, 1, 2, 0)  # of corpora; the models have the first three
 
 
 def ratios(entries: Sequence[Units]) -> Figure:
@@ -32,7 +33,7 @@ def ratios(entries: Sequence[Units]) -> Figure:
             panel.plot(*zip(*planned, strict=True), "--", color=LIGHT["soft"], linewidth=1.6, label="policy")
         removed = [100 * e.removed for e in own]
         panel.plot(places, removed, "o", color=LIGHT["pruned"], markersize=size, clip_on=False, label="removed")
-        panel.set_title(words.shorten(kind, 48))
+        panel.set_title(words.shorten(kind, 30))
         percent_axes(panel, limits, min(103.0, 1.12 * top) or 1)
     panels[-1].set_xlabel("layer" if by_kind(entries) else "group, in order")
     legend(panels[0])
@@ -81,7 +82,8 @@ def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
 
 def corpora(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The corpora a curve has perplexities on."""
-    return list(dict.fromkeys(corpus for row in rows for corpus in row.get("perplexity") or {}))
+    measured = [row.get("perplexity") or {} for row in rows]
+    return list(dict.fromkeys(name for values in measured for name, value in values.items() if value is not None))
 
 
 def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
@@ -90,13 +92,13 @@ def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     losses = {name: line for name, line in losses.items() if line[0]}
     names = corpora(rows)
     scores = {
-        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 4]) for i, c in enumerate(names)
+        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 5]) for i, c in enumerate(names)
     }
     parts = [(what, lines) for what, lines in (("loss", losses), ("perplexity", scores)) if lines]
-    figure, panels = new_figure([2.0] * len(parts), 0.2, sharex=True)
+    figure, panels = new_figure([1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for _, lines in parts], 0.2, True)
     for panel, (what, lines) in zip(panels, parts, strict=True):
         for name, (points, look) in lines.items():
-            _line(panel, points, words.shorten(name, 28), look, markers=25)
+            _line(panel, points, words.shorten(name, 40), look, markers=25)
         panel.set_ylabel(what)
         panel.grid(axis="y")
         panel.tick_params(length=0)

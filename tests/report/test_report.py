@@ -428,6 +428,18 @@ def test_errors_over_decades_are_drawn_logarithmically(values, ticks):
     assert "0.0" in labels, "zero has no logarithm"
 
 
+def test_a_curve_may_lack_any_of_its_figures():
+    given = {"task": "recover", "models": ["pruned", "recovered"]}
+    given["recovery"] = {"curve": [{"step": 0, "loss": None, "perplexity": {}}], "steps": 0}
+    assert "curve" not in pictures(given)
+    names = [f"a rather long name of corpus {i}" for i in range(6)]
+    given["recovery"]["curve"] += [{"step": s, "perplexity": dict.fromkeys(names, 9.0) | {"x": None}} for s in (10, 20)]
+    picture = pictures(given)["curve"]
+    assert "loss" not in picture.label and "perplexity on x" not in picture.label
+    assert len(re.findall(r"a rather long name of corpus \d<", picture.svg())) == 6
+    assert "–" in "".join(Page(render_html(given)).text)
+
+
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
