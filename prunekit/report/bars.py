@@ -24,7 +24,7 @@ def kept(entries: Sequence[Units]) -> Figure:
     figure, panels = new_figure(heights, 0.25)
     for panel, (kind, own) in zip(panels, kinds.items(), strict=False):
         _upright(panel, [e.index or 0 for e in own], own, layers_of(kinds))
-        panel.set_title(f"{kind}: {_total(own)} kept")
+        panel.set_title(f"{words.shorten(kind, 32)}: {_total(own)} kept")
         panel.set_xlabel("layer" if kind == list(kinds)[-1] else "")
     if others and few:
         _lying(panels[-1], others)

@@ -130,7 +130,7 @@ def _samples(report: Mapping[str, Any]) -> list[Block | None]:
     return [
         Sample(
             prompt=words.plain(sample["prompt"]),
-            mode=sample.get("mode", ""),
+            mode=words.plain(sample.get("mode", "")),
             answers={c: words.plain(sample[c]) for c in report["models"] if sample.get(c) is not None},
         )
         for sample in report.get("samples") or []

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunekit.report import words
 from prunekit.report.palette import LIGHT, MARKERS, SERIES, STYLES, place
-from prunekit.report.panels import layers_of, legend, new_figure, percent_axes
+from prunekit.report.panels import layers_of, legend, legend_columns, new_figure, percent_axes
 from prunekit.report.units import Units, by_kind
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_LOOKS = (3, 4, 1, 2)  # of corpora; the first three looks are the models'
+MEASURED = ("loss", "validation_loss", "perplexity")
+_LOOKS = (3, 4, 1, 2, 0)  # of corpora; the models have the first three
 
 
 def ratios(entries: Sequence[Units]) -> Figure:
@@ -31,7 +33,7 @@ def ratios(entries: Sequence[Units]) -> Figure:
             panel.plot(*zip(*planned, strict=True), "--", color=LIGHT["soft"], linewidth=1.6, label="policy")
         removed = [100 * e.removed for e in own]
         panel.plot(places, removed, "o", color=LIGHT["pruned"], markersize=size, clip_on=False, label="removed")
-        panel.set_title(kind)
+        panel.set_title(words.shorten(kind, 30))
         percent_axes(panel, limits, min(103.0, 1.12 * top) or 1)
     panels[-1].set_xlabel("layer" if by_kind(entries) else "group, in order")
     legend(panels[0])
@@ -48,7 +50,10 @@ def errors(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Figure:
         points = [(row["index"], row[column]) for row in rows if row.get(column) is not None]
         _line(panel, points, column, place(column, columns))
     panel.set(xlabel="layer", ylabel="relative squared error", xlim=(rows[0]["index"] - 0.6, rows[-1]["index"] + 0.6))
-    _wide_or_from_zero(panel, values)
+    panel.grid(axis="y")
+    panel.tick_params(length=0)
+    if not _logarithmic(panel, values):
+        panel.set_ylim(0, 1.08 * max(values) or 1)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     legend(panel)
     return figure
@@ -61,19 +66,24 @@ def _line(panel: Axes, points: Sequence[tuple[float, float]], name: str, look: i
     panel.plot(xs, ys, linestyle=style, marker=MARKERS[look], markevery=every, color=colour, markersize=4.5, label=name)
 
 
-def _wide_or_from_zero(panel: Axes, values: Sequence[float]) -> None:
-    panel.grid(axis="y")
-    panel.tick_params(length=0, which="both")
-    if min(values) > 0 and max(values) > 30 * min(values):
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    else:
-        panel.set_ylim(0, 1.08 * max(values) or 1)
+def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
+    """Where the values span more than a decade and a half, a logarithmic scale with ticks 1, 3, 10 or by decades."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = min(values), max(values)
+    if low <= 0 or high <= 30 * low:
+        return False
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return True
 
 
 def corpora(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The corpora a curve has perplexities on."""
-    return list(dict.fromkeys(corpus for row in rows for corpus in row.get("perplexity") or {}))
+    measured = [row.get("perplexity") or {} for row in rows]
+    return list(dict.fromkeys(name for values in measured for name, value in values.items() if value is not None))
 
 
 def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
@@ -82,16 +92,17 @@ def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     losses = {name: line for name, line in losses.items() if line[0]}
     names = corpora(rows)
     scores = {
-        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 4]) for i, c in enumerate(names)
+        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 5]) for i, c in enumerate(names)
     }
     parts = [(what, lines) for what, lines in (("loss", losses), ("perplexity", scores)) if lines]
-    figure, panels = new_figure([2.0] * len(parts), 0.2, sharex=True)
+    figure, panels = new_figure([1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for _, lines in parts], 0.2, True)
     for panel, (what, lines) in zip(panels, parts, strict=True):
         for name, (points, look) in lines.items():
-            _line(panel, points, name, look, markers=25)
+            _line(panel, points, words.shorten(name, 40), look, markers=25)
         panel.set_ylabel(what)
         panel.grid(axis="y")
-        panel.tick_params(length=0, which="both")
+        panel.tick_params(length=0)
+        _logarithmic(panel, [y for points, _ in lines.values() for _, y in points])
         legend(panel)
         if best is not None:
             panel.axvline(best, color=LIGHT["soft"], linewidth=1, linestyle=":")

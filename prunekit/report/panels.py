@@ -43,6 +43,13 @@ def percent_axes(panel: Axes, limits: tuple[int, int], top: float) -> None:
 
 
 def legend(panel: Axes) -> None:
-    """Above the panel, on the right."""
+    """Above the panel, on the right; in several lines where the names are long."""
     handles, labels = panel.get_legend_handles_labels()
-    panel.legend(handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), handlelength=2.6)
+    panel.legend(
+        handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=legend_columns(labels), handlelength=2.6
+    )
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """How many names fit beside each other."""
+    return max(1, min(len(labels), 60 // (max(map(len, labels)) + 6)))

@@ -79,7 +79,7 @@ def _error(report: Mapping[str, Any]) -> Picture | None:
 
 def _curve(report: Mapping[str, Any]) -> Picture | None:
     recovery = report.get("recovery") or {}
-    rows = [row for row in recovery.get("curve") or [] if row.keys() & {"loss", "validation_loss", "perplexity"}]
+    rows = [row for row in recovery.get("curve") or [] if any(row.get(key) for key in lines.MEASURED)]
     if not rows:
         return None
     told = []
@@ -87,7 +87,7 @@ def _curve(report: Mapping[str, Any]) -> Picture | None:
         if values := [row[key] for row in rows if row.get(key) is not None]:
             told.append(f"{name} from {words.decimal(values[0])} to {words.decimal(values[-1])}")
     for corpus in lines.corpora(rows):
-        values = [row["perplexity"][corpus] for row in rows if corpus in (row.get("perplexity") or {})]
+        values = [value for row in rows if (value := (row.get("perplexity") or {}).get(corpus)) is not None]
         told.append(f"perplexity on {corpus} from {words.decimal(values[0])} to {words.decimal(values[-1])}")
     label = f"Lines over the steps of recovery: {'; '.join(told)}."
     return Picture(name="curve", label=label, draw=lambda: lines.curve(rows, recovery.get("best_step")))

@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from prunekit.report import words
 from prunekit.report.palette import LIGHT, variables
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
         warnings.simplefilter("ignore")  # glyphs missing from the font that only measures
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(buffer.getvalue())
+    root = ElementTree.fromstring(words.plain(buffer.getvalue()))
     _own_ids(root, name)
     for element in root.iter():
         _clean(element)
     box = root.attrib["viewBox"]
-    root.attrib = {"viewBox": box, "role": "img", "aria-label": label, "style": "stroke-linejoin:round"}
+    root.attrib = {"viewBox": box, "role": "img", "aria-label": words.plain(label), "style": "stroke-linejoin:round"}
     _unnest(root)
     ElementTree.register_namespace("", _SVG)
     return ElementTree.tostring(root, encoding="unicode")
