@@ -66,7 +66,7 @@ def attach(model: Any, names: Sequence[str], recovery: Recovery, base: str) -> A
     if stacked:
         say(f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: they get no adapter")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a linear's weights lie the other way round than a Conv1D's
+        warnings.simplefilter("ignore")  # a deprecated name; that some linears' weights lie the other way round
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
