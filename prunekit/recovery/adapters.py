@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from prunekit.console import say
@@ -78,11 +77,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            weight: Any = module.get_base_layer().weight
-            stored = weight.dtype
-            weight.data = weight.data.to(torch.promote_types(stored, torch.float32))
-            module.merge()
-            weight.data = weight.data.to(stored)
+            module.merge()  # float32 adapters add up with half-precision weights in float32
     return detach(model)
 
 
