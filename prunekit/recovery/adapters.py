@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from prunekit.console import say
@@ -66,7 +65,7 @@ def attach(model: Any, names: Sequence[str], recovery: Recovery, base: str) -> A
     if stacked:
         say(f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: they get no adapter")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a linear's weights lie the other way round than a Conv1D's
+        warnings.simplefilter("ignore")  # a deprecated name; that some linears' weights lie the other way round
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
@@ -78,11 +77,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            weight: Any = module.get_base_layer().weight
-            stored = weight.dtype
-            weight.data = weight.data.to(torch.promote_types(stored, torch.float32))
-            module.merge()
-            weight.data = weight.data.to(stored)
+            module.merge()  # float32 adapters add up with half-precision weights in float32
     return detach(model)
 
 

@@ -39,8 +39,9 @@ class Recovery:
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW's.
         clip: largest norm of the gradient; 0 clips nothing.
-        bf16: mixed precision; "auto" where a GPU has it.
-        lora: train adapters; where false, the weights themselves (in float32, rounded back at the end).
+        bf16: compute in bfloat16; "auto" where a GPU has it. Else in float32, and half-precision weights are rounded
+            back at the end.
+        lora: train adapters; where false, the weights themselves.
         rank: of the adapters.
         alpha: the adapters are scaled by alpha / rank.
         dropout: on the adapters' inputs.

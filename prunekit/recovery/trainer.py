@@ -29,8 +29,6 @@ def arguments(
     recovery: Recovery, folder: Path, device: torch.device, micro: int, steps: int, seed: int, fresh: bool
 ) -> Any:
     """TrainingArguments of a recovery with `micro` rows a forward pass of `steps` accumulated; `fresh`: not resumed."""
-    on_gpu = device.type == "cuda"
-    bf16 = on_gpu and torch.cuda.is_bf16_supported() if recovery.bf16 == "auto" else recovery.bf16
     made = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -42,7 +40,7 @@ def arguments(
         weight_decay=recovery.weight_decay,
         max_grad_norm=recovery.clip,
         optim="adamw_torch",
-        bf16=bf16,
+        bf16=mixed_precision(recovery, device),
         use_cpu=device.type == "cpu",
         seed=seed,
         data_seed=seed,
@@ -54,11 +52,18 @@ def arguments(
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=on_gpu,
+        dataloader_pin_memory=device.type == "cuda",
     )
     made.device  # noqa: B018  (sets the processes up, and counts GPUs)
     made._n_gpu = min(made.n_gpu, 1)  # one process works on one GPU
     return made
+
+
+def mixed_precision(recovery: Recovery, device: torch.device) -> bool:
+    """Whether forward passes compute in bfloat16."""
+    if recovery.bf16 == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return recovery.bf16
 
 
 class RecoveryTrainer(Trainer):

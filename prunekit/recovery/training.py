@@ -80,8 +80,8 @@ def recover(
         run = _Run(
             recovery, data, teacher if recovery.needs_teacher else None, watch, folder, seed, pad_token(tokenizer)
         )
-        run.prepare(model, modules, base or str(folder / "model"))
         try:
+            run.prepare(model, modules, base or str(folder / "model"))
             trainer = run.train(resume)
             best = run.settle(trainer)
         except BaseException:
@@ -103,13 +103,23 @@ class _Run:
         self.recovery, self.data, self.teacher, self.watch = recovery, data, teacher, watch
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.seed, self.pad = seed, pad
-        self.types: dict[str, torch.dtype] = {}
+        self.types: list[tuple[nn.Parameter, torch.dtype]] = []
 
     def prepare(self, model: Any, modules: Any, base: str) -> None:
-        """Decide what is trained: fresh adapters, or the weights themselves in float32."""
+        """Decide what is trained: fresh adapters, or the weights themselves.
+
+        Half-precision weights wait in float32 meanwhile, unless they are frozen and a GPU computes in bfloat16.
+        """
         from transformers import set_seed
 
+        from prunekit.recovery.trainer import mixed_precision
+
         set_seed(self.seed)
+        device = next(model.parameters()).device
+        if not (self.recovery.lora and device.type == "cuda" and mixed_precision(self.recovery, device)):
+            self.types = [(p, p.dtype) for p in model.parameters()]
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self.model = self.trained = model
         recovery = self.recovery
         names = adapters.target_names(model, recovery.kinds, modules)
@@ -117,10 +127,8 @@ class _Run:
             self.trained = adapters.attach(model, names, recovery, base)
         else:
             chosen = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-            self.types = {name: p.dtype for name, p in model.named_parameters()}
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("all" in recovery.kinds or name in chosen)
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self.trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)
 
     def train(self, resume: bool) -> Any:
@@ -210,18 +218,16 @@ class _Run:
 
     def finish(self) -> None:
         """Fold what was trained into the weights, or keep it as an adapter."""
-        if not self.recovery.lora:
-            self.restore_types()
-        elif self.recovery.merge:
+        if self.recovery.lora and self.recovery.merge:
             adapters.merge(self.model)
-        elif _rank() == 0:
+        self.restore_types()
+        if not self.recovery.merge and _rank() == 0:
             adapters.save(self.trained, self.folder / "adapter")
 
     def restore_types(self) -> None:
         """Every parameter in the type it was stored in."""
-        for name, parameter in self.model.named_parameters():
-            if name in self.types:
-                parameter.data = parameter.data.to(self.types[name])
+        for parameter, stored in self.types:
+            parameter.data = parameter.data.to(stored)
 
 
 @torch.no_grad()
