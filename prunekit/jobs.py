@@ -32,7 +32,7 @@ from prunekit.measure import Measures, check_length
 from prunekit.parallel import process_group, rank, together, world_size
 from prunekit.pipeline import DEMO_MODEL, STATE, Places, activations_folder, check_finite, prune_model, versions
 from prunekit.plan import PruningPlan
-from prunekit.recovery import Recovery, recover
+from prunekit.recovery import Recovery, detach, recover
 from prunekit.report import render_html, render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
 from prunekit.streaming import Streamed, stream
@@ -114,6 +114,8 @@ class Finished:
 
     def write(self, output: Path) -> None:
         """The model's folder, the plan, the adapter."""
+        if self.adapter is not None:
+            detach(self.model)
         if self.streamed is not None and self.streamed.writer is not None:
             self.streamed.writer.finish(self.model, self.tokenizer)
         else:
@@ -270,6 +272,7 @@ def _recovered(
             watch={name: partial(_perplexity, measures, name) for name in measures.windows},
             modules=modules,
             resume=config.resume,
+            base=str(job.output / "model"),
         )
     if recovery.merge:
         round_to(model, stored)

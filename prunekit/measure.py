@@ -144,7 +144,7 @@ class Measures:
             errors = {name: relative_errors(columns[first]["outputs"], columns[name]["outputs"]) for name in others}
             rows = [dict(zip(errors, row, strict=True)) for row in zip(*errors.values(), strict=False)]
             found["layer_error"] = [{"index": i, **row} for i, row in enumerate(rows)]
-            if odd := columns[others[-1]]["odd"] - columns[first]["odd"]:
+            if odd := columns[others[0]]["odd"] - columns[first]["odd"]:
                 found["warnings"] = [
                     f"{len(odd)} matrices have a side that is no multiple of {_TENSOR_CORES} and had not before "
                     f"({min(odd)}): GPUs run them slower; scope.width_multiple={_TENSOR_CORES} keeps to such widths"

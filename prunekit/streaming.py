@@ -32,6 +32,8 @@ def obstacle(config: RunConfig) -> str | None:
         return "an importance that scores all layers at once; expected importance=obs"
     if not isinstance(build(config.schedule, "schedule"), Layerwise):
         return "schedule=oneshot; expected layerwise"
+    if config.recovery.get("_target_"):
+        return "a recovery; expected recovery=none, and task=recover on the result"
     if build(config.policy, "policy").measures:
         return "a policy that measures the model; expected one of shapes over the depth"
     if config.scope.get("ranking", "local") != "local" or config.scope.get("rounds", 1) != 1:

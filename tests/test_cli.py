@@ -21,6 +21,8 @@ QUICK = [
     "eval.max_tokens=2048",
     "eval.speed=false",
     "eval.new_tokens=4",
+    "eval.temperature=0",
+    "eval.layer_tokens=256",
 ]
 
 
@@ -58,7 +60,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_the_folder_of_the_design(finished):
     folder, output = finished
     assert {path.name for path in folder.iterdir()} == {
-        *("model", "plan.json", "report.json", "report.md", "layers.svg", ".hydra")
+        *("model", "plan.json", "report.json", "report.md", "report.html", ".hydra"),
+        *("layers.svg", "ratio.svg", "error.svg"),
     }
     report = json.loads((folder / "report.json").read_text())
     assert {"method", "seed", "versions", "ratio", "parameters", "perplexity", "layers", "seconds"} <= report.keys()
@@ -214,7 +217,7 @@ def test_real_checkpoint_from_the_command_line(data, tmp_path):
         f"model.path={DATA.resolve() / 'models' / 'stories260K'}",
         f"data.calibration.path={stories}",
         f"eval.corpora=[{stories}]",
-        "eval.prompt=Once upon a time",
+        "eval.prompts=[Once upon a time]",
         "output_dir=out",
         "data.calibration.samples=32",
         cwd=tmp_path,

@@ -28,7 +28,7 @@ class Runner:
         self.model, self.tokenizer, self.device, self.seed = model, copy.deepcopy(tokenizer), device, seed
         self.auto = batch_size == "auto"
         if not self.auto and not (isinstance(batch_size, int) and batch_size > 0):
-            raise ConfigError(f"eval.task_batch_size: expected a positive number or auto, got {batch_size!r}")
+            raise ConfigError(f"eval.batch_size: expected a positive number or auto, got {batch_size!r}")
         self.batch_size = batch_size
 
     def run(self, name: str, task: Any, limit: int | None) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class Runner:
                 if not _out_of_memory(error):
                     raise
                 if size == 1 or not self.auto:
-                    halved = f"set eval.task_batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
-                    raise DataError(f"task {name}: out of memory with eval.task_batch_size={size}: {halved}") from error
+                    halved = f"set eval.batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
+                    raise DataError(f"task {name}: out of memory with eval.batch_size={size}: {halved}") from error
             except AssertionError as error:  # so lm-eval says that an answer doesn't fit
                 reason = first_line(error)
                 raise DataError(f"task {name}: too long for the model's window of {window} tokens: {reason}") from error

@@ -220,7 +220,7 @@ def test_out_of_memory_halves_the_batch(tmp_path, model, characters, monkeypatch
     monkeypatch.setattr(model, "forward", small)
     assert evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path) == expected
     assert max(sizes) == 24
-    with pytest.raises(DataError, match="task piqa: out of memory with eval.task_batch_size=20: set .*=10 or auto"):
+    with pytest.raises(DataError, match="task piqa: out of memory with eval.batch_size=20: set .*=10 or auto"):
         evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, batch_size=20)
 
 
@@ -284,7 +284,7 @@ def test_names_and_folders_that_are_not_there(tmp_path, model, characters):
             check_tasks(names, folder)
     with pytest.raises(DataError, match="can't load allenai/sciq from the hub .eval.tasks_dir takes local files."):
         evaluate_tasks(model, characters, ["sciq"], limit=1)
-    with pytest.raises(ConfigError, match="eval.task_batch_size: expected a positive number or auto, got 0"):
+    with pytest.raises(ConfigError, match="eval.batch_size: expected a positive number or auto, got 0"):
         evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, batch_size=0)
 
 

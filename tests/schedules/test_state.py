@@ -166,7 +166,7 @@ def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
     (tmp_path / "out/.model.half").mkdir()
     jobs.run(cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        ".hydra", "model", "plan.json", "report.json", "report.md", "layers.svg"
+        ".hydra", "model", "plan.json", "report.json", "report.md", "report.html", "layers.svg", "ratio.svg"
     }  # fmt: skip
 
 
