@@ -32,7 +32,7 @@ from prunekit.measure import Measures, check_length
 from prunekit.parallel import process_group, rank, together, world_size
 from prunekit.pipeline import DEMO_MODEL, STATE, Places, activations_folder, check_finite, prune_model, versions
 from prunekit.plan import PruningPlan
-from prunekit.recovery import Recovery, detach, recover
+from prunekit.recovery import Recovery, detach, prepare, recover
 from prunekit.report import render_html, render_markdown, to_json, write_pictures
 from prunekit.report.couplings import write_couplings
 from prunekit.streaming import Streamed, stream
@@ -136,11 +136,12 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         else:
             model, stored = job.load(source)
         tokenizer = job.tokenizer(source)
-        data = config.data.calibration
-        check_length("data.calibration.sequence_length", data.sequence_length, model)
-        documents = load_corpus(data.path or data.corpus, "calibration", config.corpora)
-        windows = calibration_windows(documents, tokenizer, data.samples, data.sequence_length, data.seed)
+        text = config.data.calibration
+        check_length("data.calibration.sequence_length", text.sequence_length, model)
+        documents = load_corpus(text.path or text.corpus, "calibration", config.corpora)
+        windows = calibration_windows(documents, tokenizer, text.samples, text.sequence_length, text.seed)
         measures = Measures(config, tokenizer, device, model, stored)
+        data = _data(job, recovery, measures, model, source)
     if streamed is None:
         check_finite(model)
     dense = size(model, stored)
@@ -157,7 +158,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         undo=False,
         keep=True,
     )
-    batches = token_batches(windows, min(data.batch_size, -(-len(windows) // world_size())), device)
+    batches = token_batches(windows, min(text.batch_size, -(-len(windows) // world_size())), device)
     result = prune_model(model, config, batches, stages, stored, places, streamed)
     report, adapter = dict(result.report), None
     if streamed is None:
@@ -166,7 +167,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         columns["pruned"] = measures.of(model, key=(lambda: None) if streamed else None)
     if recovery is not None:
         facts = {"model": identity_of(source), "plan": digest([result.plan.to_json()])}
-        found, adapter = _recovered(job, recovery, model, stored, measures, facts, source, result.graph)
+        found, adapter = _recovered(job, recovery, data, model, stored, measures, facts, source, result.graph)
         report["recovery"], columns["recovered"] = found, measures.of(model)
     if rank():
         return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan)
@@ -209,6 +210,7 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
         model, stored = job.load(source)
         tokenizer = job.tokenizer(source)
         measures = Measures(config, tokenizer, stages.device, model, stored)
+        data = _data(job, recovery, measures, model, config.eval.baseline)
     check_finite(model)
     columns = {}
     if config.eval.baseline:
@@ -217,7 +219,7 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
     with stages("evaluate_pruned"):
         columns["pruned"] = measures.of(model)
     facts = {"model": identity_of(source)}
-    found, adapter = _recovered(job, recovery, model, stored, measures, facts, config.eval.baseline)
+    found, adapter = _recovered(job, recovery, data, model, stored, measures, facts, config.eval.baseline)
     columns["recovered"] = measures.of(model)
     report = {**_before(Path(source)), "recovery": found, **measures.report(columns)}
     others = {"dense": config.eval.baseline} if config.eval.baseline else {}
@@ -237,9 +239,20 @@ def _before(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def _data(job: Job, recovery: Recovery | None, measures: Measures, model: nn.Module, dense: str | Path | None) -> Any:
+    """What a recovery will be trained on; its mistakes are found before anything long begins."""
+    if recovery is None:
+        return None
+    if recovery.needs_teacher and dense is None:
+        raise ConfigError("recovery=distill: expected the dense model, its teacher, as eval.baseline, got none")
+    known, seed = job.config.corpora, job.config.seed
+    return prepare(model, measures.tokenizer, recovery, known=known, seed=seed, watch=measures.windows)
+
+
 def _recovered(
     job: Job,
     recovery: Recovery,
+    data: Any,
     model: nn.Module,
     stored: torch.dtype,
     measures: Measures,
@@ -249,17 +262,15 @@ def _recovered(
 ) -> tuple[dict[str, Any], Path | None]:
     """Fine-tune the model in place; the report's part, and the adapter's folder where it was not merged."""
     config, folder = job.config, job.output / TRAINING
-    check_length("recovery.length", recovery.length, model)
     _claim(folder, {**facts, **flat({"recovery": config.recovery, "seed": config.seed})}, config.resume)
     teacher = None
     if recovery.needs_teacher:
-        if dense is None:
-            raise ConfigError("recovery=distill: expected the dense model, its teacher, as eval.baseline, got none")
+        assert dense is not None
         teacher = job.load(dense, stored)[0]
     modules = None
     if "all" not in recovery.kinds:
         graph = graph or trace(model, {"input_ids": torch.ones(2, 8, dtype=torch.long), "use_cache": False})
-        modules = modules_by_kind(graph)
+        modules = modules_by_kind(model, graph)
     with job.stages("recover"):
         found = recover(
             model,
@@ -273,6 +284,7 @@ def _recovered(
             modules=modules,
             resume=config.resume,
             base=str(job.output / "model"),
+            data=data,
         )
     if recovery.merge:
         round_to(model, stored)
@@ -283,12 +295,14 @@ def _perplexity(measures: Measures, name: str, model: nn.Module) -> float:
     return measures.perplexity(model, name)
 
 
-def modules_by_kind(graph: CouplingGraph) -> dict[str, set[str]]:
-    """A group's kind → the modules its units lie in."""
-    found: dict[str, set[str]] = {}
+def modules_by_kind(model: nn.Module, graph: CouplingGraph) -> dict[str, set[str]]:
+    """A group's kind → the modules that hold its units; to attention belongs what lies beside them (a lone KV head)."""
+    found: dict[str, set[str]] = {"attention": set(), "mlp": set()}
     for group in graph.groups:
         found.setdefault(group.kind, set()).update(m.parameter.rpartition(".")[0] for m in group.members)
-    return found
+    homes = {name.rpartition(".")[0] for name in found["attention"]}
+    beside = {name for name, _ in model.named_modules() if name.rpartition(".")[0] in homes}
+    return found | {"attention": found["attention"] | beside - found["mlp"]}
 
 
 def _claim(folder: Path, facts: Mapping[str, Any], resume: bool) -> None:

@@ -79,7 +79,9 @@ class Measures:
         cache = Cache(self._folder, (key() if key else model_key(model)) if wanted else None)
         found: dict[str, Any] = {"perplexity": {}, **size(model, self.stored)}
         for name, windows in self.windows.items():
-            protocol = f"perplexity {digest([windows.numpy().data])} {tuple(windows.shape)} {self.given.stride}"
+            protocol = (
+                f"perplexity {digest([windows.contiguous().numpy().data])} {tuple(windows.shape)} {self.given.stride}"
+            )
             compute = partial(self.perplexity, model, name)
             found["perplexity"][name] = cache.remember(f"{protocol} {self.given.batch_size}", compute)
         found["tasks"] = self.given.tasks and evaluate_tasks(

@@ -2,6 +2,6 @@
 
 from prunekit.recovery.adapters import detach
 from prunekit.recovery.settings import Recovery
-from prunekit.recovery.training import recover
+from prunekit.recovery.training import prepare, recover
 
-__all__ = ["Recovery", "detach", "recover"]
+__all__ = ["Recovery", "detach", "prepare", "recover"]

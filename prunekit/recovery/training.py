@@ -36,6 +36,7 @@ def recover(
     modules: Mapping[str, Collection[str]] | None = None,
     resume: bool = False,
     base: str | None = None,
+    data: Data | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a causal language model in place, on the device where its weights are.
 
@@ -59,6 +60,7 @@ def recover(
         modules: "mlp" and "attention" → names of their linears, for `recovery.targets`.
         resume: go on from the newest checkpoint, if there is one.
         base: what the adapter's config names as the model below it; `folder/model` where None.
+        data: what `prepare` gave, if it was called before.
 
     Returns:
         Plain JSON: `curve` (step, tokens, learning_rate, loss or validation_loss and perplexity), `steps`,
@@ -69,11 +71,11 @@ def recover(
         DataError: a corpus that can't be used, a loss that is not finite, memory that does not suffice.
     """
     watch = watch or {}
-    _check(recovery, teacher, watch)
+    if recovery.needs_teacher and teacher is None:
+        raise ConfigError("recovery.kl and recovery.hidden: expected a teacher, the dense model, got none")
     began = time.perf_counter()
+    data = data or prepare(model, tokenizer, recovery, known=known, seed=seed, watch=watch)
     seed = seed if recovery.seed is None else recovery.seed
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    data = load_data(recovery, tokenizer, known, seed, longest)
     if recovery.pack:
         check_packing(model, data, pad_token(tokenizer))
     with adapters.unchanged(model):
@@ -250,11 +252,14 @@ def check_packing(model: Any, data: Data, pad: int) -> None:
     model.train(training)
 
 
-def _check(recovery: Recovery, teacher: nn.Module | None, watch: Mapping[str, Any]) -> None:
-    if recovery.needs_teacher and teacher is None:
-        raise ConfigError("recovery.kl and recovery.hidden: expected a teacher, the dense model, got none")
-    if recovery.patience is not None and recovery.stop_on not in (known := [VALIDATION, *watch]):
-        raise ConfigError(f"recovery.stop_on: unknown name {recovery.stop_on!r}: {suggest(recovery.stop_on, known)}")
+def prepare(
+    model: nn.Module, tokenizer: Any, recovery: Recovery, *, known: Mapping[str, Any], seed: int, watch: Collection[str]
+) -> Data:
+    """The rows to train on, loaded before anything long begins; arguments and errors as of `recover`."""
+    if recovery.patience is not None and recovery.stop_on not in (names := [VALIDATION, *watch]):
+        raise ConfigError(f"recovery.stop_on: unknown name {recovery.stop_on!r}: {suggest(recovery.stop_on, names)}")
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return load_data(recovery, tokenizer, known, seed if recovery.seed is None else recovery.seed, longest)
 
 
 def _report(trainer: Any, run: _Run, best: int, seconds: float) -> dict[str, Any]:
