@@ -274,6 +274,18 @@ def _spread(row: dict | None, question: str) -> str:
     return f"{row['mean']:.{digits}f} ± {row['spread']:.{digits}f}" if row else "–"
 
 
+def recovery(result: dict) -> list[str]:
+    lines = [*head("What recovery gives back", "recovery", result), result["note"], ""]
+    rows = [
+        [
+            row["model"], row["method"], f"{row['ratio']:.0%}", row["recovery"], f"{row['perplexity']:.2f}",
+            f"{row['tokens']:,}" if "tokens" in row else "–",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return lines + table("model | method | removed | recovery | >perplexity | >tokens", rows)
+
+
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,
@@ -284,4 +296,5 @@ SECTIONS = {
     "experiments": experiments,
     "accumulation": accumulation,
     "quality": quality,
+    "recovery": recovery,
 }
