@@ -19,11 +19,10 @@ _failures: list[PrunekitError] = []
 
 
 def _complain(error: Exception, more: str = "") -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return  # the first process says it
     if os.environ.get("PRUNEKIT_TRACEBACK") == "1":
         traceback.print_exception(error)
-    print(f"prunekit: {error if isinstance(error, PrunekitError) else one_line(error)}{more}", file=sys.stderr)
+    who = f"prunekit, process {rank}" if (rank := os.environ.get("RANK", "0")) != "0" else "prunekit"
+    print(f"{who}: {error if isinstance(error, PrunekitError) else one_line(error)}{more}", file=sys.stderr)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
 from prunekit.checkpoint.save import write_text
 from prunekit.compensation.store import free_bytes
-from prunekit.config import EvalConfig, RunConfig, build, flat
+from prunekit.config import RunConfig, build, flat
 from prunekit.console import say
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import batches as token_batches
@@ -29,7 +29,7 @@ from prunekit.evaluation.cost import size
 from prunekit.graph import CouplingGraph, trace
 from prunekit.machine import Stages, pick_device, pick_dtype
 from prunekit.measure import Measures, check_length
-from prunekit.parallel import process_group, rank, together, world_size
+from prunekit.parallel import add_up, process_group, rank, together, world_size
 from prunekit.pipeline import DEMO_MODEL, STATE, Places, activations_folder, check_finite, prune_model, versions
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, detach, prepare, recover
@@ -40,7 +40,7 @@ from prunekit.streaming import Streamed, stream
 PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
 TRAINING = ".training"  # what an unfinished recovery leaves in its output folder
 _SHARE = 0.6  # of the free memory that a second model may take
-_QUIET = EvalConfig(macs=0, layer_tokens=0, speed=False, cache=None)
+_QUIET: dict[str, Any] = {"tasks": [], "prompts": [], "macs": 0, "layer_tokens": 0, "speed": False, "cache": None}
 
 
 def run(
@@ -62,9 +62,9 @@ def run(
     """
     device = pick_device(config.device)
     with process_group(device):
-        if rank():  # the first process evaluates and writes; all watch a recovery
+        if rank():  # the first process evaluates and writes; the others know what it watches in a recovery
             corpora = config.eval.corpora if config.recovery.get("_target_") else []
-            config = replace(config, eval=replace(_QUIET, corpora=corpora))
+            config = replace(config, eval=replace(config.eval, corpora=corpora, **_QUIET))
         else:
             if config.resume and any((output / name).exists() for name in (STATE, TRAINING)):
                 clear_results(output)  # of a run that was killed while it wrote them
@@ -163,6 +163,8 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     report, adapter = dict(result.report), None
     if streamed is None:
         round_to(model, stored)
+    dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
+    columns["dense"]["outputs"] = {i: o for i, o in columns["dense"]["outputs"].items() if i not in dropped}
     with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
         columns["pruned"] = measures.of(model, key=(lambda: None) if streamed else None)
     if recovery is not None:
@@ -226,12 +228,14 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
     report |= _speeds(job, measures, others, {"recovered": model})
     to_type(model, stored)
     path = Path(source).parent / "plan.json"
-    plan = PruningPlan.load(path) if path.exists() else None
+    plan = PruningPlan.load(path) if _before(Path(source)) and path.exists() else None
     return report, Finished(model=model, tokenizer=tokenizer, plan=plan, adapter=adapter)
 
 
 def _before(folder: Path) -> dict[str, Any]:
     """Of the report of the run that a model folder came from: what still holds."""
+    if folder.name != "model" or not (folder / "prunekit.json").exists():
+        return {}
     try:
         report = json.loads((folder.parent / "report.json").read_text(encoding="utf-8"))
         return {key: report[key] for key in ("method", "ratio", "target", "policy", "layers") if key in report}
@@ -262,7 +266,9 @@ def _recovered(
 ) -> tuple[dict[str, Any], Path | None]:
     """Fine-tune the model in place; the report's part, and the adapter's folder where it was not merged."""
     config, folder = job.config, job.output / TRAINING
-    _claim(folder, {**facts, **flat({"recovery": config.recovery, "seed": config.seed})}, config.resume)
+    facts = {**facts, "data": data.fingerprint, **flat({"recovery": config.recovery, "seed": config.seed})}
+    facts |= {"teacher": identity_of(dense)} if recovery.needs_teacher and dense else {}
+    _claim(folder, facts, config.resume)
     teacher = None
     if recovery.needs_teacher:
         assert dense is not None
@@ -292,7 +298,10 @@ def _recovered(
 
 
 def _perplexity(measures: Measures, name: str, model: nn.Module) -> float:
-    return measures.perplexity(model, name)
+    """Measured by the first process: all must stop at the same step."""
+    with together():
+        value = 0.0 if rank() else measures.perplexity(model, name)
+    return add_up(torch.tensor(value, dtype=torch.float64, device=measures.device)).item()
 
 
 def modules_by_kind(model: nn.Module, graph: CouplingGraph) -> dict[str, set[str]]:
@@ -311,7 +320,7 @@ def _claim(folder: Path, facts: Mapping[str, Any], resume: bool) -> None:
     with together():
         if rank():
             return
-        if path.exists():
+        if path.exists() and any(folder.glob("checkpoints/*")):
             if not resume:
                 raise CheckpointError(f"{folder}: holds an unfinished recovery: resume=true goes on with it")
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -415,9 +424,10 @@ def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
 
 def clear_results(output: Path) -> None:
     """Remove what `write_run` leaves, finished or not."""
-    names = ("report.json", "report.md", "report.html", "plan.json", "model", "adapter", ".hydra")
-    half = [path for path in output.glob(".*") if path.name not in (STATE, PARTIAL, TRAINING)]
-    for path in [*(output / name for name in names), *output.glob("*.svg"), *half]:
+    pictures = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]
+    names = ["report.json", "report.md", "report.html", "plan.json", "model", "adapter", *pictures]
+    half = [path for name in names for path in output.glob(f".{name}.*") if path.name != PARTIAL]
+    for path in [*(output / name for name in [*names, ".hydra"]), *half]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -16,12 +16,12 @@ from prunekit.data.tokens import evaluation_windows
 from prunekit.errors import ConfigError
 from prunekit.evaluation.cache import Cache, default_folder, digest, model_key
 from prunekit.evaluation.cost import macs, odd_widths, size, speed
-from prunekit.evaluation.generation import continuation, prompts_of
+from prunekit.evaluation.generation import check_prompt, continuation, prompts_of
 from prunekit.evaluation.outputs import layer_outputs, relative_errors
 from prunekit.evaluation.perplexity import perplexity, protocol
 from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
 
-_TENSOR_CORES = 8  # matrix sides should be multiples of this
+_TENSOR_CORES = (8, 64)  # matrix sides should be multiples of the one, and better of the other
 
 
 class Measures:
@@ -46,6 +46,7 @@ class Measures:
             config.eval, config.seed, tokenizer, device, stored
         )  # fmt: skip
         self.longest = longest(model)
+        self.macs_tokens = min(self.given.macs, self.longest or self.given.macs)
         check_length("eval.window", self.given.window, model)
         self.windows: dict[str, Tensor] = {}
         for name in self.given.corpora:
@@ -53,7 +54,10 @@ class Measures:
             cut = evaluation_windows(
                 documents, tokenizer, self.given.window, self.given.max_tokens, name, self.given.stride
             )
-            self.windows[Path(name).stem if "/" in name else name] = cut
+            stems = [Path(other).stem for other in self.given.corpora]
+            self.windows[Path(name).stem if "/" in name and stems.count(Path(name).stem) == 1 else name] = cut
+        for prompt in prompts_of(self.given.prompts):
+            check_prompt(prompt, tokenizer, self.longest)
         if self.given.tasks:
             check_tasks(self.given.tasks, self._tasks_dir, self.given.fewshot)
         folder = default_folder() if self.given.cache == "auto" else self.given.cache
@@ -97,13 +101,16 @@ class Measures:
             device=self.device,
         )
         if self.given.macs:
-            found["macs"] = macs(model, self.given.macs, self.device)
+            found["macs"] = macs(model, self.macs_tokens, self.device)
+        sample: Callable[..., str] = partial(continuation, model, self.tokenizer)
+        given = {"new_tokens": self.given.new_tokens, "device": self.device, "longest": self.longest, "seed": self.seed}
         found["samples"] = [
-            continuation(model, self.tokenizer, prompt, self.given.new_tokens, self.device, seed=self.seed, **how)
+            sample(prompt, **given, **how)
             for prompt in prompts_of(self.given.prompts)
             for how in self._modes().values()
         ]
-        found["outputs"], found["odd"] = self._outputs(model), odd_widths(model, _TENSOR_CORES)
+        found["outputs"] = dict(enumerate(self._outputs(model)))
+        found["odd"] = {side: odd_widths(model, side) for side in _TENSOR_CORES}
         return found
 
     def _modes(self) -> dict[str, dict[str, float]]:
@@ -114,8 +121,10 @@ class Measures:
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         windows = next(iter(self.windows.values()), None)
-        rows = self.given.layer_tokens // self.given.window
-        return [] if windows is None or not rows else layer_outputs(model, windows[:rows], self.device)
+        if windows is None or not self.given.layer_tokens:
+            return []
+        rows = max(self.given.layer_tokens // self.given.window, 1)
+        return layer_outputs(model, windows[:rows, : self.given.layer_tokens], self.device)
 
     def report(self, columns: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The report's part: what `of` found of each model, by the model's name; the dense one comes first."""
@@ -126,7 +135,7 @@ class Measures:
             found[figure] = {name: columns[name][figure] for name in names}
         if self.given.macs:
             found["macs"] = {name: columns[name]["macs"]["total"] for name in names}
-            found["macs_protocol"] = f"one forward pass of {self.given.macs} tokens"
+            found["macs_protocol"] = f"one forward pass of {self.macs_tokens} tokens"
             found["macs_by_module"] = {
                 name: {kind: count for kind, count in columns[name]["macs"].items() if kind != "total"}
                 for name in names
@@ -143,25 +152,36 @@ class Measures:
                 for task, row in columns[first]["tasks"].items()
             }
         if first == "dense" and others:
-            errors = {name: relative_errors(columns[first]["outputs"], columns[name]["outputs"]) for name in others}
+            outputs = {name: list(columns[name]["outputs"].values()) for name in names}
+            errors = {name: relative_errors(outputs[first], outputs[name]) for name in others}
             rows = [dict(zip(errors, row, strict=True)) for row in zip(*errors.values(), strict=False)]
-            found["layer_error"] = [{"index": i, **row} for i, row in enumerate(rows)]
-            if odd := columns[others[0]]["odd"] - columns[first]["odd"]:
-                found["warnings"] = [
-                    f"{len(odd)} matrices have a side that is no multiple of {_TENSOR_CORES} and had not before "
-                    f"({min(odd)}): GPUs run them slower; scope.width_multiple={_TENSOR_CORES} keeps to such widths"
-                ]
+            kept = columns[first]["outputs"]
+            found["layer_error"] = [{"index": i, **row} for i, row in zip(kept, rows, strict=False)]
+        found["warnings"] = self._odd(columns[first]["odd"], columns[others[0] if others else first]["odd"])
         found["samples"] = [
             {"prompt": prompt, "mode": mode, **{name: columns[name]["samples"][i] for name in names}}
             for i, (prompt, mode) in enumerate((p, m) for p in prompts_of(self.given.prompts) for m in self._modes())
         ]
         return found
 
+    @staticmethod
+    def _odd(dense: dict[int, set[str]], pruned: dict[int, set[str]]) -> list[str]:
+        """Warnings of matrices whose sides defeat the hardware, and did not in the dense model."""
+        for side in _TENSOR_CORES:
+            if odd := pruned[side] - (dense[side] if dense is not pruned else set()):
+                slower = "much slower" if side == min(_TENSOR_CORES) else "slower"
+                return [
+                    f"{len(odd)} matrices have a side that is no multiple of {side} ({min(odd)}, …): GPUs run them "
+                    f"{slower}; scope.width_multiple={side} keeps to such widths"
+                ]
+        return []
+
     def speed(self, models: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The report's part on tokens/s and peak memory."""
         given = self.given.latency
-        prompt = max(min(given.prompt, (self.longest or given.prompt + given.new) - given.new), 1)
-        found = speed(models, given.batch, prompt, given.new, given.repeats)
+        new = min(given.new, (self.longest or 2 * given.new) // 2)
+        prompt = min(given.prompt, (self.longest or given.prompt + new) - new)
+        found = speed(models, given.batch, prompt, new, given.repeats)
         return {"evaluation_bytes": found.pop("peak_bytes"), "latency": found}
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,17 @@ class Cache:
         self.model = model
 
     def get(self, key: str) -> Any:
-        """What was kept under the key; None where nothing was, or it can't be read."""
+        """What was kept under the key; None where nothing was, or it is damaged."""
+        if self.folder is None:
+            return None
         try:
-            return json.loads(self._path(key).read_text(encoding="utf-8"))["value"] if self.folder else None
+            found = json.loads(self._path(key).read_text(encoding="utf-8"))
+            return found["value"] if found["check"] == self._check(key, found["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def _check(self, key: str, value: Any) -> str:
+        return digest([str(self.model), key, json.dumps(value, sort_keys=True)])
 
     def put(self, key: str, value: Any) -> None:
         """Keep a value of JSON's types; a folder that can't be written is no error."""
@@ -50,10 +57,12 @@ class Cache:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"model": self.model, "key": key, "value": value}), encoding="utf-8")
+            kept = {"model": self.model, "key": key, "value": value, "check": self._check(key, value)}
+            temporary.write_text(json.dumps(kept), encoding="utf-8")
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """The value under the key, computed where there is none."""

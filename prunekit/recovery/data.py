@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,14 @@ class Data:
     training: list[Row]
     validation: list[Row]
     examples: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows from others."""
+        hashed = hashlib.sha256()
+        for example in (example for row in [*self.training, *self.validation] for example in row):
+            hashed.update(f"{example.first} {len(example.ids)} ".encode() + example.ids.numpy().tobytes())
+        return hashed.hexdigest()[:32]
 
 
 def load_data(
@@ -157,16 +166,16 @@ def _empty(tokenizer: Any) -> Example:
 
 
 def _is_instruction(record: Mapping[str, Any]) -> bool:
-    return isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str)
+    """Meant as one, though its response may be missing; some corpora also hold the whole as a text."""
+    return isinstance(record.get("instruction"), str) and ("output" in record or "text" not in record)
 
 
 def _instructions(records: Sequence[Mapping[str, Any]], length: int, tokenizer: Any, name: str) -> list[Example]:
     for number, record in enumerate(records, start=1):
-        if not _is_instruction(record):
-            missing = next(key for key in ("instruction", "output") if not isinstance(record.get(key), str))
+        if missing := [key for key in ("instruction", "output") if not isinstance(record.get(key), str)]:
             raise DataError(
-                f"recovery corpus {name}: record {number} has no text {missing!r}, which recovery.format=alpaca needs; "
-                f"it has: {', '.join(map(str, record))}"
+                f"recovery corpus {name}: record {number} has no text {missing[0]!r}, which recovery.format=alpaca "
+                f"needs; it has: {', '.join(map(str, record))}"
             )
     answered = [record for record in records if record["output"].strip()]
     if not answered:

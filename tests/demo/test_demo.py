@@ -30,8 +30,8 @@ def test_it_is_small_and_says_what_it_is():
 @pytest.fixture(scope="module")
 def material():
     model, tokenizer = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32), load_tokenizer(DEMO_MODEL)
-    calibration = calibration_windows(load_corpus("embedded", "calibration", {}), tokenizer, 32, 128, 0)
-    windows = evaluation_windows(load_corpus("embedded", "eval", {}), tokenizer, 128, 4096, "embedded")
+    calibration = calibration_windows(load_corpus("embedded", "calibration", {}), tokenizer, 64, 128, 0)
+    windows = evaluation_windows(load_corpus("embedded", "eval", {}), tokenizer, 128, 8192, "embedded")
     return model, calibration, windows
 
 

@@ -151,5 +151,10 @@ def test_results_are_kept_by_content(tmp_path):
     assert calls == [("a", "p"), ("b", "p"), ("a", "q"), (None, "p"), (None, "p")]
     for file in tmp_path.iterdir():
         assert json.loads(file.read_text())["value"] == {"x": 1.5}
-        file.write_text("{")  # damaged: measured again
+        found = json.loads(file.read_text())
+        file.write_text(file.read_text()[:-9] if found["key"] == "q" else json.dumps(found | {"value": {"x": 2.5}}))
+    assert Cache(tmp_path, "a").get("p") is None, "damaged: measured again"
+    assert Cache(tmp_path, "a").get("q") is None
+    (tmp_path / "file").write_text("")
+    assert Cache(tmp_path / "file", "a").remember("p", lambda: 3) == 3, "a folder that can't be is no error"
     assert Cache(tmp_path, "a").remember("p", lambda: 7) == 7 == Cache(tmp_path, "a").get("p")

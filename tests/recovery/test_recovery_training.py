@@ -258,7 +258,8 @@ def test_presets_are_the_papers():
     for name in ("llm_pruner", "slimgpt"):
         preset = built[name]
         assert (preset.rank, preset.alpha, preset.dropout, preset.learning_rate) == (8, 16, 0.05, 1e-4)
-        assert (preset.batch_size, preset.length, preset.corpus, preset.merge) == (64, 256, "alpaca", True)
+        assert (preset.batch_size, preset.length, preset.merge) == (64, 256, True)
+    assert (built["llm_pruner"].corpus, built["slimgpt"].corpus) == ("alpaca", "alpaca_raw")
     assert (built["llm_pruner"].epochs, built["llm_pruner"].warmup_steps) == (2, 100)
     assert (built["slimgpt"].epochs, built["slimgpt"].schedule) == (1, "cosine")
     assert built["distill"].needs_teacher
