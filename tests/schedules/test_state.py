@@ -16,7 +16,13 @@ import prunekit
 from prunekit.errors import CheckpointError
 from prunekit.schedules import State
 
-QUICK = ["data.calibration.samples=16", "eval=none", "compensation.target=residual", "data.calibration.batch_size=5"]
+QUICK = [
+    "data.calibration.samples=16",
+    "data.calibration.sequence_length=48",
+    "eval=none",
+    "compensation.target=residual",
+    "data.calibration.batch_size=5",
+]
 COMMAND = [sys.executable, "-m", "prunekit", *QUICK]
 
 
