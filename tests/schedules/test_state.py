@@ -199,7 +199,7 @@ with process_group(torch.device("cpu")):
     try:
         prunekit.prune(model, calibration=given)
     except DataError as error:
-        print("RANK", os.environ["RANK"], error, flush=True)
+        open("rank" + os.environ["RANK"], "w").write(str(error))
 """
 
 
@@ -209,10 +209,9 @@ def test_an_error_in_one_process_ends_all_of_them(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
-        assert f"RANK {rank} model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3" in (
-            done.stdout
-        )
+    for rank in (0, 1):  # each into a file of its own: lines of two processes can mix
+        expected = "model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3"
+        assert expected in (tmp_path / f"rank{rank}").read_text()
 
 
 @pytest.mark.parametrize("ids", [token_ids(1, 12), torch.full((1, 9), 5), torch.full((6, 9), 5)])
