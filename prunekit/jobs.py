@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
+from prunekit.checkpoint.manifest import checksum
 from prunekit.checkpoint.save import write_text
 from prunekit.compensation.store import free_bytes
 from prunekit.config import RunConfig, build, flat
@@ -27,8 +27,9 @@ from prunekit.errors import CheckpointError, ConfigError, PrunekitError
 from prunekit.evaluation.cache import digest
 from prunekit.evaluation.cost import size
 from prunekit.graph import CouplingGraph, trace
+from prunekit.live import check_length
 from prunekit.machine import Stages, pick_device, pick_dtype
-from prunekit.measure import Measures, check_length
+from prunekit.measure import Measures
 from prunekit.parallel import add_up, process_group, rank, together, world_size
 from prunekit.pipeline import DEMO_MODEL, STATE, Places, activations_folder, check_finite, prune_model, versions
 from prunekit.plan import PruningPlan
@@ -40,7 +41,6 @@ from prunekit.streaming import Streamed, stream
 PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
 TRAINING = ".training"  # what an unfinished recovery leaves in its output folder
 _SHARE = 0.6  # of the free memory that a second model may take
-_QUIET: dict[str, Any] = {"tasks": [], "prompts": [], "macs": 0, "layer_tokens": 0, "speed": False, "cache": None}
 
 
 def run(
@@ -62,10 +62,7 @@ def run(
     """
     device = pick_device(config.device)
     with process_group(device):
-        if rank():  # the first process evaluates and writes; the others know what it watches in a recovery
-            corpora = config.eval.corpora if config.recovery.get("_target_") else []
-            config = replace(config, eval=replace(config.eval, corpora=corpora, **_QUIET))
-        else:
+        if not rank():  # which evaluates and writes
             if config.resume and any((output / name).exists() for name in (STATE, TRAINING)):
                 clear_results(output)  # of a run that was killed while it wrote them
             ensure_empty(output, besides={STATE, PARTIAL, TRAINING})
@@ -170,12 +167,14 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     if recovery is not None:
         facts = {"model": identity_of(source), "plan": digest([result.plan.to_json()])}
         found, adapter = _recovered(job, recovery, data, model, stored, measures, facts, source, result.graph)
-        report["recovery"], columns["recovered"] = found, measures.of(model)
+        report["recovery"] = found
+        with stages("evaluate_recovered"):
+            columns["recovered"] = measures.of(model)
     if rank():
         return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan)
     report |= measures.report(columns)
     if streamed is None:
-        report |= _speeds(job, measures, {"dense": source}, {list(columns)[-1]: model})
+        report |= _speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
         to_type(model, stored)
     return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter)
 
@@ -196,9 +195,11 @@ def run_evaluate(job: Job) -> tuple[dict[str, Any], None]:
         with stages(f"evaluate_{name}"):
             columns[name] = measures.of(model)
     assert measures is not None
+    if rank():
+        return report, None
     report |= measures.report(columns)
     others = {name: source for name, source in sources.items() if name != "model"}
-    return report | _speeds(job, measures, others, {"model": model}), None
+    return report | _speeds(job, measures, columns, others, {"model": model}), None
 
 
 def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
@@ -222,10 +223,13 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
         columns["pruned"] = measures.of(model)
     facts = {"model": identity_of(source)}
     found, adapter = _recovered(job, recovery, data, model, stored, measures, facts, config.eval.baseline)
-    columns["recovered"] = measures.of(model)
+    with stages("evaluate_recovered"):
+        columns["recovered"] = measures.of(model)
+    if rank():
+        return {}, Finished(model=model, tokenizer=tokenizer, plan=None)
     report = {**_before(Path(source)), "recovery": found, **measures.report(columns)}
     others = {"dense": config.eval.baseline} if config.eval.baseline else {}
-    report |= _speeds(job, measures, others, {"recovered": model})
+    report |= _speeds(job, measures, columns, others, {"recovered": model})
     to_type(model, stored)
     path = Path(source).parent / "plan.json"
     plan = PruningPlan.load(path) if _before(Path(source)) and path.exists() else None
@@ -334,15 +338,19 @@ def _claim(folder: Path, facts: Mapping[str, Any], resume: bool) -> None:
 
 
 def _speeds(
-    job: Job, measures: Measures, sources: Mapping[str, str | Path], models: Mapping[str, nn.Module]
+    job: Job,
+    measures: Measures,
+    columns: Mapping[str, dict[str, Any]],
+    sources: Mapping[str, str | Path],
+    models: Mapping[str, nn.Module],
 ) -> dict[str, Any]:
     """Tokens/s of the models, and of those that `sources` still have if there is room for them beside."""
     if not (job.config.eval.speed and measures.windows):
         return {}
+    width = max(p.dtype.itemsize for model in models.values() for p in model.parameters())
     beside = {}
     for name, source in sources.items():
-        files = Path(source).glob("*.safetensors") if Path(source).is_dir() else ()
-        if sum(file.stat().st_size for file in files) <= _SHARE * free_bytes(job.stages.device):
+        if columns[name]["parameters"] * width <= _SHARE * free_bytes(job.stages.device):
             beside[name] = job.load(source)[0]
     with job.stages("speed"):
         return measures.speed({**beside, **models})
@@ -363,12 +371,7 @@ def identity_of(source: str | Path) -> str:
 def content_of(source: str | Path) -> str:
     """The content of a model's folder, byte for byte."""
     files = sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.json"), *Path(source).glob("*.py")])
-    return digest(part for file in files for part in (file.name, _checksum(file)))
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return digest(part for file in files for part in (file.name, checksum(file)))
 
 
 def aim(config: RunConfig) -> str:

@@ -67,6 +67,14 @@ def return_freed() -> None:
         pass  # another C library
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says, on any device."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return known or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
 def reset_peak(device: torch.device) -> None:
     """Start measuring peak memory anew."""
     if device.type == "cuda":

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from prunekit.config import RunConfig
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import evaluation_windows
-from prunekit.errors import ConfigError
 from prunekit.evaluation.cache import Cache, default_folder, digest, model_key
 from prunekit.evaluation.cost import macs, odd_widths, size, speed
 from prunekit.evaluation.generation import check_prompt, continuation, prompts_of
 from prunekit.evaluation.outputs import layer_outputs, relative_errors
 from prunekit.evaluation.perplexity import perplexity, protocol
 from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
+from prunekit.live import check_length, longest
+from prunekit.parallel import rank
 
 _TENSOR_CORES = (8, 64)  # matrix sides should be multiples of the one, and better of the other
 
@@ -69,8 +70,8 @@ class Measures:
 
     def perplexity(self, model: nn.Module, name: str) -> float:
         """On one corpus."""
-        size = None if self.given.batch_size == "auto" else self.given.batch_size
-        return perplexity(model, self.windows[name], size, name, self.device, self.given.stride)
+        batch = None if self.given.batch_size == "auto" else self.given.batch_size
+        return perplexity(model, self.windows[name], batch, name, self.device, self.given.stride)
 
     def of(self, model: Any, key: Callable[[], str | None] | None = None) -> dict[str, Any]:
         """Everything that is measured on one model; what an equal model gave before is taken from the cache.
@@ -78,16 +79,18 @@ class Measures:
         Args:
             model: ready to run.
             key: gives what tells its content from others', where its weights are not in memory; None: nothing can.
+
+        Only the first of several processes measures.
         """
+        if rank():
+            return {"outputs": {}}
         wanted = self._folder and (self.windows or self.given.tasks)
         cache = Cache(self._folder, (key() if key else model_key(model)) if wanted else None)
         found: dict[str, Any] = {"perplexity": {}, **size(model, self.stored)}
         for name, windows in self.windows.items():
-            protocol = (
-                f"perplexity {digest([windows.contiguous().numpy().data])} {tuple(windows.shape)} {self.given.stride}"
-            )
-            compute = partial(self.perplexity, model, name)
-            found["perplexity"][name] = cache.remember(f"{protocol} {self.given.batch_size}", compute)
+            text = f"{digest([windows.contiguous().numpy().data])} {tuple(windows.shape)}"
+            how = f"perplexity {text} {self.given.stride} {self.given.batch_size}"
+            found["perplexity"][name] = cache.remember(how, partial(self.perplexity, model, name))
         found["tasks"] = self.given.tasks and evaluate_tasks(
             model,
             self.tokenizer,
@@ -183,18 +186,3 @@ class Measures:
         prompt = min(given.prompt, (self.longest or given.prompt + new) - new)
         found = speed(models, given.batch, prompt, new, given.repeats)
         return {"evaluation_bytes": found.pop("peak_bytes"), "latency": found}
-
-
-def longest(model: nn.Module) -> int | None:
-    """Tokens a model was made for, where its config tells."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 1 else None
-
-
-def check_length(name: str, tokens: int, model: nn.Module) -> None:
-    """Raise ConfigError where windows would be longer than the model was made for."""
-    limit = longest(model)
-    if limit is not None and tokens > limit:
-        raise ConfigError(f"{name}: expected at most the {limit} tokens the model was made for, got {tokens}")

@@ -15,6 +15,7 @@ from prunekit.errors import DataError, SurgeryError, TraceError
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
 from prunekit.graph.capture import tensor_places
 from prunekit.layers import drop, passed_over, surviving
+from prunekit.live import at_rest
 from prunekit.plan import PruningPlan
 from prunekit.sizes import (
     Sizes,
@@ -171,16 +172,8 @@ def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
     """The model's output tensors on the graph's example inputs, in evaluation mode."""
     device = next(model.parameters()).device
     inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), graph.example_inputs)
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    try:
+    with at_rest(model):
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for buffer, before in buffers:  # a forward pass may count its calls
-            buffer.copy_(before)
     leaves = torch.utils._pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

@@ -215,7 +215,7 @@ def test_two_processes_recover_as_one(place, recovered):
         (["data.calibration.sequence_length=65"], "data.calibration.sequence_length: expected at most the 64 tokens"),
         (
             ["recovery=lora", "recovery.path=text.txt", "recovery.length=65"],
-            "recovery.length: expected at most the model's 64 positions",
+            "recovery.length: expected at most the 64 tokens the model was made for",
         ),
         (["eval.tasks=[picqa]"], "the nearest: piqa"),
         (["eval.corpora=[empty.txt]"], "empty.txt: it holds no text"),

@@ -12,7 +12,7 @@ FORMAT = 1
 
 def write_manifest(folder: Path) -> None:
     """Write `prunekit.json`: format version, and the SHA-256 of `config.json` and of every weight file."""
-    files = {path.name: _checksum(path) for path in sorted(_covered(folder))}
+    files = {path.name: checksum(path) for path in sorted(_covered(folder))}
     (folder / NAME).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -28,10 +28,10 @@ def check_manifest(folder: Path) -> None:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}, got {version!r}: made by another version of prunekit")
-    for name, checksum in files.items():
+    for name, expected in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: damaged model folder: {name} is missing")
-        if _checksum(folder / name) != checksum:
+        if checksum(folder / name) != expected:
             raise CheckpointError(f"{folder}: damaged model folder: {name} is not as it was saved (see {NAME})")
 
 
@@ -39,6 +39,7 @@ def _covered(folder: Path) -> list[Path]:
     return [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from prunekit.compensation.stream import Layers, Stream
 from prunekit.console import say
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import CoupledGroup
+from prunekit.live import evaluating
 from prunekit.parallel import own_part, together, world_size
 
 __all__ = ["Batch", "Consumer", "Layers", "Moments", "Site", "Walk", "consumers_of"]
@@ -51,8 +52,6 @@ class Walk:
         Raises:
             DataError: NaN or infinity among the activations.
         """
-        training = self.model.training
-        self.model.eval()
         consumers = {group.name: consumers_of(self.model, group) for group in self.groups}
         store = self.store or Store(next(self.model.parameters()).device)
         everyone = [consumer for found in consumers.values() for consumer in found]
@@ -63,7 +62,7 @@ class Walk:
                             "lower data.calibration.batch_size")  # fmt: skip
         numbered = own_part(_numbered(batches))
         try:
-            with experts_in_turn(self.model, everyone):
+            with evaluating(self.model), experts_in_turn(self.model, everyone):
                 stream = Stream.open(self.model, self.groups, consumers, numbered, store, self.layers)
                 if stream is not None:
                     yield from stream.walk(self.targets, self.done)
@@ -77,7 +76,6 @@ class Walk:
                     yield group, [] if done else _observed(self.model, consumers[group.name], numbered)
         finally:
             store.close()
-            self.model.train(training)
 
 
 def _numbered(batches: Sequence[Batch]) -> list[Numbered]:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from prunekit.console import say, track
-from prunekit.costs.timing import Call, Inputs, at_rest, filled, median_seconds, moved, record
+from prunekit.costs.timing import Call, Inputs, filled, median_seconds, moved, record
 from prunekit.errors import SurgeryError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.graph.capture import meta_copy, without_cache
+from prunekit.live import at_rest
 from prunekit.plan import PruningPlan
 from prunekit.policies.cost import Cost, Term
 from prunekit.surgery import apply_plan

@@ -6,14 +6,15 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from prunekit.live import evaluating
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 _MOMENT = 5e-3  # a timing takes this many seconds or more: quicker calls are repeated
@@ -52,21 +53,6 @@ def record(model: nn.Module, places: set[str], example: Inputs) -> dict[str, Cal
     return calls
 
 
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode during a `with` block; afterwards every module's mode and all buffers are as they were."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
-
-
 def moved(example: Inputs, device: torch.device) -> Any:
     """The example's tensors on a device."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), example)
@@ -103,13 +89,9 @@ def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -
 @torch.inference_mode()
 def timed(model: nn.Module, example: Inputs, repeats: int = 9) -> float:
     """Median seconds of one forward pass on the example, in evaluation mode."""
-    training = model.training
     whole = Call((), example) if isinstance(example, Mapping) else Call(example, {})
-    try:
-        model.eval()
+    with evaluating(model):
         return median_seconds(lambda: whole(model), next(model.parameters()).device, repeats)
-    finally:
-        model.train(training)
 
 
 def _elapsed(run: Callable[[], Any], calls: int, device: torch.device) -> float:

@@ -32,7 +32,7 @@ class Cache:
         model: the content of the model (`model_key`); None: of one whose results are not kept.
     """
 
-    def __init__(self, folder: Path | None, model: str | None) -> None:
+    def __init__(self, folder: Path | None = None, model: str | None = None) -> None:
         self.folder = folder if model else None
         self.model = model
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.console import track
-from prunekit.evaluation.perplexity import input_device
+from prunekit.live import evaluating, input_device
 from prunekit.machine import peak_memory, reset_peak
 
 
@@ -41,7 +41,7 @@ def macs(model: nn.Module, tokens: int = 64, device: torch.device | str | None =
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
         _experts_apart(model),
-        _at_rest(model),
+        evaluating(model),
     ):
         model(input_ids=ids, use_cache=False)
     kinds: dict[str, int] = {}
@@ -82,16 +82,6 @@ def _experts_apart(model: Any) -> Iterator[None]:
         config._experts_implementation = before
 
 
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 @torch.inference_mode()
 def speed(
     models: Mapping[str, nn.Module], batch: int = 1, prompt: int = 128, new: int = 32, repeats: int = 5
@@ -116,7 +106,7 @@ def speed(
         device = input_device(models[name])
         reset_peak(device)
         before = _held(device)
-        with _at_rest(models[name]):
+        with evaluating(models[name]):
             times = _once(models[name], torch.zeros(batch, prompt, dtype=torch.long, device=device), new)
         if turn:
             seconds[name].append(times)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prunekit.errors import ConfigError
-from prunekit.evaluation.perplexity import input_device
+from prunekit.live import input_device
 
 PAPERS = (  # appendix E of both papers
     "AI can create a logo in seconds",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.evaluation.perplexity import input_device
+from prunekit.live import evaluating, input_device
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList | None:
@@ -24,14 +24,12 @@ def layer_outputs(model: nn.Module, windows: Tensor, device: torch.device | str 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         found.append((output[0] if isinstance(output, tuple) else output).detach().cpu())
 
-    training = model.training
-    model.eval()
     hooks = [layer.register_forward_hook(keep) for layer in layers_of(model) or ()]
     try:
-        for window in windows:
-            model(input_ids=window[None].to(device or input_device(model)), use_cache=False)
+        with evaluating(model):
+            for window in windows:
+                model(input_ids=window[None].to(device or input_device(model)), use_cache=False)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return [torch.cat(found[i :: len(hooks)]) for i in range(len(hooks))]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from prunekit.console import say, track
 from prunekit.errors import ConfigError, DataError
+from prunekit.live import evaluating, input_device
+from prunekit.machine import out_of_memory
 
 BATCH = 32  # windows in a forward pass to begin with
 
@@ -40,14 +42,13 @@ def perplexity(
         DataError: the loss is not finite.
         ConfigError: memory doesn't suffice for the batch size asked for, or for one window.
     """
-    training, size = model.training, batch_size or BATCH
-    model.eval()
-    try:
+    size = batch_size or BATCH
+    with evaluating(model):
         while True:
             try:
                 total = _total(model, windows, size, name, device or input_device(model), stride)
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 if batch_size or size == 1:
@@ -55,8 +56,6 @@ def perplexity(
                     raise ConfigError(f"out of memory at eval.batch_size={size}: {halves} halves it") from error
             size //= 2
             say(f"out of memory: {size} windows at a time now")
-    finally:
-        model.train(training)
     mean = total / predicted(windows, stride)
     if not math.isfinite(mean):
         raise DataError(f"the model's loss on {name} is {mean}: its weights or activations hold NaN or infinity")
@@ -95,18 +94,3 @@ def protocol(windows: Tensor, stride: int | None = None) -> str:
         return f"{windows.numel():,} tokens, windows of {length} without overlap, no context between them"
     tokens = predicted(windows, stride) + 1
     return f"{tokens:,} tokens, windows of {length} every {stride}, each predicting what those before it have not"
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its inputs: where accelerate runs its first module, else where its first weights are."""
-    for module in model.modules():
-        hook: Any = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            if (device := getattr(part, "execution_device", None)) is not None:
-                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return next(model.parameters()).device
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -16,6 +16,8 @@ import torch
 from prunekit.console import say
 from prunekit.errors import ConfigError, DataError
 from prunekit.evaluation.task_files import first_line, say_once
+from prunekit.live import evaluating
+from prunekit.machine import out_of_memory
 
 BOOTSTRAP = 1000  # draws for the error of metrics that are no mean
 _LARGEST_BATCH = 64
@@ -47,7 +49,7 @@ class Runner:
             try:
                 return self._attempt(task, size, limit)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if size == 1 or not self.auto:
                     halved = f"set eval.batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
@@ -97,12 +99,6 @@ class Runner:
         return max(1, min(_LARGEST_BATCH, free // (12 * length * len(self.tokenizer))))
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)  # type: ignore[arg-type]
-
-
 def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -114,14 +110,11 @@ def unchanged(model: Any) -> Iterator[None]:
     """Put back the training mode of every module and the states of the random generators."""
     import numpy
 
-    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), evaluating(model):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         random.setstate(states[0])
         numpy.random.set_state(states[1])
 

@@ -5,30 +5,21 @@ The answer is argmax over choices of log p(choice | question): `acc`; of that di
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from prunekit.console import track
 from prunekit.errors import DataError
 from prunekit.evaluation import task_data
+from prunekit.evaluation.cache import Cache, digest
 from prunekit.evaluation.task_files import first_line
 from prunekit.evaluation.task_rows import rows_of
 from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, quiet, unchanged
-
-
-class Cache(Protocol):
-    """Results of one model by content hash; values are plain JSON."""
-
-    def get(self, key: str, /) -> dict[str, Any] | None:
-        """What was put under the key, if anything."""
-
-    def put(self, key: str, value: dict[str, Any], /) -> None:
-        """Keep a result."""
 
 
 def check_tasks(names: Sequence[str], tasks_dir: Path | None, fewshot: int | None = None) -> None:
@@ -44,25 +35,6 @@ def check_tasks(names: Sequence[str], tasks_dir: Path | None, fewshot: int | Non
                 task_data.check_packages(member)
         else:
             task_data.load(names, tasks_dir, fewshot)
-
-
-def fingerprint(
-    names: Sequence[str],
-    tokenizer: Any,
-    *,
-    tasks_dir: Path | None = None,
-    limit: int | None = None,
-    fewshot: int | None = None,
-    seed: int = 0,
-) -> dict[str, str]:
-    """Task → hash of all that decides its result besides the model; groups are told by their members.
-
-    It covers lm-eval's version, the task's configuration, every request and row, the seed and the tokenizer. What
-    belongs to the model stays with the caller: weights, number type, window, torch's version.
-    """
-    with quiet():
-        loaded = task_data.load(names, tasks_dir, fewshot, seed)
-        return {member.name: _key(_requests(member, task, limit), tokenizer, seed) for member, task in loaded}
 
 
 def evaluate_tasks(
@@ -101,16 +73,13 @@ def evaluate_tasks(
             for a task, memory that doesn't suffice.
     """
     results: dict[str, dict[str, Any]] = {}
+    cache = cache or Cache()
     with quiet(), unchanged(model):
         loaded = task_data.load(names, tasks_dir, fewshot, seed)
         for member, task in track(loaded, "lm-eval tasks", len(loaded)):
             key = _key(_requests(member, task, limit), tokenizer, seed)
-            known = None if cache is None else cache.get(key)
-            if known is None:
-                known = Runner(model, tokenizer, batch_size, device, seed).run(member.name, task, limit)
-                if cache is not None:
-                    cache.put(key, known)
-            results[member.name] = known
+            runner = Runner(model, tokenizer, batch_size, device, seed)
+            results[member.name] = cache.remember(key, partial(runner.run, member.name, task, limit))
         return rows_of(loaded, results)
 
 
@@ -151,17 +120,14 @@ def _key(task: Any, tokenizer: Any, seed: int) -> str:
     from importlib.metadata import version
 
     config = {key: value for key, value in task.config.to_dict().items() if key not in ("custom_dataset", "metadata")}
-    digest = hashlib.sha256()
-    for part in (version("lm-eval"), task.VERSION, config, seed, BOOTSTRAP, _tokenizer_state(tokenizer)):
-        digest.update(_plain(part))
-    for instance in task.instances:
-        digest.update(_plain([instance.request_type, instance.args, instance.doc]))
-    return digest.hexdigest()
+    facts = (version("lm-eval"), task.VERSION, config, seed, BOOTSTRAP, _tokenizer_state(tokenizer))
+    requests = ([instance.request_type, instance.args, instance.doc] for instance in task.instances)
+    return digest(_plain(part) for part in (*facts, *requests))
 
 
-def _plain(value: Any) -> bytes:
+def _plain(value: Any) -> str:
     """JSON; functions by name, since lm-eval's version says what they do."""
-    return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", str(v))).encode() + b"\n"
+    return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", str(v)))
 
 
 def _tokenizer_state(tokenizer: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunekit.console import say, track
 from prunekit.data.corpora import load_records, text_of
 from prunekit.data.tokens import encode
-from prunekit.errors import ConfigError, DataError
+from prunekit.errors import DataError
 from prunekit.recovery.settings import Recovery
 
 IGNORED = -100
@@ -65,22 +65,15 @@ class Data:
         return hashed.hexdigest()[:32]
 
 
-def load_data(
-    recovery: Recovery, tokenizer: Any, known: Mapping[str, Mapping[str, Any]], seed: int, max_length: int | None = None
-) -> Data:
+def load_data(recovery: Recovery, tokenizer: Any, known: Mapping[str, Mapping[str, Any]], seed: int) -> Data:
     """The rows of a recovery, in an order that the seed decides.
 
     Those held out come first in it, so they stay the same for every `samples`.
 
     Raises:
-        ConfigError: rows longer than the model has positions.
         DataError: the corpus can't be loaded, lacks the fields its format needs, or leaves nothing to train on.
     """
     name = recovery.path or recovery.corpus
-    if max_length is not None and recovery.length > max_length:
-        raise ConfigError(
-            f"recovery.length: expected at most the model's {max_length} positions, got {recovery.length}"
-        )
     records = load_records(name, "recovery", known)
     examples = examples_of(records, recovery, tokenizer, name, known.get(name, {}).get("field", "text"))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()

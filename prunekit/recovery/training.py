@@ -15,6 +15,8 @@ from torch import nn
 
 from prunekit.console import say
 from prunekit.errors import ConfigError, DataError, suggest
+from prunekit.live import check_length, evaluating
+from prunekit.machine import out_of_memory
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data, collate, load_data, pad_token
 from prunekit.recovery.settings import VALIDATION, Recovery
@@ -77,7 +79,8 @@ def recover(
     data = data or prepare(model, tokenizer, recovery, known=known, seed=seed, watch=watch)
     seed = seed if recovery.seed is None else recovery.seed
     if recovery.pack:
-        check_packing(model, data, pad_token(tokenizer))
+        with evaluating(model):
+            check_packing(model, data, pad_token(tokenizer))
     with adapters.unchanged(model):
         run = _Run(
             recovery, data, teacher if recovery.needs_teacher else None, watch, folder, seed, pad_token(tokenizer)
@@ -151,7 +154,7 @@ class _Run:
                     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                     return trainer
                 except Exception as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     micro, before = self.smaller(micro, error), micro
                 del trainer
@@ -236,8 +239,7 @@ class _Run:
 def check_packing(model: Any, data: Data, pad: int) -> None:
     """Raise ConfigError where the model lets an example see its neighbours in the row."""
     rows = [row for row in data.training if len(row) > 1][:2]
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     for i, row in enumerate(rows):
         batch = {key: value.to(device) for key, value in collate(rows, pad, True).items() if key != "labels"}
         first, second = len(row[0].ids), len(row[1].ids)
@@ -245,11 +247,9 @@ def check_packing(model: Any, data: Data, pad: int) -> None:
         alone = model(input_ids=row[1].ids.long()[None].to(device), use_cache=False).logits[0].float()
         tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
         if (together - alone).norm() > tolerance * alone.norm():
-            model.train(training)
             raise ConfigError(
                 "recovery.pack: this model lets examples in a row see each other; use recovery.pack=false"
             )
-    model.train(training)
 
 
 def prepare(
@@ -258,8 +258,8 @@ def prepare(
     """The rows to train on, loaded before anything long begins; arguments and errors as of `recover`."""
     if recovery.patience is not None and recovery.stop_on not in (names := [VALIDATION, *watch]):
         raise ConfigError(f"recovery.stop_on: unknown name {recovery.stop_on!r}: {suggest(recovery.stop_on, names)}")
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return load_data(recovery, tokenizer, known, seed if recovery.seed is None else recovery.seed, longest)
+    check_length("recovery.length", recovery.length, model)
+    return load_data(recovery, tokenizer, known, seed if recovery.seed is None else recovery.seed)
 
 
 def _report(trainer: Any, run: _Run, best: int, seconds: float) -> dict[str, Any]:
@@ -292,12 +292,6 @@ def _curve(history: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
 
 def _divisor(number: int, most: int) -> int:
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _processes() -> int:

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prunekit import console
 from prunekit.errors import ConfigError, DataError
+from prunekit.evaluation.cache import Cache
 from prunekit.evaluation.task_data import load
-from prunekit.evaluation.tasks import check_tasks, evaluate_tasks, fingerprint
+from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
 
 SEVEN = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 PIQA = [
@@ -26,14 +27,18 @@ MMLU = [
 ]
 
 
-class Memory(dict):
-    """The least that a cache must do, through JSON."""
+class Memory(Cache):
+    """In a dictionary, through JSON."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
 
     def get(self, key):
-        return json.loads(self[key]) if key in self else None
+        return json.loads(self.kept[key]) if key in self.kept else None
 
     def put(self, key, value):
-        self[key] = json.dumps(value)
+        self.kept[key] = json.dumps(value)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,7 @@ def test_accuracy_is_the_hand_written_one(tmp_path, model, characters):
     cache = Memory()
     row = evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, cache=cache)["piqa"]
     acc, acc_norm = by_hand(model, characters, PIQA)
-    (kept,) = (json.loads(value) for value in cache.values())
+    (kept,) = (json.loads(value) for value in cache.kept.values())
     assert acc != acc_norm
     assert kept["acc,none"] == pytest.approx(acc)
     assert row["value"] == pytest.approx(acc_norm)
@@ -111,11 +116,10 @@ def test_seven_tasks_from_local_files(data):
     assert rows["average"]["value"] == pytest.approx(sum(rows[name]["value"] for name in SEVEN) / 7)
     assert rows["average"]["metric"] == "mean of acc and acc_norm"
     assert all(rows[name]["samples"] == 20 for name in SEVEN)
-    key = fingerprint(["piqa"], tokenizer, tasks_dir=data / "tasks", limit=20)["piqa"]
     import pyarrow.parquet
 
     piqa = pyarrow.parquet.read_table(data / "tasks" / "piqa" / "validation.parquet").to_pylist()[:20]
-    kept = cache.get(key)
+    kept = json.loads(list(cache.kept.values())[SEVEN.index("piqa")])
     assert [kept["acc,none"], kept["acc_norm,none"]] == pytest.approx(by_hand(model, tokenizer, piqa))
 
 
@@ -154,7 +158,7 @@ def test_known_results_are_not_computed_again(tmp_path, model, characters):
     options = {"tasks_dir": tmp_path, "cache": cache, "fewshot": 0}
     first = evaluate_tasks(model, characters, ["mmlu", "piqa"], **options)
     assert calls
-    assert set(cache) == set(fingerprint(["mmlu", "piqa"], characters, tasks_dir=tmp_path, fewshot=0).values())
+    assert len(cache.kept) == 3  # two subjects of mmlu, and piqa
     calls.clear()
     assert evaluate_tasks(model, characters, ["mmlu", "piqa"], **options) == first
     assert not calls
@@ -165,13 +169,14 @@ def test_known_results_are_not_computed_again(tmp_path, model, characters):
     assert again["mmlu"] == first["mmlu"]
 
 
-def test_the_fingerprint_tells_all_that_decides_the_result(tmp_path, characters):
+def test_the_key_tells_all_that_decides_the_result(tmp_path, model, characters):
     first, second = write(tmp_path / "1"), write(tmp_path / "2", rows=[{**PIQA[0], "label": 0}, *PIQA[1:]])
     other = copy.deepcopy(characters)
     other.backend_tokenizer.post_processor = None
 
     def key(tokenizer=characters, folder=first, **options):
-        return fingerprint(["piqa"], tokenizer, tasks_dir=folder, **options)["piqa"]
+        evaluate_tasks(model, tokenizer, ["piqa"], tasks_dir=folder, cache=(cache := Memory()), **options)
+        return next(iter(cache.kept))
 
     write(first, split="train", rows=PIQA[:6])
     plain = key()

@@ -103,8 +103,6 @@ def test_held_out_examples_do_not_depend_on_the_samples(tmp_path):
     assert [r[0].ids.tolist() for r in some.training[:6]] == [r[0].ids.tolist() for r in all_.training[:6]]
     with pytest.raises(DataError, match="24 of them held out: none to train on"):
         load_data(settings(texts(tmp_path), holdout=24), Letters(), {}, 3)
-    with pytest.raises(ConfigError, match="at most the model's 16 positions, got 24"):
-        load_data(settings(texts(tmp_path)), Letters(), {}, 3, 16)
 
 
 def test_records_come_with_their_fields_and_the_recovery_split(tmp_path, monkeypatch):

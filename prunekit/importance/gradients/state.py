@@ -8,22 +8,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from prunekit.live import evaluating
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients on, no parameter wanting one or holding one; all as it was afterwards."""
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
         for parameter, _, _ in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, flag, gradient in parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
