@@ -158,14 +158,15 @@ def test_killed_in_the_middle_of_a_layer(stream, whole, tmp_path):
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-@pytest.mark.parametrize("at", ["save_pretrained", "write_pictures"])
+@pytest.mark.parametrize("at", ["job.save_pretrained", "folder.write_pictures"])
 def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
     from prunekit import config as cfg
     from prunekit import jobs
+    from prunekit.jobs import folder
 
     overrides = ["data.calibration.samples=4", "eval=none", "output_dir=out"]
     monkeypatch.setattr(f"prunekit.jobs.{at}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(jobs, "clear_results", lambda _: None)  # no time for that
+    monkeypatch.setattr(folder, "clear_results", lambda _: None)  # no time for that
     with pytest.raises(KeyboardInterrupt):
         jobs.run(cfg.check(cfg.compose(overrides)), tmp_path / "out", {"config.yaml": "x"})
     monkeypatch.undo()

@@ -1,0 +1,56 @@
+"""The folder a run writes: empty before, whole afterwards, or as it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunekit.checkpoint.save import write_text
+from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.report import render_html, render_markdown, to_json, write_pictures
+
+if TYPE_CHECKING:
+    from prunekit.jobs.job import Finished
+
+PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
+
+
+def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
+    """Raise CheckpointError where the output folder holds anything `besides` some names."""
+    if folder.is_file() or (folder.is_dir() and any(path.name not in besides for path in folder.iterdir())):
+        raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
+
+
+def clear_results(output: Path) -> None:
+    """Remove what `write_run` leaves, finished or not."""
+    pictures = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]
+    names = ["report.json", "report.md", "report.html", "plan.json", "model", "adapter", *pictures]
+    half = [path for name in names for path in output.glob(f".{name}.*") if path.name != PARTIAL]
+    for path in [*(output / name for name in [*names, ".hydra"]), *half]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_run(
+    output: Path, report: Mapping[str, Any], provenance: Mapping[str, str], result: Finished | None = None
+) -> None:
+    """Write the run folder, `report.json` last; on any failure nothing of it stays."""
+    try:
+        (output / ".hydra").mkdir(parents=True, exist_ok=True)
+        for name, text in provenance.items():
+            write_text(output / ".hydra" / name, text)
+        if result is not None:
+            result.write(output)
+        write_pictures(report, output)
+        write_text(output / "report.md", render_markdown(report))
+        write_text(output / "report.html", render_html(report))
+        write_text(output / "report.json", to_json(report))
+    except BaseException as error:
+        clear_results(output)
+        if isinstance(error, OSError):
+            raise PrunekitError(f"{output}: can't be written: {error.strerror}") from error
+        raise

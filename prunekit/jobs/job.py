@@ -1,0 +1,133 @@
+"""What every job of the command line is given and leaves, and how models are found and loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
+from prunekit.checkpoint.manifest import checksum
+from prunekit.checkpoint.save import write_text
+from prunekit.compensation.store import free_bytes
+from prunekit.config import RunConfig
+from prunekit.evaluation.cache import digest
+from prunekit.machine import Stages, pick_dtype
+from prunekit.measure import Measures
+from prunekit.pipeline import DEMO_MODEL
+from prunekit.plan import PruningPlan
+from prunekit.recovery import detach
+from prunekit.streaming import Streamed
+
+_SHARE = 0.6  # of the free memory that a second model may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do, the folder its result goes to, the device and its clock."""
+
+    config: RunConfig
+    output: Path
+    stages: Stages
+
+    def load(self, source: str | Path, stored: torch.dtype | None = None) -> tuple[Any, torch.dtype]:
+        """The model, ready to compute, and the type it will be stored in (`load`)."""
+        trust = self.config.model.trust_remote_code
+        return load(source, self.stages.device, stored or pick_dtype(self.config.dtype), trust)
+
+    def tokenizer(self, source: str | Path) -> Any:
+        """The model's."""
+        return load_tokenizer(source, self.config.model.trust_remote_code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a job leaves beside its report: a model (written already where it was streamed), its plan, an adapter."""
+
+    model: Any
+    tokenizer: Any
+    plan: PruningPlan | None
+    streamed: Streamed | None = None
+    adapter: Path | None = None
+
+    def write(self, output: Path) -> None:
+        """The model's folder, the plan, the adapter."""
+        if self.adapter is not None:
+            detach(self.model)
+        if self.streamed is not None and self.streamed.writer is not None:
+            self.streamed.writer.finish(self.model, self.tokenizer)
+        else:
+            save_pretrained(self.model, output / "model", self.tokenizer)
+        if self.plan is not None:
+            write_text(output / "plan.json", self.plan.to_json())
+        if self.adapter is not None:
+            shutil.copytree(self.adapter, output / "adapter")
+
+
+def load(
+    source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
+) -> tuple[Any, torch.dtype]:
+    """The model in the type it computes in, and the type its result is stored in.
+
+    Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint was, or as asked.
+    """
+    model = from_pretrained(source, trust_remote_code=trust_remote_code)
+    stored = stored or next(model.parameters()).dtype
+    compute = torch.float32 if device.type == "cpu" and stored in (torch.float16, torch.bfloat16) else stored
+    to_type(model, compute)
+    return model.to(device), stored
+
+
+def to_type(model: Any, dtype: torch.dtype) -> None:
+    """Every weight, in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def round_to(model: nn.Module, stored: torch.dtype) -> None:
+    """Round the weights to the type they will be stored in: what is measured is what is saved."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).to(parameter.dtype)
+
+
+def source_of(config: RunConfig) -> str | Path:
+    """Where the model is: the embedded one, a folder (of a model, or of a run, whose model it is), or a hub name."""
+    source = config.model.path or DEMO_MODEL
+    return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else source
+
+
+def identity_of(source: str | Path) -> str:
+    """A folder's weight files with their sizes and times, or a hub name."""
+    files = sorted(Path(source).glob("*.safetensors"))
+    return f"{source} " + ", ".join(f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files)
+
+
+def content_of(source: str | Path) -> str:
+    """The content of a model's folder, byte for byte."""
+    files = sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.json"), *Path(source).glob("*.py")])
+    return digest(part for file in files for part in (file.name, checksum(file)))
+
+
+def speeds(
+    job: Job,
+    measures: Measures,
+    columns: Mapping[str, dict[str, Any]],
+    sources: Mapping[str, str | Path],
+    models: Mapping[str, nn.Module],
+) -> dict[str, Any]:
+    """Tokens/s of the models, and of those that `sources` still have if there is room for them beside."""
+    if not (job.config.eval.speed and measures.windows):
+        return {}
+    width = max(p.dtype.itemsize for model in models.values() for p in model.parameters())
+    beside = {}
+    for name, source in sources.items():
+        if columns[name]["parameters"] * width <= _SHARE * free_bytes(job.stages.device):
+            beside[name] = job.load(source)[0]
+    with job.stages("speed"):
+        return measures.speed({**beside, **models})

@@ -1,0 +1,87 @@
+"""`task=prune`: measure, prune, measure, and where asked for recover, measure."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from prunekit.config import RunConfig, build
+from prunekit.console import say
+from prunekit.data.corpora import load_corpus
+from prunekit.data.tokens import batches as token_batches
+from prunekit.data.tokens import calibration_windows
+from prunekit.evaluation.cache import digest
+from prunekit.evaluation.cost import size
+from prunekit.jobs.job import Finished, Job, content_of, identity_of, round_to, source_of, speeds, to_type
+from prunekit.jobs.recover import prepared, recovered
+from prunekit.live import check_length
+from prunekit.machine import pick_dtype
+from prunekit.measure import Measures
+from prunekit.parallel import rank, world_size
+from prunekit.pipeline import STATE, Places, activations_folder, check_finite, prune_model
+from prunekit.recovery import Recovery
+from prunekit.streaming import stream
+
+
+def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
+    """`task=prune`: measure, prune, measure, and where asked for recover, measure."""
+    config, stages, device, source = job.config, job.stages, job.stages.device, source_of(job.config)
+    recovery: Recovery | None = build(config.recovery, "recovery")
+    with stages("load"):
+        if streamed := stream(config, source, device, pick_dtype(config.dtype)):
+            model, stored = streamed.model, streamed.stored
+        else:
+            model, stored = job.load(source)
+        tokenizer = job.tokenizer(source)
+        text = config.data.calibration
+        check_length("data.calibration.sequence_length", text.sequence_length, model)
+        documents = load_corpus(text.path or text.corpus, "calibration", config.corpora)
+        windows = calibration_windows(documents, tokenizer, text.samples, text.sequence_length, text.seed)
+        measures = Measures(config, tokenizer, device, model, stored)
+        data = prepared(job, recovery, measures, model, source)
+    if streamed is None:
+        check_finite(model)
+    dense = size(model, stored)
+    say(f"{config.model.path or 'the embedded model'}: {dense['parameters']:,} parameters; {config.method_name}, "
+        f"{aim(config)}; {windows.numel():,} calibration tokens")  # fmt: skip
+    columns = {}
+    with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
+        columns["dense"] = measures.of(model, key=partial(content_of, source) if streamed else None)
+    places = Places(
+        state=job.output / STATE,
+        activations=activations_folder(config, job.output),
+        model=job.output / "model",
+        identity=identity_of(source),
+        undo=False,
+        keep=True,
+    )
+    batches = token_batches(windows, min(text.batch_size, -(-len(windows) // world_size())), device)
+    result = prune_model(model, config, batches, stages, stored, places, streamed)
+    report, adapter = dict(result.report), None
+    if streamed is None:
+        round_to(model, stored)
+    dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
+    columns["dense"]["outputs"] = {i: o for i, o in columns["dense"]["outputs"].items() if i not in dropped}
+    with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
+        columns["pruned"] = measures.of(model, key=(lambda: None) if streamed else None)
+    if recovery is not None:
+        facts = {"model": identity_of(source), "plan": digest([result.plan.to_json()])}
+        found, adapter = recovered(job, recovery, data, model, stored, measures, facts, source, result.graph)
+        report["recovery"] = found
+        with stages("evaluate_recovered"):
+            columns["recovered"] = measures.of(model)
+    if rank():
+        return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan)
+    report |= measures.report(columns)
+    if streamed is None:
+        report |= speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
+        to_type(model, stored)
+    return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter)
+
+
+def aim(config: RunConfig) -> str:
+    """The target in words."""
+    if name := config.target.name:
+        return f"down to {getattr(config.target, name):,g} {name}"
+    return f"{config.ratio:.0%} of them to go"
