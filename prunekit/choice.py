@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prunekit import config as cfg
+from prunekit import shapes
 from prunekit.compensation.apply import Bias
 from prunekit.compensation.walk import consumers_of
 from prunekit.config import RunConfig
@@ -56,17 +58,28 @@ def plan_choice(
         name = type(schedule if compensation is None else compensation).__name__.lower()
         check_repairable(f"schedule={name}" if compensation is None else f"compensation={name}", model, groups)
     shares = policy.group_shares(setting)
+    uniform = config.shapes == "uniform"
+    if uniform:
+        shapes.check_all_there(groups, graph)
+        shares = shapes.shared(shares, groups)
     cut = [group for group in groups if shares[group.name] > 0] or groups
     if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
         limit -= added_biases(model, cut) * cost({}) / graph.num_parameters()
     budget = Budget(
-        slots=scope.slots(cut, shares, floors(model, cut), multiples(model, cut)),
+        slots=scope.slots(
+            cut,
+            shares,
+            floors(model, cut),
+            multiples(model, cut, config, scope),
+            shapes.stock_counts(model, graph, cut) if uniform else {},
+            uniform,
+        ),
         cost=cost,
         limit=limit,
         ranking=scope.ranking,
         comparable=getattr(importance, "normalisation", "none") != "none",
         key=f"target.{config.target.name}" if config.target.name else "ratio",
-        hint="" if scope.min_units == 1 else f" (scope.min_units={scope.min_units})",
+        hint=_hint(config, scope),
     )
     task = Task(
         model=model,
@@ -135,18 +148,19 @@ def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
     return {group.name: max(needed) for group in groups if group.kind == "expert" and needed}
 
 
-def multiples(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
+def multiples(model: nn.Module, groups: Sequence[CoupledGroup], config: RunConfig, scope: Scope) -> dict[str, int]:
     """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16 bytes."""
     stacked = {
         name: max(16 // parameter.element_size(), 1)
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }
-    found: dict[str, int] = {}
+    aligned = scope.width_multiple if scope.width_multiple > 1 else shapes.ALIGNMENT
+    found = shapes.alignments(groups, aligned) if config.shapes == "aligned" else {}
     for group in groups:
         for member in group.members if group.kind != "expert" else ():
             if member.parameter in stacked and member.dim > 0:
-                found[group.name] = stacked[member.parameter]
+                found[group.name] = math.lcm(found.get(group.name, 1), stacked[member.parameter])
     return found
 
 
@@ -176,3 +190,10 @@ def chosen_groups(graph: CouplingGraph, choice: Any) -> list[CoupledGroup]:
             raise ConfigError(f"groups={name}: the model has no prunable group of that kind; it has: {kinds}")
         found += [group for group in groups if group not in found]
     return found
+
+
+def _hint(config: RunConfig, scope: Scope) -> str:
+    """Which options narrow what can go, for messages."""
+    found = [f"scope.min_units={scope.min_units}"] if scope.min_units != 1 else []
+    found += [f"shapes={config.shapes}"] if config.shapes != "free" else []
+    return f" ({', '.join(found)})" if found else ""

@@ -1,5 +1,6 @@
 """The command line: `python -m prunekit key=value …`; errors become one line and status 2."""
 
+import logging
 import os
 import shlex
 import sys
@@ -49,12 +50,19 @@ def _job(config: DictConfig) -> None:
     try:
         from prunekit import console, jobs
         from prunekit.report import print_summary
-        from prunekit.report.couplings import print_groups
+        from prunekit.report.couplings import print_comparison, print_groups
 
         console.speak(os.environ.get("RANK", "0") == "0")
         run_config = check(config)
         if run_config.task == "trace":
             print_groups(jobs.run_trace(run_config, folder))
+            return
+        if run_config.task == "diff":
+            print_comparison(jobs.run_diff(run_config, folder))
+            return
+        if run_config.task == "export":
+            jobs.run_export(run_config, folder)
+            _remove_if_empty(folder)  # what was only pushed leaves nothing here
             return
         command = shlex.join(["python", "-m", "prunekit", *HydraConfig.get().overrides.task])
         report = jobs.run(run_config, folder, provenance, command)
@@ -76,6 +84,8 @@ def main() -> None:
     """Run; exit with 0, or 2 after one line on what was wrong, or 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torchao", "torch.utils._pytree"):  # which complain of themselves when they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     _failures.clear()
     try:
         check_choices(sys.argv[1:])

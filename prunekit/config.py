@@ -13,7 +13,7 @@ from prunekit.errors import ConfigError, suggest
 
 GROUPS = ("model", "data", "importance", "policy", "scope", "compensation", "schedule", "recovery", "eval", "export",
           "method", "experiment")  # fmt: skip
-TASKS = ("prune", "trace", "evaluate", "recover")
+TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff")
 BLOCK = ("attention", "mlp")
 SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
 KINDS = {"block": BLOCK, **{kind: (kind,) for kind in SINGLE}, "independent": BLOCK}
@@ -73,6 +73,7 @@ class MemoryConfig:
     stream: Any = "auto"
 
 
+SHAPES = ("free", "uniform", "aligned")
 MEASURES = ("parameters", "bytes", "flops", "latency")
 
 
@@ -116,9 +117,11 @@ class RunConfig:
     """The composed configuration; groups with a `_target_` are checked by the class they name."""
 
     task: str = "prune"
+    plans: list[str] = field(default_factory=list)
     ratio: float = 0.2
     target: TargetConfig = field(default_factory=TargetConfig)
     groups: Any = "block"
+    shapes: str = "free"
     seed: int = 0
     output_dir: str = MISSING
     resume: bool = False
@@ -213,6 +216,8 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(one_line(error)) from error
     if run.task not in TASKS:
         raise ConfigError(f"task: unknown choice {run.task!r}: {suggest(run.task, list(TASKS))}")
+    if run.shapes not in SHAPES:
+        raise ConfigError(f"shapes: unknown choice {run.shapes!r}: {suggest(run.shapes, list(SHAPES))}")
     for kind in kinds_of(run.groups):
         if kind not in KINDS:
             raise ConfigError(f"groups: unknown choice {kind!r}: {suggest(kind, list(KINDS))}")

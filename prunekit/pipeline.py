@@ -203,7 +203,7 @@ def open_state(
     hashed = hashlib.sha256()
     for tensor in (t for batch in batches for t in batch.values() if isinstance(t, Tensor)):
         hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    sections = ("ratio", "target", "groups", "seed", "dtype", "importance", "policy", "scope", "compensation",
+    sections = ("ratio", "target", "groups", "shapes", "seed", "dtype", "importance", "policy", "scope", "compensation",
                 "schedule", "data")  # fmt: skip
     facts = {"model": places.identity, "graph": graph.fingerprint, "calibration": hashed.hexdigest()[:16],
              "processes": world_size(), "torch": torch.__version__}  # fmt: skip

@@ -12,7 +12,9 @@ import torch
 from prunekit.checkpoint import from_pretrained
 from prunekit.config import RunConfig
 from prunekit.graph import CouplingGraph, trace
+from prunekit.jobs.diff import run_diff
 from prunekit.jobs.evaluate import run_evaluate
+from prunekit.jobs.export import Export, run_export
 from prunekit.jobs.folder import PARTIAL, clear_results, ensure_empty, write_run
 from prunekit.jobs.job import Finished, Job, source_of
 from prunekit.jobs.prune import run_prune
@@ -21,6 +23,8 @@ from prunekit.machine import Stages, pick_device
 from prunekit.parallel import process_group, rank
 from prunekit.pipeline import STATE, versions
 from prunekit.report.couplings import write_couplings
+
+__all__ = ["run", "run_diff", "run_export", "run_trace"]
 
 _JOBS: dict[str, Callable[[Job], tuple[dict[str, Any], Finished | None]]] = {
     "prune": run_prune,
@@ -46,7 +50,7 @@ def run(
     Raises:
         PrunekitError: whatever was wrong with the request; `output` then holds no result.
     """
-    device = pick_device(config.device)
+    device, export = pick_device(config.device), Export.of(config.export)
     with process_group(device):
         if not rank():  # which evaluates and writes
             if config.resume and any((output / name).exists() for name in (STATE, TRAINING)):
@@ -61,9 +65,11 @@ def run(
             about = {"task": config.task, "seed": config.seed, "command": command, "versions": versions()}
             measured = {"seconds": stages.seconds, "peak_memory_bytes": stages.peak_memory_bytes}
             report = about | report | measured
-            write_run(output, report, provenance or {}, result)
+            write_run(output, report, provenance or {}, result, export.remote_code)
         for left in (STATE, PARTIAL, TRAINING):
             shutil.rmtree(output / left, ignore_errors=True)
+        if result is not None:
+            export.finish(output)
         return report
 
 

@@ -36,7 +36,11 @@ def clear_results(output: Path) -> None:
 
 
 def write_run(
-    output: Path, report: Mapping[str, Any], provenance: Mapping[str, str], result: Finished | None = None
+    output: Path,
+    report: Mapping[str, Any],
+    provenance: Mapping[str, str],
+    result: Finished | None = None,
+    remote_code: bool = False,
 ) -> None:
     """Write the run folder, `report.json` last; on any failure nothing of it stays."""
     try:
@@ -44,7 +48,7 @@ def write_run(
         for name, text in provenance.items():
             write_text(output / ".hydra" / name, text)
         if result is not None:
-            result.write(output)
+            result.write(output, report, remote_code)
         write_pictures(report, output)
         write_text(output / "report.md", render_markdown(report))
         write_text(output / "report.html", render_html(report))

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
+from prunekit.checkpoint.load import only_ours, read_config
 from prunekit.checkpoint.manifest import checksum
 from prunekit.checkpoint.save import write_text
 from prunekit.compensation.store import free_bytes
@@ -22,6 +23,7 @@ from prunekit.measure import Measures
 from prunekit.pipeline import DEMO_MODEL
 from prunekit.plan import PruningPlan
 from prunekit.recovery import detach
+from prunekit.report import model_card
 from prunekit.streaming import Streamed
 
 _SHARE = 0.6  # of the free memory that a second model may take
@@ -55,18 +57,26 @@ class Finished:
     streamed: Streamed | None = None
     adapter: Path | None = None
 
-    def write(self, output: Path) -> None:
-        """The model's folder, the plan, the adapter."""
+    def write(self, output: Path, report: Mapping[str, Any], remote_code: bool) -> None:
+        """The model's folder with its card, the plan, the adapter."""
         if self.adapter is not None:
             detach(self.model)
+        folder = output / "model"
         if self.streamed is not None and self.streamed.writer is not None:
-            self.streamed.writer.finish(self.model, self.tokenizer)
+            self.streamed.writer.finish(self.model, self.tokenizer, remote_code=remote_code)
         else:
-            save_pretrained(self.model, output / "model", self.tokenizer)
+            save_pretrained(self.model, folder, self.tokenizer, remote_code=remote_code)
+        write_text(folder / "README.md", model_card(report, loading_of(folder)))
         if self.plan is not None:
             write_text(output / "plan.json", self.plan.to_json())
         if self.adapter is not None:
             shutil.copytree(self.adapter, output / "adapter")
+
+
+def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
+    """What loads a folder that was saved: transformers alone, it with the code beside the weights, or prunekit."""
+    config = read_config(folder)
+    return "remote" if config.get("auto_map") else "prunekit" if only_ours(config) else "stock"
 
 
 def load(
@@ -100,6 +110,11 @@ def source_of(config: RunConfig) -> str | Path:
     """Where the model is: the embedded one, a folder (of a model, or of a run, whose model it is), or a hub name."""
     source = config.model.path or DEMO_MODEL
     return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else source
+
+
+def base_of(config: RunConfig) -> str | None:
+    """The dense model's name on the hub, where it came from there."""
+    return config.model.path if config.model.path and not Path(config.model.path).exists() else None
 
 
 def identity_of(source: str | Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prunekit.config import RunConfig, build
@@ -13,7 +14,7 @@ from prunekit.data.tokens import batches as token_batches
 from prunekit.data.tokens import calibration_windows
 from prunekit.evaluation.cache import digest
 from prunekit.evaluation.cost import size
-from prunekit.jobs.job import Finished, Job, content_of, identity_of, round_to, source_of, speeds, to_type
+from prunekit.jobs.job import Finished, Job, base_of, content_of, identity_of, round_to, source_of, speeds, to_type
 from prunekit.jobs.recover import prepared, recovered
 from prunekit.live import check_length
 from prunekit.machine import pick_dtype
@@ -58,7 +59,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     )
     batches = token_batches(windows, min(text.batch_size, -(-len(windows) // world_size())), device)
     result = prune_model(model, config, batches, stages, stored, places, streamed)
-    report, adapter = dict(result.report), None
+    report, adapter = dict(result.report) | {"base": base_of(config), "calibration": calibration(config)}, None
     if streamed is None:
         round_to(model, stored)
     dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
@@ -78,6 +79,13 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         report |= speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
         to_type(model, stored)
     return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter)
+
+
+def calibration(config: RunConfig) -> dict[str, Any]:
+    """Which text the units were chosen by, how much of it."""
+    text = config.data.calibration
+    name = Path(text.path).name if text.path else text.corpus
+    return {"corpus": name} | {key: getattr(text, key) for key in ("samples", "sequence_length", "seed")}
 
 
 def aim(config: RunConfig) -> str:

@@ -65,7 +65,11 @@ def _before(folder: Path) -> dict[str, Any]:
         return {}
     try:
         report = json.loads((folder.parent / "report.json").read_text(encoding="utf-8"))
-        return {key: report[key] for key in ("method", "ratio", "target", "policy", "layers") if key in report}
+        return {
+            key: report[key]
+            for key in ("base", "method", "ratio", "target", "policy", "layers", "calibration")
+            if key in report
+        }
     except (OSError, ValueError):
         return {}
 

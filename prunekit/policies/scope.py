@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -91,14 +92,17 @@ class Scope:
         shares: Mapping[str, float],
         floors: Mapping[str, int] = MappingProxyType({}),
         multiples: Mapping[str, int] = MappingProxyType({}),
+        possible: Mapping[str, Container[int]] = MappingProxyType({}),
+        uniform: bool = False,
     ) -> list[Slot]:
         """What the budget counts in, for groups with these shares.
 
-        `floors` (group → units that must stay) and `multiples` (group → what kept units are a multiple of) are the
-        model's own demands, on top of the scope's.
+        `floors` (group → units that must stay), `multiples` (group → what kept units are a multiple of) and `possible`
+        (group → what kept units may be) are the model's own demands, on top of the scope's. `uniform`: groups that are
+        alike but for their layer are cut in step.
         """
         found = []
-        for bundle in _bundles(groups):
+        for bundle in _bundles(groups, uniform):
             coarse = min(bundle, key=lambda g: g.num_units)
             if odd := [g for g in bundle if g.num_units % coarse.num_units]:
                 raise ConfigError(
@@ -111,6 +115,7 @@ class Scope:
             fewest = max(fewest, 1, len(self.protected(coarse)))
             multiple = math.lcm(self._multiple(coarse.kind, ratio), *(multiples.get(g.name, 1) for g in bundle))
             allowed = [k for k in range(n, min(fewest, n) - 1, -1) if k == n or k % multiple == 0]
+            allowed = [k for k in allowed if k == n or all(k in possible.get(g.name, allowed) for g in bundle)]
             share = max(shares[g.name] for g in bundle)
             found.append(
                 Slot(
@@ -153,16 +158,24 @@ class Slot:
         return {name: factor * units for name, factor in self.factors.items()}
 
 
-def _bundles(groups: Sequence[CoupledGroup]) -> Iterator[list[CoupledGroup]]:
-    """Groups cut in step: the head widths that one module reads as one number; every other group is alone."""
-    together = any(group.kind == "head_dim" and group.layer is None for group in groups)
-    widths: dict[int | None, list[CoupledGroup]] = defaultdict(list)
+def _bundles(groups: Sequence[CoupledGroup], uniform: bool) -> Iterator[list[CoupledGroup]]:
+    """Groups cut in step: the head widths that one module reads as one number; every other group is alone.
+
+    Unless they are to be `uniform`: then those that are alike are cut in step.
+    """
+    together = uniform or any(group.kind == "head_dim" and group.layer is None for group in groups)
+    bundles: dict[Hashable, list[CoupledGroup]] = defaultdict(list)
     for group in groups:
         if group.kind == "head_dim":
-            widths[None if together else group.layer].append(group)
+            bundles[None if together else group.layer].append(group)
         else:
-            yield [group]
-    yield from widths.values()
+            bundles[alike(group) if uniform else group.name].append(group)
+    yield from bundles.values()
+
+
+def alike(group: CoupledGroup) -> Hashable:
+    """What groups have in common that differ in nothing but their layer."""
+    return group.kind, group.num_units, re.sub(r"\d+", "*", group.name)
 
 
 def _names(group: CoupledGroup) -> set[str]:

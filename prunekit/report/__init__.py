@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from prunekit.report.card import model_card
 from prunekit.report.markdown import render_markdown
 from prunekit.report.page import render_html
 from prunekit.report.pictures import pictures, write_pictures
@@ -15,6 +16,7 @@ from prunekit.report.terminal import print_summary
 __all__ = [
     "Row",
     "header",
+    "model_card",
     "pictures",
     "print_summary",
     "render_html",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from prunekit.report import words
 
 if TYPE_CHECKING:
     from prunekit.graph import CoupledGroup, CouplingGraph
@@ -21,6 +24,20 @@ def print_groups(graph: CouplingGraph) -> None:
         cells = (group.kind, layer, str(group.num_units), f"{group.parameters_per_unit:,}")
         table.add_row(group.name, *cells, "\n".join(_members(graph, group)), _verdict(group))
     Console(highlight=False, width=None if Console().is_terminal else 200).print(table)
+
+
+def print_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Two plans side by side (`prunekit.jobs.diff`): a row a group."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="units that two plans remove")
+    for name in ("group", "first", "second", "both", "both / either"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for row in rows:
+        cells = (words.count(row["first"]), words.count(row["second"]), words.count(row["both"]))
+        table.add_row(row["group"], *cells, words.percent(row["jaccard"]))
+    Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
 
 
 def _verdict(group: CoupledGroup) -> str:

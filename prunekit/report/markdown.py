@@ -16,39 +16,40 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """`report.md`, in GitHub's dialect; it links the files of `write_pictures`."""
-    lines = [f"# {_text(title(report))}"]
+    lines = [f"# {escaped(title(report))}"]
     for section in document(report):
         lines += _section(section)
     return "\n\n".join(lines) + "\n"
 
 
 def _section(section: Section) -> list[str]:
-    return [f"## {section.title}", *(_block(block) for block in section.blocks)]
+    return [f"## {section.title}", *(render_block(block) for block in section.blocks)]
 
 
-def _block(block: Block) -> str:
+def render_block(block: Block) -> str:
+    """One block of a section."""
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Picture):
-        return f"![{_text(block.label)}]({block.name}.svg)"
+        return f"![{escaped(block.label)}]({block.name}.svg)"
     if isinstance(block, Sample):
         return _sample(block)
     if isinstance(block, Code):
         return _fence(block.text, "sh")
     if isinstance(block, Items):
-        return "\n".join(f"- {_text(line)}" for line in block.lines)
-    return _text(block)
+        return "\n".join(f"- {escaped(line)}" for line in block.lines)
+    return escaped(block)
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """One line that Markdown and HTML read as it stands."""
     return _SPECIAL.sub(lambda match: f"\\{match[0]}", " ".join(words.plain(text).split()))
 
 
 def _table(table: Table) -> str:
     rules = ["---" if i < table.left else "---:" for i in range(len(table.header))]
-    lines = [_cells([_text(cell) for cell in table.header]), _cells(rules)]
-    lines += [_cells([_text(cell) for cell in row]) for row in table.rows]
+    lines = [_cells([escaped(cell) for cell in table.header]), _cells(rules)]
+    lines += [_cells([escaped(cell) for cell in row]) for row in table.rows]
     text = "\n".join(lines)
     if not table.folded:
         return text
@@ -60,10 +61,10 @@ def _cells(cells: list[str]) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    mode = f" ({_text(sample.mode)})" if sample.mode else ""
+    mode = f" ({escaped(sample.mode)})" if sample.mode else ""
     parts = [f"Prompt{mode}:", _fence(sample.prompt)]
     for column, answer in sample.answers.items():
-        parts += [f"{_text(column)}:", _fence(answer)]
+        parts += [f"{escaped(column)}:", _fence(answer)]
     return "\n\n".join(parts)
 
 

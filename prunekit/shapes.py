@@ -1,0 +1,84 @@
+"""Shapes: whether layers are cut alike, and to which widths (`shapes=free|uniform|aligned`)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Container, Hashable, Mapping, Sequence
+
+from torch import nn
+
+from prunekit.checkpoint.load import record
+from prunekit.errors import CheckpointError, ConfigError, SurgeryError
+from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.policies.scope import alike
+from prunekit.surgery import cut_layer
+
+ALIGNMENT = 64  # what `shapes=aligned` makes widths multiples of, unless `scope.width_multiple` says otherwise
+_COUNTED = ("attention", "query_head", "expert")  # kinds whose numbers a class may refuse one by one
+
+
+def alignments(groups: Sequence[CoupledGroup], to: int) -> dict[str, int]:
+    """Group → what its kept units must be a multiple of so that each of its sides is a multiple of `to`."""
+    found = {}
+    for group in groups:
+        if group.kind not in ("layer", "expert"):
+            widths = {member.index.shape[1] for member in group.members}
+            found[group.name] = math.lcm(*(to // math.gcd(to, width) for width in widths))
+    return found
+
+
+def shared(shares: Mapping[str, float], groups: Sequence[CoupledGroup]) -> dict[str, float]:
+    """The policy's shares, with the mean of them for groups that are alike but for their layer."""
+    classes = _classes(groups)
+    means = {key: sum(shares[group.name] for group in members) / len(members) for key, members in classes.items()}
+    return {group.name: means[alike(group)] for group in groups}
+
+
+def check_all_there(groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
+    """Raise ConfigError where a group is left alone whose likes in other layers are cut."""
+    names, classes = {group.name for group in groups}, _classes(groups)
+    for group in graph.groups:
+        if group.layer is not None and group.name not in names and alike(group) in classes:
+            raise ConfigError(
+                f"shapes=uniform: {group.name} is left alone ({group.reason or 'scope.exclude'}), others like it are cut"
+            )
+
+
+def stock_counts(model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> dict[str, Container[int]]:
+    """Group → how many units may stay in it, and in all like it, so that the model's own class can hold the result.
+
+    Found by trying, on a copy without weights: LLaMA's config refuses numbers of heads that don't divide the hidden
+    size, GPT-2's class derives the heads' width from their number.
+    """
+    found: dict[str, Container[int]] = {}
+    for members in _classes(groups).values():
+        n = members[0].num_units
+        if members[0].layer is None or not hasattr(model, "config"):
+            continue
+        each = members[0].kind in _COUNTED
+        fitting = {kept for kept in (range(1, n) if each else (n // 2,)) if _is_stock(model, graph, members, kept)}
+        possible: Container[int] = range(n) if fitting and not each else fitting
+        found |= {group.name: possible for group in members}
+    if found and not any(found.values()):
+        raise ConfigError("shapes=uniform: the model's own class can hold no number of units but the dense model's")
+    return found
+
+
+def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: int) -> bool:
+    """Whether the class of the model would build it from its config alone with `kept` units in each of the groups."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    skeleton = copy.deepcopy(model, memo)
+    try:
+        for group in groups:
+            cut_layer(skeleton, graph, {group.name: list(range(kept, group.num_units))})
+        return record(skeleton) is None
+    except (CheckpointError, SurgeryError):
+        return False
+
+
+def _classes(groups: Sequence[CoupledGroup]) -> dict[Hashable, list[CoupledGroup]]:
+    found: dict[Hashable, list[CoupledGroup]] = {}
+    for group in groups:
+        found.setdefault(alike(group), []).append(group)
+    return found
