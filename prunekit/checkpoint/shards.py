@@ -38,13 +38,55 @@ class Stored:
         """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def places(self, whole: Tensor) -> Iterator[tuple[Stored, Tensor]]:
+        """What is stored of a tensor, and where in it that belongs."""
+        yield self, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A tensor put together of several: every row of parts is stacked, then the rows are joined.
+
+    Args:
+        folder: where the parts are.
+        rows: of parts, in order; of one part each where nothing is stacked.
+        stacked: the new dimension along which the parts of a row lie; none if None.
+        joined: the dimension along which the rows follow one another; there is one row if None.
+        shape, dtype: of the whole.
+        widths: of the rows along `joined`.
+    """
+
+    folder: Path
+    rows: tuple[tuple[Stored, ...], ...]
+    stacked: int | None
+    joined: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    widths: tuple[int, ...]
+
+    @property
+    def file(self) -> Path:
+        """The folder, as the parts may lie in several files."""
+        return self.folder
+
+    @property
+    def num_bytes(self) -> int:
+        """The parts' size in their files."""
+        return sum(part.num_bytes for row in self.rows for part in row)
+
+    def places(self, whole: Tensor) -> Iterator[tuple[Stored, Tensor]]:
+        """What is stored of a tensor, and where in it that belongs."""
+        rows = (whole,) if self.joined is None else whole.split(self.widths, self.joined)
+        for row, parts in zip(rows, self.rows, strict=True):
+            yield from zip(parts, (row,) if self.stacked is None else row.unbind(self.stacked), strict=True)
+
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of a model folder or of some safetensors files: name → where it is stored."""
+    """The tensors of a model folder or of some safetensors files: name → where it is stored, whole or in parts."""
 
     where: Path
-    entries: Mapping[str, Stored]
+    entries: Mapping[str, Stored | Composed]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -88,7 +130,7 @@ class Shards:
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
-    def __getitem__(self, name: str) -> Stored:
+    def __getitem__(self, name: str) -> Stored | Composed:
         if name not in self.entries:
             raise CheckpointError(f"{self.where}: damaged weights: {name} is missing")
         return self.entries[name]
@@ -111,23 +153,31 @@ class Shards:
     ) -> dict[str, Tensor]:
         """Copies of tensors on a device, floating ones as `dtype`; no page of a file stays mapped.
 
+        Parts go to their place one by one: beside a tensor there is never more than one of its parts.
+
         Raises:
             CheckpointError: a name is missing, or its file is by now.
         """
-        names = list(names)
         found: dict[str, Tensor] = {}
-        for file in {self[name].file: None for name in names}:
+        places: list[tuple[Stored, Tensor]] = []
+        for name in names:
+            own = dtype if self[name].dtype.is_floating_point else None
+            found[name] = torch.empty(self[name].shape, dtype=own or self[name].dtype, device=device)
+            places += self[name].places(found[name])
+        for file in {part.file: None for part, _ in places}:
             with _opened(file) as stored:
-                for name in (name for name in names if self[name].file == file):
-                    own = dtype if self[name].dtype.is_floating_point else None
-                    found[name] = stored.get_tensor(self[name].name).to(device, own or self[name].dtype, copy=True)
-        return {name: found[name] for name in names}
+                for part, place in places:
+                    if part.file == file:
+                        place.copy_(stored.get_tensor(part.name))
+        return found
 
     def equal(self, left: str, right: str) -> bool:
         """Whether two matrices hold the same numbers, compared some rows at a time."""
         one, other = self[left], self[right]
         if one.shape != other.shape:
             return False
+        if isinstance(one, Composed) or isinstance(other, Composed):
+            return torch.equal(self.read([left])[left], self.read([right])[right])
         with _opened(one.file) as first, _opened(other.file) as second:
             a, b = first.get_slice(one.name), second.get_slice(other.name)
             rows = range(0, one.shape[0], _ROWS)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.checkpoint.compose import Parts, compose, number_of
 from prunekit.checkpoint.load import adopt, only_ours, read_config, skeleton_of, tied_places
 from prunekit.checkpoint.manifest import check_manifest
-from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
 
-_WHOLE = "; a checkpoint whose tensors are not its modules' (experts stored one by one, say) must be loaded whole"
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # tables that older checkpoints hold
 
 
@@ -59,31 +60,51 @@ def open_streamed(
 def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
     """The shards by the model's names: those of its class before a renaming, or of a body without its prefix.
 
-    Tables that no class wants any more are left out.
+    A parameter that is stored in parts is one entry. Tables that no class wants any more are left out.
     A pruned model may store tables that its class would compute: they were cut.
     """
+    from transformers.core_model_loading import dot_natural_key
+
     buffers = persistent_buffers(model) if dense else dict(model.named_buffers())
-    tensors = {*dict(model.named_parameters(remove_duplicate=False)), *buffers}
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     ignored = [*_OBSOLETE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    renamings = _renamings(model)
-    names = {}
-    for name in shards:
-        new = name
-        for renaming in renamings if name not in tensors else ():
-            new, _ = renaming.rename_source_key(new)
+    rename = _renaming(model)
+    entries: dict[str, Stored | Composed] = {}
+    parts: dict[str, tuple[Any, Parts]] = {}  # of a tensor: what makes it, of what
+    for name in sorted(shards, key=dot_natural_key):
+        new, converter, part = (name, None, ("", 0)) if name in tensors else rename(name)
         new = prefix + new if new not in tensors and prefix + new in tensors else new
-        if new in tensors or not any(re.search(pattern, new) for pattern in ignored):
-            names[new] = name
-    return shards.subset(names)
+        if new in tensors and converter is not None:
+            parts.setdefault(new, (converter, {}))[1][part] = name
+        elif new in tensors or not any(re.search(pattern, new) for pattern in ignored):
+            entries[new if converter is None else name] = shards[name]
+    for new, (converter, found) in parts.items():
+        entries[new] = compose(new, tensors[new].shape, converter, found, shards)
+    return Shards(shards.where, entries)
 
 
-def _renamings(model: Any) -> list[Any]:
-    """What transformers calls otherwise than the checkpoints it loads; not what it puts together of several tensors."""
+def _renaming(model: Any) -> Callable[[str], tuple[str, Any, tuple[str, int]]]:
+    """What transformers calls otherwise than the checkpoints it loads: a name there → the model's; and where the tensor
+    is only a part of that, the converter, the part's pattern and its number.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter
 
-    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if not isinstance(change, WeightConverter)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+
+    def rename(name: str) -> tuple[str, Any, tuple[str, int]]:
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        for converter in converters:
+            new, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                return new, converter, (pattern, number_of(pattern, name))
+        return name, None, ("", 0)
+
+    return rename
 
 
 def _check_shapes(model: nn.Module, shards: Shards) -> None:
@@ -95,7 +116,8 @@ def _check_shapes(model: nn.Module, shards: Shards) -> None:
         stored = [name for *_, name in places if name in shards]
         if different := [name for name in stored[1:] if not shards.equal(stored[0], name)]:
             raise CheckpointError(
-                f"{shards.where}: {stored[0]} and {different[0]} differ, but its config ties them{_WHOLE}"
+                f"{shards.where}: {stored[0]} and {different[0]} differ, but its config ties them: "
+                "such a checkpoint must be loaded whole"
             )
 
 
@@ -104,10 +126,7 @@ def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None) ->
         own = dtype if shards[name].dtype.is_floating_point else None
         return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
 
-    try:
-        adopt(model, {name: on_meta(name) for name in shards}, shards.where)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_WHOLE}") from error
+    adopt(model, {name: on_meta(name) for name in shards}, shards.where)
     for path, module in model.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

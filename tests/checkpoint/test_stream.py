@@ -221,11 +221,99 @@ def test_tied_weights_that_differ(tmp_path):
     assert streamed.lm_head.weight is streamed.model.embed_tokens.weight
 
 
-def test_experts_stored_one_by_one_must_be_loaded_whole(tmp_path):
-    config = AutoConfig.for_model("mixtral", **NEW, num_local_experts=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="must be loaded whole"):
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+PARTS = {  # families whose checkpoints hold some parameters in parts; more than ten experts
+    "mixtral": NEW | {"num_local_experts": 12},
+    "deepseek_v3": NEW | LATENT | {"num_key_value_heads": 8, "n_routed_experts": 12, "n_group": 1, "topk_group": 1,
+                                   "moe_intermediate_size": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "olmo_hybrid": NEW | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
+                          "linear_num_value_heads": 4},
+}  # fmt: skip
+
+
+def in_parts(family, folder):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **PARTS[family])
+    model = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    saved(model, folder, "1GB")
+    return model
+
+
+def scattered(folder, files=5):
+    """The tensors of a folder's one file dealt out to several, in an order of their own."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-{i % files}.safetensors" for i, name in enumerate(sorted(tensors, reverse=True))}
+    for file in set(names.values()):
+        save_file({n: t for n, t in tensors.items() if names[n] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_parameters_that_are_stored_in_parts(tmp_path, family):
+    in_parts(family, tmp_path / "dense")
+    scattered(tmp_path / "dense")
+    model = prunekit.from_pretrained(tmp_path / "dense")  # some of its numbers are wider than they are stored
+    streamed, shards = open_streamed(tmp_path / "dense")
+    assert shards.num_bytes == Shards.of_folder(tmp_path / "dense").num_bytes
+    parts = {name: [part for part, _ in shards[name].places(torch.empty(shards[name].shape))] for name in shards}
+    names = [name for name, found in parts.items() if len(found) > 1]
+    assert names and all(name in dict(model.named_parameters()) for name in names)
+    assert all(len({part.file for part in parts[name]}) > 1 for name in names)
+    assert shards.equal(names[0], names[0]) and not shards.equal(names[0], names[-1])
+    renamed = shards.subset({"one": names[0]})
+    assert torch.equal(renamed.read(["one"], dtype=torch.float32)["one"], model.get_parameter(names[0]).float())
+    weights = Weights(streamed, shards)
+    assert same(model, written(streamed, shards, weights, tmp_path / "out")) and live_bytes(streamed) == 0
+    assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    writer = LayerWriter(tmp_path / "copied")
+    writer.copy(shards, {names[0]: names[0]})
+    assert torch.equal(writer.shards.read(names[:1])[names[0]], model.get_parameter(names[0]))
+
+
+MLP = "model.layers.2.block_sparse_moe.experts"
+OURS = r"model\.layers\.2\.mlp\.experts"
+
+
+def without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def more(shape, *names):
+    return lambda tensors: tensors.update({name: torch.zeros(shape) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "match"),
+    [
+        ("mixtral", without(f"{MLP}.3.w3.weight"), f"damaged weights: {MLP}.3.w3.weight is missing"),
+        ("mixtral", without(f"{MLP}.11.w2.weight"), f"{MLP}.11.w2.weight is missing"),
+        ("mixtral", without(*(f"{MLP}.{i}.w1.weight" for i in range(12))), f"{MLP}.0.w1.weight is missing"),
+        ("mixtral", without(*(f"{MLP}.{i}.w2.weight" for i in range(12))), f"{OURS}.down_proj is missing"),
+        ("olmo_hybrid", without("model.layers.0.linear_attn.k_conv1d.weight"), "0.linear_attn.k_conv1d.weight is miss"),
+        ("mixtral", more((47, 40), f"{MLP}.0.w2.weight"),
+         rf"model.safetensors: {MLP}.0.w2.weight: expected shape \(48, 40\), got \(47, 40\)"),
+        ("mixtral", more((40, 47), *(f"{MLP}.{i}.w1.weight" for i in range(12))), f"{OURS}.gate_up_proj: Sizes of"),
+        ("mixtral", more((48, 40), f"{MLP}.12.w2.weight"),
+         rf"{OURS}.down_proj: expected shape \(12, 48, 40\), got \(13, 48, 40\)"),
+        ("mixtral", more((40, 48), "model.layers.7.mlp.experts.0.w1.weight"), "place for model.layers.7.mlp.exp"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit(tmp_path, family, change, match):
+    in_parts(family, tmp_path)
+    changed(tmp_path, change)
+    with pytest.raises(CheckpointError, match=match) as caught:
         open_streamed(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "loaded whole" not in str(caught.value)
+
+
+def test_tensors_that_are_more_than_laid_side_by_side(tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hrm_text", **NEW | {"num_key_value_heads": 8}))
+    saved(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"is made by Chunk\(dim=0\) of .*must be loaded whole") as caught:
+        open_streamed(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-100], lambda b: b[:40], lambda b: b"", lambda b: None])
