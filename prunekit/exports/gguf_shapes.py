@@ -7,6 +7,8 @@
 | `qwen3` | no | yes | none | plain or stretched |
 | `deci` | yes | no | any | any, as `rope_freqs` |
 | `openelm` | yes | yes | none | plain or stretched; the output is the embedding |
+
+llama.cpp before its pull request 21245 (April 2026) reads query biases only where heads fill the hidden size.
 """
 
 from __future__ import annotations
@@ -139,9 +141,10 @@ def _rope(config: Any, inv_freq: Tensor) -> tuple[float, float, Tensor | None]:
         raise ExportError(f"rope_type {kind}: the rotary frequencies depend on the text's length, GGUF's are fixed")
     plain = base ** (-torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq))
     factors = plain / inv_freq.double().cpu()
-    if torch.allclose(factors, factors[:1], rtol=1e-5):
+    rounding = max(1e-5, torch.finfo(inv_freq.dtype).eps)  # a model turned into half precision rounds its tables too
+    if torch.allclose(factors, factors[:1], rtol=rounding, atol=0):
         stretch = float(factors[0])
-        return base, 1.0 if math.isclose(stretch, 1, rel_tol=1e-5) else stretch, None
+        return base, 1.0 if math.isclose(stretch, 1, rel_tol=rounding) else stretch, None
     return base, 1.0, factors.float()
 
 
@@ -163,9 +166,11 @@ def architecture_of(shapes: Shapes) -> str:
     """
     if shapes.normalised:
         return _normalised(shapes)
+    square = all(layer.heads * shapes.head_dim == shapes.hidden for layer in shapes.layers)
+    if "q_proj" in shapes.biases and not square:
+        say("query biases of heads that don't fill the hidden size: llama.cpp reads them since April 2026")
     if not shapes.uniform:
         return "deci"
-    square = shapes.layers[0].heads * shapes.head_dim == shapes.hidden
     stock = square and shapes.rope_factors is None and all(math.isclose(scale, 1) for scale in shapes.score_scale)
     return "qwen2" if stock and shapes.biases == {"q_proj", "k_proj", "v_proj"} else "llama"
 
@@ -176,10 +181,13 @@ def _normalised(shapes: Shapes) -> str:
     if shapes.biases:
         raise ExportError(
             f"llama.cpp's {name} loads no biases, found some on {', '.join(sorted(shapes.biases))}: "
-            "prune without compensation=bias"
+            "those that pruning added go without compensation=bias"
         )
     if shapes.rope_factors is not None:
-        raise ExportError(f"llama.cpp's {name} takes plain rotary frequencies: remove rope scaling from the config")
+        raise ExportError(
+            f"llama.cpp's {name} takes plain or stretched rotary frequencies, these are neither: "
+            "remove the scaling from rope_parameters, or widths of heads from what is pruned"
+        )
     if not shapes.uniform and not shapes.tied:
         raise ExportError(
             "layers that differ need llama.cpp's openelm where queries and keys are normalised, and its output is the "

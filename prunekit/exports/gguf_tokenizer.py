@@ -1,4 +1,8 @@
-"""A fast tokenizer as GGUF's vocabulary: `gpt2` for byte-level BPE, `llama` for SentencePiece's with byte fallback."""
+"""A fast tokenizer as GGUF's vocabulary: `gpt2` for byte-level BPE, `llama` for SentencePiece's with byte fallback.
+
+What llama.cpp does otherwise stays so: it leaves out Unicode normalisation, and puts SentencePiece's first space before
+a text that begins with one and after special tokens too.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, model: Any, rows: int) -> None:
     if not merges:
         raise ExportError("tokenizer: llama.cpp refuses a BPE vocabulary without merges")
     writer.add_tokenizer_model(kind)
-    types = [_type(token, stored, kind) for token in tokens]
+    types = _types(tokens, stored, kind)
     if kind == "gpt2":
         writer.add_tokenizer_pre(pretokenizer_name(tokenizer.backend_tokenizer, stored["model"]["ignore_merges"]))
         writer.add_token_list(_placed(tokens))
@@ -75,17 +79,14 @@ def _placed(tokens: list[str | None]) -> list[str]:
     return [f"[PAD{index}]" if token is None else token for index, token in enumerate(tokens)]
 
 
-def _type(token: str | None, stored: dict[str, Any], kind: str) -> int:
-    if token is None:
-        return _UNUSED
-    if kind == "llama" and token == stored["model"].get("unk_token", "<unk>"):
-        return _UNKNOWN
-    for added in stored["added_tokens"]:
-        if added["content"] == token:
-            return _CONTROL if added["special"] else _ADDED
-    if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
-        return _BYTE
-    return _NORMAL
+def _types(tokens: list[str | None], stored: dict[str, Any], kind: str) -> list[int]:
+    types: dict[str | None, int] = {None: _UNUSED}
+    if kind == "llama":
+        types |= {f"<0x{byte:02X}>": _BYTE for byte in range(256)}
+    types |= {added["content"]: _CONTROL if added["special"] else _ADDED for added in stored["added_tokens"]}
+    if kind == "llama":
+        types[stored["model"].get("unk_token") or "<unk>"] = _UNKNOWN
+    return [types.get(token, _NORMAL) for token in tokens]
 
 
 def _scores(tokens: list[str | None], merges: list[str]) -> list[float]:

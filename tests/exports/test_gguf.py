@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids
-from llama_cpp import LlamaCpp
+from gguf_helpers import LlamaCpp
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import prunekit
@@ -34,7 +34,7 @@ TEXT = "def main(argv):\n    return 12345, 'it\\'s'  # ünï 😀  <s> \t中文\
 
 def build(family, **values):
     torch.manual_seed(0)
-    return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | values)))
+    return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | values)), 0.5)
 
 
 def cut(model, removed):
@@ -107,16 +107,17 @@ def field(file, key):
 
 
 @torch.no_grad()
-def compare(model, file, ids, length=8):
+def compare(model, file, ids, length=12):
     """The largest difference of the first token's log-probabilities, ours and llama.cpp's greedy continuations."""
     expected = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
     found, continuation = LlamaCpp(file).complete(ids, length, len(expected))
     assert len(found) == len(expected)
-    ours = list(ids)
-    while len(ours) < len(ids) + length and ours[-1] != model.config.eos_token_id:
+    end, ours = model.config.eos_token_id, list(ids)
+    while len(ours) < len(ids) + length and ours[-1] != end:
         ours.append(int(model(input_ids=torch.tensor([ours])).logits[0, -1].argmax()))
     worst = max(abs(expected[index].item() - value) for index, value in found.items())
-    return worst, [token for token in ours[len(ids) :] if token != model.config.eos_token_id], continuation
+    without_end = [[token for token in tokens if token != end] for tokens in (ours[len(ids) :], continuation)]
+    return worst, *without_end
 
 
 def extra_biases():
@@ -160,7 +161,7 @@ def test_llama_cpp_computes_the_same(name, letters, tmp_path):
     file = Gguf(dtype="f32").write(model, letters, tmp_path)
     assert field(file, "general.architecture") == architecture
     worst, ours, theirs = compare(model, file, token_ids(1, 20, seed=5)[0].tolist())
-    assert worst < 1e-4
+    assert worst < 5e-5  # 6e-4 and more without the rotary order, factors or scales
     assert ours == theirs
 
 
@@ -281,7 +282,7 @@ def too_large():
 ERRORS = {
     "untied": ("shapes=uniform", lambda: cut(build("qwen3"), {"layers.0.mlp": [1]})),
     "normalised-biases": ("qwen3 loads no biases", lambda: build("qwen3", attention_bias=True)),
-    "normalised-rope": ("plain rotary frequencies", lambda: build("qwen3", head_dim=10, rope_parameters=LLAMA3)),
+    "normalised-rope": ("plain or stretched rotary", lambda: build("qwen3", head_dim=10, rope_parameters=LLAMA3)),
     "dynamic-rope": ("rope_type dynamic", lambda: build("llama", rope_parameters=ROPE | {"rope_type": "dynamic"})),
     "family": ("got gpt2", lambda: AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt2", vocab_size=97, n_embd=48, n_head=8, n_layer=1))),
