@@ -25,6 +25,10 @@ class CheckpointError(PrunekitError):
     """A model folder that is missing, damaged, or already in the way."""
 
 
+class ExportError(PrunekitError):
+    """What an export's target can't express, or what it needs and isn't there."""
+
+
 def suggest(name: str, available: list[str]) -> str:
     """The tail of an unknown-name message: the nearest names, then all of them."""
     from difflib import get_close_matches
