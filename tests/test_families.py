@@ -289,9 +289,9 @@ def test_a_width_the_config_can_not_hold_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "bloom", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen3_moe"])
 def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
-    """Also where the class takes the width of heads or the embedding's scale from the number of channels."""
+    """Also where the class takes the width of heads from the number of channels."""
     model = build(family, configured(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     (channel,) = (group for group in graph.groups if group.kind == "channel")
@@ -304,6 +304,18 @@ def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
     graph = prunekit.trace(again, {"input_ids": token_ids(2, 7)})
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     assert channel.num_units == again.config.hidden_size == model.config.hidden_size
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_channels_that_scale_the_embedding_are_not_saved(family, tmp_path):
+    """transformers' own class would take the folder and compute other numbers, and nobody would notice."""
+    model = build(family, configured(family))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    (channel,) = (group for group in graph.groups if group.kind == "channel")
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
+    with pytest.raises(CheckpointError, match="embed_scale"):
+        prunekit.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "gpt_neox", "qwen2", "phi3", "llama"])

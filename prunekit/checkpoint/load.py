@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError
-from prunekit.exports.folder import RECORD, is_our_code, is_ours, record_of, stock_class
+from prunekit.exports.folder import RECORD, is_our_code, is_ours
 from prunekit.exports.modeling_prunekit import as_dense, fit
 from prunekit.sizes import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
 
@@ -80,9 +80,9 @@ def skeleton_of(
     Raises:
         CheckpointError: the config makes no model.
     """
-    dense = _dense_config(folder, config) if only_ours(config) else _stock_config(folder, trust_remote_code)
+    dense = dense_config(folder, config) if only_ours(config) else _stock_config(folder, trust_remote_code)
     dense.dtype = dense.dtype or stored
-    model = _skeleton(folder, dense, config, attention, trust_remote_code)
+    model = built(folder, dense, config, attention, trust_remote_code)
     _generation_config(model, folder)
     return model.eval()
 
@@ -189,7 +189,7 @@ def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]
         raise CheckpointError(f"{folder / 'config.json'}: damaged: per_layer_config: {error}") from error
 
 
-def _dense_config(folder: Path, config: dict[str, Any]) -> Any:
+def dense_config(folder: Path, config: dict[str, Any]) -> Any:
     """The config of a pruned folder without its per-layer values, which transformers' classes stumble over.
 
     Nor with what is about the folder and not about the model. A hidden size that the number of heads doesn't divide is
@@ -219,13 +219,13 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _skeleton(
+def built(
     folder: Path, dense: Any, config: dict[str, Any], attention: str | None, trust_remote_code: bool = False
 ) -> Any:
     """The model with its parameters on meta, every layer's attributes and config at their pruned sizes."""
     overrides = _overrides(folder, config)
     try:
-        model = _unfitted(dense, attention, trust_remote_code)
+        model = unfitted(dense, attention, trust_remote_code)
         if is_ours(config):
             fit(model, config[RECORD])
         else:
@@ -242,7 +242,7 @@ def _skeleton(
     return model
 
 
-def _unfitted(dense: Any, attention: str | None = None, trust_remote_code: bool = False) -> Any:
+def unfitted(dense: Any, attention: str | None = None, trust_remote_code: bool = False) -> Any:
     """The dense model a config was made from, its parameters on meta."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -253,80 +253,6 @@ def _unfitted(dense: Any, attention: str | None = None, trust_remote_code: bool 
         )
     model.tie_weights()
     return model
-
-
-def record(model: Any) -> dict[str, Any] | None:
-    """What a folder must say of a model's sizes (`pruned_sizes`); None where transformers' own class makes them.
-
-    Raises:
-        CheckpointError: the class refuses the sizes.
-    """
-    if not stock_class(model).__module__.startswith("transformers."):
-        return None
-    values = json.loads(model.config.to_json_string())
-    values.pop(RECORD, None)
-    dense_sizes = values.pop("dense_sizes", None)
-    if not only_ours(values) and not (dense_sizes and _difference(model, values)):
-        return None
-    try:
-        dense = _unfitted(_dense_config(Path(), values | {"dense_sizes": dense_sizes}))
-    except Exception as error:
-        raise CheckpointError(_refused(error)) from error
-    return record_of(model, dense)
-
-
-def _refused(error: Exception) -> str:
-    reason = first_line(error).removeprefix("config.json: damaged: ").rstrip(":.")
-    return f"its class refuses its sizes ({reason}): a model cut like this can't be saved"
-
-
-def check_loadable(model: nn.Module, folder: Path) -> None:
-    """Raise CheckpointError where a model built from the folder's config would compute with other numbers than this.
-
-    Compares what modules keep beside their weights: sizes, scales, tables. Only for classes of transformers.
-    """
-    if not stock_class(model).__module__.startswith("transformers."):
-        return
-    if problem := _difference(model, read_config(folder)):
-        raise CheckpointError(problem)
-
-
-def _difference(model: nn.Module, config: dict[str, Any]) -> str | None:
-    """In what the model that a config describes would differ from this one."""
-    folder = Path()
-    try:
-        skeleton = _skeleton(folder, _dense_config(folder, config), config, None)
-    except CheckpointError as error:
-        return _refused(error)
-    saved = model.state_dict()
-    built = {path for path, _ in skeleton.named_modules()}
-    if missing := [path for path, _ in model.named_modules() if path not in built]:
-        return f"{missing[0]}: its class would build another module there: a model cut like this can't be saved"
-    if only_ours(config):
-        adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
-    elif other := [
-        n for n, tensor in skeleton.state_dict().items() if n not in saved or saved[n].shape != tensor.shape
-    ]:
-        return f"{other[0]}: its class would make it in another shape: a model cut like this can't be saved"
-    for path, module in model.named_modules():
-        other = skeleton.get_submodule(path)
-        tables = {n: b for n, b in module._buffers.items() if f"{path}.{n}".lstrip(".") not in saved and b is not None}
-        for name, value in [*vars(module).items(), *tables.items()]:
-            anew = other._buffers.get(name, vars(other).get(name, value))
-            if not name.startswith("_") and not _equal(value, anew):
-                return (
-                    f"{f'{path}.{name}'.lstrip('.')}: its class would make it with another number than it has here: "
-                    "a model cut like this can't be saved"
-                )
-    return None
-
-
-def _equal(value: Any, built: Any) -> bool:
-    """Whether numbers or tables agree; anything else does."""
-    if isinstance(value, Tensor) and isinstance(built, Tensor) and not value.is_meta:
-        built = built.to(value.device, value.dtype)  # a model turned into half precision rounds its tables too
-        return value.shape == built.shape and torch.allclose(value, built, equal_nan=True)
-    return type(value) not in (int, float) or value == built
 
 
 def tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
@@ -380,7 +306,7 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
 
     folder = Path(directory)
     config = read_config(folder) if folder.is_dir() else {}
-    dense = _dense_config(folder, config) if only_ours(config) else None
+    dense = dense_config(folder, config) if only_ours(config) else None
     try:
         return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint.load import check_loadable, record
+from prunekit.checkpoint.load import only_ours
 from prunekit.checkpoint.manifest import write_manifest
+from prunekit.checkpoint.verify import check_loadable, record
 from prunekit.errors import CheckpointError
 from prunekit.exports.folder import describe
 
@@ -45,7 +46,7 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None, re
     check_free(Path(directory))
     sizes = record(model)
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
-        model.save_pretrained(folder, save_original_format=sizes is None)
+        model.save_pretrained(folder, save_original_format=not only_ours(model.config.to_dict()) and sizes is None)
         describe(folder, model, sizes, remote_code)
         check_loadable(model, folder)
         if tokenizer is not None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.load import check_loadable, record, tied_places
+from prunekit.checkpoint.load import tied_places
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.checkpoint.save import check_free, disk_errors, publish, unvalidated, write_text
 from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.verify import check_loadable, record
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
 from prunekit.exports.folder import describe

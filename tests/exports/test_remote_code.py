@@ -18,14 +18,15 @@ from prunekit.errors import CheckpointError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "mixtral",
             "qwen3_moe")  # fmt: skip
-CUTS = {"llama-narrow": "head_dim", "gpt2-channels": "channel", "gemma2-channels": "channel", "opt-channels": "channel",
-        "gpt_neox-alike": "alike", "gpt2-alike": "alike", "llama-odd": "channel"}  # fmt: skip
+CUTS = {"llama-narrow": "head_dim", "gpt2-channels": "channel", "opt-channels": "channel",
+        "gpt_neox-alike": "alike", "gpt2-alike": "alike", "llama-odd": "channel", "gemma2-odd": "channel"}  # fmt: skip
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 RUN = """
 import sys
 sys.modules["prunekit"] = None  # as good as not installed
 from pathlib import Path
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 torch.set_num_threads(1)
@@ -58,6 +59,11 @@ for folder in sys.argv[1:]:
         shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config, trust_remote_code=True)
                   .named_parameters()}
     found["built"] = shapes == {n: p.shape for n, p in model.named_parameters()}
+    with torch.device("meta"):  # as an inference engine does it that reads the heads of each layer from the config
+        bare = AutoModel.from_config(config, trust_remote_code=True)
+    layers = [(m, config.per_layer_config[m.layer_idx]) for m in bare.modules() if hasattr(m, "k_proj")]
+    found["heads"] = all(m.q_proj.out_features == c.num_attention_heads * m.head_dim for m, c in layers)
+    found["stock"] = hasattr(transformers, config.architectures[0])
     placed.set_attn_implementation(load(folder).config._attn_implementation)
     placed.save_pretrained(f"{folder}-again", max_shard_size="20KB")
     found["again"] = logits(load(f"{folder}-again"))
@@ -77,7 +83,7 @@ def pruned(case):
             "channel": {g.name: [*range(4), *range(30, 34)] for g in graph.groups if g.kind == "channel"},
             "alike": {g.name: [5] for g in graph.groups if g.kind == "attention"},
         }
-        if case == "llama-odd":  # heads that don't divide the width, whose class then can't be built from its config
+        if case.endswith("odd"):  # heads that don't divide the width, whose class then can't be built from its config
             plans["channel"] |= {g.name: [g.layer] for g in graph.groups if g.kind == "attention"}
         prunekit.apply_plan(model, graph, prunekit.PruningPlan(plans[CUTS[case]]))
         return model
@@ -110,7 +116,14 @@ def found(tmp_path_factory):
         mine["batch"] = model.generate(ids, attention_mask=mask, **GREEDY)
         model.set_attn_implementation("eager")
         mine |= {"eager": logits(model, ids), "class": f"Pruned{type(model).__name__}", "again": mine["logits"]}
-        mine |= {"placed": mine["eager"], "attentions": {"eager"}, "body": True, "built": True}
+        mine |= {
+            "placed": mine["eager"],
+            "attentions": {"eager"},
+            "body": True,
+            "built": True,
+            "heads": True,
+            "stock": False,
+        }
         mine["half"] = logits(prunekit.from_pretrained(folder / family, dtype=torch.bfloat16), ids)
         here[family] = mine
     env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
