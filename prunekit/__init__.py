@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunekit.checkpoint import from_pretrained, save_pretrained
     from prunekit.errors import PrunekitError
+    from prunekit.exports import register_with_transformers
     from prunekit.graph import CoupledGroup, CouplingGraph, Member, trace
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
@@ -21,6 +22,7 @@ _PUBLIC = {
     "apply_plan": "surgery",
     "from_pretrained": "checkpoint",
     "prune": "pipeline",
+    "register_with_transformers": "exports",
     "save_pretrained": "checkpoint",
     "trace": "graph",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "apply_plan",
     "from_pretrained",
     "prune",
+    "register_with_transformers",
     "save_pretrained",
     "trace",
 ]

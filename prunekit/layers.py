@@ -79,17 +79,17 @@ def drop(
     resize(around, {"num_hidden_layers": (stack.num_units, len(kept))}, setter)
     if (config := config_around(model, stack.module)) is not None:
         remember(config)
-        _configure(model, config, stack.num_units, kept)
+        _configure(model, config, stack.num_units, kept, setter)
 
 
-def _configure(model: nn.Module, config: Any, layers: int, kept: list[int]) -> None:
+def _configure(model: nn.Module, config: Any, layers: int, kept: list[int], setter: Setter) -> None:
     own = config is getattr(model, "config", None) and hasattr(config, "per_layer_config")
     overrides = per_layer_overrides(config) if own else {}
     if overrides:
         config.per_layer_config = None
     drop_layers(config, layers, kept)
     if overrides:
-        set_per_layer(model, {new: overrides[old] for new, old in enumerate(kept) if old in overrides})
+        set_per_layer(model, {new: overrides[old] for new, old in enumerate(kept) if old in overrides}, setter)
 
 
 def _submodule(layer: nn.Module, path: str) -> nn.Module | None:

@@ -8,7 +8,7 @@ from collections.abc import Container, Hashable, Mapping, Sequence
 
 from torch import nn
 
-from prunekit.checkpoint.load import record
+from prunekit.checkpoint.verify import record
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.policies.scope import alike
@@ -41,7 +41,7 @@ def check_all_there(groups: Sequence[CoupledGroup], graph: CouplingGraph) -> Non
     for group in graph.groups:
         if group.layer is not None and group.name not in names and alike(group) in classes:
             raise ConfigError(
-                f"shapes=uniform: {group.name} is left alone ({group.reason or 'scope.exclude'}), others like it are cut"
+                f"shapes=uniform: {group.name} stays whole ({group.reason or 'scope.exclude'}), others like it don't"
             )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from prunekit.exports.modeling_prunekit import as_dense, give_views, layer_of, per_layer_overrides
 
 # Attributes that repeat a dim of the module's own weight: name → dim.
 _WEIGHT_DIMS = {
@@ -150,6 +154,7 @@ def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[s
 
 def drop_layers(config: Any, layers: int, kept: list[int]) -> None:
     """Bring a config's count of layers in line, its lists with an entry per layer, and its lists of layers' indices."""
+    config.__dict__.pop("pruned_sizes", None)
     for name, value in list(config.__dict__.items()):
         if name in _FIRST_LAYERS and type(value) is int and value <= layers:
             setattr(config, name, sum(index < value for index in kept))
@@ -182,19 +187,15 @@ def _has(config: Any, name: str) -> bool:
     return reader(name) if reader else hasattr(config, name)
 
 
-def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
-    """A copy of the config's per-layer values (transformers' `per_layer_config`), as plain dictionaries."""
-    stored = config.to_dict().get("per_layer_config") or {}
-    return {int(layer): dict(values) for layer, values in stored.items()}
-
-
-def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> None:
+def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]], setter: Setter = setattr) -> None:
     """Set the config's per-layer values and let every module inside a layer see its layer's.
 
     Where all layers agree the values become global ones (unless the config's class refuses them, as it does head counts
-    that don't divide the hidden size), and the config is an ordinary one again.
+    that don't divide the hidden size, or takes the width of heads from them), and the config is an ordinary one again;
+    attributes of modules outside the layers follow by `setter`.
     """
     config: Any = model.config
+    config.__dict__.pop("pruned_sizes", None)  # of a folder it was loaded from
     keep_head_dim(config)
     overrides = {layer: dict(values) for layer, values in overrides.items()}
     config.per_layer_config = None
@@ -203,12 +204,18 @@ def set_per_layer(model: nn.Module, overrides: dict[int, dict[str, Any]]) -> Non
         n: {overrides.get(i, {}).get(n, getattr(config, n)) for i in range(config.num_hidden_layers)} for n in names
     }
     agreed = {name: min(column) for name, column in columns.items() if len(column) == 1}
-    if agreed.keys() == columns.keys() and _become_global(config, agreed):
+    before = {name: getattr(config, name) for name in agreed}
+    if agreed.keys() == columns.keys() and _become_global(model, agreed):
         overrides = {}
+        outside = [module for path, module in model.named_modules() if layer_of(model, path) is None]
+        changed = {_quantity(name): (before[name], value) for name, value in agreed.items()}
+        resize(outside, changed, setter)
     config.per_layer_config = {layer: values for layer, values in overrides.items() if values} or None
-    for path, module in model.named_modules():
-        if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
-            module.config = LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
+    give_views(model, overrides)
+
+
+def _quantity(name: str) -> str:
+    return next((quantity for quantity, names in _SYNONYMS.items() if name in names), name)
 
 
 def keep_head_dim(config: Any) -> None:
@@ -217,22 +224,41 @@ def keep_head_dim(config: Any) -> None:
         config.head_dim = head_dim
 
 
-def _become_global(config: Any, values: Mapping[str, int]) -> bool:
+def keep_dense(config: Any, name: str) -> None:
+    """Write down a size of the dense model, before it changes: its class derives others from it."""
+    config.__dict__.pop("pruned_sizes", None)
+    config.dense_sizes = {name: _read(config, name), **(_read(config, "dense_sizes") or {})}
+
+
+def _become_global(model: nn.Module, values: Mapping[str, int]) -> bool:
+    config: Any = model.config
     if "head_dim" in values:  # the class takes the scores' scale and the rotary frequencies from it
         return False
     known = {*getattr(config, "attribute_map", {}), *dir(type(config))}
     if not values.keys() <= known:
         return False
     before = {name: getattr(config, name) for name in values}
+    derives = "head_dim" not in known and not values.keys().isdisjoint(_SYNONYMS["num_attention_heads"])
     for name, value in values.items():
         setattr(config, name, value)
     try:
         config.validate_architecture()
+        if not derives or _class_builds_its_layers(model):
+            return True
     except ValueError:
-        for name, value in before.items():
-            setattr(config, name, value)
-        return False
-    return True
+        pass
+    for name, value in before.items():
+        setattr(config, name, value)
+    return False
+
+
+def _class_builds_its_layers(model: nn.Module) -> bool:
+    """Whether the class builds layers of the model's shapes: it may take the width of heads from their number."""
+    config: Any = copy.deepcopy(model.config)
+    drop_layers(config, config.num_hidden_layers, [0])
+    with as_dense(config), torch.device("meta"):
+        built = getattr(type(model), "stock_class", type(model))(config)
+    return all(p.shape == model.get_parameter(n).shape for n, p in built.named_parameters() if layer_of(built, n) == 0)
 
 
 def _head_dim(config: Any) -> int | None:
@@ -242,33 +268,3 @@ def _head_dim(config: Any) -> int | None:
     if not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
         return None
     return hidden // heads if hidden % heads == 0 else None
-
-
-def layer_of(model: nn.Module, path: str) -> int | None:
-    """Index of the layer (the first `ModuleList` entry) the module path lies in, or None."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-            return int(part)
-    return None
-
-
-class LayerConfig:
-    """One layer's view of a model's config: its own sizes, everything else live from the model's."""
-
-    def __init__(self, base: Any, overrides: dict[str, Any]) -> None:
-        self.__dict__.update(_base=base, _overrides=dict(overrides))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_base" not in self.__dict__:
-            raise AttributeError(name)
-        name = getattr(self._base, "attribute_map", {}).get(name, name)
-        return self._overrides[name] if name in self._overrides else _live(self._base, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._overrides[name] = value
-
-
-def _live(config: Any, name: str) -> Any:
-    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
-    return reader(name) if reader else getattr(config, name)

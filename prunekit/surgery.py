@@ -21,6 +21,7 @@ from prunekit.sizes import (
     Sizes,
     config_values,
     fit_to_weight,
+    keep_dense,
     keep_head_dim,
     layer_of,
     per_layer_overrides,
@@ -342,6 +343,7 @@ class _Surgery:
                 if "hidden_size" in sizes:
                     self._remember_configs(config)
                     keep_head_dim(config)
+                    keep_dense(config, "hidden_size")
                 resize([config], sizes, self._set)
         for path, sizes in self._extents(removed).items():
             module = self.model.get_submodule(path)
@@ -358,7 +360,7 @@ class _Surgery:
                 own = overrides.setdefault(layer, {})
                 for values in [config_values(config, own, sizes) for sizes in changes]:
                     own.update(values)
-            set_per_layer(self.model, overrides)
+            set_per_layer(self.model, overrides, self._set)
 
     def _around(self, group: CoupledGroup) -> list[nn.Module]:
         """The modules that may read a group's size: its members' modules, those around them and those beside them."""

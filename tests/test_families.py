@@ -289,19 +289,60 @@ def test_a_width_the_config_can_not_hold_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("family", "problem"), [("llama", None), ("gemma2", "embed_scale"), ("opt", "embedding_dim")])
-def test_fewer_residual_channels_survive_the_disk_or_are_refused(family, problem, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen3_moe"])
+def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
+    """Also where the class takes the width of heads from the number of channels."""
     model = build(family, configured(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
-    if problem:
-        with pytest.raises(CheckpointError, match=problem):
-            prunekit.save_pretrained(model, tmp_path / "model")
-        assert not (tmp_path / "model").exists()
-        return
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
+    ids = token_ids(3, 9, seed=2)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    graph = prunekit.trace(again, {"input_ids": token_ids(2, 7)})
+    (channel,) = (group for group in graph.groups if group.kind == "channel")
+    assert channel.num_units == again.config.hidden_size == model.config.hidden_size
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_channels_that_scale_the_embedding_are_not_saved(family, tmp_path):
+    """transformers' own class would take the folder and compute other numbers, and nobody would notice."""
+    model = build(family, configured(family))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    (channel,) = (group for group in graph.groups if group.kind == "channel")
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
+    with pytest.raises(CheckpointError, match="embed_scale"):
+        prunekit.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "gpt_neox", "qwen2", "phi3", "llama"])
+@pytest.mark.parametrize("heads", [[0], [0, 1], [0, 1, 2, 3]])
+def test_as_many_heads_cut_in_every_layer_survive_the_disk(family, heads, tmp_path):
+    """Also where the class takes their width from their number, and whether that divides the width or not."""
+    model = build(family, configured(family))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    removed = {g.name: heads[: g.num_units - 1] for g in graph.groups if g.kind == "attention"}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
+    ids = token_ids(3, 9, seed=2)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("experts", [([0], [0]), ([0], [1, 2]), ([], [3])])
+def test_fewer_experts_survive_the_disk(family, experts, tmp_path):
+    model = build(family, configured(family))
+    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    removed = {g.name: experts[g.layer] for g in graph.groups if g.kind == "expert" and experts[g.layer]}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
     again = prunekit.from_pretrained(tmp_path / "model")
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
-        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())

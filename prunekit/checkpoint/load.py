@@ -1,8 +1,9 @@
 """Load a model folder, dense or pruned, whose layers may all differ in width.
 
 transformers stores such widths as `per_layer_config` but its stock models don't read it: the skeleton is built from
-the dense values without allocating a weight, every parameter takes the shape it has in the file, and each layer gets
-its own view of the config. `extra_biases` in the config lists modules that were given a bias their class doesn't have.
+the dense values without allocating a weight and brought to `pruned_sizes` (`prunekit.exports`), every parameter takes
+the shape it has in the file, and each layer gets its own view of the config. A folder that only has per-layer values
+will do; `extra_biases` in its config lists modules that were given a bias their class doesn't have.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError
+from prunekit.exports.folder import RECORD, is_our_code, is_ours
+from prunekit.exports.modeling_prunekit import as_dense, fit
 from prunekit.sizes import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
 
 
@@ -46,9 +49,11 @@ def from_pretrained(
     if not only_ours(config):
         return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
     tensors = _read_tensors(folder)
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     model = skeleton_of(folder, config, attn_implementation)
+    if dtype is not None:
+        tables = dict(model.named_buffers())  # rotary frequencies, say
+        weights = {name for name, t in tensors.items() if t.is_floating_point() and name not in tables}
+        tensors = {name: t.to(dtype) if name in weights else t for name, t in tensors.items()}
     adopt(model, tensors, folder)
     model.config.dtype = dtype or model.config.dtype
     return model.to(device).eval()
@@ -75,9 +80,9 @@ def skeleton_of(
     Raises:
         CheckpointError: the config makes no model.
     """
-    dense = _dense_config(folder, config) if only_ours(config) else _stock_config(folder, trust_remote_code)
+    dense = dense_config(folder, config) if only_ours(config) else _stock_config(folder, trust_remote_code)
     dense.dtype = dense.dtype or stored
-    model = _skeleton(folder, dense, _overrides(folder, config), attention, trust_remote_code)
+    model = built(folder, dense, config, attention, trust_remote_code)
     _generation_config(model, folder)
     return model.eval()
 
@@ -151,16 +156,21 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             if index.exists()
             else ["model.safetensors"]
         )
-        return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+        return {name: _aligned(tensor) for file in names for name, tensor in load_file(folder / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor as torch would have placed it: some kernels round otherwise where the file put it."""
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
 def only_ours(config: dict[str, Any]) -> bool:
     """Whether a folder's config says what transformers' own loader can't build, or refuses to."""
     from transformers import AutoConfig
 
-    if config.get("per_layer_config") or config.get("extra_biases"):
+    if config.get("per_layer_config") or config.get("extra_biases") or is_ours(config):
         return True
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads):
@@ -179,14 +189,17 @@ def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]
         raise CheckpointError(f"{folder / 'config.json'}: damaged: per_layer_config: {error}") from error
 
 
-def _dense_config(folder: Path, config: dict[str, Any]) -> Any:
+def dense_config(folder: Path, config: dict[str, Any]) -> Any:
     """The config of a pruned folder without its per-layer values, which transformers' classes stumble over.
 
-    A hidden size that the number of heads doesn't divide is no mistake here: channels were cut.
+    Nor with what is about the folder and not about the model. A hidden size that the number of heads doesn't divide is
+    no mistake here: channels were cut.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    values = {key: value for key, value in config.items() if key not in ("per_layer_config", "model_type")}
+    values = {key: value for key, value in config.items() if key not in ("per_layer_config", "model_type", RECORD)}
+    if any(map(is_our_code, dict(values.get("auto_map") or {}).values())):
+        del values["auto_map"]
     validators: list[Any] = []
     every: list[Any] = []
     try:
@@ -206,29 +219,22 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _skeleton(
-    folder: Path,
-    dense: Any,
-    overrides: dict[int, dict[str, Any]],
-    attention: str | None,
-    trust_remote_code: bool = False,
+def built(
+    folder: Path, dense: Any, config: dict[str, Any], attention: str | None, trust_remote_code: bool = False
 ) -> Any:
     """The model with its parameters on meta, every layer's attributes and config at their pruned sizes."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
+    overrides = _overrides(folder, config)
     try:
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(
-                dense, attn_implementation=attention, trust_remote_code=trust_remote_code
-            )
-        model.tie_weights()
-        for path in getattr(dense, "extra_biases", None) or ():  # of consumers whose class has none
-            module = model.get_submodule(path)
-            module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
-        for layer, values in overrides.items():
-            for sizes in layer_sizes(dense, values):
-                resize(modules_of_layer(model, layer), sizes)
+        model = unfitted(dense, attention, trust_remote_code)
+        if is_ours(config):
+            fit(model, config[RECORD])
+        else:
+            for path in getattr(dense, "extra_biases", None) or ():  # of consumers whose class has none
+                module = model.get_submodule(path)
+                module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
+            for layer, values in overrides.items():
+                for sizes in layer_sizes(dense, values):
+                    resize(modules_of_layer(model, layer), sizes)
         if overrides:
             set_per_layer(model, overrides)
     except Exception as error:
@@ -236,48 +242,17 @@ def _skeleton(
     return model
 
 
-def check_loadable(model: nn.Module, folder: Path) -> None:
-    """Raise CheckpointError where a model built from the folder's config would compute with other numbers than this.
+def unfitted(dense: Any, attention: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The dense model a config was made from, its parameters on meta."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
-    Compares what modules keep beside their weights: sizes, scales, tables. Only for classes of transformers.
-    """
-    if not type(model).__module__.startswith("transformers."):
-        return
-    config = read_config(folder)
-    overrides = _overrides(folder, config)
-    try:
-        skeleton = _skeleton(folder, _dense_config(folder, config), overrides, None)
-    except CheckpointError as error:
-        reason = str(error).removeprefix(f"{folder / 'config.json'}: damaged: ").rstrip(":.")
-        raise CheckpointError(
-            f"its class refuses its sizes ({reason}): a model cut like this can't be saved"
-        ) from error
-    saved = model.state_dict()
-    built = {path for path, _ in skeleton.named_modules()}
-    if missing := [path for path, _ in model.named_modules() if path not in built]:
-        raise CheckpointError(
-            f"{missing[0]}: its class would build another module there: a model cut like this can't be saved"
+    with init_empty_weights(include_buffers=False), as_dense(dense):
+        model: Any = AutoModelForCausalLM.from_config(
+            dense, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
-    if overrides or getattr(skeleton.config, "extra_biases", None):
-        adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()}, folder)
-    for path, module in model.named_modules():
-        other = skeleton.get_submodule(path)
-        tables = {n: b for n, b in module._buffers.items() if f"{path}.{n}".lstrip(".") not in saved and b is not None}
-        for name, value in [*vars(module).items(), *tables.items()]:
-            anew = other._buffers.get(name, vars(other).get(name, value))
-            if not name.startswith("_") and not _equal(value, anew):
-                raise CheckpointError(
-                    f"{f'{path}.{name}'.lstrip('.')}: its class would make it with another number than it has here: "
-                    "a model cut like this can't be saved"
-                )
-
-
-def _equal(value: Any, built: Any) -> bool:
-    """Whether numbers or tables agree; anything else does."""
-    if isinstance(value, Tensor) and isinstance(built, Tensor) and not value.is_meta:
-        built = built.to(value.device, value.dtype)  # a model turned into half precision rounds its tables too
-        return value.shape == built.shape and torch.allclose(value, built, equal_nan=True)
-    return type(value) not in (int, float) or value == built
+    model.tie_weights()
+    return model
 
 
 def tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
@@ -331,7 +306,7 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
 
     folder = Path(directory)
     config = read_config(folder) if folder.is_dir() else {}
-    dense = _dense_config(folder, config) if only_ours(config) else None
+    dense = dense_config(folder, config) if only_ours(config) else None
     try:
         return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -11,7 +11,7 @@ FORMAT = 1
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `prunekit.json`: format version, and the SHA-256 of `config.json` and of every weight file."""
+    """Write `prunekit.json`: format version, and the SHA-256 of `config.json`, of every weight file and of code."""
     files = {path.name: checksum(path) for path in sorted(_covered(folder))}
     (folder / NAME).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=1) + "\n", encoding="utf-8")
 
@@ -36,7 +36,8 @@ def check_manifest(folder: Path) -> None:
 
 
 def _covered(folder: Path) -> list[Path]:
-    return [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    patterns = ("*.safetensors", "*.safetensors.index.json", "*.py")
+    return [folder / "config.json", *(path for pattern in patterns for path in folder.glob(pattern))]
 
 
 def checksum(path: Path) -> str:

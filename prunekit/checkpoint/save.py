@@ -10,15 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint.load import check_loadable, only_ours
+from prunekit.checkpoint.load import only_ours
 from prunekit.checkpoint.manifest import write_manifest
+from prunekit.checkpoint.verify import check_loadable, record
 from prunekit.errors import CheckpointError
+from prunekit.exports.folder import describe
 
 
-def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) -> None:
+def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None, remote_code: bool = False) -> None:
     """Write `model` (and its tokenizer) to a folder that `prunekit.from_pretrained` loads bit for bit.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. transformers' own `from_pretrained` loads it where
+    `prunekit.register_with_transformers` was called.
+
+    Args:
+        model: of transformers.
+        directory: a new or empty folder.
+        tokenizer: the model's.
+        remote_code: put a file beside the model with which transformers loads it without prunekit, given
+            `trust_remote_code=True`. Nothing where all layers are alike: transformers' own class loads that.
 
     Raises:
         CheckpointError: `directory` exists and is not empty, or can't be written; or the model is none that a folder
@@ -33,8 +43,11 @@ def save_pretrained(model: Any, directory: str | Path, tokenizer: Any = None) ->
         raise CheckpointError(
             "a model of an encoder and a decoder can't be saved: config.json holds one list of layers"
         )
+    check_free(Path(directory))
+    sizes = record(model)
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
-        model.save_pretrained(folder, save_original_format=not only_ours(model.config.to_dict()))
+        model.save_pretrained(folder, save_original_format=not only_ours(model.config.to_dict()) and sizes is None)
+        describe(folder, model, sizes, remote_code)
         check_loadable(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

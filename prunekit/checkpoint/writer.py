@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.load import check_loadable, tied_places
+from prunekit.checkpoint.load import tied_places
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.checkpoint.save import check_free, disk_errors, publish, unvalidated, write_text
 from prunekit.checkpoint.shards import Shards
+from prunekit.checkpoint.verify import check_loadable, record
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
+from prunekit.exports.folder import describe
 
 _KEY = "prunekit_key"  # in a shard's metadata: what it holds
 
@@ -103,23 +105,26 @@ class LayerWriter:
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
-    def finish(self, model: Any, tokenizer: Any = None) -> None:
+    def finish(self, model: Any, tokenizer: Any = None, remote_code: bool = False) -> None:
         """Write config, index, tokenizer and manifest; then the folder is at its place.
 
         Args:
             model: cut like what was written; its weights may be on meta.
             tokenizer: the model's.
+            remote_code: as `save_pretrained` has it.
 
         Raises:
             CheckpointError: a tensor of the model was not written or has another shape, the model is none that a
                 folder can describe, or the disk is full; the parts stay for a resumed run.
         """
         self._check_complete(model)
+        sizes = record(model)
         with disk_errors(self.target):
             files = self._number()
             index = {"metadata": {"total_size": self.shards.num_bytes}, "weight_map": files}
             write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
             self._describe(model)
+            describe(self.folder, model, sizes, remote_code)
             check_loadable(model, self.folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import prunekit
 from prunekit import console
 from prunekit.errors import CheckpointError, ExportError
-from prunekit.exports import Gguf
+from prunekit.exports.gguf import Gguf
 from prunekit.exports.gguf_pretokenizer import _WAYS, _build
 from prunekit.exports.gguf_tensors import rotary_order
 from prunekit.pipeline import DEMO_MODEL
