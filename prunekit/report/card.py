@@ -21,7 +21,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)""",
     "remote": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_prunekit.py
-tokenizer = AutoTokenizer.from_pretrained(folder)""",
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)""",
     "prunekit": """import prunekit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
