@@ -1,6 +1,7 @@
 """Whole decoder layers as units: dropped equals passed over, and everything that counts layers follows."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -63,8 +64,7 @@ def generated(model, *ids, **kwargs):
     return model.generate(*ids, **settings, **kwargs)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), zip(FAMILIES, itertools.cycle(["eager", "sdpa"]), strict=False))
 def test_dropped_equals_passed_over(family, attention, tmp_path):
     model = deep(family, attention)
     if model is None:
