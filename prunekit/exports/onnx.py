@@ -119,7 +119,7 @@ def _exported(prefill: _Prefill, opset: int) -> Any:
     """The program torch makes of it; ExportError with the first line of what torch says where there is none."""
     axes = tuple({0: "batch", 1: "sequence"} for _ in prefill.names)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _experts_gathered(prefill.model), torch.no_grad():
             return torch.onnx.export(
                 prefill, prefill.example(2, 6), dynamo=True, dynamic_shapes=(axes,), opset_version=opset,
                 input_names=prefill.names, output_names=["logits"], verbose=False,
@@ -144,6 +144,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _experts_gathered(model: Any) -> Iterator[None]:
+    """Experts whose weights are gathered for each token: ONNX has no product of groups, nor loops over those chosen."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None:
+        yield
+        return
+    model.config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = before
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ CASES = {
     "qwen2": lambda: cut(build("qwen2", **SIZES), {"layers.0.self_attn": [0, 2], "layers.1.mlp": [1]}),
     "gpt2": lambda: cut(
         build("gpt2", n_embd=48, n_layer=2, n_head=6, n_positions=64), {"h.0.attn": [2], "h.1.mlp": [0, 5, 9]}),
-    "bloom": lambda: cut(build("bloom", hidden_size=48, n_layer=1, n_head=6), {"h.0.mlp": [0, 5, 9]}),
+    "mixtral": lambda: cut(build("mixtral", **SIZES | {"num_local_experts": 4}), {"layers.0.self_attn": [1]}),
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def off(model, file, rows, length):
     return ((found - expected)[real].abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral"])
 def test_onnxruntime_computes_the_same(name, tmp_path):
     model = CASES[name]()
     file = Onnx(check=False).write(model, None, tmp_path / "new")
