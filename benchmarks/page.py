@@ -286,6 +286,24 @@ def recovery(result: dict) -> list[str]:
     return lines + table("model | method | removed | recovery | >perplexity | >tokens", rows)
 
 
+def quantize(result: dict) -> list[str]:
+    rows = [
+        [
+            row["model"], row["weights"], f"{row['parameters']:,}",
+            *(f"{row[key]:{form}}" if row.get(key) else "–" for key, form in QUANTIZED.items()),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    columns = ">perplexity | >bytes | >at 4 bits | >prefill, tokens/s | >decode, tokens/s"
+    return [
+        *head("Quantizing a pruned model", "quantize", result, f"torchao {result['torchao']}"),
+        f"{result['note']} Tokens/s: {result['protocol']}.",
+        "",
+        *table(f"model | weights | >parameters | {columns}", rows),
+    ]
+
+
+QUANTIZED = {"perplexity": ".2f", "bytes": ",.0f", "packed": ",.0f", "prefill": ",.0f", "decode": ",.1f"}
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,
@@ -297,4 +315,5 @@ SECTIONS = {
     "accumulation": accumulation,
     "quality": quality,
     "recovery": recovery,
+    "quantize": quantize,
 }
