@@ -48,8 +48,8 @@ def check_all_there(groups: Sequence[CoupledGroup], graph: CouplingGraph) -> Non
 def stock_counts(model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> dict[str, Container[int]]:
     """Group → how many units may stay in it, and in all like it, so that the model's own class can hold the result.
 
-    Found by trying, on a copy without weights: LLaMA's config refuses numbers of heads that don't divide the hidden
-    size, GPT-2's class derives the heads' width from their number.
+    Found by trying, on a copy without weights: some configs refuse numbers of heads that don't divide the hidden size,
+    some classes derive the heads' width from their number.
     """
     found: dict[str, Container[int]] = {}
     for members in _classes(groups).values():
