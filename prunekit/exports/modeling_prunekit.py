@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FORMAT = 1  # of `pruned_sizes`
+
 
 class LayerConfig:
     """One layer's view of a model's config: its own sizes, everything else live from the model's."""
@@ -80,14 +82,19 @@ def _set(config: Any, values: Mapping[str, Any]) -> None:
         setattr(config, name, value)
 
 
-def fit(model: nn.Module, sizes: Mapping[str, Mapping[str, str]], prefix: str = "") -> None:
+def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
     """Bring a dense model to its pruned sizes.
 
     Args:
         model: built `as_dense`; weights, on meta or not, are cut to their first entries: they are to be loaded.
         sizes: the config's `pruned_sizes`.
         prefix: of the paths there, where the model is the body of the one they are for.
+
+    Raises:
+        ValueError: another version of prunekit wrote them.
     """
+    if (version := sizes.get("format", FORMAT)) != FORMAT:
+        raise ValueError(f"pruned_sizes: expected format {FORMAT}, got {version!r:.40}: made by another version")
     resized: dict[int, tuple[Any, nn.Parameter]] = {}  # tied parameters stay tied
     for owner, name, shape in _entries(model, sizes["shapes"], prefix):
         old = owner._parameters.get(name, owner._buffers.get(name))
