@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_name(where: Path, name: object) -> str:
     """A file name that a folder's own file lists; CheckpointError where it would lead out of the folder."""
-    if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name or "\\" in name:
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name or "\\" in name:
         raise CheckpointError(f"{where}: damaged: expected names of files in the folder, got {name!r:.80}")
     return name
 
@@ -88,8 +88,8 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: int, trust_remo
     waiting = [config]
     while waiting:
         for name, value in waiting.pop().items():
-            if name in bounds and isinstance(value, int | float) and not value <= bounds[name]:
-                raise CheckpointError(f"{path}: damaged: {name}: expected at most {bounds[name]}, got {value!s:.40}")
+            if name in bounds and isinstance(value, int | float) and not 0 <= value <= bounds[name]:
+                raise CheckpointError(f"{path}: damaged: {name}: expected 0 to {bounds[name]}, got {value!s:.40}")
             if name in _KERNELS and "/" in str(value) and not trust_remote_code:
                 raise CheckpointError(f"{path}: {name}: {value!s:.80} is code from elsewhere: needs trust_remote_code")
             if isinstance(value, dict):

@@ -46,7 +46,8 @@ def record_of(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items() if other is not None else ():
             if not name.startswith("_") and _is_size(value) and value != vars(other).get(name, value):
                 attributes[f"{path}.{name}".lstrip(".")] = value
-    return {"format": modeling_prunekit.FORMAT, "shapes": _packed(shapes), "attributes": _packed(attributes)}
+    known = {"format": modeling_prunekit.FORMAT, "dense": modeling_prunekit.checksum(dense)}
+    return {**known, "shapes": _packed(shapes), "attributes": _packed(attributes)}
 
 
 def _is_size(value: Any) -> bool:
