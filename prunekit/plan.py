@@ -59,12 +59,12 @@ class PruningPlan:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise TraceError(f"plan: not a pruning plan: {error}") from error
-        if not isinstance(content, dict) or not {"format", "removed", "fingerprint"} <= content.keys():
-            raise TraceError("plan: not a pruning plan: expected format, removed and fingerprint")
+        if not isinstance(content, dict) or "format" not in content:
+            raise TraceError("plan: not a pruning plan: expected an object with a format")
         if type(version := content["format"]) is not int or version != FORMAT:
-            raise TraceError(
-                f"plan: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit"
-            )
+            raise TraceError(f"plan: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit")
+        if not {"removed", "fingerprint"} <= content.keys():
+            raise TraceError("plan: not a pruning plan: expected removed and fingerprint")
         removed, fingerprint = content["removed"], content["fingerprint"]
         if not (isinstance(removed, dict) and all(map(_is_units, removed.values()))):
             raise TraceError("plan: not a pruning plan: removed: expected group name → list of unit numbers")
@@ -84,7 +84,7 @@ class PruningPlan:
         try:
             return cls.from_json(text)
         except TraceError as error:
-            raise TraceError(f"{path}: {error}") from error
+            raise TraceError(f"{path}: {str(error).removeprefix('plan: ')}") from error
 
 
 def _is_units(value: Any) -> bool:
