@@ -62,7 +62,9 @@ class PruningPlan:
         if not isinstance(content, dict) or "format" not in content:
             raise TraceError("plan: not a pruning plan: expected an object with a format")
         if type(version := content["format"]) is not int or version != FORMAT:
-            raise TraceError(f"plan: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit")
+            raise TraceError(
+                f"plan: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit"
+            )
         if not {"removed", "fingerprint"} <= content.keys():
             raise TraceError("plan: not a pruning plan: expected removed and fingerprint")
         removed, fingerprint = content["removed"], content["fingerprint"]
