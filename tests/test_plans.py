@@ -12,7 +12,7 @@ from prunekit.pipeline import DEMO_MODEL
 
 RUNS = {
     "slimgpt": [],
-    "llm_pruner": ["rounds=3"],
+    "llm_pruner": ["scope=iterative", "scope.rounds=3"],
     "magnitude": ["policy=uniform", "groups=layer", "importance=similarity", "compensation=none", "schedule=oneshot"],
 }
 

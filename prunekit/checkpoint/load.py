@@ -75,9 +75,9 @@ def checked(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, An
             than its weights can fill.
     """
     check_manifest(folder)
-    config = read_config(folder)
     if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))):
         raise CheckpointError(f"{folder}: damaged weights: expected safetensors in the model folder, found none")
+    config = read_config(folder)
     tensors, elements = count_tensors(folder)
     check_config(folder / "config.json", config, tensors, trust_remote_code)
     return config, elements
