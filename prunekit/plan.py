@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from prunekit.errors import TraceError
 from prunekit.graph import CouplingGraph
@@ -56,16 +57,37 @@ class PruningPlan:
         """Read what `to_json` wrote; TraceError where it is something else."""
         try:
             content = json.loads(text)
-            if content["format"] != FORMAT:
-                raise TraceError(f"plan: expected format {FORMAT}, got {content['format']!r}")
-            return cls(content["removed"], content["fingerprint"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"plan: not a pruning plan: {error}") from error
+        if not isinstance(content, dict) or "format" not in content:
+            raise TraceError("plan: not a pruning plan: expected an object with a format")
+        if type(version := content["format"]) is not int or version != FORMAT:
+            raise TraceError(
+                f"plan: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit"
+            )
+        if not {"removed", "fingerprint"} <= content.keys():
+            raise TraceError("plan: not a pruning plan: expected removed and fingerprint")
+        removed, fingerprint = content["removed"], content["fingerprint"]
+        if not (isinstance(removed, dict) and all(map(_is_units, removed.values()))):
+            raise TraceError("plan: not a pruning plan: removed: expected group name → list of unit numbers")
+        if not isinstance(fingerprint, str | None):
+            raise TraceError(f"plan: not a pruning plan: fingerprint: expected a text, got {fingerprint!r:.40}")
+        return cls(removed, fingerprint)
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
         """Read a plan file."""
         try:
-            return cls.from_json(Path(path).read_text())
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise TraceError(f"{path}: can't read the plan: {error.strerror}") from error
+        except ValueError as error:
+            raise TraceError(f"{path}: not a pruning plan: {error}") from error
+        try:
+            return cls.from_json(text)
+        except TraceError as error:
+            raise TraceError(f"{path}: {str(error).removeprefix('plan: ')}") from error
+
+
+def _is_units(value: Any) -> bool:
+    return isinstance(value, list) and all(type(unit) is int and unit >= 0 for unit in value)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunekit.checkpoint.load import first_line
+from prunekit.checkpoint.files import first_line
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.errors import CheckpointError
 

@@ -8,13 +8,22 @@ will do; `extra_biases` in its config lists modules that were given a bias their
 
 from __future__ import annotations
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.checkpoint.files import (
+    MANY_LAYERS,
+    check_config,
+    count_tensors,
+    first_line,
+    read_json,
+    weight_files,
+    within,
+)
 from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError
 from prunekit.exports.folder import RECORD, is_our_code, is_ours
@@ -43,20 +52,35 @@ def from_pretrained(
         CheckpointError: the folder is missing or damaged: a file that can't be parsed, a tensor missing or left over.
     """
     folder = Path(directory)
-    if folder.is_dir():
-        check_manifest(folder)
-    config = read_config(folder) if folder.is_dir() else {}
-    if not only_ours(config):
-        return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code)
+    config, elements = checked(folder, trust_remote_code) if folder.is_dir() else ({}, None)
+    if elements is None or not only_ours(config):
+        return _load_dense(directory, dtype, device, attn_implementation, trust_remote_code, elements)
+    with within(elements):
+        model = skeleton_of(folder, config, attn_implementation)
     tensors = _read_tensors(folder)
-    model = skeleton_of(folder, config, attn_implementation)
     if dtype is not None:
         tables = dict(model.named_buffers())  # rotary frequencies, say
         weights = {name for name, t in tensors.items() if t.is_floating_point() and name not in tables}
         tensors = {name: t.to(dtype) if name in weights else t for name, t in tensors.items()}
-    adopt(model, tensors, folder)
+    adopt(model, tensors, folder, exact=is_ours(config))
     model.config.dtype = dtype or model.config.dtype
     return model.to(device).eval()
+
+
+def checked(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], int]:
+    """A folder's config and how many elements its weights have; nothing is built yet.
+
+    Raises:
+        CheckpointError: the folder is not as it was saved, its small files are damaged, or its config asks for more
+            than its weights can fill.
+    """
+    check_manifest(folder)
+    if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))):
+        raise CheckpointError(f"{folder}: damaged weights: expected safetensors in the model folder, found none")
+    config = read_config(folder)
+    tensors, elements = count_tensors(folder)
+    check_config(folder / "config.json", config, tensors, trust_remote_code)
+    return config, elements
 
 
 def skeleton_of(
@@ -97,7 +121,12 @@ def _stock_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_dense(
-    directory: str | Path, dtype: torch.dtype | None, device: Any, attention: str | None, trust_remote_code: bool
+    directory: str | Path,
+    dtype: torch.dtype | None,
+    device: Any,
+    attention: str | None,
+    trust_remote_code: bool,
+    elements: int | None,
 ) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -105,20 +134,19 @@ def _load_dense(
     folder = Path(directory)
     if not folder.is_dir() and (folder.is_absolute() or str(directory).startswith((".", "~")) or folder.exists()):
         raise CheckpointError(f"{directory}: no such model folder")
-    if folder.is_dir() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))):
-        raise CheckpointError(f"{directory}: expected safetensors in the model folder, found none")
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype or "auto",
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with nullcontext() if elements is None else within(elements):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise CheckpointError(f"{directory}: can't load the model: {first_line(error)}") from error
     finally:
@@ -133,32 +161,19 @@ def _load_dense(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's `config.json`; CheckpointError where it is missing or damaged."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: expected a config.json in the model folder, found none") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: damaged: expected a JSON object")
-    return config
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: expected a config.json in the model folder, found none")
+    return read_json(folder / "config.json")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = folder / "model.safetensors.index.json"
     try:
-        names = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.exists()
-            else ["model.safetensors"]
-        )
-        return {name: _aligned(tensor) for file in names for name, tensor in load_file(folder / file).items()}
+        return {name: _aligned(t) for file in weight_files(folder) for name, t in load_file(file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: damaged weights: {first_line(error)}") from error
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -198,11 +213,11 @@ def dense_config(folder: Path, config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     values = {key: value for key, value in config.items() if key not in ("per_layer_config", "model_type", RECORD)}
-    if any(map(is_our_code, dict(values.get("auto_map") or {}).values())):
-        del values["auto_map"]
     validators: list[Any] = []
     every: list[Any] = []
     try:
+        if any(map(is_our_code, dict(values.get("auto_map") or {}).values())):
+            del values["auto_map"]
         validators = getattr(CONFIG_MAPPING[config["model_type"]], "__class_validators__", [])
         every[:] = validators
         validators[:] = [validator for validator in every if validator.__name__ != "validate_architecture"]
@@ -211,12 +226,6 @@ def dense_config(folder: Path, config: dict[str, Any]) -> Any:
         raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
     finally:
         validators[:] = every
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def built(
@@ -266,14 +275,25 @@ def tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
     return list(places.values())
 
 
-def adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Give every parameter its tensor of the file, whatever its shape; tied ones stay tied."""
+def adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path, exact: bool = False) -> None:
+    """Give every parameter its tensor of the file; tied ones stay tied.
+
+    Args:
+        model: gets them.
+        tensors: by name.
+        folder: they are of.
+        exact: refuse other shapes than the model has.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or no such numbers as the model has.
+    """
     used: set[str] = set()
     for places in tied_places(model):
         name = next((name for *_, name in places if name in tensors), None)
         if name is None:
             raise CheckpointError(f"{folder}: damaged weights: {places[0][2]} is missing")
         used.update(name for *_, name in places)
+        _check_alike(places[0][0]._parameters[places[0][1]], tensors[name], f"{folder}: {name}", exact)
         parameter = nn.Parameter(tensors[name], requires_grad=tensors[name].is_floating_point())
         for module, attribute, _ in places:
             module._parameters[attribute] = parameter
@@ -282,6 +302,7 @@ def adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         if name in tensors:
             path, _, attribute = name.rpartition(".")
             holder = model.get_submodule(path)
+            _check_alike(buffer, tensors[name], f"{folder}: {name}", exact)
             if tensors[name].shape != buffer.shape:  # cut, so it can't be computed from the config any more
                 holder._non_persistent_buffers_set.discard(attribute)
             setattr(holder, attribute, tensors[name])
@@ -290,14 +311,22 @@ def adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         raise CheckpointError(f"{folder}: damaged weights: no place for {', '.join(left[:3])}")
 
 
+def _check_alike(old: Tensor | None, new: Tensor, where: str, exact: bool) -> None:
+    assert old is not None
+    if old.is_floating_point() and not new.is_floating_point():
+        raise CheckpointError(f"{where}: damaged weights: expected floating point numbers, got {new.dtype}")
+    if exact and old.shape != new.shape:
+        raise CheckpointError(f"{where}: expected shape {tuple(old.shape)}, got {tuple(new.shape)}")
+
+
 def _generation_config(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'}: damaged: {error}") from error
+        except Exception as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'}: damaged: {first_line(error)}") from error
 
 
 def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Any:
@@ -305,7 +334,11 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
     from transformers import AutoTokenizer
 
     folder = Path(directory)
-    config = read_config(folder) if folder.is_dir() else {}
+    config = {}
+    if folder.is_dir():
+        check_manifest(folder, weights=False)
+        config = read_config(folder)
+    check_config(folder / "config.json", config, MANY_LAYERS, trust_remote_code)
     dense = dense_config(folder, config) if only_ours(config) else None
     try:
         return AutoTokenizer.from_pretrained(directory, config=dense, trust_remote_code=trust_remote_code)

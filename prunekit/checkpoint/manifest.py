@@ -4,40 +4,54 @@ import hashlib
 import json
 from pathlib import Path
 
+from prunekit.checkpoint.files import check_name, read_json
 from prunekit.errors import CheckpointError
 
 NAME = "prunekit.json"
 FORMAT = 1
+_WEIGHTS = "*.safetensors"
+_LOADED = (_WEIGHTS, "*.safetensors.index.json", "*.py")  # nothing of these may be added
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # config and tokenizer
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `prunekit.json`: format version, and the SHA-256 of `config.json`, of every weight file and of code."""
-    files = {path.name: checksum(path) for path in sorted(_covered(folder))}
+    """Write `prunekit.json`: format version, and the SHA-256 of weights, code, config and tokenizer."""
+    files = {name: checksum(folder / name) for name in sorted(_names(folder, *_LOADED, *_BESIDE) - {NAME})}
     (folder / NAME).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=1) + "\n", encoding="utf-8")
 
 
-def check_manifest(folder: Path) -> None:
-    """Raise CheckpointError where a file is not as it was written; folders without a manifest pass."""
+def check_manifest(folder: Path, weights: bool = True) -> None:
+    """Raise CheckpointError where a file is not as it was written, or weights or code were added.
+
+    Folders without a manifest pass.
+
+    Args:
+        folder: a model folder.
+        weights: read the weights too.
+    """
     path = folder / NAME
     if not path.exists():
         return
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = manifest["format"], dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT}, got {version!r}: made by another version of prunekit")
+    manifest = read_json(path)
+    version, files = manifest.get("format"), manifest.get("sha256")
+    if version != FORMAT or isinstance(version, bool):
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit, or damaged"
+        )
+    if not isinstance(files, dict) or "config.json" not in files:
+        raise CheckpointError(f"{path}: damaged: expected the checksums of the folder's files")
+    if added := sorted(_names(folder, *_LOADED) - files.keys()):
+        raise CheckpointError(f"{folder}: damaged model folder: {added[0]} was added after it was saved (see {NAME})")
     for name, expected in files.items():
+        check_name(path, name)
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: damaged model folder: {name} is missing")
-        if checksum(folder / name) != expected:
+        if (weights or not Path(name).match(_WEIGHTS)) and checksum(folder / name) != expected:
             raise CheckpointError(f"{folder}: damaged model folder: {name} is not as it was saved (see {NAME})")
 
 
-def _covered(folder: Path) -> list[Path]:
-    patterns = ("*.safetensors", "*.safetensors.index.json", "*.py")
-    return [folder / "config.json", *(path for pattern in patterns for path in folder.glob(pattern))]
+def _names(folder: Path, *patterns: str) -> set[str]:
+    return {path.name for pattern in patterns for path in folder.glob(pattern)}
 
 
 def checksum(path: Path) -> str:

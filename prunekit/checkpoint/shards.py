@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.load import first_line
+from prunekit.checkpoint.files import INDEX, first_line, weight_map
 from prunekit.errors import CheckpointError
 
 _DTYPES = {
@@ -96,15 +95,11 @@ class Shards:
         Raises:
             CheckpointError: none there; or an index or shard that is missing, cut short or damaged.
         """
-        index = folder / "model.safetensors.index.json"
-        if not index.exists():
+        if not (folder / INDEX).exists():
             if not (folder / "model.safetensors").exists():
                 raise CheckpointError(f"{folder}: expected safetensors in the model folder, found none")
             return cls(folder, cls.of_file(folder / "model.safetensors").entries)
-        try:
-            places = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: damaged: {first_line(error)}") from error
+        places = weight_map(folder)
         files = {file: cls.of_file(folder / file) for file in sorted(set(places.values()))}
         for name, file in places.items():
             if name not in files[file]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checkpoint.compose import Parts, compose, number_of
-from prunekit.checkpoint.load import adopt, only_ours, read_config, skeleton_of, tied_places
-from prunekit.checkpoint.manifest import check_manifest
+from prunekit.checkpoint.files import within
+from prunekit.checkpoint.load import adopt, checked, only_ours, skeleton_of, tied_places
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
+from prunekit.exports.folder import is_ours
 
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # tables that older checkpoints hold
 
@@ -44,15 +45,15 @@ def open_streamed(
     folder = Path(directory)
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: expected a local model folder, found none")
-    check_manifest(folder)
+    config, elements = checked(folder, trust_remote_code)
     shards = Shards.of_folder(folder)
-    config = read_config(folder)
-    model = skeleton_of(folder, config, attn_implementation, trust_remote_code, shards.dtype)
+    with within(elements):
+        model = skeleton_of(folder, config, attn_implementation, trust_remote_code, shards.dtype)
     dense = not only_ours(config)
     shards = _by_names_of(model, shards, dense)
     if dense:
         _check_shapes(model, shards)
-    _take_shapes(model, shards, dtype)
+    _take_shapes(model, shards, dtype, is_ours(config))
     model.config.dtype = dtype or model.config.dtype
     return model, shards
 
@@ -121,12 +122,12 @@ def _check_shapes(model: nn.Module, shards: Shards) -> None:
             )
 
 
-def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None) -> None:
+def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None, exact: bool) -> None:
     def on_meta(name: str) -> Tensor:
         own = dtype if shards[name].dtype.is_floating_point else None
         return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
 
-    adopt(model, {name: on_meta(name) for name in shards}, shards.where)
+    adopt(model, {name: on_meta(name) for name in shards}, shards.where, exact)
     for path, module in model.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

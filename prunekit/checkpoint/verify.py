@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.checkpoint.load import adopt, built, dense_config, first_line, only_ours, read_config, unfitted
+from prunekit.checkpoint.files import first_line
+from prunekit.checkpoint.load import adopt, built, dense_config, only_ours, read_config, unfitted
 from prunekit.errors import CheckpointError
 from prunekit.exports.folder import RECORD, record_of, stock_class
 

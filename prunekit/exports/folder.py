@@ -27,7 +27,7 @@ def stock_class(model: Any) -> Any:
     return getattr(type(model), "stock_class", None) or type(model)
 
 
-def record_of(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, str]]:
+def record_of(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     """`pruned_sizes` of a model: what differs from the one its class builds.
 
     Args:
@@ -46,7 +46,8 @@ def record_of(model: nn.Module, dense: nn.Module) -> dict[str, dict[str, str]]:
         for name, value in vars(module).items() if other is not None else ():
             if not name.startswith("_") and _is_size(value) and value != vars(other).get(name, value):
                 attributes[f"{path}.{name}".lstrip(".")] = value
-    return {"shapes": _packed(shapes), "attributes": _packed(attributes)}
+    known = {"format": modeling_prunekit.FORMAT, "dense": modeling_prunekit.checksum(dense)}
+    return {**known, "shapes": _packed(shapes), "attributes": _packed(attributes)}
 
 
 def _is_size(value: Any) -> bool:

@@ -8,6 +8,7 @@ numbers that modules keep, as far as the class would make others. One entry serv
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+FORMAT = 1  # of `pruned_sizes`
 
 
 class LayerConfig:
@@ -80,14 +83,21 @@ def _set(config: Any, values: Mapping[str, Any]) -> None:
         setattr(config, name, value)
 
 
-def fit(model: nn.Module, sizes: Mapping[str, Mapping[str, str]], prefix: str = "") -> None:
+def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
     """Bring a dense model to its pruned sizes.
 
     Args:
         model: built `as_dense`; weights, on meta or not, are cut to their first entries: they are to be loaded.
         sizes: the config's `pruned_sizes`.
         prefix: of the paths there, where the model is the body of the one they are for.
+
+    Raises:
+        ValueError: another version of prunekit wrote them, or they are of another dense model.
     """
+    if (version := sizes.get("format", FORMAT)) != FORMAT:
+        raise ValueError(f"pruned_sizes: expected format {FORMAT}, got {version!r:.40}: made by another version")
+    if not prefix and sizes.get("dense", found := checksum(model)) != found:
+        raise ValueError("pruned_sizes: the config makes another dense model than the one that was cut")
     resized: dict[int, tuple[Any, nn.Parameter]] = {}  # tied parameters stay tied
     for owner, name, shape in _entries(model, sizes["shapes"], prefix):
         old = owner._parameters.get(name, owner._buffers.get(name))
@@ -100,6 +110,12 @@ def fit(model: nn.Module, sizes: Mapping[str, Mapping[str, str]], prefix: str = 
             setattr(owner, name, resized[id(old)][1])
     for owner, name, value in _entries(model, sizes["attributes"], prefix):
         setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+
+
+def checksum(model: nn.Module) -> str:
+    """Of the names and shapes of a model's parameters."""
+    shapes = sorted((name, *tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False))
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def _cut(old: Tensor | None, shape: list[int], owner: nn.Module) -> Tensor:

@@ -1,0 +1,120 @@
+"""What a folder's small files say, read with suspicion: JSON, the shards' headers, how large a model they can mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunekit.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # each has tensors of its own
+_KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
+MANY_LAYERS = 2**16
+_MOST_LABELS = 2**20  # a dictionary is made of them
+_LEAST = 2**24  # elements of a table that any model may compute
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError where the file is damaged or can't be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged: expected a JSON object")
+    return content
+
+
+def check_name(where: Path, name: object) -> str:
+    """A file name that a folder's own file lists; CheckpointError where it would lead out of the folder."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{where}: damaged: expected names of files in the folder, got {name!r:.80}")
+    return name
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """What a folder's index says: tensor → file; CheckpointError where it is damaged."""
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{folder / INDEX}: damaged: expected a weight_map")
+    return {name: check_name(folder / INDEX, file) for name, file in places.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that hold its model."""
+    names = sorted(set(weight_map(folder).values())) if (folder / INDEX).exists() else ["model.safetensors"]
+    return [folder / name for name in names]
+
+
+def count_tensors(folder: Path) -> tuple[int, int]:
+    """How many tensors a folder's weights are, and how many elements; by the files' headers."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = elements = 0
+    for path in weight_files(folder):
+        try:
+            with safe_open(str(path), framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 (no mapping)
+                    tensors += 1
+                    elements += torch.Size(stored.get_slice(name).get_shape()).numel()
+        except (OSError, SafetensorError, OverflowError) as error:
+            raise CheckpointError(f"{folder}: damaged weights: {path.name}: {first_line(error)}") from error
+    return tensors, elements
+
+
+def check_config(path: Path, config: Mapping[str, Any], tensors: int, trust_remote_code: bool = False) -> None:
+    """Raise CheckpointError where building from a config would take forever, or code from elsewhere.
+
+    Args:
+        path: the config's.
+        config: what it says; so do those inside it.
+        tensors: in the folder's weights; there are no more layers.
+        trust_remote_code: attention may be code of another repository.
+    """
+    bounds = dict.fromkeys(_LAYERS, tensors) | {"num_labels": _MOST_LABELS}
+    waiting = [config]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if name in bounds and isinstance(value, int | float) and not 0 <= value <= bounds[name]:
+                raise CheckpointError(f"{path}: damaged: {name}: expected 0 to {bounds[name]}, got {value!s:.40}")
+            if name in _KERNELS and "/" in str(value) and not trust_remote_code:
+                raise CheckpointError(f"{path}: {name}: {value!s:.80} is code from elsewhere: needs trust_remote_code")
+            if isinstance(value, dict):
+                waiting.append(value)
+
+
+@contextmanager
+def within(elements: int) -> Iterator[None]:
+    """Refuse, for the duration of a `with` block, tensors that no model of so many elements needs.
+
+    A ValueError comes before the memory is asked for.
+    """
+    with _Bounded(max(_LEAST, 16 * elements)):
+        yield
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[misc]
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and not any(isinstance(arg, torch.Tensor) for arg in args):
+            shape = func(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": False}).shape
+            if shape.numel() > self.most:
+                raise ValueError(f"a tensor of {'×'.join(map(str, shape))} is more than the weights allow")
+        return func(*args, **kwargs)
