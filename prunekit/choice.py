@@ -149,9 +149,9 @@ def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
 
 
 def multiples(model: nn.Module, groups: Sequence[CoupledGroup], config: RunConfig, scope: Scope) -> dict[str, int]:
-    """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16 bytes."""
+    """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16 bytes, in bf16 too."""
     stacked = {
-        name: max(16 // parameter.element_size(), 1)
+        name: max(16 // min(parameter.element_size(), 2), 1)
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, PrunekitError, suggest
 
 GROUPS = ("model", "data", "importance", "policy", "scope", "compensation", "schedule", "recovery", "eval", "export",
           "method", "experiment")  # fmt: skip
@@ -205,6 +205,8 @@ def check(config: DictConfig) -> RunConfig:
     for name in ("corpora", "tasks", "prompts"):
         if isinstance(OmegaConf.select(plain, f"eval.{name}"), str):
             plain.eval[name] = [plain.eval[name]]
+    if isinstance(plain.get("plans"), str):
+        plain.plans = [plain.plans]
     known = {f.name for f in fields(RunConfig)}
     if unknown := [key for key in plain if key not in known]:
         raise ConfigError(f"unknown key {unknown[0]!r}: {suggest(str(unknown[0]), sorted(known))}")
@@ -283,6 +285,6 @@ def build(section: dict[str, Any], name: str) -> Any:
     try:
         return instantiate(section, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
+        if isinstance(error.__cause__, PrunekitError):
             raise error.__cause__ from None
         raise ConfigError(f"{name}: {one_line(error)}") from error

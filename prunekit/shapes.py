@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Container, Hashable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from prunekit.checkpoint.verify import record
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.plan import PruningPlan
 from prunekit.policies.scope import alike
-from prunekit.surgery import cut_layer
+from prunekit.surgery import apply_plan, cut_layer
 
 ALIGNMENT = 64  # what `shapes=aligned` makes widths multiples of, unless `scope.width_multiple` says otherwise
-_COUNTED = ("attention", "query_head", "expert")  # kinds whose numbers a class may refuse one by one
+_HEADS = ("attention", "query_head")
+_COUNTED = (*_HEADS, "expert")  # kinds whose numbers a class may refuse one by one
 
 
 def alignments(groups: Sequence[CoupledGroup], to: int) -> dict[str, int]:
@@ -51,14 +54,21 @@ def stock_counts(model: nn.Module, graph: CouplingGraph, groups: Sequence[Couple
     Found by trying, on a copy without weights: some configs refuse numbers of heads that don't divide the hidden size,
     some classes derive the heads' width from their number.
     """
+    if len({group.kind for group in groups} & {"channel", "head_dim", *_HEADS}) > 1:
+        raise ConfigError(
+            "shapes=uniform: expected heads, their width or channels to be cut, got more than one of them: whether the "
+            "model's own class holds the result can't be told before"
+        )
     found: dict[str, Container[int]] = {}
     for members in _classes(groups).values():
-        n = members[0].num_units
-        if members[0].layer is None or not hasattr(model, "config"):
+        n, kind = members[0].num_units, members[0].kind
+        if kind == "layer" or not hasattr(model, "config"):
             continue
-        each = members[0].kind in _COUNTED
-        fitting = {kept for kept in (range(1, n) if each else (n // 2,)) if _is_stock(model, graph, members, kept)}
-        possible: Container[int] = range(n) if fitting and not each else fitting
+        each = kind in _COUNTED
+        step = _heads(model) if kind == "channel" else 1  # which many a config wants to divide them
+        tried = range(1, n) if each else (n // 2 // step * step,)
+        fitting = {kept for kept in tried if kept and _is_stock(model, graph, members, kept)}
+        possible: Container[int] = range(0, n, step) if fitting and not each else fitting
         found |= {group.name: possible for group in members}
     if found and not any(found.values()):
         raise ConfigError("shapes=uniform: the model's own class can hold no number of units but the dense model's")
@@ -70,11 +80,21 @@ def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGr
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     skeleton = copy.deepcopy(model, memo)
     try:
-        for group in groups:
-            cut_layer(skeleton, graph, {group.name: list(range(kept, group.num_units))})
+        gone = {group.name: list(range(kept, group.num_units)) for group in groups}
+        if any(group.layer is None for group in groups):
+            apply_plan(skeleton, graph, PruningPlan(gone))
+        else:
+            for name, units in gone.items():
+                cut_layer(skeleton, graph, {name: units})
         return record(skeleton) is None
     except (CheckpointError, SurgeryError):
         return False
+
+
+def _heads(model: nn.Module) -> int:
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(config, "num_attention_heads", None) or 1)
 
 
 def _classes(groups: Sequence[CoupledGroup]) -> dict[Hashable, list[CoupledGroup]]:

@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from conftest import command_line, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import prunekit
+from prunekit.checkpoint import load_tokenizer
+from prunekit.pipeline import DEMO_MODEL
 from prunekit.report import model_card
 
 QUICK = ["data.calibration.samples=8", "eval.max_tokens=512", "eval.speed=false", "eval.prompts=[]", "ratio=0.3"]
@@ -61,6 +63,7 @@ def test_the_card(run):
 def test_the_code_goes_along_and_loads_where_we_are_not(run):
     finished = command_line("task=export", "export.remote_code=true", "model.path=out", "output_dir=remote", cwd=run)
     assert finished.returncode == 0, finished.stderr
+    assert "trust_remote_code=True" in (run / "remote/model/README.md").read_text()
     program = """
 import sys
 sys.modules["prunekit"] = None
@@ -108,6 +111,7 @@ def test_a_finished_model_is_pushed_as_it_is(run, hub):
         (["export.remote_code=maybe"], "export.remote_code: expected true or false, got 'maybe'"),
         (["export=gguff"], "export: unknown choice 'gguff': did you mean gguf"),
         (["export.push_to_hub=me/small"], "export.push_to_hub: me/small: no way"),
+        (["export.push_to_hub=true"], "export.push_to_hub: expected a repository's name, user/name, got True"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(run, options, message, monkeypatch):
@@ -121,6 +125,25 @@ def test_mistakes_are_one_line_and_leave_nothing(run, options, message, monkeypa
     (line,) = finished.stderr.splitlines()
     assert message in line
     assert not (run / "wrong").exists()
+
+
+def test_the_unfinished_file_of_a_killed_export_is_not_in_the_way(run):
+    (run / "killed").mkdir()
+    (run / "killed/.model-f16.gguf.tmp").write_text("half")
+    finished = command_line("task=export", "model.path=out", "export=gguf", "output_dir=killed", cwd=run)
+    assert finished.returncode == 0, finished.stderr
+    assert [path.name for path in (run / "killed").iterdir()] == ["model-f16.gguf"]
+
+
+def test_a_family_that_a_format_lacks_is_refused_before_pruning(tmp_path):
+    config = GPT2Config(vocab_size=2048, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    prunekit.save_pretrained(GPT2LMHeadModel(config), tmp_path / "gpt2", load_tokenizer(DEMO_MODEL))
+    finished = command_line(*QUICK, "model.path=gpt2", "export=gguf", "output_dir=out", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "export=gguf writes llama, mistral, qwen2, qwen3 models, got gpt2" in finished.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    finished = command_line("task=evaluate", "export=gguf", "output_dir=out", cwd=tmp_path)
+    assert "task=evaluate: writes no model that could be exported" in finished.stderr
 
 
 def test_what_fails_after_the_run_leaves_the_run(tmp_path, monkeypatch):

@@ -64,6 +64,36 @@ def test_numbers_of_heads_that_a_class_can_hold():
     }
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_uniform_channels_load_without_us(family, tmp_path):
+    model = randomise(dict(models())[family], 0.05)
+    options = ["shapes=uniform", "policy=uniform", "groups=channel"]
+    result = prunekit.prune(model, method="magnitude", ratio=0.15, calibration=token_ids(8, 12), overrides=options)
+    assert result.plan.removed
+    prunekit.save_pretrained(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(input_ids=token_ids()).logits, model.eval()(input_ids=token_ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "message"),
+    [
+        ("gpt2", "channel", "no number of units but the dense model's"),
+        ("llama", "head_dim", r"out of reach: .*\(shapes=uniform\)"),
+        ("llama", "[attention,mlp,channel]", "expected heads, their width or channels to be cut"),
+    ],
+)
+def test_what_a_class_cannot_hold_is_refused_before_anything_is_done(family, groups, message):
+    with pytest.raises(ConfigError, match=message):
+        prunekit.prune(
+            dict(models())[family],
+            method="magnitude",
+            calibration=token_ids(8, 12),
+            overrides=["shapes=uniform", "policy=uniform", f"groups={groups}"],
+        )
+
+
 def wide_llama():
     more = {"num_key_value_heads": 8, "max_position_embeddings": 64, "intermediate_size": 320, "head_dim": 6}
     return randomise(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 4}, **more)), 0.05)

@@ -27,7 +27,7 @@ from prunekit.checkpoint.files import (
 from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError
 from prunekit.exports.folder import RECORD, is_our_code, is_ours
-from prunekit.exports.modeling_prunekit import as_dense, fit
+from prunekit.exports.modeling_prunekit import as_dense, fit, pruned_classes
 from prunekit.sizes import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
 
 
@@ -64,7 +64,15 @@ def from_pretrained(
         tensors = {name: t.to(dtype) if name in weights else t for name, t in tensors.items()}
     adopt(model, tensors, folder, exact=is_ours(config))
     model.config.dtype = dtype or model.config.dtype
+    if is_ours(config):
+        _save_by_itself(model, config[RECORD])
     return model.to(device).eval()
+
+
+def _save_by_itself(model: Any, record: dict[str, Any]) -> None:
+    """Let transformers' `save_pretrained` write the sizes along, which its own class of config would refuse."""
+    model.config.__class__ = pruned_classes(model.config.model_type, __name__)[0]
+    setattr(model.config, RECORD, record)
 
 
 def checked(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], int]:
@@ -148,7 +156,8 @@ def _load_dense(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise CheckpointError(f"{directory}: can't load the model: {first_line(error)}") from error
+        where = "" if folder.is_dir() else "no folder here, and from the hub "
+        raise CheckpointError(f"{directory}: {where}can't load the model: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
     model, info = loaded

@@ -11,7 +11,7 @@ from typing import Any
 from prunekit.checkpoint.save import disk_errors
 from prunekit.console import say
 from prunekit.errors import CheckpointError, ExportError, suggest
-from prunekit.exports.gguf_shapes import Shapes, architecture_of, read_shapes
+from prunekit.exports.gguf_shapes import Shapes, architecture_of, check_family, read_shapes
 from prunekit.exports.gguf_tensors import TYPES, Stored, tensors_of
 from prunekit.exports.gguf_tokenizer import add_tokenizer
 
@@ -35,6 +35,11 @@ class Gguf:
     def __post_init__(self) -> None:
         if self.dtype not in TYPES:
             raise ExportError(f"export.dtype: {self.dtype!r} is unknown; {suggest(str(self.dtype), list(TYPES))}")
+
+    def check_model(self, model: Any) -> None:
+        """Raise ExportError where `write` would refuse the model whatever its sizes."""
+        _package()
+        check_family(model)
 
     def write(self, model: Any, tokenizer: Any, target: Path) -> Path:
         """Write `target/model-<dtype>.gguf`: all of it or nothing.

@@ -83,7 +83,7 @@ def read_shapes(model: Any) -> Shapes:
         ExportError: a family that isn't known here, or one whose maths llama.cpp computes otherwise.
     """
     config = model.config
-    _check_family(model)
+    check_family(model)
     decoder = model.model
     rotary = decoder.rotary_emb
     head_dim = 2 * len(rotary.inv_freq)
@@ -107,7 +107,8 @@ def read_shapes(model: Any) -> Shapes:
     )
 
 
-def _check_family(model: Any) -> None:
+def check_family(model: Any) -> None:
+    """Raise ExportError for a family that isn't known here, or one whose maths llama.cpp computes otherwise."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:

@@ -52,6 +52,11 @@ class Onnx:
         if self.dtype not in _TYPES:
             raise ExportError(f"export.dtype: {self.dtype!r} is unknown; {suggest(str(self.dtype), list(_TYPES))}")
 
+    def check_model(self, model: Any) -> None:
+        """Raise ExportError where a package is missing; which models torch can export only shows when it does."""
+        for name in ("onnx", "onnxscript"):
+            _package(name)
+
     def write(self, model: Any, tokenizer: Any, target: Path) -> Path:
         """Write the folder `target/onnx`: model.onnx, and beyond 2 GiB its weights beside it; all of it or nothing.
 
@@ -67,8 +72,7 @@ class Onnx:
             ExportError: a package is missing, torch can't export the model, or onnxruntime computes something else.
             CheckpointError: the folder exists, or can't be written.
         """
-        for name in ("onnx", "onnxscript"):
-            _package(name)
+        self.check_model(model)
         folder = Path(target) / "onnx"
         check_free(folder)
         prefill = _Prefill(model, _TYPES[self.dtype][0], self.attention_mask)

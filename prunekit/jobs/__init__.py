@@ -11,6 +11,7 @@ import torch
 
 from prunekit.checkpoint import from_pretrained
 from prunekit.config import RunConfig
+from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, trace
 from prunekit.jobs.diff import run_diff
 from prunekit.jobs.evaluate import run_evaluate
@@ -51,6 +52,8 @@ def run(
         PrunekitError: whatever was wrong with the request; `output` then holds no result.
     """
     device, export = pick_device(config.device), Export.of(config.export)
+    if export.wanted and config.task == "evaluate":
+        raise ConfigError("task=evaluate: writes no model that could be exported; expected task=export, or export=none")
     with process_group(device):
         if not rank():  # which evaluates and writes
             if config.resume and any((output / name).exists() for name in (STATE, TRAINING)):

@@ -26,7 +26,7 @@ def run_diff(config: RunConfig, output: Path) -> list[dict[str, Any]]:
         TraceError: a file that is no plan.
     """
     if len(config.plans) != 2:
-        raise ConfigError(f"plans: expected two, plans=[RUN,RUN], got {len(config.plans)}")
+        raise ConfigError(f"plans: expected two, plans=[RUN,RUN], got {', '.join(config.plans) or 'none'}")
     ensure_empty(output)
     first, second = (PruningPlan.load(_file(path)) for path in config.plans)
     if first.fingerprint != second.fingerprint:
@@ -40,7 +40,8 @@ def run_diff(config: RunConfig, output: Path) -> list[dict[str, Any]]:
 
 
 def _file(path: str) -> Path:
-    return Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
+    run = Path(path).parent if (Path(path) / "config.json").exists() else Path(path)  # of a run's model, the run
+    return run / "plan.json" if run.is_dir() else run
 
 
 def compare(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:

@@ -23,6 +23,12 @@ def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
         raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
 
 
+def clear_halves(output: Path) -> None:
+    """Remove what a killed export leaves of a file or folder that it had not finished."""
+    for path in [*output.glob(".model-*.tmp"), *output.glob(".model.*"), *output.glob(".onnx.*")]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def clear_results(output: Path) -> None:
     """Remove what `write_run` leaves, finished or not."""
     pictures = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]

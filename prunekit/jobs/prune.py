@@ -14,6 +14,7 @@ from prunekit.data.tokens import batches as token_batches
 from prunekit.data.tokens import calibration_windows
 from prunekit.evaluation.cache import digest
 from prunekit.evaluation.cost import size
+from prunekit.jobs.export import Export
 from prunekit.jobs.job import Finished, Job, base_of, content_of, identity_of, round_to, source_of, speeds, to_type
 from prunekit.jobs.recover import prepared, recovered
 from prunekit.live import check_length
@@ -34,6 +35,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
             model, stored = streamed.model, streamed.stored
         else:
             model, stored = job.load(source)
+        Export.of(config.export).check(model)
         tokenizer = job.tokenizer(source)
         text = config.data.calibration
         check_length("data.calibration.sequence_length", text.sequence_length, model)

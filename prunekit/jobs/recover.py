@@ -15,6 +15,7 @@ from prunekit.checkpoint.save import write_text
 from prunekit.config import build, flat
 from prunekit.errors import CheckpointError, ConfigError
 from prunekit.graph import CouplingGraph, trace
+from prunekit.jobs.export import Export
 from prunekit.jobs.job import Finished, Job, identity_of, round_to, source_of, speeds, to_type
 from prunekit.measure import Measures
 from prunekit.parallel import add_up, rank, together
@@ -34,6 +35,7 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
     source = source_of(config)
     with stages("load"):
         model, stored = job.load(source)
+        Export.of(config.export).check(model)
         tokenizer = job.tokenizer(source)
         measures = Measures(config, tokenizer, stages.device, model, stored)
         data = prepared(job, recovery, measures, model, config.eval.baseline)

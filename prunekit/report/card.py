@@ -30,10 +30,10 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
 _WHY = {
-    "stock": "All layers are alike: transformers' own class, and whatever builds on it, loads this folder.",
-    "remote": "Layers differ in width. transformers builds them with the file that lies beside the weights; prunekit "
+    "stock": "transformers' own class, and whatever builds on it, loads this folder.",
+    "remote": "Its sizes are none that transformers' own class builds: it does with the file beside the weights; prunekit "
     "need not be installed.",
-    "prunekit": "Layers differ in width, which transformers' own class can't build: `pip install prunekit`.",
+    "prunekit": "Its sizes are none that transformers' own class builds: `pip install prunekit`.",
 }
 
 
