@@ -31,7 +31,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
 _WHY = {
     "stock": "transformers' own class, and whatever builds on it, loads this folder.",
-    "remote": "Its sizes are none that transformers' own class builds: it does with the file beside the weights; prunekit "
+    "remote": "Its sizes are none that transformers' own class builds: the file beside the weights does; prunekit "
     "need not be installed.",
     "prunekit": "Its sizes are none that transformers' own class builds: `pip install prunekit`.",
 }
