@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
 
 from prunekit.exports.folder import is_ours
@@ -16,7 +17,8 @@ def register_with_transformers() -> None:
 
     Only folders whose config holds what `prunekit.save_pretrained` writes of pruned sizes take another way than
     before: `AutoConfig` hands out a class of their own, for which models of their own are registered. No code of the
-    folder is run. Calling it again changes nothing.
+    folder is run. Files that are not as they were saved are a CheckpointError; the numbers in the weights only
+    `prunekit.from_pretrained` compares with their checksums. Calling it again changes nothing.
     """
     from transformers import AutoConfig
 
@@ -31,6 +33,10 @@ def register_with_transformers() -> None:
         config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not is_ours(config):
             return original(pretrained_model_name_or_path, **kwargs)
+        if Path(pretrained_model_name_or_path).is_dir():
+            from prunekit.checkpoint.manifest import check_manifest
+
+            check_manifest(Path(pretrained_model_name_or_path), weights=False)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "code_revision")}
         kwargs |= {"_from_auto": True, "name_or_path": pretrained_model_name_or_path}
         return _registered(config["model_type"]).from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -209,6 +209,19 @@ def test_registered_classes_load_pruned_folders_and_leave_stock_ones_alone(tmp_p
     config = json.loads((tmp_path / "remote-ours" / "config.json").read_text())
     assert "auto_map" not in config, "code is for those who ask for it"
     assert config["architectures"] == ["LlamaForCausalLM"]
+    path = tmp_path / "pruned" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    damaged = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert "config.json is not as it was saved" in damaged.stderr
+
+
+def test_models_of_ours_are_saved_by_transformers_too(tmp_path):
+    model = pruned("gpt2")
+    prunekit.save_pretrained(model, tmp_path / "first")
+    prunekit.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert "pruned_sizes" in json.loads((tmp_path / "second/config.json").read_text())
+    ids = token_ids(3, 9, seed=2)
+    assert torch.equal(logits(prunekit.from_pretrained(tmp_path / "second"), ids), logits(model, ids))
 
 
 def test_prunekit_does_not_run_the_code_and_notices_changes_to_it(tmp_path):
