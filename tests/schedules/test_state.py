@@ -63,7 +63,7 @@ def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, mon
 @pytest.fixture
 def left(monkeypatch, tmp_path):
     """The state of a run that stopped before its end."""
-    monkeypatch.setattr("prunekit.pipeline.apply_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("prunekit.pipeline.apply_plan", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prunekit.prune(tiny_llama(), calibration=token_ids(), state=tmp_path / "state")
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
     from prunekit.jobs import folder
 
     overrides = ["data.calibration.samples=4", "eval=none", "output_dir=out"]
-    monkeypatch.setattr(f"prunekit.jobs.{at}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(f"prunekit.jobs.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(folder, "clear_results", lambda _: None)  # no time for that
     with pytest.raises(KeyboardInterrupt):
         jobs.run(cfg.check(cfg.compose(overrides)), tmp_path / "out", {"config.yaml": "x"})
