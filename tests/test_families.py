@@ -48,7 +48,7 @@ EXPERTS = {
                         "num_experts_per_tok": 2},
     "qwen3_moe": NAMED | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
 }  # fmt: skip
-CASES = [(f, v | {"num_key_value_heads": kv, "num_kv_heads": kv}) for f, v in GROUPED.items() for kv in (8, 2, 1)]  # `configured`: 4
+CASES = [(f, v | {"num_key_value_heads": kv, "num_kv_heads": kv}) for f, v in GROUPED.items() for kv in (8, 2, 1)]
 CASES = [(f, v) for f, v in CASES if f != "falcon" or v["num_kv_heads"] > 1]
 CASES += [*SINGLE.items(), *((f, v | {"num_key_value_heads": kv}) for f, v in EXPERTS.items() for kv in (8, 2))]
 NAMES = [f"{family}-{values.get('num_key_value_heads', '')}".strip("-") for family, values in CASES]
