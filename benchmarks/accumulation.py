@@ -1,7 +1,7 @@
 """SlimGPT's figure 2: how the error of one cut layer grows through the layers after it.
 
-python benchmarks/accumulation.py embedded                                            # the embedded model
-python benchmarks/accumulation.py stories260K MODEL_FOLDER CALIBRATION_TEXT HELD_OUT_TEXT
+python benchmarks/accumulation.py embedded                                            # the embedded
+model python benchmarks/accumulation.py stories260K MODEL_FOLDER CALIBRATION_TEXT HELD_OUT_TEXT
 
 Each call replaces its own model's table in benchmarks/accumulation.json.
 """
@@ -44,7 +44,9 @@ def activations(model: Any, windows: Tensor) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {"states": [], "ffn": []}
 
     def keep(name: str) -> Any:
-        return lambda _, __, output: found[name].append(output[0] if isinstance(output, tuple) else output)
+        return lambda _, __, output: found[name].append(
+            output[0] if isinstance(output, tuple) else output
+        )
 
     layers = model.get_decoder().layers
     hooks = [layer.register_forward_hook(keep("states")) for layer in layers]
@@ -56,7 +58,10 @@ def activations(model: Any, windows: Tensor) -> dict[str, list[Tensor]]:
 
 
 def errors(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
-    return [((b - a).square().sum() / a.square().sum()).item() for a, b in zip(dense, pruned, strict=True)]
+    return [
+        ((b - a).square().sum() / a.square().sum()).item()
+        for a, b in zip(dense, pruned, strict=True)
+    ]
 
 
 def cuts(model: Any) -> dict[str, tuple[float, str]]:
@@ -64,15 +69,21 @@ def cuts(model: Any) -> dict[str, tuple[float, str]]:
     first = sum(p.numel() for p in model.get_decoder().layers[0].parameters() if p.ndim > 1)
     share = first / sum(p.numel() for p in model.parameters())
     alone = {f"first layer, {part:.0%}": (part * share, "single") for part in (0.25, 0.5, 0.75)}
-    return alone | {f"all layers, 20 %, {policy}": (0.2, policy) for policy in ("log_increase", "uniform")}
+    return alone | {
+        f"all layers, 20 %, {policy}": (0.2, policy) for policy in ("log_increase", "uniform")
+    }
 
 
-def measure(name: str, folder: str | None = None, text: str = "embedded", held_out: str = "embedded") -> dict:
+def measure(
+    name: str, folder: str | None = None, text: str = "embedded", held_out: str = "embedded"
+) -> dict:
     source, corpora = folder or DEMO_MODEL, cfg.check(cfg.compose([])).corpora
     model: nn.Module = prunekit.from_pretrained(source, dtype=torch.float32)
     tokenizer = prunekit.checkpoint.load_tokenizer(source)
     documents = load_corpus(text, "calibration", corpora)
-    windows = evaluation_windows(load_corpus(held_out, "eval", corpora), tokenizer, WINDOW, EVAL_TOKENS, name)
+    windows = evaluation_windows(
+        load_corpus(held_out, "eval", corpora), tokenizer, WINDOW, EVAL_TOKENS, name
+    )
     dense, rows = activations(model, windows), []
     for cut, (ratio, policy) in cuts(model).items():
         for target in ("pruned", "residual"):
@@ -87,19 +98,29 @@ def measure(name: str, folder: str | None = None, text: str = "embedded", held_o
                     draws[key].append(errors(dense[key], found[key]))
                 draws["perplexity"].append([perplexity(pruned, windows, 32, name)])
             spread = {
-                k: [(statistics.mean(v), statistics.stdev(v)) for v in zip(*d, strict=True)] for k, d in draws.items()
+                k: [(statistics.mean(v), statistics.stdev(v)) for v in zip(*d, strict=True)]
+                for k, d in draws.items()
             }
-            rows.append({"cut": cut, "target": target, **spread, "perplexity": spread["perplexity"][0]})
+            rows.append(
+                {"cut": cut, "target": target, **spread, "perplexity": spread["perplexity"][0]}
+            )
             print(rows[-1], flush=True)
     energy = {key: [a.square().mean().item() for a in values] for key, values in dense.items()}
-    return {"model": name, "dense": perplexity(model, windows, 32, name), "energy": energy, "rows": rows}
+    return {
+        "model": name,
+        "dense": perplexity(model, windows, 32, name),
+        "energy": energy,
+        "rows": rows,
+    }
 
 
 def main() -> None:
     found = measure(*sys.argv[1:])
     path = HERE / "accumulation.json"
     tables = json.loads(path.read_text())["tables"] if path.exists() else []
-    tables = sorted([*(t for t in tables if t["model"] != found["model"]), found], key=lambda t: t["model"])
+    tables = sorted(
+        [*(t for t in tables if t["model"] != found["model"]), found], key=lambda t: t["model"]
+    )
     header = {**environment("accumulation"), "repeats": 1, "draws": len(DRAWS), "note": NOTE}
     write("accumulation", {**header, "tables": tables})
 

@@ -3,8 +3,8 @@
 python -m prunekit -m experiment=importance hydra.sweep.dir=sweeps/demo/importance
 python benchmarks/experiments.py sweeps        # sweeps/<model>/<experiment>/<run>/report.json
 
-A table replaces the one of the same model and experiment in experiments.json; the others stay. Runs that differ only in
-data.calibration.seed become a mean and a spread.
+A table replaces the one of the same model and experiment in experiments.json; the others stay. Runs
+that differ only in data.calibration.seed become a mean and a spread.
 """
 
 import json
@@ -51,12 +51,16 @@ BY_LAYER = "policy=log_increase"  # whose ratios by layer are kept: SlimGPT's fi
 
 def runs(folder: Path) -> list[dict]:
     reports = sorted(folder.glob("*/report.json"))
-    parts = [[p for p in path.parent.name.split(",") if not p.startswith(HIDDEN)] for path in reports]
+    parts = [
+        [p for p in path.parent.name.split(",") if not p.startswith(HIDDEN)] for path in reports
+    ]
     common = set(parts[0]).intersection(*parts) if parts else set()
     draws = defaultdict(list)
     for path, own in zip(reports, parts, strict=True):
         found = json.loads(path.read_text())
-        chosen = ", ".join(part.removeprefix("data.calibration.") for part in own if part not in common)
+        chosen = ", ".join(
+            part.removeprefix("data.calibration.") for part in own if part not in common
+        )
         draws[chosen or "the default", found["ratio"]["target"]].append(found)
     rows = []
     for (chosen, target), found in draws.items():
@@ -79,7 +83,9 @@ def runs(folder: Path) -> list[dict]:
 
 def removed(layer: dict[str, Any]) -> dict[str, float]:
     """Kind → the share of its units that go."""
-    return {kind: 1 - units["kept"] / units["total"] for kind, units in layer.items() if kind != "index"}
+    return {
+        kind: 1 - units["kept"] / units["total"] for kind, units in layer.items() if kind != "index"
+    }
 
 
 def main() -> None:
@@ -87,10 +93,18 @@ def main() -> None:
     header = {**environment("experiments"), "repeats": 1}
     path = HERE / "experiments.json"
     earlier = json.loads(path.read_text()) if path.exists() else {"tables": []}
-    tables = {(t["model"], t["experiment"]): {"revision": earlier.get("revision"), **t} for t in earlier["tables"]}
+    tables = {
+        (t["model"], t["experiment"]): {"revision": earlier.get("revision"), **t}
+        for t in earlier["tables"]
+    }
     for folder in sorted(root.glob("*/*/")):
         model, experiment = folder.parent.name, folder.name
-        found = {"revision": header["revision"], "model": model, "experiment": experiment, "rows": runs(folder)}
+        found = {
+            "revision": header["revision"],
+            "model": model,
+            "experiment": experiment,
+            "rows": runs(folder),
+        }
         tables[model, experiment] = found
     for (_, experiment), found in tables.items():
         found["note"] = NOTES.get(experiment, "")

@@ -1,7 +1,8 @@
-"""What scoring costs beside one forward and backward pass over the same tokens, which makes all weights' gradients.
+"""What scoring costs beside one forward and backward pass over the same tokens, which makes all
+weights' gradients.
 
-Seconds: CPU time of one thread, ratios in one process, medians of five. Memory: the peak of one process of its own,
-above what it held before.
+Seconds: CPU time of one thread, ratios in one process, medians of five. Memory: the peak of one
+process of its own, above what it held before.
 """
 
 import argparse
@@ -45,7 +46,9 @@ NOTE = (
 def make() -> tuple[nn.Module, list[dict]]:
     torch.manual_seed(0)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **CONFIG, **heads)).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **CONFIG, **heads)
+    ).eval()
     ids = torch.randint(CONFIG["vocab_size"], (BATCHES, *SHAPE))
     return model, [{"input_ids": rows, "use_cache": False} for rows in ids]
 
@@ -70,7 +73,10 @@ def loss(model: nn.Module, batch: dict) -> torch.Tensor:
 def tasks(model: nn.Module, batches: list[dict]) -> dict:
     graph = prunekit.trace(model, batches[0])
     groups = [group for group in graph.groups if group.kind in ("attention", "mlp")]
-    found = {"forward": lambda: forward(model, batches), "forward_backward": lambda: forward_backward(model, batches)}
+    found = {
+        "forward": lambda: forward(model, batches),
+        "forward_backward": lambda: forward_backward(model, batches),
+    }
     for name, importance in SCORES.items():
         found[name] = lambda importance=importance: importance.score(model, graph, groups, batches)
     return found
@@ -89,10 +95,14 @@ def seconds() -> dict[str, list[float]]:
 
 
 def peak(name: str) -> float:
-    """Megabytes that a task takes at its peak above what the process held before; in a process of its own."""
+    """Megabytes that a task takes at its peak above what the process held before; in a process of
+    its own.
+    """
     model, batches = make()
     task = tasks(model, batches)[name]
-    forward(model, [{"input_ids": torch.zeros(1, 8, dtype=torch.long), "use_cache": False}])  # libraries are loaded
+    forward(
+        model, [{"input_ids": torch.zeros(1, 8, dtype=torch.long), "use_cache": False}]
+    )  # libraries are loaded
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     task()
@@ -133,7 +143,16 @@ def main() -> None:
     model = make()[0]
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     setup = {**CONFIG, "batches": BATCHES, "batch": SHAPE, "weights_mb": weights}
-    write("importance", {**environment("importance"), "repeats": REPEATS, "setup": setup, "note": NOTE, "rows": rows})
+    write(
+        "importance",
+        {
+            **environment("importance"),
+            "repeats": REPEATS,
+            "setup": setup,
+            "note": NOTE,
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

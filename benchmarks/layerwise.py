@@ -1,4 +1,5 @@
-"""The layer-wise run against its floor: one forward pass over the calibration tokens, and the Hessian products.
+"""The layer-wise run against its floor: one forward pass over the calibration tokens, and the
+Hessian products.
 
 CPU seconds of one thread; run and floor by turns in one process, a ratio for each turn, medians.
 """
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
-from prunekit.compensation.hessian import Moments
-from prunekit.schedules import Layerwise, schedules
+from prunekit.calibration.moments import Moments
+from prunekit.schedules import Layerwise
+from prunekit.schedules import base as schedules
 
 BATCH = 16
 NOTE = (
@@ -53,7 +55,9 @@ def floor(model: Any, ids: Tensor) -> dict[str, float]:
         sums[module] = x.T @ x if module not in sums else sums[module].addmm_(x.T, x)
         spent["products"] += time.process_time() - began
 
-    consumers = [m for layer in model.model.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    consumers = [
+        m for layer in model.model.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
     hooks = [module.register_forward_pre_hook(see) for module in consumers]
     began = time.process_time()
     for rows in ids.split(BATCH):
@@ -83,7 +87,11 @@ def layerwise(model: nn.Module, ids: Tensor, target: str) -> dict[str, float]:
 
 @contextmanager
 def timed(
-    owner: Any, name: str, spent: dict[str, float], key: str, clock: Callable[[], float] = time.process_time
+    owner: Any,
+    name: str,
+    spent: dict[str, float],
+    key: str,
+    clock: Callable[[], float] = time.process_time,
 ) -> Iterator[None]:
     """Add what a function takes to `spent`."""
     function: Callable[..., Any] = getattr(owner, name)
@@ -104,12 +112,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, nargs=2, default=(32, 512), help="sequences and their length")
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, default=(32, 512), help="sequences and their length"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)  # CPU time of one thread: other processes hardly disturb it
     heads = {"num_attention_heads": args.hidden // 128, "num_key_value_heads": args.hidden // 128}
-    sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "num_hidden_layers": args.layers}
+    sizes = {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.intermediate,
+        "num_hidden_layers": args.layers,
+    }
     dense, ids = make({**sizes, **heads, "vocab_size": 2000}, tuple(args.tokens))
     turns: list[tuple[dict, dict, dict]] = []
     floor(dense, ids[:BATCH])  # warms up
@@ -118,8 +132,15 @@ def main() -> None:
         turns.append((floor(dense, ids), *runs))
         print(turns[-1], file=sys.stderr)
     bottoms, *runs = zip(*turns, strict=True)
-    result = {**environment("layerwise"), "command": " ".join(["python benchmarks/layerwise.py", *sys.argv[1:]])}
-    result |= {"repeats": args.repeats, "setup": {**sizes, "tokens": list(args.tokens)}, "note": NOTE}
+    result = {
+        **environment("layerwise"),
+        "command": " ".join(["python benchmarks/layerwise.py", *sys.argv[1:]]),
+    }
+    result |= {
+        "repeats": args.repeats,
+        "setup": {**sizes, "tokens": list(args.tokens)},
+        "note": NOTE,
+    }
     result["floor"] = {key: statistics.median(turn[key] for turn in bottoms) for key in bottoms[0]}
     for name, found in zip(("pruned", "residual"), runs, strict=True):
         result[name] = {key: statistics.median(turn[key] for turn in found) for key in found[0]}

@@ -1,9 +1,12 @@
-"""LLaMA-7B's shape on a GPU, beside SlimGPT's 678 s and 7,375 MB; without one it says so and leaves the result alone.
+"""LLaMA-7B's shape on a GPU, beside SlimGPT's 678 s and 7,375 MB; without one it says so and leaves
+the result alone.
 
     python benchmarks/llama7b.py                     # an H100, say
-    python benchmarks/llama7b.py --device cpu --layers 2 --hidden 256 --length 64 --samples 8  # a trial
+    python benchmarks/llama7b.py --device cpu --layers 2 --hidden 256 --length 64 --samples 8  # a
+    trial
 
-Random weights are made on the device in bfloat16, random tokens: what it costs, not what it is worth.
+Random weights are made on the device in bfloat16, random tokens: what it costs, not what it is
+worth.
 """
 
 import argparse
@@ -22,13 +25,18 @@ from page import environment, write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
-from prunekit.compensation.hessian import Moments
-from prunekit.machine import peak_memory
-from prunekit.schedules import Layerwise, schedules
+from prunekit.calibration.moments import Moments
+from prunekit.runtime.memory import peak_memory
+from prunekit.schedules import Layerwise
+from prunekit.schedules import base as schedules
 
 SIZES = {"layers": 32, "hidden": 4096, "length": 2048}
 PAPER = {"seconds": 678, "peak_mb": 7375}  # SlimGPT's, of LLaMA-7B at 20 %
-RUNS = ((128, None), (256, None), (128, 0))  # samples; bytes of activations on the device, half of what is free if None
+RUNS = (
+    (128, None),
+    (256, None),
+    (128, 0),
+)  # samples; bytes of activations on the device, half of what is free if None
 NOTE = (
     "Seconds, and the device's peak in MB of 10⁶ allocated bytes. The model lies there whole, so its weights are in "
     "every peak; where activations have no room they wait in pinned host memory. Schedule: forward, products, solver; "
@@ -44,9 +52,21 @@ def now(device: torch.device) -> float:
 
 def measure(args: argparse.Namespace, samples: int, budget: int | None) -> dict:
     """One run on a new model."""
-    device, clock, heads = torch.device(args.device), partial(now, torch.device(args.device)), args.hidden // 128
-    sizes = {"hidden_size": args.hidden, "intermediate_size": args.hidden * 43 // 16, "num_hidden_layers": args.layers}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": args.hidden * 125 // 16}
+    device, clock, heads = (
+        torch.device(args.device),
+        partial(now, torch.device(args.device)),
+        args.hidden // 128,
+    )
+    sizes = {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.hidden * 43 // 16,
+        "num_hidden_layers": args.layers,
+    }
+    sizes |= {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": args.hidden * 125 // 16,
+    }
     config = AutoConfig.for_model("llama", **sizes)
     torch.manual_seed(0)
     with device:
@@ -76,14 +96,24 @@ def measure(args: argparse.Namespace, samples: int, budget: int | None) -> dict:
         began = clock()
         report = prunekit.prune(model, ratio=0.2, calibration=ids, overrides=options).report
         spent["whole"] = clock() - began
-    spent |= {"forward": spent["schedule"] - spent["products"] - spent["solver"], "trace": report["seconds"]["trace"]}
+    spent |= {
+        "forward": spent["schedule"] - spent["products"] - spent["solver"],
+        "trace": report["seconds"]["trace"],
+    }
     peaks["whole"] = max(report["peak_memory_bytes"].values()) / 1e6
-    result = {"samples": samples, "budget": budget, "weights_mb": weights / 1e6, "ratio": report["ratio"]["achieved"]}
+    result = {
+        "samples": samples,
+        "budget": budget,
+        "weights_mb": weights / 1e6,
+        "ratio": report["ratio"]["achieved"],
+    }
     return {**result, "seconds": spent, "peak_mb": peaks, "versions": report["versions"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial at a small size")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -94,11 +124,19 @@ def main() -> None:
         return
     runs = RUNS if args.samples is None else ((args.samples, None), (args.samples, 0))
     rows = [measure(args, *run) for run in runs]
-    trial = args.device == "cpu" or args.samples is not None or any(vars(args)[n] != size for n, size in SIZES.items())
+    trial = (
+        args.device == "cpu"
+        or args.samples is not None
+        or any(vars(args)[n] != size for n, size in SIZES.items())
+    )
     if trial:
         print(json.dumps(rows, indent=1))
         return
-    cuda = {"device": torch.cuda.get_device_name(args.device), "cuda": torch.version.cuda, "paper": PAPER}
+    cuda = {
+        "device": torch.cuda.get_device_name(args.device),
+        "cuda": torch.version.cuda,
+        "paper": PAPER,
+    }
     write("llama7b", {**environment("llama7b"), **cuda, "repeats": 1, "note": NOTE, "rows": rows})
 
 

@@ -13,9 +13,17 @@ TARGETS = ("pruned", "residual")
 
 
 def environment(script: str) -> dict:
-    """What a page says of a run: the command, the machine and the revision, without any host's name."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    """What a page says of a run: the command, the machine and the revision, without any host's
+    name.
+    """
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    )
+    machine = {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     versions = {"torch": torch.__version__, "revision": described.stdout.strip() or "unknown"}
     return {"command": f"python benchmarks/{script}.py", **machine, **versions}
 
@@ -23,7 +31,11 @@ def environment(script: str) -> dict:
 def write(name: str, result: dict) -> None:
     """Leave `<name>.json` and bring the page up to date with all of them."""
     (HERE / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    parts = [section(json.loads((HERE / f"{n}.json").read_text())) for n, section in SECTIONS.items() if _there(n)]
+    parts = [
+        section(json.loads((HERE / f"{n}.json").read_text()))
+        for n, section in SECTIONS.items()
+        if _there(n)
+    ]
     (HERE / "RESULTS.md").write_text("\n\n".join("\n".join(lines) for lines in parts) + "\n")
     print("\n".join(SECTIONS[name](result)))
 
@@ -34,7 +46,11 @@ def _there(name: str) -> bool:
 
 def head(title: str, name: str, result: dict, *more: str) -> list[str]:
     often = f"medians of {result['repeats']}" if result["repeats"] > 1 else "each once"
-    run = [f"{result['machine']}, {result['cpus']} CPUs", f"torch {result['torch']}", f"{result['threads']} thread(s)"]
+    run = [
+        f"{result['machine']}, {result['cpus']} CPUs",
+        f"torch {result['torch']}",
+        f"{result['threads']} thread(s)",
+    ]
     return [
         f"# {title}",
         "",
@@ -54,14 +70,25 @@ def table(columns: str, rows: list[list[str]]) -> list[str]:
 
 
 def solver(result: dict) -> list[str]:
-    names = {"invert": "invert", "greedy": "greedy", "dynamic_group": "dynamic", "released_group": "released"}
+    names = {
+        "invert": "invert",
+        "greedy": "greedy",
+        "dynamic_group": "dynamic",
+        "released_group": "released",
+    }
     names |= {"fixed_group": "fixed", "reinverting": "released, H inverted again"}
     rows = []
     for r in result["rows"]:
         seconds = r["seconds"]
         cells = [f"{seconds[k] / seconds['inversion']:.2f}" if k in seconds else "–" for k in names]
         rows.append(
-            [f"{r['d']:,} × {r['n']:,}", r["dtype"], f"{r['share']:.0%}", f"{seconds['inversion']:.3f}", *cells]
+            [
+                f"{r['d']:,} × {r['n']:,}",
+                r["dtype"],
+                f"{r['share']:.0%}",
+                f"{seconds['inversion']:.3f}",
+                *cells,
+            ]
         )
     loop = result["naive"]
     naive = [
@@ -69,13 +96,21 @@ def solver(result: dict) -> list[str]:
         + [f"{r['seconds']['naive'] / r['seconds']['greedy']:.1f}"]
         for r in loop["rows"]
     ]
-    exponents = ["grows as n to the", *(f"{loop['exponents'][k]:.1f}" for k in ("naive", "greedy")), "–"]
+    exponents = [
+        "grows as n to the",
+        *(f"{loop['exponents'][k]:.1f}" for k in ("naive", "greedy")),
+        "–",
+    ]
     return [
         *head("Choosing columns against inverting the Hessian they belong to", "solver", result),
         "Inversion: Cholesky and cholesky_inverse. The rest in units of it, of the same run; invert is the solver's, "
         "with its scaling and its checks. The released schedule with an inversion for every group is timed once.",
         "",
-        *table("W | dtype | >removed | >inversion, s | " + " | ".join(f">{name}" for name in names.values()), rows),
+        *table(
+            "W | dtype | >removed | >inversion, s | "
+            + " | ".join(f">{name}" for name in names.values()),
+            rows,
+        ),
         "",
         "The naive loop, which updates W and A at every column; 20 % of the columns, float32:",
         "",
@@ -89,13 +124,29 @@ def tracer(result: dict) -> list[str]:
         ours, theirs = row["prunekit"], row["torch_pruning"]
         whole = theirs["build_seconds"] + theirs["groups_seconds"]
         rows.append(
-            [row["model"], str(row["layers"]), f"{ours['seconds']:.2f}", f"{theirs['build_seconds']:.2f}"]
-            + [f"{whole:.2f}", f"{ours['seconds'] / whole:.2f}", f"{1000 * ours['seconds'] / row['layers']:.0f}"]
+            [
+                row["model"],
+                str(row["layers"]),
+                f"{ours['seconds']:.2f}",
+                f"{theirs['build_seconds']:.2f}",
+            ]
+            + [
+                f"{whole:.2f}",
+                f"{ours['seconds'] / whole:.2f}",
+                f"{1000 * ours['seconds'] / row['layers']:.0f}",
+            ]
             + [f"{ours['peak_mb']:.0f}", f"{theirs['peak_mb']:.0f}", str(row["repeats"])]
         )
-    verdicts = [[c["model"], c["cut"], c["prunekit"], c["torch_pruning"]] for c in result["verdicts"]]
+    verdicts = [
+        [c["model"], c["cut"], c["prunekit"], c["torch_pruning"]] for c in result["verdicts"]
+    ]
     return [
-        *head("The tracer against torch-pruning's", "tracer", result, f"torch-pruning {result['torch_pruning']}"),
+        *head(
+            "The tracer against torch-pruning's",
+            "tracer",
+            result,
+            f"torch-pruning {result['torch_pruning']}",
+        ),
         result["costs_note"],
         "",
         *table(
@@ -114,7 +165,8 @@ def importance(result: dict) -> list[str]:
     setup = result["setup"]
     keys = ("seconds", "to_forward", "to_forward_backward")
     rows = [
-        [r["name"].replace("_", " "), *(f"{r[k]:.2f}" for k in keys), f"{r['peak_mb']:.0f}"] for r in result["rows"]
+        [r["name"].replace("_", " "), *(f"{r[k]:.2f}" for k in keys), f"{r['peak_mb']:.0f}"]
+        for r in result["rows"]
     ]
     model = (
         f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
@@ -122,22 +174,40 @@ def importance(result: dict) -> list[str]:
         f"{setup['batch'][0]} × {setup['batch'][1]} tokens"
     )
     return [
-        *head("Scoring against a forward and backward pass over the same tokens", "importance", result, model),
+        *head(
+            "Scoring against a forward and backward pass over the same tokens",
+            "importance",
+            result,
+            model,
+        ),
         result["note"],
         "",
-        *table("pass or importance | >CPU seconds | >/ forward | >/ forward and backward | >peak memory, MB", rows),
+        *table(
+            "pass or importance | >CPU seconds | >/ forward | >/ forward and backward | >peak memory, MB",
+            rows,
+        ),
     ]
 
 
 def experiments(result: dict) -> list[str]:
-    lines = head("The papers' comparisons, at small scale", "experiments", result, "seed 0, or mean ± spread of draws")
+    lines = head(
+        "The papers' comparisons, at small scale",
+        "experiments",
+        result,
+        "seed 0, or mean ± spread of draws",
+    )
     for found in result["tables"]:
         ratios = sorted({row["target"] for row in found["rows"]})
         names = list(dict.fromkeys(row["chosen"] for row in found["rows"]))
         at = {(row["chosen"], row["target"]): row for row in found["rows"]}
         dense = found["rows"][0]["dense"] if found["rows"] else float("nan")
         columns = " | ".join(["choice", *(f">{ratio:.1%} removed" for ratio in ratios)])
-        order = sorted(names, key=lambda name: [at.get((name, r), {"pruned": float("inf")})["pruned"] for r in ratios])
+        order = sorted(
+            names,
+            key=lambda name: [
+                at.get((name, r), {"pruned": float("inf")})["pruned"] for r in ratios
+            ],
+        )
         draws = max((row.get("runs", 1) for row in found["rows"]), default=1)
         drawn = f", {draws} calibration draws" if draws > 1 else ""
         lines += [f"## {found['model']}: experiment={found['experiment']}", ""]
@@ -151,7 +221,10 @@ def experiments(result: dict) -> list[str]:
             layers = " | ".join(f">layer {i}" for i in range(len(layered[0]["removed"])))
             cells = [
                 [f"{row['chosen']}, {row['target']:.0%} of all parameters"]
-                + [", ".join(f"{share:.0%}" for share in layer.values()) for layer in row["removed"]]
+                + [
+                    ", ".join(f"{share:.0%}" for share in layer.values())
+                    for layer in row["removed"]
+                ]
                 for row in layered
             ]
             lines += [*table(f"choice | {layers}", cells), ""]
@@ -166,18 +239,35 @@ def _measured(row: dict | None) -> str:
 
 def accumulation(result: dict) -> list[str]:
     lines = head(
-        "Error accumulation by depth", "accumulation", result, f"{result['draws']} calibration draws, mean ± spread"
+        "Error accumulation by depth",
+        "accumulation",
+        result,
+        f"{result['draws']} calibration draws, mean ± spread",
     )
     lines += [result["note"], ""]
     for found in result["tables"]:
         layers = len(found["rows"][0]["states"])
-        columns = " | ".join(["cut", "target", *(f">layer {i}" for i in range(layers)), ">perplexity"])
-        for key, title in (("states", "Residual stream after each layer"), ("ffn", "Output of each FFN")):
+        columns = " | ".join(
+            ["cut", "target", *(f">layer {i}" for i in range(layers)), ">perplexity"]
+        )
+        for key, title in (
+            ("states", "Residual stream after each layer"),
+            ("ffn", "Output of each FFN"),
+        ):
             lines += [f"## {found['model']}: {title.lower()}", ""]
             lines += [f"Dense perplexity {found['dense']:.2f}. {title}: error over energy, %.", ""]
-            energy = ["dense energy, mean square", "–", *(f"{value:.3g}" for value in found["energy"][key]), "–"]
+            energy = [
+                "dense energy, mean square",
+                "–",
+                *(f"{value:.3g}" for value in found["energy"][key]),
+                "–",
+            ]
             cells = [
-                [row["cut"], row["target"], *(f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in row[key])]
+                [
+                    row["cut"],
+                    row["target"],
+                    *(f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in row[key]),
+                ]
                 + [f"{row['perplexity'][0]:.2f} ± {row['perplexity'][1]:.2f}"]
                 for row in found["rows"]
             ]
@@ -191,9 +281,18 @@ def layerwise(result: dict) -> list[str]:
         f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
         f"float32; {setup['tokens'][0]} × {setup['tokens'][1]} tokens; 20 % of the parameters go"
     )
-    whole = [(f"prune, target={t}", {"run": result[t]["whole"]}, result[t]["whole_to_floor"]) for t in TARGETS]
+    whole = [
+        (f"prune, target={t}", {"run": result[t]["whole"]}, result[t]["whole_to_floor"])
+        for t in TARGETS
+    ]
     rows = [
-        [name, *(f"{found[key]:.1f}" if key in found else "–" for key in ("forward", "products", "solver", "run"))]
+        [
+            name,
+            *(
+                f"{found[key]:.1f}" if key in found else "–"
+                for key in ("forward", "products", "solver", "run")
+            ),
+        ]
         + [f"{ratio:.2f}"]
         for name, found, ratio in (
             ("floor", result["floor"], 1.0),
@@ -217,12 +316,32 @@ def streamed(result: dict) -> list[str]:
         f"{result['setup']['num_hidden_layers']} layers: {weights:,.0f} MiB of weights in bfloat16"
     )
     rows = [
-        [name, f"{found:,.0f}", f"{found / weights:.0%}", f"{found - opened:,.0f}", f"{(found - opened) / weights:.0%}"]
-        for name, found in (("opened", opened), ("traced", result["traced"]), ("loaded", result["loaded"]))
+        [
+            name,
+            f"{found:,.0f}",
+            f"{found / weights:.0%}",
+            f"{found - opened:,.0f}",
+            f"{(found - opened) / weights:.0%}",
+        ]
+        for name, found in (
+            ("opened", opened),
+            ("traced", result["traced"]),
+            ("loaded", result["loaded"]),
+        )
     ]
     above = peak - opened
-    rows.append(["streamed", f"{peak:,.0f}", f"{peak / weights:.0%}", f"{above:,.0f}", f"{above / weights:.0%}"])
-    stages = ", ".join(f"{name.replace('_', ' ')} {found:,.0f}" for name, found in result["stages"].items())
+    rows.append(
+        [
+            "streamed",
+            f"{peak:,.0f}",
+            f"{peak / weights:.0%}",
+            f"{above:,.0f}",
+            f"{above / weights:.0%}",
+        ]
+    )
+    stages = ", ".join(
+        f"{name.replace('_', ' ')} {found:,.0f}" for name, found in result["stages"].items()
+    )
     return [
         *head("The memory of a streamed run", "streamed", result, model),
         f"{result['note']} Its stages' peaks: {stages}. 35 % of the weights and the activation budget of {budget} MiB "
@@ -237,35 +356,55 @@ def streamed(result: dict) -> list[str]:
 def llama7b(result: dict) -> list[str]:
     keys = ("trace", "forward", "products", "solver", "schedule", "whole")
     rows = [
-        [f"{row['samples']} × 2,048, {'activations in host memory' if row['budget'] == 0 else 'all on the device'}"]
+        [
+            f"{row['samples']} × 2,048, {'activations in host memory' if row['budget'] == 0 else 'all on the device'}"
+        ]
         + [f"{row['seconds'][key]:.1f}" for key in keys]
         + [f"{row['peak_mb'][key]:,.0f}" for key in ("schedule", "whole")]
         for row in result["rows"]
     ]
     paper = result["paper"]
     rows.append(["the paper's", *["–"] * 5, f"{paper['seconds']}", "–", f"{paper['peak_mb']:,}"])
-    gpu = (f"{result['device']}, CUDA {result['cuda']}", f"{result['rows'][0]['weights_mb']:,.0f} MB of weights")
+    gpu = (
+        f"{result['device']}, CUDA {result['cuda']}",
+        f"{result['rows'][0]['weights_mb']:,.0f} MB of weights",
+    )
     return [
         *head("LLaMA-7B's shape on a GPU, 20 %", "llama7b", result, *gpu),
         result["note"],
         "",
         *table(
-            "tokens | " + " | ".join(f">{key}, s" for key in keys) + " | >schedule's peak, MB | >whole's peak, MB", rows
+            "tokens | "
+            + " | ".join(f">{key}, s" for key in keys)
+            + " | >schedule's peak, MB | >whole's peak, MB",
+            rows,
         ),
     ]
 
 
 def quality(result: dict) -> list[str]:
-    lines = [*head("SlimGPT's choices over five calibration draws", "quality", result), result["note"], ""]
+    lines = [
+        *head("SlimGPT's choices over five calibration draws", "quality", result),
+        result["note"],
+        "",
+    ]
     questions = dict.fromkeys(row["question"] for row in result["rows"])
     for question in questions:
         rows = [row for row in result["rows"] if row["question"] == question]
-        models, settings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "setting"))
+        models, settings = (
+            list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "setting")
+        )
         found = {(row["setting"], row["model"]): row for row in rows}
         cells = [
-            [setting, *(_spread(found.get((setting, model)), question) for model in models)] for setting in settings
+            [setting, *(_spread(found.get((setting, model)), question) for model in models)]
+            for setting in settings
         ]
-        lines += [f"## {question}", "", *table(" | ".join(["", *(f">{model}" for model in models)]), cells), ""]
+        lines += [
+            f"## {question}",
+            "",
+            *table(" | ".join(["", *(f">{model}" for model in models)]), cells),
+            "",
+        ]
     return lines[:-1]
 
 
@@ -303,7 +442,13 @@ def quantize(result: dict) -> list[str]:
     ]
 
 
-QUANTIZED = {"perplexity": ".2f", "bytes": ",.0f", "packed": ",.0f", "prefill": ",.0f", "decode": ",.1f"}
+QUANTIZED = {
+    "perplexity": ".2f",
+    "bytes": ",.0f",
+    "packed": ",.0f",
+    "prefill": ",.0f",
+    "decode": ",.1f",
+}
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,

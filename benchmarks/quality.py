@@ -1,9 +1,9 @@
-"""What SlimGPT's choices are worth: layer errors and perplexities over five calibration seeds, mean and spread.
+"""What SlimGPT's choices are worth: layer errors and perplexities over five calibration seeds, mean
+and spread.
 
-python benchmarks/quality.py demo                                                     # the embedded model
-python benchmarks/quality.py stories260K MODEL_FOLDER TEXT_FILE
-python benchmarks/quality.py gpt2 FOLDER_OF_small_gpt2.py
-python benchmarks/quality.py --gather
+python benchmarks/quality.py demo                                                     # the embedded
+model python benchmarks/quality.py stories260K MODEL_FOLDER TEXT_FILE python benchmarks/quality.py
+gpt2 FOLDER_OF_small_gpt2.py python benchmarks/quality.py --gather
 
 Each call leaves benchmarks/quality/<name>.json; the last one makes the table of all of them.
 """
@@ -21,15 +21,16 @@ from page import environment, write
 import prunekit
 import prunekit.checkpoint
 from prunekit import config as cfg
-from prunekit.compensation.apply import Statistics
-from prunekit.compensation.choose import choose_columns, choose_units
-from prunekit.compensation.solver import removal_error
-from prunekit.compensation.swap import swap
-from prunekit.compensation.walk import Walk
+from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.walk import Walk
+from prunekit.data.batches import batches
 from prunekit.data.corpora import load_corpus
-from prunekit.data.tokens import batches, calibration_windows, evaluation_windows
+from prunekit.data.tokens import calibration_windows, evaluation_windows
 from prunekit.evaluation.perplexity import perplexity
 from prunekit.graph import trace
+from prunekit.obs.choose import choose_columns, choose_units
+from prunekit.obs.inverse import removal_error
+from prunekit.obs.swap import swap
 from prunekit.pipeline import DEMO_MODEL
 
 NOTE = (
@@ -46,7 +47,11 @@ RATIOS, TOKENS = (0.2, 0.45), (8_192, 32_768, 131_072)
 HEADS = ("exact", "grouped_cholesky", "diagonal")
 COLUMNS = ("greedy", "dynamic_group", "released_group", "fixed_group")
 RUNS = [
-    *[("target", f"compensation.target={t}", n) for n in TOKENS[:2] for t in ("pruned", "dense", "residual")],
+    *[
+        ("target", f"compensation.target={t}", n)
+        for n in TOKENS[:2]
+        for t in ("pruned", "dense", "residual")
+    ],
     *[("heads", f"importance.heads={heads}", TOKENS[0]) for heads in HEADS],
     *[("columns", f"importance.columns={columns}", TOKENS[0]) for columns in COLUMNS],
     *[("refine", f"importance.refine={refine}", TOKENS[0]) for refine in ("none", "swap")],
@@ -89,7 +94,9 @@ class Setting:
 
 
 def layer_errors(setting: Setting, seed: int) -> dict[str, float]:
-    """Mean over the layers of E(S) / E‖W x‖², half of the units removed on the dense model's inputs."""
+    """Mean over the layers of E(S) / E‖W x‖², half of the units removed on the dense model's
+    inputs.
+    """
     model = copy.deepcopy(setting.model)
     windows = setting.calibration(TOKENS[0], seed)
     graph = trace(model, {"input_ids": windows[:2, :8], "use_cache": False})
@@ -98,12 +105,16 @@ def layer_errors(setting: Setting, seed: int) -> dict[str, float]:
     for group, (site,) in Walk(model=model, groups=groups, batches=batches(windows, 16, "cpu")):
         problem = Statistics(site=site, damping=0.0001).problem(site.weight())
         count, energy = group.num_units // 2, site.energy()
-        choose, names = (choose_units, HEADS) if group.kind == "attention" else (choose_columns, COLUMNS)
+        choose, names = (
+            (choose_units, HEADS) if group.kind == "attention" else (choose_columns, COLUMNS)
+        )
         for name in names:
             units = choose([problem], count, name)
             found[f"{group.kind} {name}"].append(removal_error(problem, units).item() / energy)
             units = swap([problem], units)
-            found[f"{group.kind} {name} + swap"].append(removal_error(problem, units).item() / energy)
+            found[f"{group.kind} {name} + swap"].append(
+                removal_error(problem, units).item() / energy
+            )
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
@@ -136,19 +147,30 @@ def gather() -> None:
         found = json.loads(path.read_text())
         for name, values in found.pop("layer_error").items():
             question = "layer error, half of the units"
-            rows.append({"model": path.stem, "question": question, "setting": name, **_spread(values)})
+            rows.append(
+                {"model": path.stem, "question": question, "setting": name, **_spread(values)}
+            )
         found.pop("dense")
         for key, values in found.items():
             question, option, tokens, ratio = key.split("|")
             question = f"{question}, {int(tokens):,} tokens: perplexity at {float(ratio):.0%}"
             rows.append(
-                {"model": path.stem, "question": question, "setting": option.partition(".")[2], **_spread(values)}
+                {
+                    "model": path.stem,
+                    "question": question,
+                    "setting": option.partition(".")[2],
+                    **_spread(values),
+                }
             )
     write("quality", {**environment("quality"), "repeats": len(SEEDS), "note": NOTE, "rows": rows})
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "spread": statistics.stdev(values), "runs": len(values)}
+    return {
+        "mean": statistics.mean(values),
+        "spread": statistics.stdev(values),
+        "runs": len(values),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""LLM-Pruner's table 13 at small scale: the dense and the pruned model, their weights in 8 and 4 bits by torchao."""
+"""LLM-Pruner's table 13 at small scale: the dense and the pruned model, their weights in 8 and 4
+bits by torchao.
+"""
 
 import copy
 from typing import Any
@@ -50,20 +52,28 @@ def parts(tensor: Tensor) -> list[Tensor]:
     """What a tensor is stored as; a quantized one as numbers, scales and zero points."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+    return [
+        part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))
+    ]
 
 
 def held(model: nn.Module, bits: int = 8) -> float:
     """Bytes of the weights, tied ones once; of int8 numbers `bits` are counted."""
     found = [part for parameter in model.parameters() for part in parts(parameter)]
-    return sum(part.numel() * (bits / 8 if part.dtype == torch.int8 else part.itemsize) for part in found)
+    return sum(
+        part.numel() * (bits / 8 if part.dtype == torch.int8 else part.itemsize) for part in found
+    )
 
 
 def main() -> None:
     dense = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     tokenizer = prunekit.checkpoint.load_tokenizer(DEMO_MODEL)
-    windows = evaluation_windows(load_corpus("embedded", "eval", {}), tokenizer, 128, 16_384, "embedded")
-    calibration = calibration_windows(load_corpus("embedded", "calibration", {}), tokenizer, 128, 128, 0)
+    windows = evaluation_windows(
+        load_corpus("embedded", "eval", {}), tokenizer, 128, 16_384, "embedded"
+    )
+    calibration = calibration_windows(
+        load_corpus("embedded", "calibration", {}), tokenizer, 128, 128, 0
+    )
     models = {"dense": dense}
     for name, options in SHAPES.items():
         models[name] = copy.deepcopy(dense)
@@ -87,7 +97,9 @@ def main() -> None:
             row |= {"perplexity": perplexity(found, windows, 32, "embedded"), "bytes": held(found)}
             rows.append(row | ({"packed": held(found, 4)} if kind == "int4" else {}))
             print(rows[-1], flush=True)
-    measured = speed({f"{name} {kind}": found for (name, kind), found in quantized.items()}, repeats=REPEATS)
+    measured = speed(
+        {f"{name} {kind}": found for (name, kind), found in quantized.items()}, repeats=REPEATS
+    )
     for row in rows:
         for key in ("prefill", "decode"):
             row[key] = measured[f"{key}_tokens_per_second"].get(f"{row['model']} {row['weights']}")

@@ -1,7 +1,9 @@
-"""What recovery gives back after 20 and 45 %, by method and kind; more data, and only some of the linears.
+"""What recovery gives back after 20 and 45 %, by method and kind; more data, and only some of the
+linears.
 
 python benchmarks/recovery.py demo                                    # the embedded model
-python benchmarks/recovery.py stories260K MODEL_FOLDER TEXT_FILE      # five sixths of it train, the rest is held out
+python benchmarks/recovery.py stories260K MODEL_FOLDER TEXT_FILE      # five sixths of it train, the
+rest is held out
 
 Each call replaces its own model's rows in benchmarks/recovery.json.
 """
@@ -80,7 +82,15 @@ class Setting:
         teacher = self.model if settings.needs_teacher else None
         known = cfg.check(cfg.compose(["output_dir=none"])).corpora
         with tempfile.TemporaryDirectory() as folder:
-            found = recover(model, self.tokenizer, settings, known=known, seed=0, folder=Path(folder), teacher=teacher)
+            found = recover(
+                model,
+                self.tokenizer,
+                settings,
+                known=known,
+                seed=0,
+                folder=Path(folder),
+                teacher=teacher,
+            )
         seconds = time.perf_counter() - began
         return {"perplexity": self.perplexity(model), "tokens": found["tokens"], "seconds": seconds}
 
@@ -89,7 +99,9 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
     found = []
 
     def note(method: str, ratio: float, what: str, figures: dict[str, Any]) -> None:
-        found.append({"model": setting.name, "method": method, "ratio": ratio, "recovery": what, **figures})
+        found.append(
+            {"model": setting.name, "method": method, "ratio": ratio, "recovery": what, **figures}
+        )
         print(found[-1], flush=True)
 
     note("dense", 0.0, "–", {"perplexity": setting.perplexity(setting.model)})
@@ -102,9 +114,19 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
     pruned = setting.pruned("llm_pruner", 0.2)
     for samples in (75, 300):
         for kind in KINDS:
-            note("llm_pruner", 0.2, f"{kind}, {samples} rows", setting.recovered(pruned, kind, samples=samples))
+            note(
+                "llm_pruner",
+                0.2,
+                f"{kind}, {samples} rows",
+                setting.recovered(pruned, kind, samples=samples),
+            )
     for part in ("mlp", "attention"):
-        note("llm_pruner", 0.2, f"lora, {part} alone", setting.recovered(pruned, "lora", targets=part))
+        note(
+            "llm_pruner",
+            0.2,
+            f"lora, {part} alone",
+            setting.recovered(pruned, "lora", targets=part),
+        )
     return found
 
 
@@ -112,4 +134,7 @@ if __name__ == "__main__":
     setting, path = Setting(*sys.argv[1:]), HERE / "recovery.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in before if row["model"] != setting.name]
-    write("recovery", {**environment("recovery"), "repeats": 1, "note": NOTE, "rows": kept + rows(setting)})
+    write(
+        "recovery",
+        {**environment("recovery"), "repeats": 1, "note": NOTE, "rows": kept + rows(setting)},
+    )

@@ -1,4 +1,5 @@
-"""A third model for the quality tables: a GPT-2 (Conv1D, biases, LayerNorm) trained on the embedded corpus.
+"""A third model for the quality tables: a GPT-2 (Conv1D, biases, LayerNorm) trained on the embedded
+corpus.
 
 python benchmarks/small_gpt2.py FOLDER       # some ten minutes on one CPU core
 """
@@ -22,7 +23,9 @@ from prunekit.demo.train import (
     train_tokenizer,
 )
 
-CONFIG = TrainingConfig(vocab_size=1024, hidden_size=128, layers=6, steps=1500, sequence_length=128, dropout=0.0)
+CONFIG = TrainingConfig(
+    vocab_size=1024, hidden_size=128, layers=6, steps=1500, sequence_length=128, dropout=0.0
+)
 
 
 def build(eos: int) -> GPT2LMHeadModel:

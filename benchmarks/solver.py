@@ -1,11 +1,14 @@
-"""How long choosing columns takes against inverting the Hessian it works on; times and ratios of one run, medians.
+"""How long choosing columns takes against inverting the Hessian it works on; times and ratios of
+one run, medians.
 
     python benchmarks/solver.py                        # LLaMA-7B's down_proj: n = 11,008, d = 4,096
-    python benchmarks/solver.py --n 1024 --d 384       # a minute's check; add --repeats 1 for a quick one
+    python benchmarks/solver.py --n 1024 --d 384       # a minute's check; add --repeats 1 for a
+    quick one
 
-The inputs share a few factors, in a different scale each; the variance inflation factors are some tens. Beside the
-greedy choice: groups, the released code's schedule as it runs there (the Hessian of what is left is inverted for every
-group; once, at 20 %), and the naive loop that updates W and A at every column, at two smaller sizes for its growth.
+The inputs share a few factors, in a different scale each; the variance inflation factors are some
+tens. Beside the greedy choice: groups, the released code's schedule as it runs there (the Hessian
+of what is left is inverted for every group; once, at 20 %), and the naive loop that updates W and A
+at every column, at two smaller sizes for its growth.
 """
 
 import argparse
@@ -19,8 +22,8 @@ import torch
 from page import environment, write
 from torch import Tensor
 
-from prunekit.compensation.choose import Groups, choose_columns, released_sizes
-from prunekit.compensation.solver import Problem, invert
+from prunekit.obs.choose import Groups, choose_columns, released_sizes
+from prunekit.obs.inverse import Problem, invert
 
 SHARES = (0.2, 0.5)
 GROUPS: tuple[Groups, ...] = ("greedy", "dynamic_group", "released_group", "fixed_group")
@@ -71,7 +74,9 @@ def naive(weight: Tensor, inverse: Tensor, count: int) -> None:
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Seconds of each, taken in turn so that a busy moment is everybody's; the first turn warms up."""
-    turns = [{name: timed(function) for name, function in functions.items()} for _ in range(repeats + 1)]
+    turns = [
+        {name: timed(function) for name, function in functions.items()} for _ in range(repeats + 1)
+    ]
     return {name: statistics.median(turn[name] for turn in turns[1:]) for name in functions}
 
 
@@ -79,7 +84,9 @@ def measure(n: int, d: int, dtype: torch.dtype, repeats: int, baseline: bool) ->
     """A row for each share; `baseline`: with the schedule that inverts again."""
     hessian, weight = case(n, d, dtype)
     inverse = invert(hessian)
-    assert (inverse.matrix.dtype, inverse.damping) == (dtype, 0), "the Hessian should be one that this dtype inverts"
+    assert (inverse.matrix.dtype, inverse.damping) == (dtype, 0), (
+        "the Hessian should be one that this dtype inverts"
+    )
     problem = Problem(weight=weight, inverse=inverse.matrix, index=torch.arange(n)[:, None])
     for share in SHARES:
         count = int(share * n)
@@ -88,14 +95,24 @@ def measure(n: int, d: int, dtype: torch.dtype, repeats: int, baseline: bool) ->
         functions["greedy"] = lambda count=count: choose_columns([problem], count)
         seconds = medians(functions, repeats)
         for groups in GROUPS[1:]:
-            seconds[groups] = timed(lambda groups=groups, count=count: choose_columns([problem], count, groups))
+            seconds[groups] = timed(
+                lambda groups=groups, count=count: choose_columns([problem], count, groups)
+            )
         if baseline and share == SHARES[0]:  # many inversions: once is long enough
             seconds["reinverting"] = timed(lambda count=count: reinverting(hessian, weight, count))
-        yield {"n": n, "d": d, "dtype": str(dtype).removeprefix("torch."), "share": share, "seconds": seconds}
+        yield {
+            "n": n,
+            "d": d,
+            "dtype": str(dtype).removeprefix("torch."),
+            "share": share,
+            "seconds": seconds,
+        }
 
 
 def growth(n: int, d: int, repeats: int) -> dict:
-    """The naive loop and greedy at two smaller sizes, 20 % of the columns, and the exponents of their growth with n."""
+    """The naive loop and greedy at two smaller sizes, 20 % of the columns, and the exponents of
+    their growth with n.
+    """
     rows = []
     for size in (n // 2, n):
         hessian, weight = case(size, d * size // n, torch.float32)
@@ -104,18 +121,25 @@ def growth(n: int, d: int, repeats: int) -> dict:
         count = size // 5
         functions = {
             "greedy": lambda problem=problem, count=count: choose_columns([problem], count),
-            "naive": lambda weight=weight, inverse=inverse, count=count: naive(weight, inverse, count),
+            "naive": lambda weight=weight, inverse=inverse, count=count: naive(
+                weight, inverse, count
+            ),
         }
         rows.append({"n": size, "d": len(weight), "seconds": medians(functions, repeats)})
     small, large = (row["seconds"] for row in rows)
-    return {"rows": rows, "exponents": {name: math.log2(large[name] / small[name]) for name in large}}
+    return {
+        "rows": rows,
+        "exponents": {name: math.log2(large[name] / small[name]) for name in large},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--n", type=int, default=11008)
     parser.add_argument("--d", type=int, default=4096)
-    parser.add_argument("--naive-n", type=int, default=2048, help="the larger size of the naive loop")
+    parser.add_argument(
+        "--naive-n", type=int, default=2048, help="the larger size of the naive loop"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     rows = list(measure(args.n, args.d, torch.float32, args.repeats, True))

@@ -1,7 +1,8 @@
-"""Peak memory of a streamed run of a 1 B parameter Llama, beside what opening and what loading it take.
+"""Peak memory of a streamed run of a 1 B parameter Llama, beside what opening and what loading it
+take.
 
-Every measurement is a process of its own. The weights are random, bf16 on disk; half precision computes in float32 on a
-CPU. The 2.2 GB folder is made for the run and removed after it.
+Every measurement is a process of its own. The weights are random, bf16 on disk; half precision
+computes in float32 on a CPU. The 2.2 GB folder is made for the run and removed after it.
 """
 
 import argparse
@@ -67,25 +68,38 @@ def make(folder: Path, layers: int) -> int:
         parts.setdefault(key, {})[name] = parameter
     for key, found in parts.items():
         writer.write(
-            key, {n: torch.ones(p.shape) if "norm" in n else torch.randn(p.shape) * 0.02 for n, p in found.items()}
+            key,
+            {
+                n: torch.ones(p.shape) if "norm" in n else torch.randn(p.shape) * 0.02
+                for n, p in found.items()
+            },
         )
     writer.finish(model, load_tokenizer(DEMO_MODEL))
     return sum(2 * parameter.numel() for parameter in model.parameters())
 
 
 def measured(*command: str) -> dict[str, float]:
-    """Peak resident MiB and CPU seconds of a command; the run itself sets its peak back at every stage: polled."""
+    """Peak resident MiB and CPU seconds of a command; the run itself sets its peak back at every
+    stage: polled.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+    )
     peak, status = 0.0, Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         lines = status.read_text().splitlines()
-        peak = max([peak, *(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))])
+        peak = max(
+            [peak, *(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))]
+        )
         time.sleep(0.01)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: ended with {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"peak": peak, "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+    return {
+        "peak": peak,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
 
 
 def main() -> None:
@@ -93,22 +107,44 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     parser.add_argument("--budget", type=int, default=64, help="MiB of activations")
     parser.add_argument("--samples", type=int, default=64, help="of 128 tokens")
-    parser.add_argument("--folder", type=Path, help="for the model and the result; a temporary one by default")
+    parser.add_argument(
+        "--folder", type=Path, help="for the model and the result; a temporary one by default"
+    )
     args = parser.parse_args()
-    options = ["memory.stream=true", f"memory.budget={args.budget * MIB}", "method=slimgpt", "ratio=0.2", "eval=none"]
-    options += ["compensation.target=pruned"]  # SlimGPT's; a target beyond takes a second Hessian and stream
+    options = [
+        "memory.stream=true",
+        f"memory.budget={args.budget * MIB}",
+        "method=slimgpt",
+        "ratio=0.2",
+        "eval=none",
+    ]
+    options += [
+        "compensation.target=pruned"
+    ]  # SlimGPT's; a target beyond takes a second Hessian and stream
     options += [f"data.calibration.samples={args.samples}", "data.calibration.sequence_length=128"]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         model, pruned = f"{folder}/dense", Path(folder, "pruned")
         num_bytes = make(Path(model), args.layers)
-        runs = {name: [measured(sys.executable, "-c", code, model) for _ in range(3)] for name, code in BESIDE.items()}
+        runs = {
+            name: [measured(sys.executable, "-c", code, model) for _ in range(3)]
+            for name, code in BESIDE.items()
+        }
         where = [f"model.path={model}", f"output_dir={pruned}"]
         streamed = measured(sys.executable, "-m", "prunekit", *where, *options)
         report = json.loads((pruned / "report.json").read_text())
-    result = {**environment("streamed"), "command": " ".join(["python benchmarks/streamed.py", *sys.argv[1:]])}
-    result |= {"setup": CONFIG | {"num_hidden_layers": args.layers}, "options": options, "note": NOTE}
+    result = {
+        **environment("streamed"),
+        "command": " ".join(["python benchmarks/streamed.py", *sys.argv[1:]]),
+    }
+    result |= {
+        "setup": CONFIG | {"num_hidden_layers": args.layers},
+        "options": options,
+        "note": NOTE,
+    }
     result |= {"weights": num_bytes / MIB, "budget": args.budget, "repeats": 1, **streamed}
-    result |= {name: statistics.median(run["peak"] for run in found) for name, found in runs.items()}
+    result |= {
+        name: statistics.median(run["peak"] for run in found) for name, found in runs.items()
+    }
     result["stages"] = {name: peak / MIB for name, peak in report["peak_memory_bytes"].items()}
     result["seconds"], result["versions"] = report["seconds"], report["versions"]
     write("streamed", result)

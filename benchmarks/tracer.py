@@ -1,8 +1,9 @@
-"""What tracing costs on LLaMA's shapes, and whose groups are right, beside torch-pruning's tracer in the same run.
+"""What tracing costs on LLaMA's shapes, and whose groups are right, beside torch-pruning's tracer
+in the same run.
 
-Costs: every measurement is a process of its own (`tracer.py measure …`), on the meta device, both tools with the same
-inputs. Verdicts: a unit is cut by each tool's group from a small random model; right is what equals the dense model
-with the consumers' columns of that unit zeroed by hand.
+Costs: every measurement is a process of its own (`tracer.py measure …`), on the meta device, both
+tools with the same inputs. Verdicts: a unit is cut by each tool's group from a small random model;
+right is what equals the dense model with the consumers' columns of that unit zeroed by hand.
 """
 
 import argparse
@@ -32,10 +33,23 @@ import prunekit
 
 warnings.simplefilter("ignore")
 REPEATS = 3
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
 COSTS = [  # model, shape, layers, repeats
-    *(("LLaMA-7B" if n == 32 else f"LLaMA-7B, {n} layers", LLAMA_7B, n, REPEATS) for n in (8, 16, 32, 64)),
+    *(
+        ("LLaMA-7B" if n == 32 else f"LLaMA-7B, {n} layers", LLAMA_7B, n, REPEATS)
+        for n in (8, 16, 32, 64)
+    ),
     ("LLaMA-70B", LLAMA_70B, 80, 1),
 ]
 COSTS_NOTE = (
@@ -89,7 +103,9 @@ def peak() -> float:
 
 def dependencies(model: nn.Module, inputs) -> torch_pruning.DependencyGraph:
     graph = torch_pruning.DependencyGraph()
-    return graph.build_dependency(model, inputs, verbose=False, output_transform=lambda o: getattr(o, "logits", o))
+    return graph.build_dependency(
+        model, inputs, verbose=False, output_transform=lambda o: getattr(o, "logits", o)
+    )
 
 
 def costs() -> list[dict]:
@@ -98,10 +114,17 @@ def costs() -> list[dict]:
         runs: dict[str, list[dict]] = {"prunekit": [], "torch_pruning": []}
         for tool in [*runs] * repeats:  # by turns
             command = [sys.executable, __file__, "measure", tool, json.dumps(shape), str(layers)]
-            runs[tool].append(json.loads(subprocess.check_output(command, env=os.environ | {"OMP_NUM_THREADS": "1"})))
+            runs[tool].append(
+                json.loads(
+                    subprocess.check_output(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                )
+            )
         row = {"model": model, "layers": layers, "repeats": repeats}
         for tool, measured in runs.items():
-            row[tool] = {key: round(statistics.median(run[key] for run in measured), 3) for key in measured[0]}
+            row[tool] = {
+                key: round(statistics.median(run[key] for run in measured), 3)
+                for key in measured[0]
+            }
         print(row, file=sys.stderr)
         rows.append(row)
     return rows
@@ -121,11 +144,16 @@ class ResNet(nn.Module):
 
 
 class ViT(nn.Module):
-    """One block; q, k and v of one Linear, taken apart by `unbind`, as most ViTs do it, or by `chunk`."""
+    """One block; q, k and v of one Linear, taken apart by `unbind`, as most ViTs do it, or by
+    `chunk`.
+    """
 
     def __init__(self, apart: str):
         super().__init__()
-        self.patch, self.position = nn.Conv2d(3, 48, 4, stride=4), nn.Parameter(torch.zeros(1, 4, 48))
+        self.patch, self.position = (
+            nn.Conv2d(3, 48, 4, stride=4),
+            nn.Parameter(torch.zeros(1, 4, 48)),
+        )
         self.norm1, self.qkv, self.proj = nn.LayerNorm(48), nn.Linear(48, 144), nn.Linear(48, 48)
         self.norm2, self.fc1, self.fc2 = nn.LayerNorm(48), nn.Linear(48, 40), nn.Linear(40, 48)
         self.head, self.apart = nn.Linear(48, 5), apart
@@ -137,29 +165,49 @@ class ViT(nn.Module):
             q, k, v = qkv.unflatten(-1, (3, -1, 6)).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2) for part in qkv.chunk(3, -1))
-        x = x + self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.proj(
+            functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         return self.head((x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))).mean(1))
 
 
 def causal(family: str, attention: str = "sdpa", **config) -> nn.Module:
-    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+    }
     tokens = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     config = AutoConfig.for_model(family, **sizes | tokens | config)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 def llama_like(family: str, kv_heads: int, attention: str, heads: int = 8):
-    sizes = {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "hidden_size": 6 * heads}
+    sizes = {
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": heads,
+        "hidden_size": 6 * heads,
+    }
     return lambda: causal(family, attention, **sizes)
 
 
 RATIOS = [(kv_heads, attention) for kv_heads in (8, 4, 2, 1) for attention in ("sdpa", "eager")]
 CASES = [  # model, how it is built, the kind of group
-    ("MLP", lambda: nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3)), "mlp"),
+    (
+        "MLP",
+        lambda: nn.Sequential(
+            nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3)
+        ),
+        "mlp",
+    ),
     ("ResNet-like, batch norm", ResNet, "channel"),
     ("ViT, fused q k v, unbind", lambda: ViT("unbind"), "attention"),
     ("ViT, fused q k v, chunk", lambda: ViT("chunk"), "attention"),
-    *((f"Llama 8:{kv}, {attention}", llama_like("llama", kv, attention), "attention") for kv, attention in RATIOS),
+    *(
+        (f"Llama 8:{kv}, {attention}", llama_like("llama", kv, attention), "attention")
+        for kv, attention in RATIOS
+    ),
     ("Llama 64:8, sdpa (LLaMA-70B's)", llama_like("llama", 8, "sdpa", 64), "attention"),
     ("Llama", lambda: causal("llama"), "mlp"),
     *(
@@ -205,7 +253,9 @@ class EndlessError(Exception):
 
 
 class Bounded(Group):
-    """torch-pruning's group, given up at two thousand entries; a layer of these models makes less than a hundred."""
+    """torch-pruning's group, given up at two thousand entries; a layer of these models makes less
+    than a hundred.
+    """
 
     def add_dep(self, dep, idxs):
         if len(self) > 2000:
@@ -221,7 +271,9 @@ def verdict(model: str, build, kind: str) -> dict[str, str]:
     units = [1, 3, 5, 6] if model.startswith("Mixtral") and kind == "mlp" else [0]
     masked = copy.deepcopy(dense)
     for member in group.consumers:
-        masked.get_parameter(member.parameter).data.index_fill_(member.dim, member.index[units].flatten(), 0)
+        masked.get_parameter(member.parameter).data.index_fill_(
+            member.dim, member.index[units].flatten(), 0
+        )
     expected = outputs(masked, inputs)
     ours = copy.deepcopy(dense)
     prunekit.apply_plan(ours, graph, prunekit.PruningPlan({group.name: units}))
@@ -232,9 +284,17 @@ def verdict(model: str, build, kind: str) -> dict[str, str]:
         if name in weights and weights[name].ndim > 1:
             theirs = torch_prunings(copy.deepcopy(dense), inputs, member, units, ours, expected)
             found.setdefault(theirs, []).append(name.removesuffix(".weight").rpartition(".")[2])
-    theirs = [f"{verdict} ({', '.join(names)})" if len(found) > 1 else verdict for verdict, names in found.items()]
+    theirs = [
+        f"{verdict} ({', '.join(names)})" if len(found) > 1 else verdict
+        for verdict, names in found.items()
+    ]
     own = judged(error(ours, inputs, expected))
-    return {"model": model, "cut": kind, "prunekit": own, "torch_pruning": "; ".join(sorted(theirs))}
+    return {
+        "model": model,
+        "cut": kind,
+        "prunekit": own,
+        "torch_pruning": "; ".join(sorted(theirs)),
+    }
 
 
 def torch_prunings(model, inputs, member, units, ours, expected) -> str:
@@ -250,7 +310,11 @@ def torch_prunings(model, inputs, member, units, ours, expected) -> str:
     except EndlessError:
         return "never ends"
     except (RuntimeError, ValueError, AssertionError) as problem:
-        return "not seen" if "not in the dependency graph" in str(problem) else f"fails: {type(problem).__name__}"
+        return (
+            "not seen"
+            if "not in the dependency graph" in str(problem)
+            else f"fails: {type(problem).__name__}"
+        )
 
 
 def follow(model: nn.Module, ours: nn.Module) -> None:
@@ -273,7 +337,9 @@ def judged(difference: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measure", nargs="*", help="measure TOOL SHAPE LAYERS, in this process alone")
+    parser.add_argument(
+        "measure", nargs="*", help="measure TOOL SHAPE LAYERS, in this process alone"
+    )
     arguments = parser.parse_args().measure
     if arguments:
         print(json.dumps(measure(arguments[1], json.loads(arguments[2]), int(arguments[3]))))
@@ -281,9 +347,20 @@ def main() -> None:
     torch_pruning.dependency.graph.Group = Bounded
     verdicts = [verdict(*case) for case in CASES]
     rows = costs()
-    note = COSTS_NOTE.format(imports=statistics.median(row["prunekit"]["imports_mb"] for row in rows))
-    result = {**environment("tracer"), "repeats": REPEATS, "torch_pruning": version("torch-pruning")}
-    result |= {"costs_note": note, "costs": rows, "verdicts_note": VERDICTS_NOTE, "verdicts": verdicts}
+    note = COSTS_NOTE.format(
+        imports=statistics.median(row["prunekit"]["imports_mb"] for row in rows)
+    )
+    result = {
+        **environment("tracer"),
+        "repeats": REPEATS,
+        "torch_pruning": version("torch-pruning"),
+    }
+    result |= {
+        "costs_note": note,
+        "costs": rows,
+        "verdicts_note": VERDICTS_NOTE,
+        "verdicts": verdicts,
+    }
     write("tracer", result)
 
 

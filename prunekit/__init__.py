@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunekit.checkpoint import from_pretrained, save_pretrained
+    from prunekit.checkpoint.register import register_with_transformers
     from prunekit.errors import PrunekitError
-    from prunekit.exports import register_with_transformers
     from prunekit.graph import CoupledGroup, CouplingGraph, Member, trace
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
-    from prunekit.surgery import apply_plan
+    from prunekit.surgery.check import apply_plan
 
 _PUBLIC = {
     "CoupledGroup": "graph",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "apply_plan": "surgery",
     "from_pretrained": "checkpoint",
     "prune": "pipeline",
-    "register_with_transformers": "exports",
+    "register_with_transformers": "checkpoint.register",
     "save_pretrained": "checkpoint",
     "trace": "graph",
 }

@@ -22,8 +22,13 @@ _failures: list[PrunekitError] = []
 def _complain(error: Exception, more: str = "") -> None:
     if os.environ.get("PRUNEKIT_TRACEBACK") == "1":
         traceback.print_exception(error)
-    who = f"prunekit, process {rank}" if (rank := os.environ.get("RANK", "0")) != "0" else "prunekit"
-    print(f"{who}: {error if isinstance(error, PrunekitError) else one_line(error)}{more}", file=sys.stderr)
+    who = (
+        f"prunekit, process {rank}" if (rank := os.environ.get("RANK", "0")) != "0" else "prunekit"
+    )
+    print(
+        f"{who}: {error if isinstance(error, PrunekitError) else one_line(error)}{more}",
+        file=sys.stderr,
+    )
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -48,9 +53,10 @@ def _job(config: DictConfig) -> None:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})),
     }
     try:
-        from prunekit import console, jobs
+        from prunekit import jobs
         from prunekit.report import print_summary
         from prunekit.report.couplings import print_comparison, print_groups
+        from prunekit.runtime import console
 
         console.speak(os.environ.get("RANK", "0") == "0")
         run_config = check(config)
@@ -84,7 +90,10 @@ def main() -> None:
     """Run; exit with 0, or 2 after one line on what was wrong, or 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torchao", "torch.utils._pytree"):  # which complain of themselves when they are imported
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # which complain of themselves when they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
     _failures.clear()
     try:
@@ -94,7 +103,11 @@ def main() -> None:
         _complain(error)
         sys.exit(2)
     except OSError as error:  # Hydra could not make the output folder
-        _complain(CheckpointError(f"output_dir: {error.filename or ''}: can't be written: {error.strerror}"))
+        _complain(
+            CheckpointError(
+                f"output_dir: {error.filename or ''}: can't be written: {error.strerror}"
+            )
+        )
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"prunekit: interrupted; no result was written{stop}", file=sys.stderr)

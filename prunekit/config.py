@@ -1,4 +1,6 @@
-"""Find `conf/`, compose it with Hydra, and check it against typed dataclasses before anything heavy is imported."""
+"""Find `conf/`, compose it with Hydra, and check it against typed dataclasses before anything heavy
+is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,20 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from prunekit.errors import ConfigError, PrunekitError, suggest
 
-GROUPS = ("model", "data", "importance", "policy", "scope", "compensation", "schedule", "recovery", "eval", "export",
-          "method", "experiment")  # fmt: skip
+GROUPS = (
+    "model",
+    "data",
+    "importance",
+    "policy",
+    "scope",
+    "compensation",
+    "schedule",
+    "recovery",
+    "eval",
+    "export",
+    "method",
+    "experiment",
+)
 TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff")
 BLOCK = ("attention", "mlp")
 SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
@@ -48,7 +62,9 @@ class DataConfig:
 
 @dataclass
 class TargetConfig:
-    """What the pruned model may come to, instead of `ratio`; `tokens` × `batch` is what FLOPs and latency are for."""
+    """What the pruned model may come to, instead of `ratio`; `tokens` × `batch` is what FLOPs and
+    latency are for.
+    """
 
     parameters: float | None = None
     bytes: float | None = None
@@ -187,7 +203,9 @@ def check_choices(overrides: list[str]) -> None:
         available = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
         for choice in value.strip("\"'").split(","):
             if choice.strip() not in [*available, "null", "choice()"] and "(" not in choice:
-                raise ConfigError(f"{key}: unknown choice {choice.strip()!r}: {suggest(choice.strip(), available)}")
+                raise ConfigError(
+                    f"{key}: unknown choice {choice.strip()!r}: {suggest(choice.strip(), available)}"
+                )
 
 
 def one_line(error: BaseException) -> str:
@@ -195,11 +213,17 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__ if error.__cause__ is not error else None
     text = "; ".join(lines[:2]).replace("Could not override", "can't set")
-    return f"{text}: {str(cause).splitlines()[0]}" if cause and str(cause) and str(cause) not in text else text
+    return (
+        f"{text}: {str(cause).splitlines()[0]}"
+        if cause and str(cause) and str(cause) not in text
+        else text
+    )
 
 
 def check(config: DictConfig) -> RunConfig:
-    """The configuration as typed dataclasses; ConfigError names the key, what was expected and what came."""
+    """The configuration as typed dataclasses; ConfigError names the key, what was expected and what
+    came.
+    """
     container: Any = OmegaConf.to_container(config, resolve=False)
     plain = OmegaConf.create({k: v for k, v in container.items() if k != "hydra"})
     for name in ("corpora", "tasks", "prompts"):
@@ -219,13 +243,21 @@ def check(config: DictConfig) -> RunConfig:
     if run.task not in TASKS:
         raise ConfigError(f"task: unknown choice {run.task!r}: {suggest(run.task, list(TASKS))}")
     if run.shapes not in SHAPES:
-        raise ConfigError(f"shapes: unknown choice {run.shapes!r}: {suggest(run.shapes, list(SHAPES))}")
+        raise ConfigError(
+            f"shapes: unknown choice {run.shapes!r}: {suggest(run.shapes, list(SHAPES))}"
+        )
     for kind in kinds_of(run.groups):
         if kind not in KINDS:
             raise ConfigError(f"groups: unknown choice {kind!r}: {suggest(kind, list(KINDS))}")
-    given = {name: getattr(run.target, name) for name in MEASURES if getattr(run.target, name) is not None}
+    given = {
+        name: getattr(run.target, name)
+        for name in MEASURES
+        if getattr(run.target, name) is not None
+    }
     if len(given) > 1:
-        raise ConfigError(f"target: expected one of {', '.join(MEASURES)}, got {' and '.join(given)}")
+        raise ConfigError(
+            f"target: expected one of {', '.join(MEASURES)}, got {' and '.join(given)}"
+        )
     for name, value in given.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"target.{name}: expected a number > 0, got {value:g}")
@@ -233,8 +265,12 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(f"ratio: expected a number in (0, 1), got {run.ratio:g}")
     if not (isinstance(run.memory.stream, bool) or run.memory.stream == "auto"):
         raise ConfigError(f"memory.stream: expected true, false or auto, got {run.memory.stream!r}")
-    if run.eval.batch_size != "auto" and not (isinstance(run.eval.batch_size, int) and run.eval.batch_size > 0):
-        raise ConfigError(f"eval.batch_size: expected a whole number ≥ 1 or auto, got {run.eval.batch_size}")
+    if run.eval.batch_size != "auto" and not (
+        isinstance(run.eval.batch_size, int) and run.eval.batch_size > 0
+    ):
+        raise ConfigError(
+            f"eval.batch_size: expected a whole number ≥ 1 or auto, got {run.eval.batch_size}"
+        )
     if not (run.eval.temperature >= 0 and 0 < run.eval.top_p <= 1):
         came = f"{run.eval.temperature:g} and {run.eval.top_p:g}"
         raise ConfigError(f"eval: expected temperature ≥ 0 and top_p in (0, 1], got {came}")
@@ -266,7 +302,9 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key → value."""
     if not isinstance(section, dict):
         return {prefix: section}
-    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in section.items()]
+    parts = [
+        flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in section.items()
+    ]
     return {key: value for part in parts for key, value in part.items()}
 
 
@@ -276,7 +314,9 @@ def kinds_of(groups: Any) -> list[str]:
 
 
 def build(section: dict[str, Any], name: str) -> Any:
-    """The object a config group's `_target_` names, or None; ConfigError where its arguments don't fit."""
+    """The object a config group's `_target_` names, or None; ConfigError where its arguments don't
+    fit.
+    """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 

@@ -38,3 +38,9 @@ def suggest(name: str, available: list[str]) -> str:
     shown = sorted(available)
     more = f", … ({len(shown) - 24} more)" if len(shown) > 24 else ""
     return f"{did_you_mean}available: {', '.join(shown[:24])}{more}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,14 +1,14 @@
-"""Pruning in order: trace, allocate, choose and repair, cut; on models that are loaded, whole or streamed."""
+"""Pruning in order: trace, allocate, choose and repair, cut; on models that are loaded, whole or
+streamed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import config as cfg
-from prunekit.choice import Choice, plan_choice, timing_example
-from prunekit.compensation.store import Store
+from prunekit.allocation.budget import Budget
+from prunekit.allocation.groups import chosen_groups
+from prunekit.allocation.limits import added_biases, floors, multiples
+from prunekit.allocation.objective import objective, timing_example
+from prunekit.allocation.scope import Scope
+from prunekit.calibration.consumers import consumers_of
+from prunekit.calibration.store import Store
+from prunekit.checkpoint.streamed import Streamed, layers_path
+from prunekit.compensation.bias import Bias
 from prunekit.config import RunConfig
-from prunekit.console import say
-from prunekit.data.tokens import batches as token_batches
-from prunekit.errors import DataError, TraceError
+from prunekit.data.batches import batches as token_batches
+from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import CoupledGroup, CouplingGraph, trace
-from prunekit.graph.capture import without_cache
-from prunekit.machine import Stages
-from prunekit.parallel import rank, together, world_size
+from prunekit.graph.example import example_of
+from prunekit.model.inputs import without_cache
 from prunekit.plan import PruningPlan
-from prunekit.schedules import Layerwise, State
-from prunekit.streaming import Streamed, layers_path
-from prunekit.surgery import apply_plan
+from prunekit.policies import Policy, Setting
+from prunekit.runtime.processes import rank, together, world_size
+from prunekit.runtime.stages import Stages
+from prunekit.runtime.versions import versions
+from prunekit.schedules import Assignment, Layerwise, Schedule, State
+from prunekit.surgery import shapes
+from prunekit.surgery.check import apply_plan
+from prunekit.surgery.snapshot import note_biases, restore, snapshot
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 STATE = ".state"  # what an unfinished run leaves in its output folder
@@ -37,7 +47,9 @@ STATE = ".state"  # what an unfinished run leaves in its output folder
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What pruning leaves: the model (changed in place), the plan, the report's figures, the graph it was cut by."""
+    """What pruning leaves: the model (changed in place), the plan, the report's figures, the graph
+    it was cut by.
+    """
 
     model: Any
     plan: PruningPlan
@@ -60,14 +72,18 @@ def prune(
         model: any module `torch.export` can capture.
         ratio: share of all the model's parameters to remove, in (0, 1).
         method: slimgpt, llm_pruner, magnitude or random.
-        calibration: token ids, int64 [N, T], of a causal language model; or keyword-argument dicts of any model's
-            forward call. The first one (two of its sequences) is also what the model is traced and checked with.
-        overrides: the strings the command line takes, e.g. ["policy=uniform", "importance.heads=diagonal"].
-        state: a folder for what a layer-wise run has finished; with "resume=true" among the overrides a run that was
+        calibration: token ids, int64 [N, T], of a causal language model; or keyword-argument dicts
+            of any model's forward call. The first one (two of its sequences) is also what the model
+            is traced and checked with.
+        overrides: the strings the command line takes, e.g. ["policy=uniform",
+            "importance.heads=diagonal"].
+        state: a folder for what a layer-wise run has finished;
+            with "resume=true" among the overrides a run that was
             broken off goes on from there. Removed at the end.
 
     Returns:
-        The result; `report` holds `method`, `seed`, `versions`, `ratio`, `parameters`, `layers`, `seconds`.
+        The result; `report` holds `method`, `seed`, `versions`, `ratio`, `parameters`, `layers`,
+        `seconds`.
 
     Raises:
         ConfigError: an unknown method or option, a ratio out of range or of reach.
@@ -87,14 +103,23 @@ def prune(
 
 def _batches(model: nn.Module, calibration: Any, batch_size: int) -> list[Mapping[str, Any]]:
     if calibration is None:
-        raise DataError("calibration: expected token ids [N, T] or keyword-argument dicts, got None")
+        raise DataError(
+            "calibration: expected token ids [N, T] or keyword-argument dicts, got None"
+        )
     if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.is_floating_point() or calibration.shape[1] < 2 or not len(calibration):
+        if (
+            calibration.ndim != 2
+            or calibration.is_floating_point()
+            or calibration.shape[1] < 2
+            or not len(calibration)
+        ):
             raise DataError(
                 "calibration: expected int64 token ids [N, T] with T ≥ 2, "
                 f"got {calibration.dtype} {tuple(calibration.shape)}"
             )
-        rows = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
+        rows = getattr(
+            getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None
+        )
         if rows and not 0 <= int(calibration.min()) <= int(calibration.max()) < rows:
             found = f"{int(calibration.min())} to {int(calibration.max())}"
             raise DataError(f"calibration: expected token ids in [0, {rows}), got {found}")
@@ -115,11 +140,11 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a run keeps what is finished (`state`), activations that memory has no room for (`activations`), and a
-    streamed model's layers (`model`).
+    """Where a run keeps what is finished (`state`), activations that memory has no room for
+    (`activations`), and a streamed model's layers (`model`).
 
-    `identity`: what tells the dense model from others; `undo`: put the model back after a failure; `keep`: the state
-    is still needed afterwards.
+    `identity`: what tells the dense model from others; `undo`: put the model back after a failure;
+    `keep`: the state is still needed afterwards.
     """
 
     state: Path | None = None
@@ -139,7 +164,8 @@ def prune_model(
     places: Places = Places(),
     streamed: Streamed | None = None,
 ) -> Result:
-    """Trace, allocate, choose and repair, cut; bytes are counted in the type `stored`, else in the weights' own.
+    """Trace, allocate, choose and repair, cut; bytes are counted in the type `stored`, else in the
+    weights' own.
 
     A `streamed` model is cut and written layer by layer; its weights stay on disk.
     """
@@ -148,21 +174,35 @@ def prune_model(
     with stages("trace"):
         graph = trace(model, example_of(batches[0]))
     with stages("prune"):
-        choice = plan_choice(model, graph, config, batches, stored)
+        choice = allocate(model, graph, config, batches, stored)
         task = replace(
             choice.task,
             state=open_state(config, graph, batches, places),
-            store=Store(stages.device, config.memory.budget, config.memory.host, places.activations),
+            store=Store(
+                stages.device, config.memory.budget, config.memory.host, places.activations
+            ),
         )
         if streamed:
             streamed.write_to(places.model, resume=bool(task.state and task.state.there))
             task = replace(task, layers=partial(streamed.layers, graph))
         total = num_parameters(model)
-        changes = task.independent or task.compensation is not None or isinstance(choice.schedule, Layerwise)
-        before = snapshot(model, task.groups, task.independent, copies=places.undo and not streamed) if changes else {}
+        changes = (
+            task.independent
+            or task.compensation is not None
+            or isinstance(choice.schedule, Layerwise)
+        )
+        before = (
+            snapshot(model, task.groups, task.independent, copies=places.undo and not streamed)
+            if changes
+            else {}
+        )
         try:
             plan = choice.schedule.run(task)
-            without = [model.get_submodule(name.rpartition(".")[0]) for name, bias in before.items() if bias is None]
+            without = [
+                model.get_submodule(name.rpartition(".")[0])
+                for name, bias in before.items()
+                if bias is None
+            ]
             if streamed is None:
                 apply_plan(model, graph, plan)
             else:
@@ -177,7 +217,7 @@ def prune_model(
     if task.store and any(task.store.peak.values()):
         report["activation_bytes"] = task.store.peak
     if config.target.name == "latency":
-        from prunekit.costs.timing import timed
+        from prunekit.allocation.costs.timing import timed
 
         report["target"]["measured"] = timed(model, timing_example(batches[0], config))
     if task.state and not places.keep:
@@ -186,11 +226,19 @@ def prune_model(
 
 
 def activations_folder(config: RunConfig, output: Path | None) -> Path | None:
-    """Where this process's activations go that memory has no room for: a folder of their own; the system's if None."""
+    """Where this process's activations go that memory has no room for: a folder of their own; the
+    system's if None.
+    """
     if config.memory.folder is None and output is None:
         return None
-    whose = os.getpid() if output is None else hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]
-    parent = Path(config.memory.folder) if config.memory.folder else output / STATE if output else Path()
+    whose = (
+        os.getpid()
+        if output is None
+        else hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]
+    )
+    parent = (
+        Path(config.memory.folder) if config.memory.folder else output / STATE if output else Path()
+    )
     return parent / f"activations-{whose}-{rank()}"
 
 
@@ -202,11 +250,30 @@ def open_state(
         return None
     hashed = hashlib.sha256()
     for tensor in (t for batch in batches for t in batch.values() if isinstance(t, Tensor)):
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    sections = ("ratio", "target", "groups", "shapes", "seed", "dtype", "importance", "policy", "scope", "compensation",
-                "schedule", "data")  # fmt: skip
-    facts = {"model": places.identity, "graph": graph.fingerprint, "calibration": hashed.hexdigest()[:16],
-             "processes": world_size(), "torch": torch.__version__}  # fmt: skip
+        hashed.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    sections = (
+        "ratio",
+        "target",
+        "groups",
+        "shapes",
+        "seed",
+        "dtype",
+        "importance",
+        "policy",
+        "scope",
+        "compensation",
+        "schedule",
+        "data",
+    )
+    facts = {
+        "model": places.identity,
+        "graph": graph.fingerprint,
+        "calibration": hashed.hexdigest()[:16],
+        "processes": world_size(),
+        "torch": torch.__version__,
+    }
     facts |= cfg.flat({key: value for key, value in asdict(config).items() if key in sections})
     with together():  # before one of them writes
         return State(places.state, facts, config.resume)
@@ -216,7 +283,10 @@ def _digest(model: nn.Module) -> str:
     """Tells a model's weights from others'."""
     hashed = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        sums = (parameter.detach().double().sum().item(), parameter.detach().flatten()[:64].double().tolist())
+        sums = (
+            parameter.detach().double().sum().item(),
+            parameter.detach().flatten()[:64].double().tolist(),
+        )
         hashed.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
     return hashed.hexdigest()[:16]
 
@@ -226,45 +296,6 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def snapshot(
-    model: nn.Module, groups: Sequence[CoupledGroup], everything: bool, copies: bool = True
-) -> dict[str, Tensor | None]:
-    """Copies of what choosing may change: the consumers and their biases (None where there is none), or all members.
-
-    They are in host memory. Without `copies` only which biases there are not.
-    """
-    names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
-    parameters = dict(model.named_parameters())
-    held = [name for name in names if name in parameters and copies]
-    found: dict[str, Tensor | None] = {name: parameters[name].detach().to("cpu", copy=True) for name in held}
-    for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if "bias" in module._parameters:
-            if (bias := module._parameters["bias"]) is None:
-                found[name] = None
-            elif copies:
-                found[name] = bias.detach().to("cpu", copy=True)
-    return found
-
-
-def restore(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
-    """Put copies back; a bias that was not there goes."""
-    for name, weight in before.items():
-        if weight is None:
-            model.get_submodule(name.rpartition(".")[0])._parameters["bias"] = None
-        else:
-            model.get_parameter(name).data.copy_(weight)
-
-
-def note_biases(model: nn.Module, given: Sequence[nn.Module]) -> None:
-    """Tell the config which modules were given a bias, so that a saved model is loaded with it."""
-    config: Any = getattr(model, "config", None)
-    paths = [path for path, module in model.named_modules() if module in set(given)]
-    if paths and config is not None:
-        config.extra_biases = sorted({*paths, *(getattr(config, "extra_biases", None) or ())})
-        say(f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, other loaders leave it out")
-
-
 def check_finite(model: nn.Module) -> None:
     """Raise DataError where a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
@@ -272,20 +303,12 @@ def check_finite(model: nn.Module) -> None:
             raise DataError(f"{name}: the weights hold NaN or infinity")
 
 
-def example_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A small example for tracing: two samples, of token ids the first eight."""
-
-    def small(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
-            return value
-        value = value[:2] if len(value) > 1 else torch.cat([value, value])
-        return value[:, :8] if value.ndim == 2 and not value.is_floating_point() else value
-
-    return {name: small(value) for name, value in batch.items()}
-
-
 def figures(
-    config: RunConfig, choice: Choice, plan: PruningPlan, parameters: tuple[int, int], stages: Stages
+    config: RunConfig,
+    choice: Allocation,
+    plan: PruningPlan,
+    parameters: tuple[int, int],
+    stages: Stages,
 ) -> dict[str, Any]:
     """The report of pruning alone; `parameters` dense and pruned."""
     total, left = parameters
@@ -305,14 +328,19 @@ def figures(
     for group in groups:
         kept = group.num_units - len(plan.removed.get(group.name, ()))
         row = layers.setdefault(group.layer, {"index": group.layer})
-        entry = row.setdefault(group.kind if group.layer is not None else group.name, {"kept": 0, "total": 0})
+        entry = row.setdefault(
+            group.kind if group.layer is not None else group.name, {"kept": 0, "total": 0}
+        )
         entry["kept"] += kept  # a layer may hold two groups of a kind: shared and routed experts
         entry["total"] += group.num_units
     return {
         "method": config.method_name,
         "seed": config.seed,
         "versions": versions(),
-        "ratio": {"target": None if config.target.name else config.ratio, "achieved": 1 - left / total},
+        "ratio": {
+            "target": None if config.target.name else config.ratio,
+            "achieved": 1 - left / total,
+        },
         "parameters": {"dense": total, "pruned": left},
         **target,
         "policy": {"shares": choice.shares, **choice.notes},
@@ -322,12 +350,104 @@ def figures(
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("prunekit", "torch", "transformers", "peft", "lm_eval"):
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Everything that is settled before units are chosen: who chooses (`schedule.run(task)`), and
+    how much goes.
+
+    `groups` also holds those that a policy leaves whole.
+    """
+
+    schedule: Schedule
+    task: Assignment
+    groups: Sequence[CoupledGroup]
+    shares: Mapping[str, float]
+    notes: Mapping[str, Any]
+
+
+def allocate(
+    model: nn.Module,
+    graph: CouplingGraph,
+    config: RunConfig,
+    batches: Sequence[Mapping[str, Any]],
+    stored: torch.dtype | None = None,
+) -> Allocation:
+    """Build what the configuration names, spread the target over the groups it may cut."""
+    scope: Scope = cfg.build(config.scope, "scope") or Scope()
+    groups = scope.included(chosen_groups(graph, config.groups), [*graph.groups, *graph.stacks])
+    importance = cfg.build(config.importance, "importance")
+    compensation = cfg.build(config.compensation, "compensation")
+    policy: Policy = cfg.build(config.policy, "policy")
+    cost, limit = objective(model, graph, groups, batches, config, stored)
+    setting = Setting(
+        model=model,
+        graph=graph,
+        groups=groups,
+        batches=batches,
+        importance=importance,
+        cost=cost,
+        limit=limit,
+    )
+    schedule: Schedule = cfg.build(config.schedule, "schedule")
+    if compensation is not None or isinstance(schedule, Layerwise):
+        name = type(schedule if compensation is None else compensation).__name__.lower()
+        check_repairable(
+            f"schedule={name}" if compensation is None else f"compensation={name}", model, groups
+        )
+    shares = policy.group_shares(setting)
+    uniform = config.shapes == "uniform"
+    if uniform:
+        shapes.check_all_there(groups, graph)
+        shares = shapes.shared(shares, groups)
+    cut = [group for group in groups if shares[group.name] > 0] or groups
+    if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
+        limit -= added_biases(model, cut) * cost({}) / graph.num_parameters()
+    budget = Budget(
+        slots=scope.slots(
+            cut,
+            shares,
+            floors(model, cut),
+            multiples(model, cut, config, scope),
+            shapes.stock_counts(model, graph, cut) if uniform else {},
+            uniform,
+        ),
+        cost=cost,
+        limit=limit,
+        ranking=scope.ranking,
+        comparable=getattr(importance, "normalisation", "none") != "none",
+        key=f"target.{config.target.name}" if config.target.name else "ratio",
+        hint=_hint(config, scope),
+    )
+    task = Assignment(
+        model=model,
+        graph=graph,
+        groups=cut,
+        budget=budget,
+        batches=batches,
+        importance=importance,
+        compensation=compensation,
+        rounds=scope.rounds,
+        protected={group.name: scope.protected(group) for group in cut},
+        independent="independent" in cfg.kinds_of(config.groups),
+    )
+    return Allocation(
+        schedule=schedule, task=task, groups=groups, shares=shares, notes=setting.notes
+    )
+
+
+def check_repairable(option: str, model: nn.Module, groups: Sequence[CoupledGroup]) -> None:
+    """Raise ConfigError where groups have no linear consumers whose inputs could be looked at."""
+    for group in groups:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "checkout"
-    return found
+            consumers_of(model, group)
+        except TraceError as error:
+            raise ConfigError(
+                f"{option}: {error} ({group.kind}); use schedule=oneshot compensation=none"
+            ) from error
+
+
+def _hint(config: RunConfig, scope: Scope) -> str:
+    """Which options narrow what can go, for messages."""
+    found = [f"scope.min_units={scope.min_units}"] if scope.min_units != 1 else []
+    found += [f"shapes={config.shapes}"] if config.shapes != "free" else []
+    return f" ({', '.join(found)})" if found else ""

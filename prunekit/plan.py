@@ -21,12 +21,16 @@ class PruningPlan:
         fingerprint: of the graph the plan was made for, where it is known.
     """
 
-    def __init__(self, removed: Mapping[str, Iterable[int]], fingerprint: str | None = None) -> None:
+    def __init__(
+        self, removed: Mapping[str, Iterable[int]], fingerprint: str | None = None
+    ) -> None:
         units = {name: [int(u) for u in indices] for name, indices in removed.items()}
         for name, indices in units.items():
             if len(set(indices)) != len(indices):
                 raise TraceError(f"{name}: the plan removes a unit twice: {sorted(indices)}")
-        self.removed: dict[str, list[int]] = {name: sorted(indices) for name, indices in units.items() if indices}
+        self.removed: dict[str, list[int]] = {
+            name: sorted(indices) for name, indices in units.items() if indices
+        }
         self.fingerprint = fingerprint
 
     def __eq__(self, other: object) -> bool:
@@ -36,21 +40,30 @@ class PruningPlan:
         return f"PruningPlan({sum(map(len, self.removed.values()))} units of {len(self.removed)} groups)"
 
     def check(self, graph: CouplingGraph) -> None:
-        """Raise TraceError where the plan doesn't fit the graph: a name, an index, a group that can't be pruned."""
+        """Raise TraceError where the plan doesn't fit the graph: a name, an index, a group that
+        can't be pruned.
+        """
         if self.fingerprint and self.fingerprint != graph.fingerprint:
-            raise TraceError(f"the plan was made for model {self.fingerprint}, this one is {graph.fingerprint}")
+            raise TraceError(
+                f"the plan was made for model {self.fingerprint}, this one is {graph.fingerprint}"
+            )
         for name, units in self.removed.items():
             group = graph[name]
             if not group.prunable:
                 raise TraceError(f"{name}: not prunable: {group.reason}")
             if units[0] < 0 or units[-1] >= group.num_units:
-                raise TraceError(f"{name}: units must lie in [0, {group.num_units}), got {units[0]} to {units[-1]}")
+                raise TraceError(
+                    f"{name}: units must lie in [0, {group.num_units}), got {units[0]} to {units[-1]}"
+                )
             if len(units) == group.num_units:
                 raise TraceError(f"{name}: at least one of {group.num_units} units must stay")
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "removed": self.removed}) + "\n"
+        return (
+            json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "removed": self.removed})
+            + "\n"
+        )
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -69,9 +82,13 @@ class PruningPlan:
             raise TraceError("plan: not a pruning plan: expected removed and fingerprint")
         removed, fingerprint = content["removed"], content["fingerprint"]
         if not (isinstance(removed, dict) and all(map(_is_units, removed.values()))):
-            raise TraceError("plan: not a pruning plan: removed: expected group name → list of unit numbers")
+            raise TraceError(
+                "plan: not a pruning plan: removed: expected group name → list of unit numbers"
+            )
         if not isinstance(fingerprint, str | None):
-            raise TraceError(f"plan: not a pruning plan: fingerprint: expected a text, got {fingerprint!r:.40}")
+            raise TraceError(
+                f"plan: not a pruning plan: fingerprint: expected a text, got {fingerprint!r:.40}"
+            )
         return cls(removed, fingerprint)
 
     @classmethod

@@ -20,7 +20,9 @@ _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
-DATA = Path(os.environ.get("PRUNEKIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+DATA = Path(
+    os.environ.get("PRUNEKIT_DATA", Path(__file__).parent.parent.parent / "shared" / "data")
+)
 
 
 def tiny_llama(kv_heads=4, attention="sdpa", tied=False, layers=3, heads=8, seed=0, **kwargs):
@@ -51,7 +53,9 @@ def tiny_llama(kv_heads=4, attention="sdpa", tied=False, layers=3, heads=8, seed
 
 
 def token_ids(rows=4, length=9, vocabulary=97, seed=0):
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def example(rows=2, length=7):
@@ -75,7 +79,9 @@ def randomise(model, scale=0.2):
 def inputs_of(model, name, ids):
     """What a module is fed [tokens, n], float64."""
     seen = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     handle.remove()
@@ -83,14 +89,18 @@ def inputs_of(model, name, ids):
 
 
 def zero_units(model, graph, removed):
-    """An independent mask: what reads the units is zeroed by hand; what makes them where only activations read them."""
+    """An independent mask: what reads the units is zeroed by hand; what makes them where only
+    activations read them.
+    """
     parameters = dict(model.named_parameters())
     for name, units in removed.items():
         group = graph[name]
         by_activations = group.kind == "head_dim" or not group.consumers
         for member in group.members:
             if member.parameter in parameters and (by_activations or member.role == "consumer"):
-                parameters[member.parameter].data.index_fill_(member.dim, member.index[units].flatten(), 0)
+                parameters[member.parameter].data.index_fill_(
+                    member.dim, member.index[units].flatten(), 0
+                )
     return model
 
 
@@ -105,12 +115,17 @@ def zero_consumers(model, graph, removed):
 
 def command_line(*arguments, cwd):
     """`python -m prunekit …` in this process, which saves its start; as `subprocess.run` gives it."""
-    from prunekit import cli, console
+    from prunekit import cli
+    from prunekit.runtime import console
 
     out, err, before, status = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = ["prunekit", *map(str, arguments)]
     try:
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             cli.main()
     except SystemExit as end:
         status = end.code or 0

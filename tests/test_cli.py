@@ -45,7 +45,15 @@ def test_help_is_quick_and_lists_what_is_needed_first(tmp_path):
     done = prunekit_command("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert time.perf_counter() - began < 3
-    for word in ("slimgpt", "llm_pruner", "log_increase", "window", "ratio=", "output_dir=", "data.calibration.path="):
+    for word in (
+        "slimgpt",
+        "llm_pruner",
+        "log_increase",
+        "window",
+        "ratio=",
+        "output_dir=",
+        "data.calibration.path=",
+    ):
         assert word in done.stdout
 
 
@@ -64,9 +72,20 @@ def test_a_run_leaves_the_folder_of_the_design(finished):
         *("layers.svg", "ratio.svg", "error.svg"),
     }
     report = json.loads((folder / "report.json").read_text())
-    assert {"method", "seed", "versions", "ratio", "parameters", "perplexity", "layers", "seconds"} <= report.keys()
+    assert {
+        "method",
+        "seed",
+        "versions",
+        "ratio",
+        "parameters",
+        "perplexity",
+        "layers",
+        "seconds",
+    } <= report.keys()
     assert report["ratio"]["achieved"] == pytest.approx(0.2, abs=2e-4)
-    assert report["perplexity"]["embedded"]["pruned"] > report["perplexity"]["embedded"]["dense"] > 1
+    assert (
+        report["perplexity"]["embedded"]["pruned"] > report["perplexity"]["embedded"]["dense"] > 1
+    )
     assert len(report["layers"]) == 8
     assert report["layers"][3]["attention"]["total"] == 8
     assert set(report["seconds"]) == set(report["peak_memory_bytes"])
@@ -81,7 +100,9 @@ def test_the_saved_model_is_the_reported_one_and_small(finished):
     model = prunekit.from_pretrained(folder / "model")
     assert sum(p.numel() for p in model.parameters()) == report["parameters"]["pruned"]
     assert model.dtype == torch.float16, "stored as the checkpoint was"
-    ratio = (folder / "model" / "model.safetensors").stat().st_size / (DEMO_MODEL / "model.safetensors").stat().st_size
+    ratio = (folder / "model" / "model.safetensors").stat().st_size / (
+        DEMO_MODEL / "model.safetensors"
+    ).stat().st_size
     assert ratio == pytest.approx(0.8, abs=0.01)
 
 
@@ -109,7 +130,14 @@ def test_an_output_folder_with_files_is_refused_and_kept(finished):
 
 
 def test_a_sweep_runs_every_combination(tmp_path):
-    done = command_line("-m", "method=magnitude,random", "ratio=0.1,0.3", *QUICK, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    done = command_line(
+        "-m",
+        "method=magnitude,random",
+        "ratio=0.1,0.3",
+        *QUICK,
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(path.read_text()) for path in (tmp_path / "sweep").rglob("report.json")]
     assert {(r["method"], r["ratio"]["target"]) for r in reports} == {
@@ -130,7 +158,12 @@ def test_mistakes_found_at_once(tmp_path, arguments, match):
 
 
 def test_missing_model_and_corpus(tmp_path):
-    fails("model.path=./nowhere", "output_dir=out", cwd=tmp_path, match="./nowhere: no such model folder")
+    fails(
+        "model.path=./nowhere",
+        "output_dir=out",
+        cwd=tmp_path,
+        match="./nowhere: no such model folder",
+    )
     (tmp_path / "short.txt").write_text("import os")
     fails(
         "data.calibration.path=short.txt",
@@ -147,9 +180,13 @@ def test_an_output_folder_that_cannot_be(tmp_path, target):
 
 
 def test_a_result_can_be_pruned_again_from_the_command_line(finished, tmp_path):
-    done = command_line(f"model.path={finished[0] / 'model'}", "output_dir=out", "ratio=0.1", *QUICK, cwd=tmp_path)
+    done = command_line(
+        f"model.path={finished[0] / 'model'}", "output_dir=out", "ratio=0.1", *QUICK, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    first, again = (json.loads((f / "report.json").read_text()) for f in (finished[0], tmp_path / "out"))
+    first, again = (
+        json.loads((f / "report.json").read_text()) for f in (finished[0], tmp_path / "out")
+    )
     assert again["parameters"]["dense"] == first["parameters"]["pruned"]
     assert again["perplexity"]["embedded"]["dense"] == pytest.approx(
         first["perplexity"]["embedded"]["pruned"], rel=1e-4
@@ -183,7 +220,9 @@ def test_interrupted_runs_leave_no_model(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background ignores it
     )
     for line in process.stdout:
         if "units" in line and "→" in line:  # the first group is finished
@@ -193,7 +232,9 @@ def test_interrupted_runs_leave_no_model(tmp_path):
     assert process.returncode == 130
     lines = errors.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("prunekit: interrupted; no result was written; what was finished is kept")
+    assert lines[0].startswith(
+        "prunekit: interrupted; no result was written; what was finished is kept"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".state"]
 
 
@@ -205,10 +246,14 @@ def test_a_disk_that_fills_leaves_no_model(tmp_path):
         f"sys.argv = ['prunekit', 'eval=none', 'output_dir=out', *{QUICK!r}];"
         "from prunekit.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 2, done.stderr
     assert "can't be written" in done.stderr.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".state"]  # what was finished is not lost
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [
+        ".state"
+    ]  # what was finished is not lost
 
 
 def test_real_checkpoint_from_the_command_line(data, tmp_path):

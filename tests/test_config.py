@@ -25,7 +25,9 @@ def test_every_choice_composes_checks_and_builds(group, choice):
 @pytest.mark.parametrize(
     ("method", "importance", "policy"),
     itertools.product(
-        ["slimgpt", "llm_pruner"], ["obs", "taylor_first", "magnitude"], ["uniform", "window", "linear_decrease"]
+        ["slimgpt", "llm_pruner"],
+        ["obs", "taylor_first", "magnitude"],
+        ["uniform", "window", "linear_decrease"],
     ),
 )
 def test_groups_override_the_method(method, importance, policy):

@@ -9,10 +9,10 @@ from conftest import example, tiny_llama, token_ids, zero_consumers
 
 import prunekit
 from prunekit import config as cfg
-from prunekit.choice import plan_choice
 from prunekit.graph import trace
 from prunekit.importance import ScoreImportance
-from prunekit.surgery import apply_plan
+from prunekit.pipeline import allocate
+from prunekit.surgery.check import apply_plan
 
 LAYERS_ONLY = ("alternate", "similarity")
 IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))
@@ -23,14 +23,21 @@ VALUES = {"manual": ["policy.values=[1,0.5,0,2]"], "single": ["policy.layer=1"]}
 
 
 def overrides(importance, aggregation, policy, scope):
-    chosen = [f"importance={importance}", f"policy={policy}", f"scope={scope}", *VALUES.get(policy, ())]
+    chosen = [
+        f"importance={importance}",
+        f"policy={policy}",
+        f"scope={scope}",
+        *VALUES.get(policy, ()),
+    ]
     if importance not in (*LAYERS_ONLY, "ablation"):
         chosen.append(f"importance.aggregation={aggregation}")
     return chosen
 
 
 def run_on(model, chosen, ratio=0.2):
-    return prunekit.prune(model, ratio=ratio, method="llm_pruner", calibration=token_ids(4, 8), overrides=chosen)
+    return prunekit.prune(
+        model, ratio=ratio, method="llm_pruner", calibration=token_ids(4, 8), overrides=chosen
+    )
 
 
 def run(chosen, groups="block", ratio=0.08):
@@ -43,7 +50,9 @@ def check(chosen):
     dense = tiny_llama(kv_heads=2, layers=4)
     groups = [g for g in result.graph.groups if g.kind in ("attention", "mlp")]
     cheapest = min(group.parameters_per_unit for group in groups)
-    removed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in model.parameters())
+    removed = sum(p.numel() for p in dense.parameters()) - sum(
+        p.numel() for p in model.parameters()
+    )
     assert abs(removed - 0.08 * result.graph.num_parameters()) <= cheapest / 2 + 1e-6
     assert removed == result.graph.removed_parameters(result.plan.removed)
     zero_consumers(dense, result.graph, result.plan.removed)
@@ -58,7 +67,11 @@ def test_scores_have_the_right_shape_are_finite_and_repeat(importance):
     model = tiny_llama(kv_heads=2, layers=4)
     graph = trace(model, example())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    groups = list(graph.stacks) if importance in LAYERS_ONLY else [g for g in graph.groups if g.layer in (0, 2)]
+    groups = (
+        list(graph.stacks)
+        if importance in LAYERS_ONLY
+        else [g for g in graph.groups if g.layer in (0, 2)]
+    )
     groups = [g for g in groups if g.kind in ("attention", "mlp", "layer")]
     batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(4, 8).split(2)]
     for aggregation in AGGREGATIONS if importance not in (*LAYERS_ONLY, "ablation") else ("sum",):
@@ -82,13 +95,17 @@ COMBINATIONS = [
     (importance, aggregation, policy, scope)
     for importance, policy, scope in itertools.product(BLOCK_IMPORTANCES, POLICIES, SCOPES)
     if (importance, scope) != ("ablation", "iterative")  # a forward pass a unit and round
-    for aggregation in (AGGREGATIONS if policy == "uniform" and scope == "global" else AGGREGATIONS[:1])
+    for aggregation in (
+        AGGREGATIONS if policy == "uniform" and scope == "global" else AGGREGATIONS[:1]
+    )
 ]
 
 
 @functools.cache
 def section(name, *chosen):
-    """One group of the configuration; composing everything anew for every combination takes longer than scoring."""
+    """One group of the configuration; composing everything anew for every combination takes longer
+    than scoring.
+    """
     return getattr(cfg.check(cfg.compose(["method=llm_pruner", *chosen])), name)
 
 
@@ -119,7 +136,7 @@ def test_every_combination_plans_within_its_budget_and_leaves_the_model_alone(im
         if combination[0] != importance:
             continue
         config = configured(*combination)
-        choice = plan_choice(model, graph, config, batches)
+        choice = allocate(model, graph, config, batches)
         plan = choice.schedule.run(choice.task)
         plan.check(graph)
         off = abs(graph.removed_parameters(plan.removed) - 0.08 * graph.num_parameters())
@@ -130,7 +147,11 @@ def test_every_combination_plans_within_its_budget_and_leaves_the_model_alone(im
 @pytest.mark.parametrize("importance", BLOCK_IMPORTANCES)
 def test_what_is_cut_equals_the_masked_model(importance):
     i = BLOCK_IMPORTANCES.index(importance)
-    check(overrides(importance, AGGREGATIONS[i % 6], POLICIES[i % len(POLICIES)], SCOPES[i % len(SCOPES)]))
+    check(
+        overrides(
+            importance, AGGREGATIONS[i % 6], POLICIES[i % len(POLICIES)], SCOPES[i % len(SCOPES)]
+        )
+    )
 
 
 @pytest.mark.parametrize("importance", ["random", "taylor_second", "lora_gradient"])
@@ -139,10 +160,17 @@ def test_the_same_seed_gives_the_same_plan(importance):
     assert run(chosen)[1].plan == run(chosen)[1].plan
 
 
-@pytest.mark.parametrize("importance", [*LAYERS_ONLY, "ablation", "taylor_second", "magnitude", "wanda", "random"])
+@pytest.mark.parametrize(
+    "importance", [*LAYERS_ONLY, "ablation", "taylor_second", "magnitude", "wanda", "random"]
+)
 def test_whole_layers_by_every_importance_that_knows_them(importance):
     model, result = run([f"importance={importance}", "policy=uniform"], groups="layer", ratio=0.4)
-    assert len(model.model.layers) == model.config.num_hidden_layers == 4 - len(result.plan.removed["layers"]) == 2
+    assert (
+        len(model.model.layers)
+        == model.config.num_hidden_layers
+        == 4 - len(result.plan.removed["layers"])
+        == 2
+    )
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
     again = tiny_llama(kv_heads=2, layers=4)
     apply_plan(again, result.graph, result.plan)
@@ -154,11 +182,17 @@ def test_whole_layers_by_every_importance_that_knows_them(importance):
 
 
 def test_patterns_protect_single_layers():
-    _, result = run(["importance=magnitude", "policy=uniform", "scope.exclude=[layers.0,layers.3]"], "layer", 0.4)
+    _, result = run(
+        ["importance=magnitude", "policy=uniform", "scope.exclude=[layers.0,layers.3]"],
+        "layer",
+        0.4,
+    )
     assert result.plan.removed["layers"] == [1, 2]
 
 
-@pytest.mark.parametrize("groups", ["channel", "head_dim", "query_head", "[attention,channel]", "[block,layer]"])
+@pytest.mark.parametrize(
+    "groups", ["channel", "head_dim", "query_head", "[attention,channel]", "[block,layer]"]
+)
 def test_other_kinds_of_groups(groups):
     model, result = run(["importance=taylor_first", "policy=uniform"], groups, 0.15)
     assert result.report["parameters"]["pruned"] == sum(p.numel() for p in model.parameters())
@@ -176,7 +210,9 @@ def test_targets(target, measure):
     assert found["measure"] == measure
     assert found["achieved"] == pytest.approx(found["limit"], rel=0.01)
     if measure != "flops":
-        assert found["achieved"] == sum(p.numel() for p in model.parameters()) * (4 if measure == "bytes" else 1)
+        assert found["achieved"] == sum(p.numel() for p in model.parameters()) * (
+            4 if measure == "bytes" else 1
+        )
 
 
 def test_compensation_repairs_any_selection():
@@ -184,7 +220,13 @@ def test_compensation_repairs_any_selection():
 
     def error(*more):
         dense, model = tiny_llama(layers=2), tiny_llama(layers=2)
-        prunekit.prune(model, method="llm_pruner", ratio=0.15, calibration=ids, overrides=["policy=uniform", *more])
+        prunekit.prune(
+            model,
+            method="llm_pruner",
+            ratio=0.15,
+            calibration=ids,
+            overrides=["policy=uniform", *more],
+        )
         with torch.no_grad():
             return (dense(ids).logits - model(ids).logits).square().mean().item()
 
@@ -199,13 +241,18 @@ def test_each_matrix_by_itself_is_an_ablation_that_hurts():
     for groups in ("block", "independent"):
         model, dense = tiny_llama(layers=2), tiny_llama(layers=2)
         chosen = ["importance=magnitude", "policy=uniform", f"groups={groups}"]
-        result = prunekit.prune(model, method="llm_pruner", ratio=0.3, calibration=ids, overrides=chosen)
+        result = prunekit.prune(
+            model, method="llm_pruner", ratio=0.3, calibration=ids, overrides=chosen
+        )
         assert model.model.layers[0].mlp.gate_proj.out_features < 40
         with torch.no_grad():
             errors.append((dense(ids).logits - model(ids).logits).square().mean().item())
     assert errors[1] > 1.2 * errors[0]
     # each matrix keeps its own best rows
-    dense, gate = tiny_llama(layers=2).model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.gate_proj
+    dense, gate = (
+        tiny_llama(layers=2).model.layers[0].mlp.gate_proj,
+        model.model.layers[0].mlp.gate_proj,
+    )
     norms = dense.weight.detach().square().sum(1) + dense.bias.detach().square()
     kept = norms.argsort()[len(result.plan.removed["layers.0.mlp"]) :].sort().values
     assert torch.equal(gate.weight, dense.weight[kept])
@@ -218,10 +265,15 @@ def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
         model = tiny_llama(layers=3, kv_heads=2)
         model.model.layers[1].mlp.down_proj.bias = None
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        monkeypatch.setattr("prunekit.pipeline.apply_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(
+            "prunekit.pipeline.apply_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prunekit.prune(
-                model, method="llm_pruner", calibration=token_ids(4, 8), overrides=["policy=uniform", *chosen]
+                model,
+                method="llm_pruner",
+                calibration=token_ids(4, 8),
+                overrides=["policy=uniform", *chosen],
             )
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -232,7 +284,9 @@ def test_a_bias_that_its_class_lacks_is_saved_and_loaded(tmp_path):
     for layer in model.model.layers:
         layer.mlp.down_proj.bias = None
     chosen = ["importance=fluctuation", "compensation=bias", "policy=uniform", "groups=mlp"]
-    result = prunekit.prune(model, method="llm_pruner", ratio=0.2, calibration=token_ids(4, 8), overrides=chosen)
+    result = prunekit.prune(
+        model, method="llm_pruner", ratio=0.2, calibration=token_ids(4, 8), overrides=chosen
+    )
     assert result.report["parameters"]["pruned"] == sum(p.numel() for p in model.parameters())
     assert abs(result.report["ratio"]["achieved"] - 0.2) < 0.002
     assert len(model.config.extra_biases) == 3
@@ -249,13 +303,24 @@ def test_layers_beside_other_cuts_of_a_model_without_biases():
         result = run_on(model, ["importance=magnitude", "policy=uniform", *chosen], 0.35)
         assert len(model.model.layers) == 4 - len(result.plan.removed["layers"])
         assert len(result.plan.removed) > 1
-        assert result.report["parameters"]["pruned"] == sum(p.numel() for p in model.parameters()) < before
+        assert (
+            result.report["parameters"]["pruned"]
+            == sum(p.numel() for p in model.parameters())
+            < before
+        )
         assert getattr(model.config, "extra_biases", None) is None
 
 
 def test_sensitivity_takes_nothing_for_free():
     """A twentieth of two heads is no head: its error is zero and so is what it saves."""
-    _, result = run(["importance=magnitude", "policy=sensitivity", "policy.ratios=[0.05,0.5]", "policy.by=group"])
+    _, result = run(
+        [
+            "importance=magnitude",
+            "policy=sensitivity",
+            "policy.ratios=[0.05,0.5]",
+            "policy.by=group",
+        ]
+    )
     notes = result.report["policy"]
     heads = [name for name in notes["shares"] if "self_attn" in name]
     assert all(notes["sensitivity"]["errors"][name][0] == 0 for name in heads)
@@ -281,37 +346,67 @@ def test_losses_of_the_models_own_are_traced():
     ids = token_ids(4, 8)
     model = tiny_llama(layers=2)
     chosen = ["policy=uniform", "importance=magnitude"]
-    prunekit.prune(model, method="llm_pruner", calibration=[{"input_ids": ids, "labels": ids}], overrides=chosen)
+    prunekit.prune(
+        model,
+        method="llm_pruner",
+        calibration=[{"input_ids": ids, "labels": ids}],
+        overrides=chosen,
+    )
     assert model.model.layers[0].mlp.gate_proj.out_features < 40
 
 
 def test_bad_input():
     for chosen, match in (
-        (["policy=manual", "policy.values=[1,2]"], r"policy.values: expected 4 numbers, one a layer, got 2"),
-        (["scope.exclude=['layers.1.mpl']"], r"'layers.1.mpl' matches nothing: did you mean layers.1.mlp"),
+        (
+            ["policy=manual", "policy.values=[1,2]"],
+            r"policy.values: expected 4 numbers, one a layer, got 2",
+        ),
+        (
+            ["scope.exclude=['layers.1.mpl']"],
+            r"'layers.1.mpl' matches nothing: did you mean layers.1.mlp",
+        ),
         (["scope.min_units=39"], r"out of reach.* \(scope.min_units=39\)"),
         (["scope.min_units={mpl: 4}"], "scope.min_units: unknown kind 'mpl': did you mean mlp"),
-        (["target.parameters=1e9"], "target.parameters: expected less than the dense model's 56,816 parameters"),
+        (
+            ["target.parameters=1e9"],
+            "target.parameters: expected less than the dense model's 56,816 parameters",
+        ),
         (["target.flops=1e3"], r"target.flops: 1,000 of .* flops is out of reach.*leaves"),
         (["policy=manual", "policy.values=shares.csv"], "a file is policy.path"),
         (["target.flops=1e6", "target.bytes=10"], "expected one of"),
         (["memory.stream=1"], "memory.stream: expected true, false or auto, got 1"),
         (["memory.budget=nan"], "memory.budget: expected a number of bytes ≥ 0"),
-        (["compensation=obs", "compensation.bias=maybe"], "compensation.bias: expected true or false"),
+        (
+            ["compensation=obs", "compensation.bias=maybe"],
+            "compensation.bias: expected true or false",
+        ),
         (["schedule.damping=inf"], "schedule.damping: expected a number"),
         (["importance.aggregation=avg"], "importance.aggregation: unknown 'avg'"),
         (["importance.normalisation=mena"], "did you mean mean"),
         (["importance=similarity"], "scores whole layers"),
-        (["policy=sensitivity", "policy.ratios=[2]"], r"policy.ratios: expected numbers in \(0, 1\)"),
+        (
+            ["policy=sensitivity", "policy.ratios=[2]"],
+            r"policy.ratios: expected numbers in \(0, 1\)",
+        ),
     ):
         with pytest.raises(prunekit.PrunekitError, match=match) as caught:
             run(chosen, ratio=0.3)
         assert "\n" not in str(caught.value)
-    with pytest.raises(prunekit.PrunekitError, match=r"compensation=obs: layers.* found none \(layer\)"):
+    with pytest.raises(
+        prunekit.PrunekitError, match=r"compensation=obs: layers.* found none \(layer\)"
+    ):
         run(["compensation=obs", "policy=uniform"], "layer")
     for calibration, match in (
         ([{"input_ids": token_ids(2, 1)}], "not a single token to predict"),
-        ([{"input_ids": token_ids(2, 4), "attention_mask": torch.zeros(2, 4)}], "not a single token to predict"),
+        (
+            [{"input_ids": token_ids(2, 4), "attention_mask": torch.zeros(2, 4)}],
+            "not a single token to predict",
+        ),
     ):
         with pytest.raises(prunekit.PrunekitError, match=match):
-            prunekit.prune(tiny_llama(), method="llm_pruner", calibration=calibration, overrides=["policy=uniform"])
+            prunekit.prune(
+                tiny_llama(),
+                method="llm_pruner",
+                calibration=calibration,
+                overrides=["policy=uniform"],
+            )

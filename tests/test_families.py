@@ -1,4 +1,6 @@
-"""Architectures the tracer was never told about: pruned equals masked, or a smaller model built directly."""
+"""Architectures the tracer was never told about: pruned equals masked, or a smaller model built
+directly.
+"""
 
 import copy
 
@@ -21,7 +23,12 @@ NEW = IDS | {
 NAMED = NEW | {"head_dim": 6}
 WIDE = NEW | {"hidden_size": 64}  # an even number of rotary dimensions
 GPT2 = IDS | {"n_embd": 48, "n_head": 8, "n_layer": 2, "n_positions": 64}
-FALCON = IDS | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8, "ffn_hidden_size": 40}
+FALCON = IDS | {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "ffn_hidden_size": 40,
+}
 GROUPED = {  # families with a free number of key-value heads
     "llama": NAMED, "mistral": NAMED, "qwen2": NEW, "qwen3": NAMED, "phi3": NEW, "phi": WIDE, "gemma2": NAMED,
     "gemma3_text": NAMED, "granite": NEW, "cohere": NEW, "glm": NEW | {"head_dim": 8}, "olmo": NEW, "olmo2": NEW,
@@ -48,20 +55,31 @@ EXPERTS = {
                         "num_experts_per_tok": 2},
     "qwen3_moe": NAMED | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
 }  # fmt: skip
-CASES = [(f, v | {"num_key_value_heads": kv, "num_kv_heads": kv}) for f, v in GROUPED.items() for kv in (8, 2, 1)]
+CASES = [
+    (f, v | {"num_key_value_heads": kv, "num_kv_heads": kv})
+    for f, v in GROUPED.items()
+    for kv in (8, 2, 1)
+]
 CASES = [(f, v) for f, v in CASES if f != "falcon" or v["num_kv_heads"] > 1]
-CASES += [*SINGLE.items(), *((f, v | {"num_key_value_heads": kv}) for f, v in EXPERTS.items() for kv in (8, 2))]
+CASES += [
+    *SINGLE.items(),
+    *((f, v | {"num_key_value_heads": kv}) for f, v in EXPERTS.items() for kv in (8, 2)),
+]
 NAMES = [f"{family}-{values.get('num_key_value_heads', '')}".strip("-") for family, values in CASES]
 FIXED_HEADS = ("bloom", "falcon:alibi")
 
 
 def build(family, values, *implementations):
-    """A model of random numbers with the first of these attention implementations that the family has."""
+    """A model of random numbers with the first of these attention implementations that the family
+    has.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(family.split(":")[0], **values)
     for attention in implementations or ("sdpa", "eager"):
         try:
-            return randomise(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+            return randomise(
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            )
         except ValueError as error:
             assert "does not support an attention implementation" in str(error)
     return None
@@ -92,9 +110,19 @@ def heads_narrowed(graph):
     """A plan that takes two positions off every head's query, key and value."""
     removed = {}
     for extent in graph.extents:
-        owned = {n: i for n, i in extent.owned.items() if graph[n].kind == "head_dim" and graph[n].prunable}
-        if extent.quantity in ("qk_head_dim", "v_head_dim") and owned and not owned.keys() & removed.keys():
-            name, index = max(owned.items(), key=lambda item: item[1].shape[1])  # rotary pairs where there are any
+        owned = {
+            n: i
+            for n, i in extent.owned.items()
+            if graph[n].kind == "head_dim" and graph[n].prunable
+        }
+        if (
+            extent.quantity in ("qk_head_dim", "v_head_dim")
+            and owned
+            and not owned.keys() & removed.keys()
+        ):
+            name, index = max(
+                owned.items(), key=lambda item: item[1].shape[1]
+            )  # rotary pairs where there are any
             removed[name] = list(range(2 // index.shape[1]))
     return removed
 
@@ -122,7 +150,9 @@ def test_pruned_equals_masked(family, values, attention):
         assert not any(group.prunable for group in attention_groups)
         assert all("fixed by" in group.reason for group in attention_groups)
     else:
-        assert [(g.layer, g.num_units) for g in attention_groups] == [(i, kv if kv > 1 else heads) for i in (0, 1)]
+        assert [(g.layer, g.num_units) for g in attention_groups] == [
+            (i, kv if kv > 1 else heads) for i in (0, 1)
+        ]
         query_heads = [group.num_units for group in kinds.get("query_head", [])]
         assert query_heads == ([heads // kv] * 2 if 1 < kv < heads else [])
     assert [group.num_units for group in kinds["channel"]] == [model.config.hidden_size]
@@ -137,12 +167,14 @@ def test_pruned_equals_masked(family, values, attention):
     agree(pruned, masked)
     settings = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
     ids = token_ids(1, 5, seed=3)
-    assert torch.equal(pruned.generate(ids, **settings), masked.generate(ids, use_cache=False, **settings)), (
-        "the key-value cache keeps up"
-    )
+    assert torch.equal(
+        pruned.generate(ids, **settings), masked.generate(ids, use_cache=False, **settings)
+    ), "the key-value cache keeps up"
 
     removed = heads_narrowed(graph)
-    if all(graph[name].exact for name in removed) and not (family.startswith("falcon") and attention == "eager"):
+    if all(graph[name].exact for name in removed) and not (
+        family.startswith("falcon") and attention == "eager"
+    ):
         pruned, masked = cut(model, graph, removed)
         agree(pruned, masked)
     elif family in ("falcon", "falcon:dense") and attention == "eager":
@@ -153,20 +185,36 @@ def test_pruned_equals_masked(family, values, attention):
 
 
 def shrunk(family, values, dense, **smaller):
-    """The family's own class built smaller, holding the first positions of each of the dense model's tensors."""
+    """The family's own class built smaller, holding the first positions of each of the dense
+    model's tensors.
+    """
     reference = build(family, values | smaller)
     state = dense.state_dict()
     with torch.no_grad():
         for name, tensor in reference.state_dict().items():
             tensor.copy_(state[name][tuple(slice(size) for size in tensor.shape)])
         buffers = dict(dense.named_buffers())
-        for name, buffer in reference.named_buffers():  # an embedding's scale, which the pruned model keeps
+        for (
+            name,
+            buffer,
+        ) in reference.named_buffers():  # an embedding's scale, which the pruned model keeps
             if buffer.ndim == 0:
                 buffer.copy_(buffers[name])
     return reference
 
 
-TOLD = ("qwen2", "phi3", "granite", "cohere", "olmo", "olmo2", "starcoder2", "smollm3", "qwen2_moe", "mixtral")
+TOLD = (
+    "qwen2",
+    "phi3",
+    "granite",
+    "cohere",
+    "olmo",
+    "olmo2",
+    "starcoder2",
+    "smollm3",
+    "qwen2_moe",
+    "mixtral",
+)
 """Classes that take the width of a head from the hidden size unless told."""
 DERIVED = ("phi", "stablelm", "helium", "falcon")
 """Classes that can't be told: no smaller model can be built directly."""
@@ -185,7 +233,9 @@ def test_residual_channels_equal_a_smaller_model(family):
     assert "over it" in channel.reason
     width = model.config.hidden_size
     pruned = copy.deepcopy(model)
-    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan({channel.name: list(range(width - 8, width))}))
+    prunekit.apply_plan(
+        pruned, graph, prunekit.PruningPlan({channel.name: list(range(width - 8, width))})
+    )
     assert pruned.config.hidden_size == width - 8
     if family in {**GROUPED, **EXPERTS} and family not in DERIVED:
         agree(pruned, shrunk(family, values, model, hidden_size=width - 8))
@@ -197,16 +247,23 @@ def test_experts_equal_a_smaller_mixture(family):
     model = build(family, values)
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     experts = [group for group in graph.groups if group.kind == "expert"]
-    assert [(g.layer, g.num_units, g.prunable, g.exact) for g in experts] == [(0, 4, True, False), (1, 4, True, False)]
+    assert [(g.layer, g.num_units, g.prunable, g.exact) for g in experts] == [
+        (0, 4, True, False),
+        (1, 4, True, False),
+    ]
     assert "chooses among them" in experts[0].reason or "normalises" in experts[0].reason
-    members = {member.parameter.removeprefix("model.layers.0.mlp.") for member in experts[0].members}
+    members = {
+        member.parameter.removeprefix("model.layers.0.mlp.") for member in experts[0].members
+    }
     assert members == {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
     pruned = copy.deepcopy(model)
     prunekit.apply_plan(pruned, graph, prunekit.PruningPlan({group.name: [3] for group in experts}))
     name = "num_local_experts" if family == "mixtral" else "num_experts"
     agree(pruned, shrunk(family, values, model, **{name: 3}))
     with pytest.raises(SurgeryError, match=experts[0].name):
-        prunekit.apply_plan(model, graph, prunekit.PruningPlan({experts[0].name: [0, 1, 2]}))  # the router takes two
+        prunekit.apply_plan(
+            model, graph, prunekit.PruningPlan({experts[0].name: [0, 1, 2]})
+        )  # the router takes two
 
 
 @pytest.mark.parametrize("kv_heads", [8, 4])
@@ -215,9 +272,13 @@ def test_a_norm_over_all_heads_is_inexact_and_equals_a_smaller_model(kv_heads):
     model = build("olmo2", values)
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     groups = [group for group in graph.groups if group.kind == "attention"]
-    assert all(group.prunable and not group.exact and "aten.mean" in group.reason for group in groups)
+    assert all(
+        group.prunable and not group.exact and "aten.mean" in group.reason for group in groups
+    )
     pruned = copy.deepcopy(model)
-    prunekit.apply_plan(pruned, graph, prunekit.PruningPlan({group.name: [kv_heads - 1] for group in groups}))
+    prunekit.apply_plan(
+        pruned, graph, prunekit.PruningPlan({group.name: [kv_heads - 1] for group in groups})
+    )
     smaller = {"num_key_value_heads": kv_heads - 1, "num_attention_heads": 8 - 8 // kv_heads}
     agree(pruned, shrunk("olmo2", values, model, **smaller))
 
@@ -228,8 +289,12 @@ def test_a_norm_over_each_head_is_inexact_and_equals_a_smaller_model():
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     removed = heads_narrowed(graph)
     inexact = [name for name in removed if not graph[name].exact]
-    assert [graph[name].num_units for name in inexact] == [3], "three rotary pairs, the same in all layers"
-    removed = {name: [2] if name in inexact else [2, 5] for name in removed}  # position 2 and its other half, 5
+    assert [graph[name].num_units for name in inexact] == [3], (
+        "three rotary pairs, the same in all layers"
+    )
+    removed = {
+        name: [2] if name in inexact else [2, 5] for name in removed
+    }  # position 2 and its other half, 5
     pruned = copy.deepcopy(model)
     prunekit.apply_plan(pruned, graph, prunekit.PruningPlan(removed))
     reference = build("qwen3", values | {"head_dim": 4})
@@ -252,7 +317,11 @@ def test_pruned_model_survives_the_disk(family, tmp_path):
     values = configured(family)
     model = build(family, values)
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    groups = [group for group in graph.groups if group.prunable and group.kind in ("attention", "mlp", "expert")]
+    groups = [
+        group
+        for group in graph.groups
+        if group.prunable and group.kind in ("attention", "mlp", "expert")
+    ]
     removed = {g.name: [1, 3, 5, 6] if g.kind == "mlp" else [0] for g in groups if g.layer == 1}
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
@@ -262,18 +331,28 @@ def test_pruned_model_survives_the_disk(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     settings = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(again.generate(ids[:1], **settings), model.generate(ids[:1], use_cache=False, **settings))
+    assert torch.equal(
+        again.generate(ids[:1], **settings), model.generate(ids[:1], use_cache=False, **settings)
+    )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma2", "cohere", "helium", "gpt2", "opt", "xglm"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "phi3", "gemma2", "cohere", "helium", "gpt2", "opt", "xglm"]
+)
 def test_narrower_heads_survive_the_disk(family, tmp_path):
-    """The frequencies of the rotary pairs that stay are saved; the scores keep the scale of the dense model."""
+    """The frequencies of the rotary pairs that stay are saved; the scores keep the scale of the
+    dense model.
+    """
     model = build(family, configured(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    removed = heads_narrowed(graph) | {g.name: [1] for g in graph.groups if g.kind == "attention" and g.layer == 1}
+    removed = heads_narrowed(graph) | {
+        g.name: [1] for g in graph.groups if g.kind == "attention" and g.layer == 1
+    }
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
-    again = prunekit.from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
+    again = prunekit.from_pretrained(
+        tmp_path / "model", attn_implementation=model.config._attn_implementation
+    )
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -297,7 +376,9 @@ def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
     prunekit.save_pretrained(model, tmp_path / "model")
-    again = prunekit.from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
+    again = prunekit.from_pretrained(
+        tmp_path / "model", attn_implementation=model.config._attn_implementation
+    )
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -308,7 +389,9 @@ def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_channels_that_scale_the_embedding_are_not_saved(family, tmp_path):
-    """transformers' own class would take the folder and compute other numbers, and nobody would notice."""
+    """transformers' own class would take the folder and compute other numbers, and nobody would
+    notice.
+    """
     model = build(family, configured(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     (channel,) = (group for group in graph.groups if group.kind == "channel")
@@ -318,16 +401,22 @@ def test_channels_that_scale_the_embedding_are_not_saved(family, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "gptj", "gpt_neox", "qwen2", "phi3", "llama"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "opt", "gpt_neo", "gptj", "gpt_neox", "qwen2", "phi3", "llama"]
+)
 @pytest.mark.parametrize("heads", [[0], [0, 1], [0, 1, 2, 3]])
 def test_as_many_heads_cut_in_every_layer_survive_the_disk(family, heads, tmp_path):
-    """Also where the class takes their width from their number, and whether that divides the width or not."""
+    """Also where the class takes their width from their number, and whether that divides the width
+    or not.
+    """
     model = build(family, configured(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     removed = {g.name: heads[: g.num_units - 1] for g in graph.groups if g.kind == "attention"}
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
-    again = prunekit.from_pretrained(tmp_path / "model", attn_implementation=model.config._attn_implementation)
+    again = prunekit.from_pretrained(
+        tmp_path / "model", attn_implementation=model.config._attn_implementation
+    )
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -338,11 +427,17 @@ def test_as_many_heads_cut_in_every_layer_survive_the_disk(family, heads, tmp_pa
 def test_fewer_experts_survive_the_disk(family, experts, tmp_path):
     model = build(family, configured(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    removed = {g.name: experts[g.layer] for g in graph.groups if g.kind == "expert" and experts[g.layer]}
+    removed = {
+        g.name: experts[g.layer] for g in graph.groups if g.kind == "expert" and experts[g.layer]
+    }
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
     again = prunekit.from_pretrained(tmp_path / "model")
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+        torch.testing.assert_close(
+            again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6
+        )
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )

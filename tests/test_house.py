@@ -1,51 +1,114 @@
-"""The rules of the house that a machine can check: imports go one way, no architecture is known by name."""
+"""The rules of the house that a machine can check: storeys, names, lengths, docstrings.
+
+Closed by default: a package or a top-level module that STOREYS does not list fails.
+"""
 
 import ast
 import re
 from pathlib import Path
 
+import networkx
+import pytest
+
 ROOT = Path(__file__).parent.parent / "prunekit"
-ALLOWED = {
+TESTS = Path(__file__).parent
+
+# Package or top-level module → what it may import of prunekit, lazily or not. Each stands above
+# all that it names.
+STOREYS = {
     "errors": set(),
-    "console": set(),
-    "parallel": {"errors"},
-    "graph": {"errors"},
+    "config": {"errors"},
+    "runtime": {"errors"},
     "data": {"errors"},
-    "plan": {"graph", "errors"},
-    "policies": {"graph", "errors", "console", "importance", "compensation", "surgery"},
-    "compensation": {"live", "graph", "errors", "console", "parallel"},
-    "importance": {"live", "graph", "errors", "console", "compensation", "surgery"},
-    "live": {"errors"},
-    "sizes": {"exports"},
-    "layers": {"graph", "sizes", "errors"},
-    "surgery": {"live", "graph", "plan", "sizes", "layers", "errors"},
-    "costs": {"live", "graph", "plan", "surgery", "policies", "errors", "console"},
-    "schedules": {
-        "graph",
-        "plan",
+    "model": {"errors"},
+    "graph": {"errors", "model"},
+    "plan": {"errors", "graph"},
+    "surgery": {"errors", "graph", "model", "plan", "runtime"},
+    "obs": {"errors"},
+    "calibration": {"data", "errors", "graph", "model", "obs", "runtime"},
+    "allocation": {"config", "errors", "graph", "model", "plan", "runtime", "surgery"},
+    "importance": {"calibration", "data", "errors", "graph", "model", "obs", "runtime", "surgery"},
+    "policies": {
+        "allocation",
+        "calibration",
         "errors",
-        "console",
-        "parallel",
+        "graph",
         "importance",
-        "compensation",
-        "policies",
+        "obs",
+        "runtime",
         "surgery",
     },
-    "evaluation": {"live", "data", "errors", "console", "machine"},
-    "recovery": {"data", "live", "machine", "errors", "console"},
-    "checkpoint": {"plan", "sizes", "errors", "exports"},
-    "exports": {"errors", "console", "checkpoint"},
-    "report": {"errors", "graph"},
-    "config": {"errors"},
+    "compensation": {"calibration", "errors", "obs"},
+    "schedules": {
+        "allocation",
+        "calibration",
+        "compensation",
+        "data",
+        "errors",
+        "graph",
+        "importance",
+        "plan",
+        "runtime",
+        "surgery",
+    },
+    "checkpoint": {"errors", "graph", "model", "runtime", "surgery"},
+    "exports": {"errors", "runtime"},
+    "recovery": {"data", "errors", "model", "runtime"},
+    "evaluation": {"config", "data", "errors", "model", "runtime"},
+    "report": {"graph"},
+    "pipeline": {
+        "allocation",
+        "calibration",
+        "checkpoint",
+        "compensation",
+        "config",
+        "data",
+        "errors",
+        "graph",
+        "model",
+        "plan",
+        "policies",
+        "runtime",
+        "schedules",
+        "surgery",
+    },
+    "jobs": {
+        "checkpoint",
+        "config",
+        "data",
+        "errors",
+        "evaluation",
+        "graph",
+        "importance",
+        "model",
+        "pipeline",
+        "plan",
+        "recovery",
+        "report",
+        "runtime",
+        "schedules",
+    },
+    "cli": {"config", "errors", "jobs", "report", "runtime"},
     "demo": {"data"},
+    "__main__": {"cli"},
+    "__init__": {"checkpoint", "errors", "graph", "pipeline", "plan", "surgery"},
 }
-HELPERS = {"base", "aggregation", "gradients", "activations", "budget", "cost", "scope"}
+# What backends of one kind share; beside these a backend imports no other one.
+SHARED = {"base", "aggregation", "structures"}
+# Where an architecture may be known by its name, or by an attribute that only it has.
+NAMED = ("exports", "demo", "model/names.py")
 NAMES = r"llama|mistral|mixtral|qwen|gemma|gpt|bloom|falcon|opt_|phi\d|olmo|baichuan|chatglm|bert"
+PRIVATE = r"first_k_dense_replace|moe_topk|moe_k\b|top_k_experts|max_window_layers|n_routed_experts"
+LONGEST = 40  # lines of code of a function, its docstring and comments aside
 
 
 def modules():
     for path in sorted(ROOT.rglob("*.py")):
-        yield path.relative_to(ROOT).with_suffix("").parts, ast.parse(path.read_text())
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def own_place(path):
+    return path.with_suffix("").parts[0]
 
 
 def imported(tree):
@@ -54,34 +117,85 @@ def imported(tree):
             parts = node.module.split(".")
             yield from [parts[1:]] if len(parts) > 1 else [[alias.name] for alias in node.names]
         elif isinstance(node, ast.Import):
-            yield from ([a.name.split(".")[1:]] for a in node.names if a.name.startswith("prunekit."))
+            yield from (a.name.split(".")[1:] for a in node.names if a.name.startswith("prunekit."))
 
 
-def test_imports_go_one_way():
-    for parts, tree in modules():
-        own = parts[0]
+def test_every_package_and_module_is_listed():
+    found = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/*.py")}
+    assert found == STOREYS.keys()
+
+
+def test_imports_go_down_the_storeys():
+    for path, tree in modules():
+        own = own_place(path)
         for target in imported(tree):
-            if own in ALLOWED and target[0] != own:
-                assert target[0] in ALLOWED[own], f"{'/'.join(parts)} imports {'.'.join(target)}"
-            if own == "cli":
-                assert target[0] in {"config", "jobs", "errors", "console", "report"}
+            if target[0] != own and target[0] != "__version__":
+                assert target[0] in STOREYS[own], f"{path} imports prunekit.{'.'.join(target)}"
 
 
-def test_sibling_backends_import_only_their_base():
-    for parts, tree in modules():
-        if parts[0] in ("importance", "policies") and parts[-1] not in ("__init__", *HELPERS):
-            siblings = {target[1] for target in imported(tree) if target[0] == parts[0] and len(target) > 1}
-            assert siblings <= HELPERS, parts
+def test_storeys_have_no_cycle_and_allow_no_more_than_is_used():
+    graph = networkx.DiGraph((own, other) for own, others in STOREYS.items() for other in others)
+    assert networkx.is_directed_acyclic_graph(graph)
+    used = {own: set() for own in STOREYS}
+    for path, tree in modules():
+        used[own_place(path)] |= {target[0] for target in imported(tree)} - {own_place(path)}
+    assert {own: others - used[own] for own, others in STOREYS.items() if others - used[own]} == {}
 
 
-def test_no_architecture_is_known_by_name():
-    for path in ROOT.rglob("*.py"):
-        if path.relative_to(ROOT).parts[0] in ("demo", "exports"):
-            continue
-        code = re.sub(r"SlimGPT|slimgpt", "", path.read_text())
-        assert not re.search(NAMES, code, re.IGNORECASE), path
+def test_backends_import_only_what_their_kind_shares():
+    for path, tree in modules():
+        own = own_place(path)
+        if own in ("importance", "policies", "compensation") and path.stem not in (
+            "__init__",
+            *SHARED,
+        ):
+            siblings = {target[1] for target in imported(tree) if target[0] == own and target[1:]}
+            assert siblings <= SHARED, path
+
+
+@pytest.mark.parametrize("pattern", [NAMES, PRIVATE])
+def test_no_architecture_is_known_by_name(pattern):
+    for path, _ in modules():
+        if not str(path).startswith(NAMED):
+            text = re.sub(r"SlimGPT|slimgpt", "", (ROOT / path).read_text())
+            assert not (found := re.search(pattern, text, re.IGNORECASE)), (path, found)
+
+
+def lines_of_code(text, node):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    strings = {
+        line
+        for inner in ast.walk(node)
+        if isinstance(inner, documented) and ast.get_docstring(inner)
+        for line in range(inner.body[0].lineno, inner.body[0].end_lineno + 1)
+    }
+    lines = enumerate(text.splitlines()[node.lineno - 1 : node.end_lineno], start=node.lineno)
+    code = [n for n, line in lines if line.strip() and not line.strip().startswith("#")]
+    return len(set(code) - strings)
+
+
+def test_no_function_is_long():
+    for path, tree in modules():
+        text = (ROOT / path).read_text()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert lines_of_code(text, node) <= LONGEST, f"{path}: {node.name}"
 
 
 def test_every_public_thing_has_a_docstring():
-    for parts, tree in modules():
-        assert ast.get_docstring(tree), parts
+    for path, tree in modules():
+        assert ast.get_docstring(tree), path
+        nodes = [*tree.body]
+        for node in nodes:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+                if isinstance(node, ast.ClassDef):
+                    nodes += node.body
+
+
+def test_tests_mirror_the_packages():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    folders = {path.parent.name for path in TESTS.glob("*/test_*.py")}
+    assert folders <= packages
+    untested = packages - folders
+    assert untested == set()

@@ -20,7 +20,9 @@ def test_orders_on_stories(data):
 
     def after(ratio, *overrides, method="slimgpt"):
         model = copy.deepcopy(dense)
-        prunekit.prune(model, ratio=ratio, method=method, calibration=calibration, overrides=list(overrides))
+        prunekit.prune(
+            model, ratio=ratio, method=method, calibration=calibration, overrides=list(overrides)
+        )
         return perplexity(model, windows)
 
     for ratio, near in ((0.2185, 8.6), (0.437, 27)):  # a quarter and a half of the units

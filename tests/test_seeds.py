@@ -1,4 +1,6 @@
-"""Layers as the papers' own models have them, written small: ChatGLM's and Baichuan's attention, an encoder–decoder."""
+"""Layers as the papers' own models have them, written small: ChatGLM's and Baichuan's attention, an
+encoder–decoder.
+"""
 
 import copy
 
@@ -16,9 +18,13 @@ WIDTH, HEADS, HEAD_DIM = 48, 4, 12
 
 
 def rotate(x, interleaved):
-    """Rotary embedding of x [batch, heads, places, dim], of pairs side by side or half a head apart."""
+    """Rotary embedding of x [batch, heads, places, dim], of pairs side by side or half a head
+    apart.
+    """
     places, dim = x.shape[-2:]
-    angle = torch.outer(torch.arange(places, device=x.device), 100 ** -torch.arange(0, 1, 2 / dim, device=x.device))
+    angle = torch.outer(
+        torch.arange(places, device=x.device), 100 ** -torch.arange(0, 1, 2 / dim, device=x.device)
+    )
     if interleaved:
         even, odd = x[..., ::2], x[..., 1::2]
         cos, sin = angle.cos(), angle.sin()
@@ -29,7 +35,9 @@ def rotate(x, interleaved):
 
 
 class ChatGLM2Attention(nn.Module):
-    """Queries, keys and values in one matrix, two query heads to a key head; rotary on the first half of each head."""
+    """Queries, keys and values in one matrix, two query heads to a key head; rotary on the first
+    half of each head.
+    """
 
     def __init__(self, kv_heads=2):
         super().__init__()
@@ -38,13 +46,20 @@ class ChatGLM2Attention(nn.Module):
         self.dense = nn.Linear(HEADS * HEAD_DIM, WIDTH, bias=False)
 
     def forward(self, x):
-        widths = [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        widths = [
+            count * self.head_dim
+            for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        ]
         q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.query_key_value(x).split(widths, -1)
+            t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for t in self.query_key_value(x).split(widths, -1)
         )
         q, k = (torch.cat([rotate(t[..., :6], True), t[..., 6:]], -1) for t in (q, k))
         k, v = (
-            t.unsqueeze(2).expand(-1, -1, self.num_heads // self.num_kv_heads, -1, -1).reshape(q.shape) for t in (k, v)
+            t.unsqueeze(2)
+            .expand(-1, -1, self.num_heads // self.num_kv_heads, -1, -1)
+            .reshape(q.shape)
+            for t in (k, v)
         )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dense(out.transpose(1, 2).flatten(2))
@@ -60,11 +75,18 @@ class ChatGLMAttention(nn.Module):
         self.dense = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x):
-        mixed = self.query_key_value(x).view(*x.shape[:2], self.num_attention_heads, 3 * self.hidden_size_per_head)
+        mixed = self.query_key_value(x).view(
+            *x.shape[:2], self.num_attention_heads, 3 * self.hidden_size_per_head
+        )
         q, k, v = (t.permute(1, 2, 0, 3) for t in mixed.chunk(3, -1))  # [places, heads, batch, dim]
         places, heads, rows, dim = q.shape
-        q, k, v = (t.permute(1, 2, 0, 3).reshape(heads * rows, places, dim) for t in (q.transpose(0, 0), k, v))
-        scores = torch.baddbmm(torch.zeros(1, 1, 1, device=x.device), q, k.transpose(1, 2), beta=0.0, alpha=0.3)
+        q, k, v = (
+            t.permute(1, 2, 0, 3).reshape(heads * rows, places, dim)
+            for t in (q.transpose(0, 0), k, v)
+        )
+        scores = torch.baddbmm(
+            torch.zeros(1, 1, 1, device=x.device), q, k.transpose(1, 2), beta=0.0, alpha=0.3
+        )
         out = torch.bmm(scores.softmax(-1), v).view(heads, rows, places, dim)
         return self.dense(out.permute(1, 2, 0, 3).flatten(2))
 
@@ -79,8 +101,17 @@ class BaichuanAttention(nn.Module):
         self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x):
-        packed = self.W_pack(x).unflatten(-1, (3, self.hidden_size)).unsqueeze(0).transpose(0, -2).squeeze(-2)
-        q, k, v = (packed[i].view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for i in range(3))
+        packed = (
+            self.W_pack(x)
+            .unflatten(-1, (3, self.hidden_size))
+            .unsqueeze(0)
+            .transpose(0, -2)
+            .squeeze(-2)
+        )
+        q, k, v = (
+            packed[i].view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+            for i in range(3)
+        )
         scores = rotate(q, False) @ rotate(k, False).transpose(2, 3) * 0.3
         out = (scores.softmax(-1) @ v).transpose(1, 2)
         return self.o_proj(out.reshape(*x.shape[:2], self.hidden_size))
@@ -102,7 +133,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, attention):
         super().__init__()
-        self.embed, self.layers = nn.Embedding(97, WIDTH), nn.ModuleList(Block(attention()) for _ in range(2))
+        self.embed, self.layers = (
+            nn.Embedding(97, WIDTH),
+            nn.ModuleList(Block(attention()) for _ in range(2)),
+        )
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 97, bias=False)
 
     def forward(self, ids):
@@ -113,8 +147,16 @@ class Decoder(nn.Module):
 
 
 SEEDS = {
-    "ChatGLM2": (ChatGLM2Attention, {"attention": 2, "query_head": 2, "mlp": 40}, 4 * 12 + 2 * 2 * 12),
-    "ChatGLM2, one key head": (lambda: ChatGLM2Attention(1), {"attention": 4, "mlp": 40}, 4 * 12 + 2 * 12),
+    "ChatGLM2": (
+        ChatGLM2Attention,
+        {"attention": 2, "query_head": 2, "mlp": 40},
+        4 * 12 + 2 * 2 * 12,
+    ),
+    "ChatGLM2, one key head": (
+        lambda: ChatGLM2Attention(1),
+        {"attention": 4, "mlp": 40},
+        4 * 12 + 2 * 12,
+    ),
     "ChatGLM": (ChatGLMAttention, {"attention": 4, "mlp": 40}, 3 * 4 * 12),
     "Baichuan": (BaichuanAttention, {"attention": 4, "mlp": 40}, 3 * 4 * 12),
 }
@@ -126,8 +168,16 @@ def test_seeds(name):
     model = randomise(Decoder(attention))
     graph = prunekit.trace(model, (token_ids(2, 7),))
     groups = [group for group in graph.groups if group.prunable and group.layer == 1]
-    assert {group.kind: group.num_units for group in groups if group.exact and group.kind != "head_dim"} == sizes
-    fused = next(m for g in groups if g.kind == "attention" for m in g.members if m.dim == 0 and m.index.dim() == 2)
+    assert {
+        group.kind: group.num_units for group in groups if group.exact and group.kind != "head_dim"
+    } == sizes
+    fused = next(
+        m
+        for g in groups
+        if g.kind == "attention"
+        for m in g.members
+        if m.dim == 0 and m.index.dim() == 2
+    )
     assert graph.shapes[fused.parameter][0] == rows
     removed = {group.name: [0] for group in groups if group.kind in sizes and group.exact}
     masked = zero_units(copy.deepcopy(model), graph, removed)
@@ -149,15 +199,24 @@ SEQ2SEQ = {
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_encoder_and_decoder(family, attention, tmp_path):
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
-    config = AutoConfig.for_model(family, vocab_size=97, max_position_embeddings=64, **ids, **SEQ2SEQ[family])
+    config = AutoConfig.for_model(
+        family, vocab_size=97, max_position_embeddings=64, **ids, **SEQ2SEQ[family]
+    )
     torch.manual_seed(0)
     model = randomise(AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention))
     inputs = {"input_ids": token_ids(2, 7), "decoder_input_ids": token_ids(2, 5, seed=1)}
     graph = prunekit.trace(model, inputs)
-    groups = [group for group in graph.groups if group.prunable and group.exact and group.kind in ("attention", "mlp")]
+    groups = [
+        group
+        for group in graph.groups
+        if group.prunable and group.exact and group.kind in ("attention", "mlp")
+    ]
     sizes = sorted(group.num_units for group in groups)
-    # T5's bias table ties the heads of all layers of a stack; its cross-attention's mask is as wide as the heads are.
-    assert sizes == ([8, 8, 40, 40, 40, 40] if family == "t5" else [4, 4, 4, 4, 8, 8, 36, 36, 40, 40])
+    # T5's bias table ties the heads of all layers of a stack; its cross-attention's mask is as wide
+    # as the heads are.
+    assert sizes == (
+        [8, 8, 40, 40, 40, 40] if family == "t5" else [4, 4, 4, 4, 8, 8, 36, 36, 40, 40]
+    )
     removed = {group.name: [1, 2] for group in groups}
     masked = zero_units(copy.deepcopy(model), graph, removed)
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
@@ -167,7 +226,9 @@ def test_encoder_and_decoder(family, attention, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     source = inputs["input_ids"]
-    assert torch.equal(model.generate(source, **settings), masked.generate(source, use_cache=False, **settings))
+    assert torch.equal(
+        model.generate(source, **settings), masked.generate(source, use_cache=False, **settings)
+    )
     with pytest.raises(CheckpointError, match="encoder and a decoder"):
         prunekit.save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()

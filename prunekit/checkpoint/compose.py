@@ -1,7 +1,8 @@
 """Tensors that a checkpoint stores in parts: experts one by one, a gate beside its up projection.
 
-transformers describes such a checkpoint by converters: patterns of the parts' names, and operations that make one
-parameter of them. Here the operations only say where each part belongs; nothing is read.
+transformers describes such a checkpoint by converters: patterns of the parts' names, and operations
+that make one parameter of them. Here the operations only say where each part belongs; nothing is
+read.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from typing import Any
 
 import torch
 
-from prunekit.checkpoint.files import first_line
 from prunekit.checkpoint.shards import Composed, Shards, Stored
-from prunekit.errors import CheckpointError
+from prunekit.errors import CheckpointError, first_line
 
-Parts = dict[tuple[str, int], str]  # pattern and number (0 where nothing is numbered) → the name in the shards
+Parts = dict[
+    tuple[str, int], str
+]  # pattern and number (0 where nothing is numbered) → the name in the shards
 
 
 def number_of(pattern: str, name: str) -> int:
-    """Which of a pattern's tensors a name means: 3 for `experts.3.up.weight` of `experts.*.up.weight`."""
+    """Which of a pattern's tensors a name means: 3 for `experts.3.up.weight` of
+    `experts.*.up.weight`.
+    """
     if "*" not in pattern:
         return 0
     found = re.search(rf"(\d+){pattern.partition('*')[2]}", name)
@@ -40,8 +44,8 @@ def compose(name: str, shape: torch.Size, converter: Any, parts: Parts, shards: 
         shards: what they are in.
 
     Raises:
-        CheckpointError: a part is missing or of another shape than the rest, or an operation does more than to lay
-            them side by side.
+        CheckpointError: a part is missing or of another shape than the rest, or an operation does
+            more than to lay them side by side.
     """
     stacked, joined = _dims(name, converter, shards)
     last = max(number for _, number in parts)
@@ -50,7 +54,9 @@ def compose(name: str, shape: torch.Size, converter: Any, parts: Parts, shards: 
     for pattern in converter.source_patterns:
         numbers = range(last + 1 if "*" in pattern else 1)
         if missing := [number for number in numbers if (pattern, number) not in parts]:
-            raise CheckpointError(f"{shards.where}: damaged weights: {_called(pattern, missing[0], parts)} is missing")
+            raise CheckpointError(
+                f"{shards.where}: damaged weights: {_called(pattern, missing[0], parts)} is missing"
+            )
         rows.append(tuple(_stored(shards, parts[pattern, number]) for number in numbers))
     if stacked is None:
         rows = [(part,) for row in rows for part in row]
@@ -58,11 +64,16 @@ def compose(name: str, shape: torch.Size, converter: Any, parts: Parts, shards: 
         _check_alike(row)
     try:
         laid = [
-            _meta(row[0]) if stacked is None else torch.stack([_meta(part) for part in row], stacked) for row in rows
+            _meta(row[0])
+            if stacked is None
+            else torch.stack([_meta(part) for part in row], stacked)
+            for row in rows
         ]
         whole = laid[0] if joined is None else torch.cat(laid, joined)
     except RuntimeError as error:
-        raise CheckpointError(f"{shards.where}: damaged weights: {name}: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{shards.where}: damaged weights: {name}: {first_line(error)}"
+        ) from error
     return Composed(
         folder=shards.where,
         rows=tuple(rows),
@@ -81,7 +92,11 @@ def _dims(name: str, converter: Any, shards: Shards) -> tuple[int | None, int | 
     operations = list(converter.operations)
     stacks = [op.dim for op in operations[:1] if type(op) is MergeModulelist]
     joins = [op.dim for op in operations[len(stacks) :] if type(op) is Concatenate]
-    if len(stacks) + len(joins) != len(operations) or len(joins) > 1 or len(converter.target_patterns) > 1:
+    if (
+        len(stacks) + len(joins) != len(operations)
+        or len(joins) > 1
+        or len(converter.target_patterns) > 1
+    ):
         raise CheckpointError(
             f"{shards.where}: {name} is made by {', '.join(map(repr, operations))} of {converter.source_patterns[0]}: "
             "such a checkpoint must be loaded whole"
@@ -93,7 +108,9 @@ def _called(pattern: str, number: int, parts: Mapping[tuple[str, int], str]) -> 
     """What a part that is missing would be called, after one that is there."""
 
     def text(pattern: str, number: int) -> str:
-        return (f"{number}{pattern.partition('*')[2]}" if "*" in pattern else pattern).replace("\\", "")
+        return (f"{number}{pattern.partition('*')[2]}" if "*" in pattern else pattern).replace(
+            "\\", ""
+        )
 
     (other, its), name = next(iter(parts.items()))
     missing = name.replace(text(other, its), text(pattern, number))
@@ -113,4 +130,6 @@ def _meta(part: Stored) -> torch.Tensor:
 def _check_alike(row: tuple[Stored, ...]) -> None:
     usual = Counter(part.shape for part in row).most_common(1)[0][0]
     if odd := [part for part in row if part.shape != usual]:
-        raise CheckpointError(f"{odd[0].file}: {odd[0].name}: expected shape {usual}, got {odd[0].shape}")
+        raise CheckpointError(
+            f"{odd[0].file}: {odd[0].name}: expected shape {usual}, got {odd[0].shape}"
+        )

@@ -1,4 +1,6 @@
-"""What a folder's small files say, read with suspicion: JSON, the shards' headers, how large a model they can mean."""
+"""What a folder's small files say, read with suspicion: JSON, the shards' headers, how large a
+model they can mean.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunekit.errors import CheckpointError
+from prunekit.errors import CheckpointError, first_line
 
 INDEX = "model.safetensors.index.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # each has tensors of its own
-_KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
+_KERNELS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+)
 MANY_LAYERS = 2**16
 _MOST_LABELS = 2**20  # a dictionary is made of them
 _LEAST = 2**24  # elements of a table that any model may compute
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,10 +39,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`; CheckpointError where it is missing or damaged."""
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: expected a config.json in the model folder, found none")
+    return read_json(folder / "config.json")
+
+
 def check_name(where: Path, name: object) -> str:
-    """A file name that a folder's own file lists; CheckpointError where it would lead out of the folder."""
-    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name or "\\" in name:
-        raise CheckpointError(f"{where}: damaged: expected names of files in the folder, got {name!r:.80}")
+    """A file name that a folder's own file lists; CheckpointError where it would lead out of the
+    folder.
+    """
+    if (
+        not isinstance(name, str)
+        or name in ("", "..")
+        or Path(name).name != name
+        or "\0" in name
+        or "\\" in name
+    ):
+        raise CheckpointError(
+            f"{where}: damaged: expected names of files in the folder, got {name!r:.80}"
+        )
     return name
 
 
@@ -55,7 +73,11 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder that hold its model."""
-    names = sorted(set(weight_map(folder).values())) if (folder / INDEX).exists() else ["model.safetensors"]
+    names = (
+        sorted(set(weight_map(folder).values()))
+        if (folder / INDEX).exists()
+        else ["model.safetensors"]
+    )
     return [folder / name for name in names]
 
 
@@ -71,12 +93,17 @@ def count_tensors(folder: Path) -> tuple[int, int]:
                     tensors += 1
                     elements += torch.Size(stored.get_slice(name).get_shape()).numel()
         except (OSError, SafetensorError, OverflowError) as error:
-            raise CheckpointError(f"{folder}: damaged weights: {path.name}: {first_line(error)}") from error
+            raise CheckpointError(
+                f"{folder}: damaged weights: {path.name}: {first_line(error)}"
+            ) from error
     return tensors, elements
 
 
-def check_config(path: Path, config: Mapping[str, Any], tensors: int, trust_remote_code: bool = False) -> None:
-    """Raise CheckpointError where building from a config would take forever, or code from elsewhere.
+def check_config(
+    path: Path, config: Mapping[str, Any], tensors: int, trust_remote_code: bool = False
+) -> None:
+    """Raise CheckpointError where building from a config would take forever, or code from
+    elsewhere.
 
     Args:
         path: the config's.
@@ -89,9 +116,13 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: int, trust_remo
     while waiting:
         for name, value in waiting.pop().items():
             if name in bounds and isinstance(value, int | float) and not 0 <= value <= bounds[name]:
-                raise CheckpointError(f"{path}: damaged: {name}: expected 0 to {bounds[name]}, got {value!s:.40}")
+                raise CheckpointError(
+                    f"{path}: damaged: {name}: expected 0 to {bounds[name]}, got {value!s:.40}"
+                )
             if name in _KERNELS and "/" in str(value) and not trust_remote_code:
-                raise CheckpointError(f"{path}: {name}: {value!s:.80} is code from elsewhere: needs trust_remote_code")
+                raise CheckpointError(
+                    f"{path}: {name}: {value!s:.80} is code from elsewhere: needs trust_remote_code"
+                )
             if isinstance(value, dict):
                 waiting.append(value)
 
@@ -114,7 +145,11 @@ class _Bounded(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and not any(isinstance(arg, torch.Tensor) for arg in args):
-            shape = func(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": False}).shape
+            shape = func(
+                *args, **{**kwargs, "device": torch.device("meta"), "pin_memory": False}
+            ).shape
             if shape.numel() > self.most:
-                raise ValueError(f"a tensor of {'×'.join(map(str, shape))} is more than the weights allow")
+                raise ValueError(
+                    f"a tensor of {'×'.join(map(str, shape))} is more than the weights allow"
+                )
         return func(*args, **kwargs)

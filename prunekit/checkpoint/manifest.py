@@ -1,11 +1,13 @@
-"""The manifest of a saved model folder: checksums of what the model is made of, so that damage is seen before use."""
+"""The manifest of a saved model folder: checksums of what the model is made of, so that damage is
+seen before use.
+"""
 
-import hashlib
 import json
 from pathlib import Path
 
 from prunekit.checkpoint.files import check_name, read_json
 from prunekit.errors import CheckpointError
+from prunekit.runtime.files import checksum
 
 NAME = "prunekit.json"
 FORMAT = 1
@@ -15,9 +17,16 @@ _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # config and tokenizer
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `prunekit.json`: format version, and the SHA-256 of weights, code, config and tokenizer."""
-    files = {name: checksum(folder / name) for name in sorted(_names(folder, *_LOADED, *_BESIDE) - {NAME})}
-    (folder / NAME).write_text(json.dumps({"format": FORMAT, "sha256": files}, indent=1) + "\n", encoding="utf-8")
+    """Write `prunekit.json`: format version, and the SHA-256 of weights, code, config and
+    tokenizer.
+    """
+    files = {
+        name: checksum(folder / name)
+        for name in sorted(_names(folder, *_LOADED, *_BESIDE) - {NAME})
+    }
+    (folder / NAME).write_text(
+        json.dumps({"format": FORMAT, "sha256": files}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def check_manifest(folder: Path, weights: bool = True) -> None:
@@ -41,20 +50,18 @@ def check_manifest(folder: Path, weights: bool = True) -> None:
     if not isinstance(files, dict) or "config.json" not in files:
         raise CheckpointError(f"{path}: damaged: expected the checksums of the folder's files")
     if added := sorted(_names(folder, *_LOADED) - files.keys()):
-        raise CheckpointError(f"{folder}: damaged model folder: {added[0]} was added after it was saved (see {NAME})")
+        raise CheckpointError(
+            f"{folder}: damaged model folder: {added[0]} was added after it was saved (see {NAME})"
+        )
     for name, expected in files.items():
         check_name(path, name)
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: damaged model folder: {name} is missing")
         if (weights or not Path(name).match(_WEIGHTS)) and checksum(folder / name) != expected:
-            raise CheckpointError(f"{folder}: damaged model folder: {name} is not as it was saved (see {NAME})")
+            raise CheckpointError(
+                f"{folder}: damaged model folder: {name} is not as it was saved (see {NAME})"
+            )
 
 
 def _names(folder: Path, *patterns: str) -> set[str]:
     return {path.name for pattern in patterns for path in folder.glob(pattern)}
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,6 @@
-"""Safetensors shards read by name: their headers once, single tensors when they are wanted, never a whole file."""
+"""Safetensors shards read by name: their headers once, single tensors when they are wanted, never a
+whole file.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.files import INDEX, first_line, weight_map
-from prunekit.errors import CheckpointError
+from prunekit.checkpoint.files import INDEX, weight_map
+from prunekit.errors import CheckpointError, first_line
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _ROWS = 4096  # compared at a time
 
 
@@ -51,7 +61,8 @@ class Composed:
         rows: of parts, in order; of one part each where nothing is stacked.
         stacked: the new dimension along which the parts of a row lie; none if None.
         joined: the dimension along which the rows follow one another; there is one row if None.
-        shape, dtype: of the whole.
+        shape,
+        dtype: of the whole.
         widths: of the rows along `joined`.
     """
 
@@ -77,12 +88,16 @@ class Composed:
         """What is stored of a tensor, and where in it that belongs."""
         rows = (whole,) if self.joined is None else whole.split(self.widths, self.joined)
         for row, parts in zip(rows, self.rows, strict=True):
-            yield from zip(parts, (row,) if self.stacked is None else row.unbind(self.stacked), strict=True)
+            yield from zip(
+                parts, (row,) if self.stacked is None else row.unbind(self.stacked), strict=True
+            )
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of a model folder or of some safetensors files: name → where it is stored, whole or in parts."""
+    """The tensors of a model folder or of some safetensors files: name → where it is stored, whole
+    or in parts.
+    """
 
     where: Path
     entries: Mapping[str, Stored | Composed]
@@ -97,7 +112,9 @@ class Shards:
         """
         if not (folder / INDEX).exists():
             if not (folder / "model.safetensors").exists():
-                raise CheckpointError(f"{folder}: expected safetensors in the model folder, found none")
+                raise CheckpointError(
+                    f"{folder}: expected safetensors in the model folder, found none"
+                )
             return cls(folder, cls.of_file(folder / "model.safetensors").entries)
         places = weight_map(folder)
         files = {file: cls.of_file(folder / file) for file in sorted(set(places.values()))}
@@ -114,7 +131,9 @@ class Shards:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
                 part = stored.get_slice(name)
                 if (dtype := part.get_dtype()) not in _DTYPES:
-                    raise CheckpointError(f"{file}: {name} is stored as {dtype}: expected one of {', '.join(_DTYPES)}")
+                    raise CheckpointError(
+                        f"{file}: {name} is stored as {dtype}: expected one of {', '.join(_DTYPES)}"
+                    )
                 shape = tuple(part.get_shape())
                 entries[name] = Stored(file=file, name=name, shape=shape, dtype=_DTYPES[dtype])
             return cls(file, entries, stored.metadata() or {})
@@ -144,11 +163,15 @@ class Shards:
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
     def read(
-        self, names: Iterable[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        names: Iterable[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
         """Copies of tensors on a device, floating ones as `dtype`; no page of a file stays mapped.
 
-        Parts go to their place one by one: beside a tensor there is never more than one of its parts.
+        Parts go to their place one by one: beside a tensor there is never more than one of its
+        parts.
 
         Raises:
             CheckpointError: a name is missing, or its file is by now.
@@ -157,7 +180,9 @@ class Shards:
         places: list[tuple[Stored, Tensor]] = []
         for name in names:
             own = dtype if self[name].dtype.is_floating_point else None
-            found[name] = torch.empty(self[name].shape, dtype=own or self[name].dtype, device=device)
+            found[name] = torch.empty(
+                self[name].shape, dtype=own or self[name].dtype, device=device
+            )
             places += self[name].places(found[name])
         for file in {part.file: None for part, _ in places}:
             with _opened(file) as stored:
@@ -185,7 +210,9 @@ class Shards:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; opening compares its header with its size. Unmapped at the end of the `with` block."""
+    """A safetensors file; opening compares its header with its size. Unmapped at the end of the
+    `with` block.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,6 @@
-"""Models larger than memory: a skeleton on meta, and the weights of one layer at a time from the shards on disk."""
+"""Models larger than memory: a skeleton on meta, and the weights of one layer at a time from the
+shards on disk.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.compose import Parts, compose, number_of
 from prunekit.checkpoint.files import within
-from prunekit.checkpoint.load import adopt, checked, only_ours, skeleton_of, tied_places
+from prunekit.checkpoint.load import checked, skeleton_of
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
-from prunekit.exports.folder import is_ours
+from prunekit.model.build import adopt, only_ours
+from prunekit.model.record import is_ours
+from prunekit.model.ties import tied_places
 
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # tables that older checkpoints hold
 
@@ -36,11 +40,12 @@ def open_streamed(
         attn_implementation: transformers' choice.
 
     Returns:
-        The model in evaluation mode, every parameter on meta in the file's shape and every buffer real; and the shards,
-        by the model's names.
+        The model in evaluation mode, every parameter on meta in the file's shape and every buffer
+        real; and the shards, by the model's names.
 
     Raises:
-        CheckpointError: the folder is missing or damaged, a tensor is missing, left over or of another shape.
+        CheckpointError: the folder is missing or damaged, a tensor is missing, left over or of
+            another shape.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -59,10 +64,11 @@ def open_streamed(
 
 
 def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
-    """The shards by the model's names: those of its class before a renaming, or of a body without its prefix.
+    """The shards by the model's names: those of its class before a renaming, or of a body without
+    its prefix.
 
-    A parameter that is stored in parts is one entry. Tables that no class wants any more are left out.
-    A pruned model may store tables that its class would compute: they were cut.
+    A parameter that is stored in parts is one entry. Tables that no class wants any more are left
+    out. A pruned model may store tables that its class would compute: they were cut.
     """
     from transformers.core_model_loading import dot_natural_key
 
@@ -86,8 +92,8 @@ def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
 
 
 def _renaming(model: Any) -> Callable[[str], tuple[str, Any, tuple[str, int]]]:
-    """What transformers calls otherwise than the checkpoints it loads: a name there → the model's; and where the tensor
-    is only a part of that, the converter, the part's pattern and its number.
+    """What transformers calls otherwise than the checkpoints it loads: a name there → the model's;
+    and where the tensor is only a part of that, the converter, the part's pattern and its number.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
@@ -112,7 +118,9 @@ def _check_shapes(model: nn.Module, shards: Shards) -> None:
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if name in shards and shards[name].shape != tensor.shape:
             shape = tuple(tensor.shape)
-            raise CheckpointError(f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}")
+            raise CheckpointError(
+                f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
+            )
     for places in tied_places(model):
         stored = [name for *_, name in places if name in shards]
         if different := [name for name in stored[1:] if not shards.equal(stored[0], name)]:

@@ -1,4 +1,6 @@
-"""Where the weights of a streamed model are: on meta, but for the modules that are loaded at the time."""
+"""Where the weights of a streamed model are: on meta, but for the modules that are loaded at the
+time.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.checkpoint.load import tied_places
 from prunekit.checkpoint.shards import Shards
 from prunekit.errors import CheckpointError, DataError
+from prunekit.model.ties import tied_places
 
 _Places = list[tuple[nn.Module, str, str]]  # where one parameter is: module, attribute, name
 
@@ -28,7 +30,9 @@ class Weights:
         device: where weights are loaded to.
     """
 
-    def __init__(self, model: nn.Module, shards: Shards, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, shards: Shards, device: torch.device | str = "cpu"
+    ) -> None:
         self.model, self.shards, self.device = model, shards, torch.device(device)
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -39,11 +43,12 @@ class Weights:
 
         Args:
             path: of a module ("model.layers.3").
-            source: read these shards instead: what was written of a layer that was cut before. Its buffers are read
-                too, and a bias it holds is added to a module that lacks one.
+            source: read these shards instead: what was written of a layer that was cut before. Its
+                buffers are read too, and a bias it holds is added to a module that lacks one.
 
         Raises:
-            CheckpointError: a tensor is missing or has another shape than the module's, a shard is damaged.
+            CheckpointError: a tensor is missing or has another shape than the module's, a shard is
+                damaged.
             DataError: a weight is NaN or infinite.
         """
         if source is not None:
@@ -56,7 +61,9 @@ class Weights:
 
     @contextmanager
     def enter(self, path: str, source: Shards | None = None) -> Iterator[nn.Module]:
-        """The module at a path with its weights loaded (`load`), for the duration of a `with` block."""
+        """The module at a path with its weights loaded (`load`), for the duration of a `with`
+        block.
+        """
         try:
             self.load(path, source)
             yield self.model.get_submodule(path)
@@ -65,7 +72,9 @@ class Weights:
 
     @contextmanager
     def outside(self, layers: str) -> Iterator[None]:
-        """Load everything that is not inside the `ModuleList` at a path, for the duration of a `with` block."""
+        """Load everything that is not inside the `ModuleList` at a path, for the duration of a
+        `with` block.
+        """
         try:
             self._load(self._beside(layers))
             yield
@@ -73,24 +82,42 @@ class Weights:
             self._release(self._beside(layers))
 
     def state(self, path: str) -> dict[str, Tensor]:
-        """What a file must hold of a module: its parameters, tied ones once, and its persistent buffers."""
+        """What a file must hold of a module: its parameters, tied ones once, and its persistent
+        buffers.
+        """
         found = {places[0][2]: _held(places).detach() for places in self._under(path)}
-        return found | {name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)}
+        return found | {
+            name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)
+        }
 
     def outside_names(self, layers: str) -> dict[str, str]:
-        """What a file must hold of everything not inside the `ModuleList` at a path: name → the one in the shards."""
+        """What a file must hold of everything not inside the `ModuleList` at a path: name → the one
+        in the shards.
+        """
         found = {places[0][2]: _stored_name(places, self.shards) for places in self._beside(layers)}
         buffers = (name for name in persistent_buffers(self.model) if not _lies_in(name, layers))
         return found | {name: name for name in buffers}
 
     def _under(self, path: str) -> list[_Places]:
-        return [places for places in tied_places(self.model) if any(_lies_in(name, path) for *_, name in places)]
+        return [
+            places
+            for places in tied_places(self.model)
+            if any(_lies_in(name, path) for *_, name in places)
+        ]
 
     def _beside(self, layers: str) -> list[_Places]:
-        return [places for places in tied_places(self.model) if not any(_lies_in(name, layers) for *_, name in places)]
+        return [
+            places
+            for places in tied_places(self.model)
+            if not any(_lies_in(name, layers) for *_, name in places)
+        ]
 
     def _owned_by(self, module: nn.Module) -> list[_Places]:
-        return [places for places in tied_places(self.model) if any(owner is module for owner, *_ in places)]
+        return [
+            places
+            for places in tied_places(self.model)
+            if any(owner is module for owner, *_ in places)
+        ]
 
     @torch.inference_mode(False)
     def _load(self, found: list[_Places], source: Shards | None = None) -> None:
@@ -101,9 +128,13 @@ class Weights:
             name = _stored_name(places, shards)
             if shards[name].shape != old.shape:
                 shape = tuple(old.shape)
-                raise CheckpointError(f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}")
+                raise CheckpointError(
+                    f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
+                )
             tensor = shards.read([name], self.device, old.dtype)[name]
-            if not all(torch.isfinite(end) for end in (tensor.aminmax() if tensor.numel() else ())):  # no temporaries
+            if not all(
+                torch.isfinite(end) for end in (tensor.aminmax() if tensor.numel() else ())
+            ):  # no temporaries
                 raise DataError(f"{name}: the weights hold NaN or infinity")
             _put(places, tensor, old.requires_grad)
 
@@ -120,9 +151,15 @@ class Weights:
             if attribute in module._buffers and _lies_in(name, path):
                 module._non_persistent_buffers_set.discard(attribute)
                 module._buffers[attribute] = source.read([name], self.device)[name]
-            elif attribute == "bias" and _lies_in(name, path) and getattr(module, "bias", None) is None:
+            elif (
+                attribute == "bias"
+                and _lies_in(name, path)
+                and getattr(module, "bias", None) is None
+            ):
                 like = next(module.parameters(recurse=False))
-                module.bias = nn.Parameter(torch.empty(source[name].shape, dtype=like.dtype, device="meta"))
+                module.bias = nn.Parameter(
+                    torch.empty(source[name].shape, dtype=like.dtype, device="meta")
+                )
 
 
 def _held(places: _Places) -> nn.Parameter:
@@ -158,31 +195,44 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def offloaded(model: nn.Module, shards: Shards, device: torch.device | str = "cpu") -> Iterator[Weights]:
-    """Let a streamed model run as it is, for the duration of a `with` block: weights are read when they are needed.
+def offloaded(
+    model: nn.Module, shards: Shards, device: torch.device | str = "cpu"
+) -> Iterator[Weights]:
+    """Let a streamed model run as it is, for the duration of a `with` block: weights are read when
+    they are needed.
 
-    Every entry of the outermost module lists (a decoder layer) is loaded when it is called and dropped after; so is
-    what any other module owns itself. Inputs must be on the device. Not for training.
+    Every entry of the outermost module lists (a decoder layer) is loaded when it is called and
+    dropped after; so is what any other module owns itself. Inputs must be on the device. Not for
+    training.
 
     Raises:
-        CheckpointError, DataError: while the model runs, as `Weights.load` does.
+        CheckpointError,
+        DataError: while the model runs, as `Weights.load` does.
     """
     weights = Weights(model, shards, device)
     with ExitStack() as hooks:
         for module, find in _units(model, "", weights):
             hooks.callback(module.register_forward_pre_hook(_caller(weights._load, find)).remove)
-            hooks.callback(module.register_forward_hook(_caller(weights._release, find), always_call=True).remove)
+            hooks.callback(
+                module.register_forward_hook(
+                    _caller(weights._release, find), always_call=True
+                ).remove
+            )
         yield weights
 
 
-def _caller(action: Callable[[list[_Places]], None], find: Callable[[], list[_Places]]) -> Callable[..., None]:
+def _caller(
+    action: Callable[[list[_Places]], None], find: Callable[[], list[_Places]]
+) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         action(find())
 
     return hook
 
 
-def _units(module: nn.Module, path: str, weights: Weights) -> Iterator[tuple[nn.Module, Callable[[], list[_Places]]]]:
+def _units(
+    module: nn.Module, path: str, weights: Weights
+) -> Iterator[tuple[nn.Module, Callable[[], list[_Places]]]]:
     """The modules to load at once, and how to find what they hold."""
     if module._parameters:
         yield module, partial(weights._owned_by, module)

@@ -13,39 +13,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.load import tied_places
+from prunekit.checkpoint.describe import describe
+from prunekit.checkpoint.files import read_config
 from prunekit.checkpoint.manifest import write_manifest
-from prunekit.checkpoint.save import check_free, disk_errors, publish, unvalidated, write_text
 from prunekit.checkpoint.shards import Shards
-from prunekit.checkpoint.verify import check_loadable, record
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
-from prunekit.exports.folder import describe
+from prunekit.model.compat import unvalidated
+from prunekit.model.ties import tied_places
+from prunekit.model.verify import check_loadable, record
+from prunekit.runtime.files import check_free, disk_errors, publish, write_text
 
 _KEY = "prunekit_key"  # in a shard's metadata: what it holds
 
 
 class LayerWriter:
-    """The folder of a model that never is in memory as a whole, one shard for every part that is finished.
+    """The folder of a model that never is in memory as a whole, one shard for every part that is
+    finished.
 
-    Until `finish` the shards lie in a hidden folder beside it, which stays there when a run is interrupted; each of
-    them is whole or isn't there.
+    Until `finish` the shards lie in a hidden folder beside it, which stays there when a run is
+    interrupted; each of them is whole or isn't there.
 
     Args:
         folder: a new or empty folder.
         dtype: what floating tensors are stored as; as they come if None.
-        resume: go on with what an interrupted run left; files that are damaged count as not written.
+        resume: go on with what an interrupted run left; files that are damaged count as not
+            written.
 
     Raises:
-        CheckpointError: the folder is in use or can't be written, or an interrupted run's parts are there already.
+        CheckpointError: the folder is in use or can't be written, or an interrupted run's parts are
+            there already.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, resume: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, dtype: torch.dtype | None = None, resume: bool = False
+    ) -> None:
         self.target, self.dtype = Path(folder), dtype
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         check_free(self.target)
         if self.folder.exists() and not resume:
-            raise CheckpointError(f"{self.folder}: an interrupted run left its layers there: resume it or remove them")
+            raise CheckpointError(
+                f"{self.folder}: an interrupted run left its layers there: resume it or remove them"
+            )
         with disk_errors(self.target):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.parts: dict[str, Shards] = {}
@@ -70,7 +79,9 @@ class LayerWriter:
     @property
     def shards(self) -> Shards:
         """Everything that is written, to run the model with before it is finished."""
-        return Shards(self.folder, {name: part[name] for part in self.parts.values() for name in part})
+        return Shards(
+            self.folder, {name: part[name] for part in self.parts.values() for name in part}
+        )
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store a part's tensors in one shard.
@@ -85,7 +96,10 @@ class LayerWriter:
         from safetensors import torch as safetensors
 
         temporary, file = self.folder / f".{key}.tmp", self.folder / f"{key}.safetensors"
-        own = {name: tensor.detach().to("cpu", self._dtype_of(tensor)).contiguous() for name, tensor in tensors.items()}
+        own = {
+            name: tensor.detach().to("cpu", self._dtype_of(tensor)).contiguous()
+            for name, tensor in tensors.items()
+        }
         with disk_errors(self.target):
             try:
                 safetensors.save_file(own, str(temporary), metadata={"format": "pt", _KEY: key})
@@ -97,7 +111,9 @@ class LayerWriter:
         self.parts[key] = Shards.of_file(file)
 
     def copy(self, shards: Shards, names: Mapping[str, str]) -> None:
-        """Store tensors of other shards as they are, each as a part of its own: the model's name → the one there."""
+        """Store tensors of other shards as they are, each as a part of its own: the model's name →
+        the one there.
+        """
         for name, stored in names.items():
             if not self.has(name):
                 self.write(name, {name: shards.read([stored])[stored]})
@@ -114,18 +130,21 @@ class LayerWriter:
             remote_code: as `save_pretrained` has it.
 
         Raises:
-            CheckpointError: a tensor of the model was not written or has another shape, the model is none that a
-                folder can describe, or the disk is full; the parts stay for a resumed run.
+            CheckpointError: a tensor of the model was not written or has another shape, the model
+                is none that a folder can describe, or the disk is full; the parts stay for a
+                resumed run.
         """
         self._check_complete(model)
         sizes = record(model)
         with disk_errors(self.target):
             files = self._number()
             index = {"metadata": {"total_size": self.shards.num_bytes}, "weight_map": files}
-            write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+            write_text(
+                self.folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n"
+            )
             self._describe(model)
             describe(self.folder, model, sizes, remote_code)
-            check_loadable(model, self.folder)
+            check_loadable(model, read_config(self.folder))
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder)
             write_manifest(self.folder)
@@ -143,10 +162,14 @@ class LayerWriter:
                 raise CheckpointError(f"{self.target}: can't be finished: {name} was not written")
             if written[name].shape != tensor.shape:
                 shape = tuple(tensor.shape)
-                raise CheckpointError(f"{self.target}: {name}: expected shape {shape}, written {written[name].shape}")
+                raise CheckpointError(
+                    f"{self.target}: {name}: expected shape {shape}, written {written[name].shape}"
+                )
             del written[name]
         if written:
-            raise CheckpointError(f"{self.target}: can't be finished: no place for {', '.join(sorted(written)[:3])}")
+            raise CheckpointError(
+                f"{self.target}: can't be finished: no place for {', '.join(sorted(written)[:3])}"
+            )
 
     def _number(self) -> dict[str, str]:
         """Give the shards their final names; tensor → file."""

@@ -1,1 +1,7 @@
-"""Optimal Brain Surgeon: second moments of the inputs, the solver, and what it does to the weights."""
+"""What happens to the weights that stay in a consumer when others leave."""
+
+from prunekit.compensation.base import Compensation, Target
+from prunekit.compensation.bias import Bias
+from prunekit.compensation.obs import Obs
+
+__all__ = ["Bias", "Compensation", "Obs", "Target"]

@@ -18,8 +18,8 @@ def load_corpus(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]])
     """The documents of a corpus, by a name from the configuration's `corpora` or by a path.
 
     Args:
-        name: "embedded", another key of `known`, or a text (.txt, .raw, .tokens, .md), JSON (.json, .jsonl) or
-            parquet file.
+        name: "embedded", another key of `known`, or a text (.txt, .raw, .tokens, .md), JSON (.json,
+            .jsonl) or parquet file.
         purpose: "calibration" or "eval": picks the split.
         known: name → how to load it: `hub`, `config`, `splits`, `data_files`, `field`.
 
@@ -28,19 +28,24 @@ def load_corpus(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]])
     """
     source = known.get(name, {})
     records = load_records(name, purpose, known)
-    documents = [text_of(record, source.get("field", "text"), source.get("hub", name)) for record in records]
+    documents = [
+        text_of(record, source.get("field", "text"), source.get("hub", name)) for record in records
+    ]
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise DataError(f"{purpose} corpus {name}: it holds no text")
     return documents
 
 
-def load_records(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def load_records(
+    name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """The records of a corpus, with all their fields; a document without fields is `{"text": …}`.
 
     Args:
         name: as for `load_corpus`.
-        purpose: "calibration", "recovery" (the calibration split where it has none of its own) or "eval".
+        purpose: "calibration", "recovery" (the calibration split where it has none of its own) or
+            "eval".
         known: as for `load_corpus`.
 
     Raises:
@@ -55,7 +60,9 @@ def load_records(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]
         return read_records(Path(name))
     if "/" in name or Path(name).suffix in _TEXT | _RECORDS:
         raise DataError(f"{purpose} corpus: no such file: {name}")
-    raise DataError(f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path")
+    raise DataError(
+        f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path"
+    )
 
 
 def read_file(path: Path, field: str = "text") -> list[str]:
@@ -102,7 +109,9 @@ def text_of(record: Mapping[str, Any], field: str, where: object) -> str:
     if {"instruction", "output"} <= record.keys():
         parts = (record["instruction"], record.get("input", ""), record["output"])
         return "\n".join(part for part in parts if part)
-    raise DataError(f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}")
+    raise DataError(
+        f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}"
+    )
 
 
 def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -114,9 +123,13 @@ def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[dict[s
             source["hub"],
             source.get("config"),
             data_files=source.get("data_files"),
-            split=splits.get(purpose, splits["calibration"]) if purpose == "recovery" else splits[purpose],
+            split=splits.get(purpose, splits["calibration"])
+            if purpose == "recovery"
+            else splits[purpose],
         )
     except Exception as error:
         message = str(error).strip().splitlines()[0]
-        raise DataError(f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}") from error
+        raise DataError(
+            f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}"
+        ) from error
     return list(rows)

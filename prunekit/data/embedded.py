@@ -1,7 +1,9 @@
-"""The embedded corpus: the text every Python installation carries, split by a hash of each document's name.
+"""The embedded corpus: the text every Python installation carries, split by a hash of each
+document's name.
 
-One document per standard-library module (its source, docstrings included) and one per `pydoc` topic. Tests, data tables
-(`encodings`) and installed packages are left out. A name keeps its side of the split on every Python version.
+One document per standard-library module (its source, docstrings included) and one per `pydoc`
+topic. Tests, data tables (`encodings`) and installed packages are left out. A name keeps its side
+of the split on every Python version.
 """
 
 import hashlib
@@ -12,7 +14,15 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 16  # one document in 16 is held out
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__", "lib-dynload"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "encodings",
+    "__pycache__",
+    "lib-dynload",
+}
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "idle_test", "topics.py")
 
 
@@ -33,7 +43,9 @@ def _modules() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        if _SKIPPED.isdisjoint(relative.parts) and not any(p.startswith(_SKIPPED_PREFIXES) for p in relative.parts):
+        if _SKIPPED.isdisjoint(relative.parts) and not any(
+            p.startswith(_SKIPPED_PREFIXES) for p in relative.parts
+        ):
             yield relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from prunekit.errors import DataError
 
 
-def calibration_windows(documents: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
+def calibration_windows(
+    documents: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int
+) -> Tensor:
     """LongTensor [samples, length]: random crops of random documents that are long enough.
 
     Where no document has `length` tokens, crops of all documents joined by blank lines.
@@ -20,7 +22,9 @@ def calibration_windows(documents: Sequence[str], tokenizer: Any, samples: int, 
         DataError: the whole text is shorter than one window.
     """
     if samples < 1 or length < 2:
-        raise DataError(f"data.calibration: expected samples ≥ 1 and sequence_length ≥ 2, got {samples} and {length}")
+        raise DataError(
+            f"data.calibration: expected samples ≥ 1 and sequence_length ≥ 2, got {samples} and {length}"
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     long: list[Tensor] = []
@@ -46,30 +50,38 @@ def calibration_windows(documents: Sequence[str], tokenizer: Any, samples: int, 
 
 
 def evaluation_windows(
-    documents: Sequence[str], tokenizer: Any, length: int, limit: int | None, name: str, stride: int | None = None
+    documents: Sequence[str],
+    tokenizer: Any,
+    length: int,
+    limit: int | None,
+    name: str,
+    stride: int | None = None,
 ) -> Tensor:
-    """LongTensor [N, length]: the documents joined by blank lines, tokenised once, cut every `stride` tokens.
+    """LongTensor [N, length]: the documents joined by blank lines, tokenised once, cut every
+    `stride` tokens.
 
-    Without a stride there is no overlap; the tail is dropped; at most `limit` tokens where one is given.
+    Without a stride there is no overlap; the tail is dropped; at most `limit` tokens where one is
+    given.
 
     Raises:
         DataError: the text is shorter than one window.
     """
     text = "\n\n".join(documents)
     if limit is not None:
-        text = text[: limit * 16]  # no tokenizer here packs more than 16 characters into a token on average
+        text = text[
+            : limit * 16
+        ]  # no tokenizer here packs more than 16 characters into a token on average
     ids = encode(tokenizer, text, special=True)[:limit]
     if len(ids) < length:
-        raise DataError(f"eval corpus {name}: it has {len(ids)} tokens, one window needs {length} (eval.window)")
+        raise DataError(
+            f"eval corpus {name}: it has {len(ids)} tokens, one window needs {length} (eval.window)"
+        )
     return ids.unfold(0, length, stride or length)
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> Tensor:
-    """Token ids [T] of a text, however long, without the tokenizer's warning about its maximum length."""
+    """Token ids [T] of a text, however long, without the tokenizer's warning about its maximum
+    length.
+    """
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
-
-
-def batches(windows: Tensor, batch_size: int, device: Any) -> list[dict[str, Tensor]]:
-    """Keyword arguments of a language model's forward calls."""
-    return [{"input_ids": chunk.to(device), "use_cache": False} for chunk in windows.split(batch_size)]  # type: ignore[dict-item]

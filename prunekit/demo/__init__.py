@@ -1,1 +1,3 @@
-"""The embedded model: a small Llama trained on the Python standard library, its training script and card."""
+"""The embedded model: a small Llama trained on the Python standard library, its training script and
+card.
+"""

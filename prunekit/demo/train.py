@@ -1,7 +1,8 @@
 """Train the embedded model from nothing: `python -m prunekit.demo.train`.
 
-Llama architecture, byte-level BPE, the embedded corpus; Muon for the matrices, AdamW for the embedding and the norms;
-warm-up, then a linear decay to zero. Killed anywhere, the same command goes on from the last checkpoint.
+Llama architecture, byte-level BPE, the embedded corpus; Muon for the matrices, AdamW for the
+embedding and the norms; warm-up, then a linear decay to zero. Killed anywhere, the same command
+goes on from the last checkpoint.
 """
 
 import argparse
@@ -58,11 +59,15 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator((text for _, text in embedded.documents("train")), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
+    )
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """The token streams: training documents joined by the end-of-text token, held-out windows [N, WINDOW]."""
+    """The token streams: training documents joined by the end-of-text token, held-out windows [N,
+    WINDOW].
+    """
     train: list[int] = []
     for _, text in embedded.documents("train"):
         train += [*tokenizer.encode(text), tokenizer.eos_token_id]
@@ -91,22 +96,32 @@ def build_model(config: TrainingConfig, eos: int) -> LlamaForCausalLM:
     )
     for layer in model.model.layers:
         for block in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            block.register_forward_hook(lambda module, _, out: F.dropout(out, config.dropout, module.training))
+            block.register_forward_hook(
+                lambda module, _, out: F.dropout(out, config.dropout, module.training)
+            )
     return model
 
 
 def yardsticks(train: Tensor, windows: Tensor, vocab: int) -> dict[str, float]:
-    """Perplexities of a unigram and of an interpolated bigram model on the tokens the language model is scored on.
+    """Perplexities of a unigram and of an interpolated bigram model on the tokens the language
+    model is scored on.
 
-    P(w|v) = λ·c(v,w)/c(v) + (1−λ)·P(w), with the λ that suits the held-out text best and add-one unigrams.
+    P(w|v) = λ·c(v,w)/c(v) + (1−λ)·P(w), with the λ that suits the held-out text best and add-one
+    unigrams.
     """
     unigram = torch.bincount(train, minlength=vocab).double() + 1
     unigram /= unigram.sum()
-    pairs = torch.bincount(train[:-1] * vocab + train[1:], minlength=vocab * vocab).double().view(vocab, vocab)
+    pairs = (
+        torch.bincount(train[:-1] * vocab + train[1:], minlength=vocab * vocab)
+        .double()
+        .view(vocab, vocab)
+    )
     bigram = pairs / pairs.sum(1, keepdim=True).clamp_min(1)
     previous, current = windows[:, :-1].flatten(), windows[:, 1:].flatten()
     p1, p2 = unigram[current], bigram[previous, current]
-    losses = [-(lam * p2 + (1 - lam) * p1).log().mean().item() for lam in torch.linspace(0.5, 0.99, 50)]
+    losses = [
+        -(lam * p2 + (1 - lam) * p1).log().mean().item() for lam in torch.linspace(0.5, 0.99, 50)
+    ]
     return {"unigram": math.exp(-p1.log().mean().item()), "bigram": math.exp(min(losses))}
 
 
@@ -118,19 +133,26 @@ def heldout_loss(model: nn.Module, windows: Tensor, device: str) -> float:
     for batch in windows.split(32):
         batch = batch.to(device)
         logits = model(batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
     model.train()
     return total / (windows.numel() - len(windows))
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding (decayed) and the norms (not)."""
+    """Muon for the matrices inside the layers, AdamW for the embedding (decayed) and the norms
+    (not).
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     embeddings = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" in n]
     norms = [p for p in model.parameters() if p.ndim == 1]
     return [
         torch.optim.Muon(
-            matrices, lr=config.matrix_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrices,
+            lr=config.matrix_lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(
             [{"params": embeddings}, {"params": norms, "weight_decay": 0.0}],  # type: ignore[arg-type]
@@ -143,17 +165,26 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
 
 def lr_scale(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, then linear decay to zero."""
-    return min((step + 1) / config.warmup_steps, (config.steps - step) / (config.steps - config.warmup_steps))
+    return min(
+        (step + 1) / config.warmup_steps,
+        (config.steps - step) / (config.steps - config.warmup_steps),
+    )
 
 
 def draw_batch(train: Tensor, step: int, config: TrainingConfig) -> Tensor:
-    """The batch [B, T] of a step: a function of seed and step alone, so that a resumed run sees the same data."""
+    """The batch [B, T] of a step: a function of seed and step alone, so that a resumed run sees the
+    same data.
+    """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    starts = torch.randint(len(train) - config.sequence_length, (config.batch_size, 1), generator=generator)
+    starts = torch.randint(
+        len(train) - config.sequence_length, (config.batch_size, 1), generator=generator
+    )
     return train[starts + torch.arange(config.sequence_length)]
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict
+) -> None:
     """Write weights and optimizer moments as safetensors with `state` in the header; atomic."""
     tensors = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}
     for o, optimizer in enumerate(optimizers):
@@ -163,16 +194,22 @@ def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
     path.with_suffix(".tmp").replace(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict) -> dict:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: dict
+) -> dict:
     """Restore what `save_checkpoint` wrote; the run's state comes back."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         state = json.loads(file.metadata()["state"])
     if state["config"] != config:
-        raise SystemExit(f"{path} belongs to another configuration: {state['config']}; delete it to start anew")
+        raise SystemExit(
+            f"{path} belongs to another configuration: {state['config']}; delete it to start anew"
+        )
     tensors = load_file(path)
-    model.load_state_dict({n: tensors[f"model.{n}"] for n, _ in model.named_parameters()}, strict=False)
+    model.load_state_dict(
+        {n: tensors[f"model.{n}"] for n, _ in model.named_parameters()}, strict=False
+    )
     for o, optimizer in enumerate(optimizers):
         restored = optimizer.state_dict()
         for key, value in tensors.items():
@@ -184,7 +221,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
 
 
 def train(config: TrainingConfig, output: Path, device: str, every: int) -> None:
-    """Run or resume the training; leave the best held-out model, its tokenizer and its card in `output`."""
+    """Run or resume the training; leave the best held-out model, its tokenizer and its card in
+    `output`.
+    """
     output.mkdir(parents=True, exist_ok=True)
     work = output / "training"
     work.mkdir(exist_ok=True)
@@ -193,13 +232,22 @@ def train(config: TrainingConfig, output: Path, device: str, every: int) -> None
     model: Any = build_model(config, tokenizer.eos_token_id)
     model.to(device)
     optimizers = make_optimizers(model, config)
-    state: dict[str, Any] = {"config": asdict(config), "step": 0, "best": float("inf"), "best_step": 0, "history": []}
+    state: dict[str, Any] = {
+        "config": asdict(config),
+        "step": 0,
+        "best": float("inf"),
+        "best_step": 0,
+        "history": [],
+    }
     if (work / "last.safetensors").exists():
         state = load_checkpoint(work / "last.safetensors", model, optimizers, asdict(config))
         print(f"resumed at step {state['step']}")
     sizes = [[config.matrix_lr], [config.embedding_lr] * 2]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, "
-          f"{windows.numel():,} held-out tokens, {config.steps} steps", flush=True)  # fmt: skip
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, "
+        f"{windows.numel():,} held-out tokens, {config.steps} steps",
+        flush=True,
+    )
     began, seen = time.perf_counter(), 0
     for step in range(state["step"], config.steps):
         for optimizer, lrs in zip(optimizers, sizes, strict=True):
@@ -218,7 +266,10 @@ def train(config: TrainingConfig, output: Path, device: str, every: int) -> None
         seen += batch.numel()
         if (step + 1) % 20 == 0:
             rate = seen / (time.perf_counter() - began)
-            print(f"step {step + 1}/{config.steps}  loss {loss.item():.3f}  {rate:,.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1}/{config.steps}  loss {loss.item():.3f}  {rate:,.0f} tokens/s",
+                flush=True,
+            )
         if (step + 1) % every == 0 or step + 1 == config.steps:
             heldout = heldout_loss(model, windows, device)
             state["history"].append([step + 1, heldout])
@@ -232,7 +283,11 @@ def train(config: TrainingConfig, output: Path, device: str, every: int) -> None
 
 
 def finish(
-    config: TrainingConfig, output: Path, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, windows: Tensor
+    config: TrainingConfig,
+    output: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Tensor,
+    windows: Tensor,
 ) -> None:
     """Write the best checkpoint as a float16 Hugging Face folder, with its card."""
     model: Any = build_model(config, tokenizer.eos_token_id)
@@ -247,7 +302,9 @@ def finish(
         "training_tokens": len(tokens),
         "heldout_tokens": windows.numel(),
     }
-    (output / "card.json").write_text(json.dumps({"config": asdict(config), **figures, **state}, indent=1) + "\n")
+    (output / "card.json").write_text(
+        json.dumps({"config": asdict(config), **figures, **state}, indent=1) + "\n"
+    )
     (output / "README.md").write_text(card(config, figures, state))
     print((output / "README.md").read_text())
 
@@ -255,7 +312,9 @@ def finish(
 def card(config: TrainingConfig, figures: dict, state: dict) -> str:
     """The model card, as Markdown."""
     shape = f"{config.layers} layers, {config.heads} heads, hidden {config.hidden_size}, FFN {config.intermediate_size}"
-    epochs = state["best_step"] * config.batch_size * config.sequence_length / figures["training_tokens"]
+    epochs = (
+        state["best_step"] * config.batch_size * config.sequence_length / figures["training_tokens"]
+    )
     steps = f"{state['best_step']:,} of {config.steps:,}, {config.batch_size} × {config.sequence_length} tokens each"
     table = {
         "corpus": f"the standard library of Python {platform.python_version()}: module sources and `pydoc` topics; "
@@ -291,7 +350,9 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
+    parser.add_argument(
+        "--every", type=int, default=250, help="steps between evaluations and checkpoints"
+    )
     options = vars(parser.parse_args())
     output, device, every = (options.pop(k) for k in ("output", "device", "every"))
     train(TrainingConfig(**options), output, device, every)

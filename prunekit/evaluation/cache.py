@@ -1,13 +1,14 @@
-"""Results of evaluations by the content of what made them, so that a sweep measures its dense model once."""
+"""Results of evaluations by the content of what made them, so that a sweep measures its dense model
+once.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.runtime.files import digest
+
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
 
 
 def default_folder() -> Path:
     """Where results are kept unless the configuration says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunekit" / "evaluations"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "prunekit"
+        / "evaluations"
+    )
 
 
 class Cache:
-    """JSON values under a key of everything that decides them; one file each, written whole or not at all.
+    """JSON values under a key of everything that decides them; one file each, written whole or not
+    at all.
 
     Args:
         folder: of the files; None: nothing is kept.
@@ -57,7 +65,12 @@ class Cache:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = {"model": self.model, "key": key, "value": value, "check": self._check(key, value)}
+            kept = {
+                "model": self.model,
+                "key": key,
+                "value": value,
+                "check": self._check(key, value),
+            }
             temporary.write_text(json.dumps(kept), encoding="utf-8")
             temporary.replace(path)
         except OSError:
@@ -76,18 +89,10 @@ class Cache:
         return self.folder / f"{digest([str(self.model), key, surroundings()])}.json"
 
 
-def digest(parts: Iterable[str | bytes | memoryview]) -> str:
-    """A SHA-256 over parts, 32 hexadecimal digits of it."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        hashed.update(len(data).to_bytes(8, "little"))
-        hashed.update(data)
-    return hashed.hexdigest()[:32]
-
-
 def surroundings() -> str:
-    """What beside model, data and protocol a result depends on: versions, the processor, this package's own code."""
+    """What beside model, data and protocol a result depends on: versions, the processor, this
+    package's own code.
+    """
     found = [platform.python_version(), platform.machine(), str(torch.get_num_threads())]
     for name in _PACKAGES:
         try:
@@ -100,21 +105,35 @@ def surroundings() -> str:
 
 
 def model_key(model: nn.Module) -> str | None:
-    """The content of a model: its weights and buffers byte for byte, its classes, its config, its device's type.
+    """The content of a model: its weights and buffers byte for byte, its classes, its config, its
+    device's type.
 
     None where a weight is not in memory.
     """
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     if any(tensor.is_meta for _, tensor in tensors):
         return None
-    parts: list[str | bytes | memoryview] = [f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()]
+    parts: list[str | bytes | memoryview] = [
+        f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()
+    ]
     parts += [
-        Path(file).read_bytes() for file in sorted({file for m in model.modules() for file in _own_code(type(m))})
+        Path(file).read_bytes()
+        for file in sorted({file for m in model.modules() for file in _own_code(type(m))})
     ]
     config: Any = getattr(model, "config", None)
     if config is not None:
-        facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-        parts += [json.dumps(facts, sort_keys=True, default=str), str(getattr(config, "_attn_implementation", None))]
+        facts = {
+            k: v
+            for k, v in config.to_dict().items()
+            if k not in ("_name_or_path", "transformers_version")
+        }
+        parts += [
+            json.dumps(facts, sort_keys=True, default=str),
+            str(getattr(config, "_attn_implementation", None)),
+        ]
     for name, tensor in tensors:
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}")
         flat = tensor.detach().cpu().contiguous().flatten()

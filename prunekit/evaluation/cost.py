@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.console import track
-from prunekit.live import evaluating, input_device
-from prunekit.machine import peak_memory, reset_peak
+from prunekit.model.inputs import input_device
+from prunekit.runtime.console import track
+from prunekit.runtime.memory import peak_memory, reset_peak
+from prunekit.runtime.modes import evaluating
 
 
 def size(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """`parameters` and `weight_bytes` (as stored in `dtype`, or in their own types); tied tensors count once."""
+    """`parameters` and `weight_bytes` (as stored in `dtype`, or in their own types); tied tensors
+    count once.
+    """
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
     stored = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
@@ -26,12 +29,15 @@ def size(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def macs(model: nn.Module, tokens: int = 64, device: torch.device | str | None = None) -> dict[str, int]:
+def macs(
+    model: nn.Module, tokens: int = 64, device: torch.device | str | None = None
+) -> dict[str, int]:
     """Multiply-adds of one forward pass of `tokens` tokens: of each kind of module, and "total".
 
-    torch's `FlopCounterMode` counts, two operations a multiply-add, every product spelled out: attention as two of
-    full width, causal or not; a mixture's chosen experts one by one. A kind is a path with its layers' numbers left
-    out ("model.layers.*.mlp"), down to what each layer, or the model, is made of.
+    torch's `FlopCounterMode` counts, two operations a multiply-add, every product spelled out:
+    attention as two of full width, causal or not; a mixture's chosen experts one by one. A kind is
+    a path with its layers' numbers left out ("model.layers.*.mlp"), down to what each layer, or the
+    model, is made of.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -50,18 +56,29 @@ def macs(model: nn.Module, tokens: int = 64, device: torch.device | str | None =
             continue
         counted = sum(counter.get_flop_counts().get(f"{type(model).__name__}.{path}", {}).values())
         kinds[parts] = kinds.get(parts, 0) + counted // 2
-    return {**{kind: count for kind, count in kinds.items() if count}, "total": counter.get_total_flops() // 2}
+    return {
+        **{kind: count for kind, count in kinds.items() if count},
+        "total": counter.get_total_flops() // 2,
+    }
 
 
 def _kind(model: nn.Module, path: str) -> str | None:
-    """The kind a module is counted as: a layer's child, or one of the model that holds no layers; else None."""
+    """The kind a module is counted as: a layer's child, or one of the model that holds no layers;
+    else None.
+    """
     if not path:
         return None
     parts = path.split(".")
     inside = [i for i, part in enumerate(parts) if part.isdigit()]
     if inside:
-        return re.sub(r"\.\d+\.", ".*.", path) if inside[0] == len(parts) - 2 and len(inside) == 1 else None
-    holds = lambda name: any(isinstance(m, nn.ModuleList) for m in model.get_submodule(name).modules())  # noqa: E731
+        return (
+            re.sub(r"\.\d+\.", ".*.", path)
+            if inside[0] == len(parts) - 2 and len(inside) == 1
+            else None
+        )
+    holds = lambda name: any(
+        isinstance(m, nn.ModuleList) for m in model.get_submodule(name).modules()
+    )  # noqa: E731
     if holds(path) or (len(parts) > 1 and not holds(".".join(parts[:-1]))):
         return None
     return path
@@ -84,9 +101,14 @@ def _experts_apart(model: Any) -> Iterator[None]:
 
 @torch.inference_mode()
 def speed(
-    models: Mapping[str, nn.Module], batch: int = 1, prompt: int = 128, new: int = 32, repeats: int = 5
+    models: Mapping[str, nn.Module],
+    batch: int = 1,
+    prompt: int = 128,
+    new: int = 32,
+    repeats: int = 5,
 ) -> dict[str, Any]:
-    """Tokens/s of prefill and of decode, and bytes of memory at the peak, of models that take turns after a warm-up.
+    """Tokens/s of prefill and of decode, and bytes of memory at the peak, of models that take turns
+    after a warm-up.
 
     Args:
         models: name → causal language model, each on its device.
@@ -96,8 +118,8 @@ def speed(
         repeats: turns that are timed; their median counts.
 
     Returns:
-        `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_bytes` (a model's weights and what its passes
-        took beyond what was there before), each name → figure; and `protocol`.
+        `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_bytes` (a model's weights and
+        what its passes took beyond what was there before), each name → figure; and `protocol`.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     peaks: dict[str, int] = dict.fromkeys(models, 0)
@@ -107,15 +129,24 @@ def speed(
         reset_peak(device)
         before = _held(device)
         with evaluating(models[name]):
-            times = _once(models[name], torch.zeros(batch, prompt, dtype=torch.long, device=device), new)
+            times = _once(
+                models[name], torch.zeros(batch, prompt, dtype=torch.long, device=device), new
+            )
         if turn:
             seconds[name].append(times)
             own = size(models[name])["weight_bytes"]
             peaks[name] = max(peaks[name], peak_memory(device) - before + own)
-    median = {name: [statistics.median(each) for each in zip(*own, strict=True)] for name, own in seconds.items()}
+    median = {
+        name: [statistics.median(each) for each in zip(*own, strict=True)]
+        for name, own in seconds.items()
+    }
     return {
-        "prefill_tokens_per_second": {name: batch * prompt / first for name, (first, _) in median.items()},
-        "decode_tokens_per_second": {name: batch * new / second for name, (_, second) in median.items()},
+        "prefill_tokens_per_second": {
+            name: batch * prompt / first for name, (first, _) in median.items()
+        },
+        "decode_tokens_per_second": {
+            name: batch * new / second for name, (_, second) in median.items()
+        },
         "peak_bytes": peaks,
         "protocol": f"batch {batch}, {prompt} tokens, then {new} one by one with the cache; median of {repeats} turns",
     }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prunekit.errors import ConfigError
-from prunekit.live import input_device
+from prunekit.model.inputs import input_device
 
 PAPERS = (  # appendix E of both papers
     "AI can create a logo in seconds",
@@ -27,7 +27,9 @@ def check_prompt(prompt: str, tokenizer: Any, longest: int | None = None) -> Non
     tokens = len(tokenizer(prompt)["input_ids"])
     if not 0 < tokens < (longest or tokens + 1):
         most = f" to {longest - 1}" if longest else " or more"
-        raise ConfigError(f"eval.prompts: expected prompts of 1{most} tokens, got {tokens}: {prompt[:40]!r}")
+        raise ConfigError(
+            f"eval.prompts: expected prompts of 1{most} tokens, got {tokens}: {prompt[:40]!r}"
+        )
 
 
 @torch.inference_mode()

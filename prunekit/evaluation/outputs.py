@@ -1,4 +1,6 @@
-"""How far each layer's output is from the dense model's: ‖a − b‖² / ‖a‖² over some tokens of a text."""
+"""How far each layer's output is from the dense model's: ‖a − b‖² / ‖a‖² over some tokens of a
+text.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.live import evaluating, input_device
+from prunekit.model.inputs import input_device
+from prunekit.runtime.modes import evaluating
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList | None:
@@ -17,8 +20,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList | None:
 
 
 @torch.inference_mode()
-def layer_outputs(model: nn.Module, windows: Tensor, device: torch.device | str | None = None) -> list[Tensor]:
-    """What each layer leaves of the residual stream [N, T, hidden], in host memory, for token windows [N, T]."""
+def layer_outputs(
+    model: nn.Module, windows: Tensor, device: torch.device | str | None = None
+) -> list[Tensor]:
+    """What each layer leaves of the residual stream [N, T, hidden], in host memory, for token
+    windows [N, T].
+    """
     found: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:

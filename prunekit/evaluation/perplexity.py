@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.console import say, track
 from prunekit.errors import ConfigError, DataError
-from prunekit.live import evaluating, input_device
-from prunekit.machine import out_of_memory
+from prunekit.model.inputs import input_device
+from prunekit.runtime.console import say, track
+from prunekit.runtime.memory import out_of_memory
+from prunekit.runtime.modes import evaluating
 
 BATCH = 32  # windows in a forward pass to begin with
 
@@ -25,10 +26,12 @@ def perplexity(
     device: torch.device | str | None = None,
     stride: int | None = None,
 ) -> float:
-    """Perplexity of a causal language model on token windows int64 [N, T]; losses in float32, their sum in float64.
+    """Perplexity of a causal language model on token windows int64 [N, T]; losses in float32, their
+    sum in float64.
 
-    Windows cut without overlap predict T − 1 tokens each. Those cut every `stride` tokens predict what no window before
-    has, the first one all, the others their last `stride` tokens, with what is before them as context.
+    Windows cut without overlap predict T − 1 tokens each. Those cut every `stride` tokens predict
+    what no window before has, the first one all, the others their last `stride` tokens, with what
+    is before them as context.
 
     Args:
         model: on one device, or spread over several by accelerate.
@@ -52,19 +55,32 @@ def perplexity(
                 if not out_of_memory(error):
                     raise
                 if batch_size or size == 1:
-                    halves = f"eval.batch_size={max(size // 2, 1)}" if size > 1 else "a shorter eval.window"
-                    raise ConfigError(f"out of memory at eval.batch_size={size}: {halves} halves it") from error
+                    halves = (
+                        f"eval.batch_size={max(size // 2, 1)}"
+                        if size > 1
+                        else "a shorter eval.window"
+                    )
+                    raise ConfigError(
+                        f"out of memory at eval.batch_size={size}: {halves} halves it"
+                    ) from error
             size //= 2
             say(f"out of memory: {size} windows at a time now")
     mean = total / predicted(windows, stride)
     if not math.isfinite(mean):
-        raise DataError(f"the model's loss on {name} is {mean}: its weights or activations hold NaN or infinity")
+        raise DataError(
+            f"the model's loss on {name} is {mean}: its weights or activations hold NaN or infinity"
+        )
     return math.exp(min(mean, 700.0))
 
 
 @torch.inference_mode()
 def _total(
-    model: nn.Module, windows: Tensor, size: int, name: str, device: torch.device | str, stride: int | None
+    model: nn.Module,
+    windows: Tensor,
+    size: int,
+    name: str,
+    device: torch.device | str,
+    stride: int | None,
 ) -> float:
     """The sum of the losses."""
     total, first = torch.zeros((), dtype=torch.float64), True
@@ -76,7 +92,9 @@ def _total(
         if stride is not None and stride < ids.shape[1]:
             targets[1 if first else 0 :, :-stride] = -100  # predicted by the window before
         first = False
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum")
+        loss = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum"
+        )
         total += loss.double().cpu()
     return total.item()
 

@@ -1,4 +1,6 @@
-"""lm-eval's tasks by name, with their official prompts and metrics, over rows from the hub or from local files."""
+"""lm-eval's tasks by name, with their official prompts and metrics, over rows from the hub or from
+local files.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import ConfigError, DataError
-from prunekit.evaluation.task_files import LocalFiles, Splits, first_line, listed, say_once, unreadable
+from prunekit.evaluation.task_files import (
+    LocalFiles,
+    Splits,
+    first_line,
+    listed,
+    say_once,
+    unreadable,
+)
 
-_GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include"}
+_GROUP_KEYS = {
+    "group",
+    "group_alias",
+    "task",
+    "aggregate_metric_list",
+    "metadata",
+    "tag",
+    "include",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One task to run: its name, its configuration (functions by name), what a group changes in it, and that group."""
+    """One task to run: its name, its configuration (functions by name), what a group changes in it,
+    and that group.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -34,7 +53,8 @@ def manager() -> Any:
 
 
 def members(names: Sequence[str]) -> list[Member]:
-    """The tasks that names of tasks, groups and tags stand for; `group` is set where the group has a score of its own.
+    """The tasks that names of tasks, groups and tags stand for; `group` is set where the group has
+    a score of its own.
 
     Raises:
         ConfigError: an unknown name, a task asked for twice, one that runs generated code.
@@ -47,7 +67,12 @@ def members(names: Sequence[str]) -> list[Member]:
             known = f"of lm-eval's {len(manager().all_tasks):,} names the nearest: {', '.join(near) or 'none'}"
             raise ConfigError(f"eval.tasks: unknown task {name!r}; {known}")
     found = [
-        Member(name=task, config=config_of(task) | changes, changes=changes, group=name if _aggregates(name) else None)
+        Member(
+            name=task,
+            config=config_of(task) | changes,
+            changes=changes,
+            group=name if _aggregates(name) else None,
+        )
         for name in names
         for task, changes in _expand(name)
     ]
@@ -55,7 +80,9 @@ def members(names: Sequence[str]) -> list[Member]:
         if member.name in {other.name for other in found[:at]}:
             raise ConfigError(f"eval.tasks: {member.name} is asked for twice in {', '.join(names)}")
         if member.config.get("unsafe_code"):
-            raise ConfigError(f"eval.tasks: {member.name} runs code that the model writes; prunekit doesn't")
+            raise ConfigError(
+                f"eval.tasks: {member.name} runs code that the model writes; prunekit doesn't"
+            )
     return found
 
 
@@ -80,7 +107,9 @@ def _expand(name: str) -> list[tuple[str, dict[str, Any]]]:
         changes = {} if isinstance(item, str) else dict(item)
         child = item if isinstance(item, str) else changes.pop("task", None)
         if config.keys() - _GROUP_KEYS or "group" in changes or child not in manager().task_index:
-            raise ConfigError(f"eval.tasks: {name} defines its tasks in place; name single tasks instead")
+            raise ConfigError(
+                f"eval.tasks: {name} defines its tasks in place; name single tasks instead"
+            )
         tasks += [(task, own | changes) for task, own in _expand(child)]
     return tasks
 
@@ -119,7 +148,9 @@ def _tell_absent(local: Sequence[tuple[Member, Splits | None]], root: Path) -> N
                 f"{root}: expected a folder {group or absent[0]!r} with the task's rows, found {listed(root)}"
             )
         if absent:
-            say_once(f"{group}: {len(there)} of {len(own)} tasks have rows in {root}: {', '.join(there)}")
+            say_once(
+                f"{group}: {len(there)} of {len(own)} tasks have rows in {root}: {', '.join(there)}"
+            )
 
 
 def build(member: Member, splits: Splits | None, fewshot: int | None, seed: int) -> Any:
@@ -130,7 +161,9 @@ def build(member: Member, splits: Splits | None, fewshot: int | None, seed: int)
         DataError: the hub can't be reached, columns are missing.
     """
     if splits and "class" in member.config:
-        raise ConfigError(f"eval.tasks: {member.name} reads from the hub only; leave it out or eval.tasks_dir unset")
+        raise ConfigError(
+            f"eval.tasks: {member.name} reads from the hub only; leave it out or eval.tasks_dir unset"
+        )
     rows = splits.rows if splits else None
     try:
         task = _instantiate(member, (lambda **_: rows) if splits else None)
@@ -139,7 +172,9 @@ def build(member: Member, splits: Splits | None, fewshot: int | None, seed: int)
     except ImportError as error:
         raise _missing_package(member, error) from error
     except Exception as error:
-        raise unreadable(member.config, splits, error) if splits else _unreachable(member, error) from error
+        raise (
+            unreadable(member.config, splits, error) if splits else _unreachable(member, error)
+        ) from error
     task.set_config("num_fewshot", shots_of(member, fewshot))
     task.set_fewshot_seed(seed)
     return task

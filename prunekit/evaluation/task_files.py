@@ -1,4 +1,6 @@
-"""Rows of lm-eval's tasks from local files instead of the hub: `<folder>/<task>/<split>.parquet|.jsonl|.json`."""
+"""Rows of lm-eval's tasks from local files instead of the hub:
+`<folder>/<task>/<split>.parquet|.jsonl|.json`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.console import say
 from prunekit.errors import DataError
+from prunekit.runtime.console import say
 
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 _SPELT = "|".join(_SUFFIXES)
@@ -29,8 +31,9 @@ class Splits:
 class LocalFiles:
     """A folder of task folders, in the columns of the hub's data sets.
 
-    The parts of one data set (MMLU's subjects) may share a folder of its name; a column `subject` tells them apart.
-    Rows are held in memory and never cached on disk, so a changed file gives its new rows.
+    The parts of one data set (MMLU's subjects) may share a folder of its name; a column `subject`
+    tells them apart. Rows are held in memory and never cached on disk, so a changed file gives its
+    new rows.
 
     Raises:
         DataError: no such folder.
@@ -43,12 +46,14 @@ class LocalFiles:
         self._read: dict[Path, Any] = {}
 
     def splits(self, config: Mapping[str, Any], shots: int) -> Splits | None:
-        """The rows for a task's configuration; None where the task has no folder or its subject no rows.
+        """The rows for a task's configuration; None where the task has no folder or its subject no
+        rows.
 
         A split that is only named for few-shot examples may be missing where `shots` is 0.
 
         Raises:
-            DataError: no rows to evaluate on, none for the few-shot examples, a file that can't be read.
+            DataError: no rows to evaluate on, none for the few-shot examples, a file that can't be
+                read.
         """
         folder, subject = self._locate(config)
         if folder is None:
@@ -59,10 +64,14 @@ class LocalFiles:
         if not len(rows):
             return None
         if source != held_out:
-            say_once(f"{config['task']}: {folder} has no split {held_out!r}, evaluating on {source!r}")
+            say_once(
+                f"{config['task']}: {folder} has no split {held_out!r}, evaluating on {source!r}"
+            )
         if shots:
             _check_fewshot(config, files, held_out, source, folder)
-        given = {split: self._rows(files[split], subject) for split in _named(config) & files.keys()}
+        given = {
+            split: self._rows(files[split], subject) for split in _named(config) & files.keys()
+        }
         every = dict.fromkeys(_named(config), rows) | given | {held_out: rows}
         return Splits(rows=every, file=files[source], columns=tuple(rows.column_names))
 
@@ -86,10 +95,14 @@ class LocalFiles:
 
 def _named(config: Mapping[str, Any]) -> set[str]:
     keys = ("training_split", "validation_split", "test_split", "fewshot_split")
-    return {split for split in (*(config.get(key) for key in keys), _fewshot_split(config)) if split}
+    return {
+        split for split in (*(config.get(key) for key in keys), _fewshot_split(config)) if split
+    }
 
 
-def _evaluated(config: Mapping[str, Any], files: Mapping[str, Path], folder: Path) -> tuple[str, str]:
+def _evaluated(
+    config: Mapping[str, Any], files: Mapping[str, Path], folder: Path
+) -> tuple[str, str]:
     """The split that lm-eval evaluates on, and the one that is there for it."""
     named = [config[key] for key in ("test_split", "validation_split") if config.get(key)]
     for source in (*named, "test", "validation"):
@@ -99,12 +112,16 @@ def _evaluated(config: Mapping[str, Any], files: Mapping[str, Path], folder: Pat
 
 
 def _fewshot_split(config: Mapping[str, Any]) -> str | None:
-    """Where few-shot examples come from, by lm-eval's rule; None where the configuration spells them out."""
+    """Where few-shot examples come from, by lm-eval's rule; None where the configuration spells
+    them out.
+    """
     own = config.get("fewshot_config") or {}
     named = own.get("split") or config.get("fewshot_split")
     if named or "samples" in own:
         return named
-    return config.get("training_split") or config.get("validation_split") or config.get("test_split")
+    return (
+        config.get("training_split") or config.get("validation_split") or config.get("test_split")
+    )
 
 
 def _check_fewshot(
@@ -113,7 +130,9 @@ def _check_fewshot(
     """Examples must not come from the very rows that stand in for the split to evaluate on."""
     pool = _fewshot_split(config)
     if pool and pool not in files:
-        raise DataError(f"{folder}: few-shot examples of {config['task']} need {pool}{_SPELT}, found {listed(folder)}")
+        raise DataError(
+            f"{folder}: few-shot examples of {config['task']} need {pool}{_SPELT}, found {listed(folder)}"
+        )
     if pool == source != held_out:
         raise DataError(
             f"{folder}: {config['task']} takes few-shot examples from {pool!r}, so it needs {held_out}{_SPELT} too"
@@ -150,31 +169,53 @@ def _records(path: Path) -> list[Any]:
 
 
 def unreadable(config: Mapping[str, Any], splits: Splits, error: Exception) -> DataError:
-    """What keeps a task from reading its rows: columns that its prompt or code names, or else the error itself."""
-    fields = ("process_docs",) if config.get("process_docs") else ("doc_to_text", "doc_to_target", "doc_to_choice")
+    """What keeps a task from reading its rows: columns that its prompt or code names, or else the
+    error itself.
+    """
+    fields = (
+        ("process_docs",)
+        if config.get("process_docs")
+        else ("doc_to_text", "doc_to_target", "doc_to_choice")
+    )
     named = set().union(*(_columns_in(config.get(field)) for field in fields))
     missing = sorted(named - set(splits.columns))
-    problem = f"missing {', '.join(missing)}" if missing else f"{type(error).__name__}: {first_line(error)}"
-    return DataError(f"{splits.file}: task {config['task']}: {problem}; found columns {', '.join(splits.columns)}")
+    problem = (
+        f"missing {', '.join(missing)}"
+        if missing
+        else f"{type(error).__name__}: {first_line(error)}"
+    )
+    return DataError(
+        f"{splits.file}: task {config['task']}: {problem}; found columns {', '.join(splits.columns)}"
+    )
 
 
 def _columns_in(field: Any) -> set[str]:
-    """The columns in a field of a task: a column, a function `path/module.name` that reads `doc`, a template."""
+    """The columns in a field of a task: a column, a function `path/module.name` that reads `doc`, a
+    template.
+    """
     if not isinstance(field, str):
         return set()
     module, _, name = field.rpartition(".")
     if Path(module).is_absolute() and Path(f"{module}.py").is_file():
         tree = ast.parse(Path(f"{module}.py").read_text(encoding="utf-8"))
-        bodies = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        bodies = [
+            node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
+        ]
         return {column for body in bodies for node in ast.walk(body) for column in _subscript(node)}
     from jinja2 import Environment, meta
 
-    return {field} if field.isidentifier() else meta.find_undeclared_variables(Environment().parse(field))
+    return (
+        {field}
+        if field.isidentifier()
+        else meta.find_undeclared_variables(Environment().parse(field))
+    )
 
 
 def _subscript(node: ast.AST) -> list[str]:
     match node:
-        case ast.Subscript(value=ast.Name(id="doc"), slice=ast.Constant(value=str(column)), ctx=ast.Load()):
+        case ast.Subscript(
+            value=ast.Name(id="doc"), slice=ast.Constant(value=str(column)), ctx=ast.Load()
+        ):
             return [column]
     return []
 

@@ -1,4 +1,6 @@
-"""What a report says of lm-eval's results: one metric of each task, a group's aggregate, the average."""
+"""What a report says of lm-eval's results: one metric of each task, a group's aggregate, the
+average.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from prunekit.evaluation.task_data import Member, config_of
 NORMALISED = ("piqa", "hellaswag", "arc_challenge", "openbookqa")  # acc_norm, as the papers do
 
 
-def rows_of(loaded: Sequence[tuple[Member, Any]], results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def rows_of(
+    loaded: Sequence[tuple[Member, Any]], results: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """The rows of groups, before their members', and of tasks; then the average of those on top."""
     rows: dict[str, dict[str, Any]] = {}
     for member, task in loaded:
@@ -41,7 +45,9 @@ def _group_row(name: str, tasks: Sequence[Any], results: Mapping[str, Any]) -> d
     from lm_eval.config.group import GroupConfig
 
     known = {field.name for field in fields(GroupConfig)}
-    group = Group.from_config({key: value for key, value in config_of(name).items() if key in known})
+    group = Group.from_config(
+        {key: value for key, value in config_of(name).items() if key in known}
+    )
     for task in tasks:
         group.add(task)
     found: Any = group.aggregate({task.task_name: results[task.task_name] for task in tasks})
@@ -50,7 +56,9 @@ def _group_row(name: str, tasks: Sequence[Any], results: Mapping[str, Any]) -> d
 
 
 def _main_metric(name: str, found: Mapping[str, Any]) -> str:
-    """The metric that papers give: `acc_norm` for some tasks, else `acc`, else the first that says what it is."""
+    """The metric that papers give: `acc_norm` for some tasks, else `acc`, else the first that says
+    what it is.
+    """
     keys = [key for key in found if "," in key and "_stderr" not in key]
     for wanted in ("acc_norm",) if name in NORMALISED else ("acc",):
         if any(key.startswith(f"{wanted},") for key in keys):

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from prunekit.console import say
 from prunekit.errors import ConfigError, DataError
 from prunekit.evaluation.task_files import first_line, say_once
-from prunekit.live import evaluating
-from prunekit.machine import out_of_memory
+from prunekit.runtime.console import say
+from prunekit.runtime.memory import out_of_memory
+from prunekit.runtime.modes import evaluating
 
 BOOTSTRAP = 1000  # draws for the error of metrics that are no mean
 _LARGEST_BATCH = 64
@@ -26,11 +26,20 @@ _LARGEST_BATCH = 64
 class Runner:
     """lm-eval's wrapper around the live model, and the batch that fits."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | str, device: Any, seed: int) -> None:
-        self.model, self.tokenizer, self.device, self.seed = model, copy.deepcopy(tokenizer), device, seed
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int | str, device: Any, seed: int
+    ) -> None:
+        self.model, self.tokenizer, self.device, self.seed = (
+            model,
+            copy.deepcopy(tokenizer),
+            device,
+            seed,
+        )
         self.auto = batch_size == "auto"
         if not self.auto and not (isinstance(batch_size, int) and batch_size > 0):
-            raise ConfigError(f"eval.batch_size: expected a positive number or auto, got {batch_size!r}")
+            raise ConfigError(
+                f"eval.batch_size: expected a positive number or auto, got {batch_size!r}"
+            )
         self.batch_size = batch_size
 
     def run(self, name: str, task: Any, limit: int | None) -> dict[str, Any]:
@@ -52,11 +61,19 @@ class Runner:
                 if not out_of_memory(error):
                     raise
                 if size == 1 or not self.auto:
-                    halved = f"set eval.batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
-                    raise DataError(f"task {name}: out of memory with eval.batch_size={size}: {halved}") from error
+                    halved = (
+                        f"set eval.batch_size={size // 2} or auto"
+                        if size > 1
+                        else "nothing left to halve"
+                    )
+                    raise DataError(
+                        f"task {name}: out of memory with eval.batch_size={size}: {halved}"
+                    ) from error
             except AssertionError as error:  # so lm-eval says that an answer doesn't fit
                 reason = first_line(error)
-                raise DataError(f"task {name}: too long for the model's window of {window} tokens: {reason}") from error
+                raise DataError(
+                    f"task {name}: too long for the model's window of {window} tokens: {reason}"
+                ) from error
             size //= 2
             _free_memory()
             say(f"{name}: out of memory, again with batch size {size}")
@@ -69,19 +86,25 @@ class Runner:
         task.build_all_requests = lambda **_: None  # they are there
         torch.manual_seed(self.seed)
         tasks = {"tasks": {task.task_name: task}, "groups": {}}
-        found = evaluate(self._wrap(size), tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)["results"][
-            task.task_name
-        ]
+        found = evaluate(
+            self._wrap(size), tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+        )["results"][task.task_name]
         return {
-            key: value if isinstance(value, str) else float(value) for key, value in found.items() if "," in key
+            key: value if isinstance(value, str) else float(value)
+            for key, value in found.items()
+            if "," in key
         } | {"sample_len": int(found["sample_len"])}
 
     def _wrap(self, size: int) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        self.model.tie_weights = lambda *_, **__: None  # HFLM would call it; the weights are to stay
+        self.model.tie_weights = lambda *_, **__: (
+            None
+        )  # HFLM would call it; the weights are to stay
         try:
-            wrapped = HFLM(pretrained=self.model, tokenizer=self.tokenizer, backend="causal", batch_size=size)
+            wrapped = HFLM(
+                pretrained=self.model, tokenizer=self.tokenizer, backend="causal", batch_size=size
+            )
         finally:
             del self.model.tie_weights
         if self.device is not None:
@@ -89,11 +112,16 @@ class Runner:
         return wrapped
 
     def _longest(self, task: Any) -> int:
-        texts = ("".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances)
+        texts = (
+            "".join(part for part in instance.args if isinstance(part, str))
+            for instance in task.instances
+        )
         return len(self.tokenizer(max(texts, key=len))["input_ids"])
 
     def _fitting(self, length: int) -> int:
-        """Rows whose logits in float32, held three times, take half of the GPU's free memory, or 1 GiB elsewhere."""
+        """Rows whose logits in float32, held three times, take half of the GPU's free memory, or 1
+        GiB elsewhere.
+        """
         device = torch.device(self.device or self.model.device)
         free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
         return max(1, min(_LARGEST_BATCH, free // (12 * length * len(self.tokenizer))))

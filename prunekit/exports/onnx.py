@@ -1,4 +1,6 @@
-"""Write a model as an ONNX graph of its prefill: token ids and their mask to logits, for any batch and length."""
+"""Write a model as an ONNX graph of its prefill: token ids and their mask to logits, for any batch
+and length.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.checkpoint.save import check_free, new_folder
-from prunekit.console import say
 from prunekit.errors import ExportError, suggest
+from prunekit.runtime.console import say
+from prunekit.runtime.files import check_free, new_folder
 
-LARGEST = 2**31 - 2**20  # bytes of weights in one file, protobuf's limit less the graph; more go beside it
-_TYPES = {"float32": (torch.float32, 1e-3), "float16": (torch.float16, 3e-2)}  # and how far logits may be off
+LARGEST = (
+    2**31 - 2**20
+)  # bytes of weights in one file, protobuf's limit less the graph; more go beside it
+_TYPES = {
+    "float32": (torch.float32, 1e-3),
+    "float16": (torch.float16, 3e-2),
+}  # and how far logits may be off
 _OLDEST, _NEWEST = 18, 23  # opsets that torch's exporter writes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Onnx:
-    """An ONNX graph: input_ids [batch, sequence] and attention_mask, as wide, to logits [batch, sequence, vocabulary].
+    """An ONNX graph: input_ids [batch, sequence] and attention_mask, as wide, to logits [batch,
+    sequence, vocabulary].
 
-    There is no cache in it: every run computes all positions. Positions count from the first column, padded or not.
+    There is no cache in it: every run computes all positions. Positions count from the first
+    column, padded or not.
 
     Attributes:
         opset: of ONNX, 18 to 23.
         dtype: of the weights and the logits, float32 or float16.
         attention_mask: whether it is an input; without it nothing is padded.
-        check: run the graph with onnxruntime, where that is installed, and compare it with the model.
+        check: run the graph with onnxruntime, where that is installed, and compare it with the
+            model.
 
     Raises:
         ExportError: an opset or a dtype that is none of these.
@@ -50,15 +60,20 @@ class Onnx:
         if type(self.opset) is not int or not _OLDEST <= self.opset <= _NEWEST:
             raise ExportError(f"export.opset: expected {_OLDEST} to {_NEWEST}, got {self.opset!r}")
         if self.dtype not in _TYPES:
-            raise ExportError(f"export.dtype: {self.dtype!r} is unknown; {suggest(str(self.dtype), list(_TYPES))}")
+            raise ExportError(
+                f"export.dtype: {self.dtype!r} is unknown; {suggest(str(self.dtype), list(_TYPES))}"
+            )
 
     def check_model(self, model: Any) -> None:
-        """Raise ExportError where a package is missing; which models torch can export only shows when it does."""
+        """Raise ExportError where a package is missing; which models torch can export only shows
+        when it does.
+        """
         for name in ("onnx", "onnxscript"):
             _package(name)
 
     def write(self, model: Any, tokenizer: Any, target: Path) -> Path:
-        """Write the folder `target/onnx`: model.onnx, and beyond 2 GiB its weights beside it; all of it or nothing.
+        """Write the folder `target/onnx`: model.onnx, and beyond 2 GiB its weights beside it; all
+        of it or nothing.
 
         Args:
             model: a causal language model of transformers, dense or pruned.
@@ -69,7 +84,8 @@ class Onnx:
             The path of model.onnx.
 
         Raises:
-            ExportError: a package is missing, torch can't export the model, or onnxruntime computes something else.
+            ExportError: a package is missing, torch can't export the model, or onnxruntime computes
+                something else.
             CheckpointError: the folder exists, or can't be written.
         """
         self.check_model(model)
@@ -82,10 +98,18 @@ class Onnx:
             program.save(temporary / "model.onnx", external_data=beside)
             found = _difference(temporary / "model.onnx", prefill) if self.check else None
             if found is not None and not found <= _TYPES[self.dtype][1]:
-                raise ExportError(f"export=onnx: onnxruntime's logits are off by {found:.1e} of the largest")
+                raise ExportError(
+                    f"export=onnx: onnxruntime's logits are off by {found:.1e} of the largest"
+                )
         size = sum(file.stat().st_size for file in folder.iterdir())
-        checked = "not run" if found is None else f"onnxruntime's logits within {found:.1e} of the largest"
-        say(f"{folder / 'model.onnx'}: opset {self.opset}, {self.dtype}, {size / 1e6:.1f} MB, {checked}")
+        checked = (
+            "not run"
+            if found is None
+            else f"onnxruntime's logits within {found:.1e} of the largest"
+        )
+        say(
+            f"{folder / 'model.onnx'}: opset {self.opset}, {self.dtype}, {size / 1e6:.1f} MB, {checked}"
+        )
         return folder / "model.onnx"
 
 
@@ -96,17 +120,25 @@ class _Prefill(nn.Module):
         super().__init__()
         accepted = inspect.signature(model.forward).parameters
         if "input_ids" not in accepted or not hasattr(model, "config"):
-            raise ExportError(f"export=onnx: expected a causal language model, got {type(model).__name__}")
+            raise ExportError(
+                f"export=onnx: expected a causal language model, got {type(model).__name__}"
+            )
         other = any(p.dtype != dtype for p in model.parameters())
         self.model = (copy.deepcopy(model).to(dtype) if other else model).eval()
-        self.names = ["input_ids", *(["attention_mask"] if masked and "attention_mask" in accepted else [])]
+        self.names = [
+            "input_ids",
+            *(["attention_mask"] if masked and "attention_mask" in accepted else []),
+        ]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model(**dict(zip(self.names, inputs, strict=True)), use_cache=False).logits
 
     def example(self, rows: int, length: int) -> tuple[Tensor, ...]:
         """Inputs; the first row is padded on the left where there is a mask."""
-        ids = torch.arange(rows * length, device=self.model.device).view(rows, length) % self.model.config.vocab_size
+        ids = (
+            torch.arange(rows * length, device=self.model.device).view(rows, length)
+            % self.model.config.vocab_size
+        )
         mask = torch.ones_like(ids)
         mask[0, : length // 3] = 0
         return (ids, mask)[: len(self.names)]
@@ -116,19 +148,31 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ExportError(f"export=onnx needs the package {name}: pip install prunekit[onnx]") from None
+        raise ExportError(
+            f"export=onnx needs the package {name}: pip install prunekit[onnx]"
+        ) from None
 
 
 def _exported(prefill: _Prefill, opset: int) -> Any:
-    """The program torch makes of it; ExportError with the first line of what torch says where there is none."""
+    """The program torch makes of it; ExportError with the first line of what torch says where there
+    is none.
+    """
     axes = tuple({0: "batch", 1: "sequence"} for _ in prefill.names)
     try:
         with _quiet(), _experts_gathered(prefill.model), torch.no_grad():
             return torch.onnx.export(
-                prefill, prefill.example(2, 6), dynamo=True, dynamic_shapes=(axes,), opset_version=opset,
-                input_names=prefill.names, output_names=["logits"], verbose=False,
-            )  # fmt: skip
-    except Exception as error:  # of torch.export, of the decompositions, of an operator without a translation
+                prefill,
+                prefill.example(2, 6),
+                dynamo=True,
+                dynamic_shapes=(axes,),
+                opset_version=opset,
+                input_names=prefill.names,
+                output_names=["logits"],
+                verbose=False,
+            )
+    except (
+        Exception
+    ) as error:  # of torch.export, of the decompositions, of an operator without a translation
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines() or [""]
         raise ExportError(
@@ -152,7 +196,9 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _experts_gathered(model: Any) -> Iterator[None]:
-    """Experts whose weights are gathered for each token: ONNX has no product of groups, nor loops over those chosen."""
+    """Experts whose weights are gathered for each token: ONNX has no product of groups, nor loops
+    over those chosen.
+    """
     before = getattr(model.config, "_experts_implementation", None)
     if before is None:
         yield
@@ -166,7 +212,9 @@ def _experts_gathered(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _difference(file: Path, prefill: _Prefill) -> float | None:
-    """How far onnxruntime's logits are off on another batch and length, over the largest; None without onnxruntime."""
+    """How far onnxruntime's logits are off on another batch and length, over the largest; None
+    without onnxruntime.
+    """
     try:
         import onnxruntime
     except ImportError:
@@ -175,9 +223,13 @@ def _difference(file: Path, prefill: _Prefill) -> float | None:
     expected = prefill(*inputs).float().cpu()
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        given = {name: value.cpu().numpy() for name, value in zip(prefill.names, inputs, strict=True)}
+        given = {
+            name: value.cpu().numpy() for name, value in zip(prefill.names, inputs, strict=True)
+        }
         found = torch.from_numpy(session.run(["logits"], given)[0]).float()
     except Exception as error:  # onnxruntime's own have no common base
-        raise ExportError(f"export=onnx: onnxruntime can't run the graph: {str(error).splitlines()[0]}") from error
+        raise ExportError(
+            f"export=onnx: onnxruntime can't run the graph: {str(error).splitlines()[0]}"
+        ) from error
     real = slice(inputs[0].shape[1] // 3, None)  # what a padded position gives, nobody reads
     return ((found - expected)[:, real].abs().max() / expected.abs().max()).item()

@@ -1,9 +1,9 @@
 """The algebra of axes: what every position of a tensor axis belongs to.
 
-An axis is a row-major product of factors; a factor is an atom or a sum (concatenation) of axes. Operators unify,
-split and rearrange these trees; a union-find binds an atom to another atom or to a tree of its size. At the end each
-atom left is one dimension that can be pruned, and the trees say which positions of which tensor each of its indices
-owns.
+An axis is a row-major product of factors; a factor is an atom or a sum (concatenation) of axes.
+Operators unify, split and rearrange these trees; a union-find binds an atom to another atom or to a
+tree of its size. At the end each atom left is one dimension that can be pruned, and the trees say
+which positions of which tensor each of its indices owns.
 
     q rows of a grouped-query attention     (kv, rep, head_dim)
     a fused QKV's rows                      (q ⊕ k ⊕ v)
@@ -29,8 +29,8 @@ _ids = count()
 class Atom:
     """A dimension of `size` indices; `bound` replaces it once it is known to be something finer.
 
-    `pinned` says why it must keep its size, `inexact` why cutting it changes the other outputs; `tags` carry what the
-    operators saw of it ("attention", "broadcast", "residual").
+    `pinned` says why it must keep its size, `inexact` why cutting it changes the other outputs;
+    `tags` carry what the operators saw of it ("attention", "broadcast", "residual").
     """
 
     size: int
@@ -59,7 +59,9 @@ def fresh(size: int, pinned: str | None = None) -> Axis:
 
 def factor_size(factor: Factor) -> int:
     """Number of positions of a factor."""
-    return factor.size if isinstance(factor, Atom) else sum(axis_size(part) for part in factor.parts)
+    return (
+        factor.size if isinstance(factor, Atom) else sum(axis_size(part) for part in factor.parts)
+    )
 
 
 def axis_size(axis: Axis) -> int:
@@ -143,10 +145,13 @@ def _bind(atom: Atom, axis: Axis) -> None:
 def unify(left: Axis, right: Axis) -> None:
     """Declare that two axes of one size run over the same things, position by position.
 
-    Where the trees can't be aligned (a border inside a concatenation), everything in both is pinned: never a guess.
+    Where the trees can't be aligned (a border inside a concatenation), everything in both is
+    pinned: never a guess.
     """
     left, right = resolve(left), resolve(right)
-    assert axis_size(left) == axis_size(right), f"axes of sizes {axis_size(left)} and {axis_size(right)}"
+    assert axis_size(left) == axis_size(right), (
+        f"axes of sizes {axis_size(left)} and {axis_size(right)}"
+    )
     while left and right:
         head, other = left[0], right[0]
         size, other_size = factor_size(head), factor_size(other)
@@ -223,7 +228,9 @@ def _cut_parts(parts: tuple[Axis, ...], offset: int) -> tuple[Axis, Axis]:
 
 
 def regroup(axes: list[Axis], sizes: list[int]) -> list[Axis]:
-    """Reshape: the row-major product of `axes` divided anew into axes of `sizes`; atoms split at new borders."""
+    """Reshape: the row-major product of `axes` divided anew into axes of `sizes`; atoms split at
+    new borders.
+    """
     factors = resolve(tuple(factor for axis in axes for factor in axis))
     grouped: list[Axis] = []
     for size in sizes:
@@ -254,7 +261,9 @@ def _give_up(axes: list[Axis], sizes: list[int]) -> list[Axis]:
 
 
 def monomials(axes: Iterable[Axis], variables: Container[Atom]) -> dict[tuple[Atom, ...], int]:
-    """The number of positions of a product of axes as a polynomial: product of `variables` → its coefficient."""
+    """The number of positions of a product of axes as a polynomial: product of `variables` → its
+    coefficient.
+    """
     polynomial: dict[tuple[Atom, ...], int] = {(): 1}
     for factor in (factor for axis in axes for factor in resolve(axis)):
         if isinstance(factor, Sum):
@@ -271,9 +280,11 @@ def monomials(axes: Iterable[Axis], variables: Container[Atom]) -> dict[tuple[At
 
 
 def owners(axis: Axis, atom: Atom) -> Tensor:
-    """LongTensor [size]: at each position the index of `atom` it belongs to, −1 where it belongs to none.
+    """LongTensor [size]: at each position the index of `atom` it belongs to, −1 where it belongs to
+    none.
 
-    All `DIAGONAL` where the atom stands twice in one product: no slice of the axis removes one of its indices.
+    All `DIAGONAL` where the atom stands twice in one product: no slice of the axis removes one of
+    its indices.
     """
     result = torch.zeros(1, dtype=torch.long)
     found = False

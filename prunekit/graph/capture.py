@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,27 +16,29 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The module's structure with all its tensors on the meta device; ties are kept, no weight is copied."""
+    """The module's structure with all its tensors on the meta device; ties are kept, no weight is
+    copied.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(
+            parameter.detach().to("meta"), requires_grad=parameter.requires_grad
+        )
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     for module in model.modules():
-        for tensor in torch.utils._pytree.tree_leaves([v for k, v in vars(module).items() if k not in _REGISTERED]):
+        for tensor in torch.utils._pytree.tree_leaves(
+            [v for k, v in vars(module).items() if k not in _REGISTERED]
+        ):
             if isinstance(tensor, Tensor):
                 memo.setdefault(id(tensor), tensor.detach().to("meta"))
     return copy.deepcopy(model, memo)
 
 
-def without_cache(model: nn.Module, inputs: Any) -> Any:
-    """Keyword arguments of a forward call that keeps no key-value cache, where the model would keep one by default."""
-    keeps = getattr(getattr(model, "config", None), "use_cache", False)
-    return {"use_cache": False, **inputs} if keeps and isinstance(inputs, Mapping) else inputs
-
-
 class _ListsAsSlices(TorchFunctionMode):
-    """Reads `x[:, [-2]]` as the slice it is: an index list would become a constant whose numbers meta does not keep."""
+    """Reads `x[:, [-2]]` as the slice it is: an index list would become a constant whose numbers
+    meta does not keep.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:
@@ -69,7 +70,11 @@ def capture(
     Raises:
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
     """
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    args, kwargs = (
+        ((), dict(example_inputs))
+        if isinstance(example_inputs, Mapping)
+        else (tuple(example_inputs), {})
+    )
     skeleton = meta_copy(model).eval()
     watch(skeleton)
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
@@ -78,19 +83,9 @@ def capture(
             warnings.simplefilter("ignore")
             return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = (
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
         raise TraceError(
             f"{type(model).__name__}: torch.export can't capture its forward pass: {first_line}"
         ) from error
-
-
-def tensor_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Canonical name of every parameter and buffer → every (module, attribute) that holds it."""
-    names: dict[int, str] = {}
-    places: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for prefix, module in model.named_modules():
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                name = names.setdefault(id(tensor), f"{prefix}.{attribute}" if prefix else attribute)
-                places[name].append((module, attribute))
-    return dict(places)

@@ -1,7 +1,8 @@
-"""Coupled groups: run the operator rules over a captured graph and read the prunable dimensions off the axes.
+"""Coupled groups: run the operator rules over a captured graph and read the prunable dimensions off
+the axes.
 
-This is the dependency of LLM-Pruner (section 3.1) found by what the tensors do instead of by layer names; which member
-triggers the search does not matter, since a group is a class of the union-find.
+This is the dependency of LLM-Pruner (section 3.1) found by what the tensors do instead of by layer
+names; which member triggers the search does not matter, since a group is a class of the union-find.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch.fx import GraphModule, Node
 from prunekit.errors import TraceError, suggest
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import DIAGONAL, Atom, Axis
-from prunekit.graph.capture import capture, without_cache
+from prunekit.graph.capture import capture
 from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
-from prunekit.graph.stacks import Watch, find_stacks, names_after, shared_names
+from prunekit.graph.stacks import Watch, find_stacks
+from prunekit.model.inputs import without_cache
+from prunekit.model.ties import names_after, shared_names
 
 if TYPE_CHECKING:
     import networkx
@@ -35,9 +38,11 @@ _RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "channel", "oth
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Member:
-    """One (parameter, dim) of a group; `index` [num_units, width], int64, holds the positions each unit owns in it.
+    """One (parameter, dim) of a group; `index` [num_units, width], int64, holds the positions each
+    unit owns in it.
 
-    A consumer's dim is contracted with activations (columns of `o_proj`); a producer's makes them (rows of `q_proj`).
+    A consumer's dim is contracted with activations (columns of `o_proj`); a producer's makes them
+    (rows of `q_proj`).
     """
 
     parameter: str
@@ -48,7 +53,8 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CoupledGroup:
-    """Units of one kind at one place that compete with each other, with the parameter slices each of them owns.
+    """Units of one kind at one place that compete with each other, with the parameter slices each
+    of them owns.
 
     Members stand in the order in which a forward pass first uses their parameters.
     """
@@ -71,7 +77,9 @@ class CoupledGroup:
         return tuple(member for member in self.members if member.role == "consumer")
 
     def to_torch_pruning(self, model: nn.Module, units: Sequence[int] | None = None) -> Group:
-        """This group, or some of its units, as a torch-pruning group (`prunekit.graph.interop.to_torch_pruning`)."""
+        """This group, or some of its units, as a torch-pruning group
+        (`prunekit.graph.interop.to_torch_pruning`).
+        """
         from prunekit.graph.interop import to_torch_pruning
 
         return to_torch_pruning(self, model, units)
@@ -79,9 +87,11 @@ class CoupledGroup:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extent:
-    """A size that a module may keep in an attribute while it runs (a convolution's `groups`, the width of a head).
+    """A size that a module may keep in an attribute while it runs (a convolution's `groups`, the
+    width of a head).
 
-    `owned` maps a group's name to the positions of that size each unit owns, int64 [num_units, width].
+    `owned` maps a group's name to the positions of that size each unit owns, int64 [num_units,
+    width].
     """
 
     module: str
@@ -91,13 +101,19 @@ class Extent:
 
     def after(self, removed: Mapping[str, list[int]]) -> int:
         """The size once these units (group name → unit indices) are gone."""
-        gone = [index[removed[name]].flatten() for name, index in self.owned.items() if removed.get(name)]
+        gone = [
+            index[removed[name]].flatten()
+            for name, index in self.owned.items()
+            if removed.get(name)
+        ]
         return self.size - (len(torch.cat(gone).unique()) if gone else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """Multiply-adds that modules take on the example inputs: `count` · Π of the units kept of each group in `units`."""
+    """Multiply-adds that modules take on the example inputs: `count` · Π of the units kept of each
+    group in `units`.
+    """
 
     count: int
     units: tuple[str, ...]
@@ -105,11 +121,13 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CouplingGraph:
-    """All groups of a model, in execution order, with the shapes of its parameters and traced buffers.
+    """All groups of a model, in execution order, with the shapes of its parameters and traced
+    buffers.
 
-    `example_inputs` are those it was traced with; surgery checks itself on them. `stacks` are groups of whole layers
-    (kind "layer", no members, found by name only); `aliases` maps a shared tensor's canonical name to all its names;
-    `products` are the multiply-adds of a forward pass on the example, as far as the operators' rules tell.
+    `example_inputs` are those it was traced with; surgery checks itself on them. `stacks` are
+    groups of whole layers (kind "layer", no members, found by name only); `aliases` maps a shared
+    tensor's canonical name to all its names; `products` are the multiply-adds of a forward pass on
+    the example, as far as the operators' rules tell.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -133,12 +151,16 @@ class CouplingGraph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the parameter shapes and the groups' index tables: equal where a plan means the same."""
+        """A hash of the parameter shapes and the groups' index tables: equal where a plan means the
+        same.
+        """
         digest = hashlib.sha256(repr(sorted(self.shapes.items())).encode())
         for group in self.groups:
             digest.update(f"{group.name} {group.num_units}".encode())
             for member in group.members:
-                digest.update(f"{member.parameter} {member.dim}".encode() + member.index.numpy().tobytes())
+                digest.update(
+                    f"{member.parameter} {member.dim}".encode() + member.index.numpy().tobytes()
+                )
         return digest.hexdigest()[:16]
 
     def num_parameters(self) -> int:
@@ -146,30 +168,54 @@ class CouplingGraph:
         return sum(_numel(shape) for name, shape in self.shapes.items() if name not in self.buffers)
 
     def names_after(self, removed: Mapping[str, list[int]]) -> dict[str, str]:
-        """Names of parameters and traced buffers → those once whole layers are gone; what goes with them is missing."""
-        dropped = {stack.module: removed[stack.name] for stack in self.stacks if removed.get(stack.name)}
-        return names_after(self.shapes, self.aliases, dropped) if dropped else {name: name for name in self.shapes}
+        """Names of parameters and traced buffers → those once whole layers are gone; what goes with
+        them is missing.
+        """
+        dropped = {
+            stack.module: removed[stack.name] for stack in self.stacks if removed.get(stack.name)
+        }
+        return (
+            names_after(self.shapes, self.aliases, dropped)
+            if dropped
+            else {name: name for name in self.shapes}
+        )
 
     def removed_parameters(self, removed: Mapping[str, list[int]]) -> int:
-        """How many parameters go when these units (group name → unit indices) are removed; overlaps count once."""
+        """How many parameters go when these units (group name → unit indices) are removed; overlaps
+        count once.
+        """
         left = self.names_after(removed)
         gone: dict[tuple[str, int], set[int]] = defaultdict(set)
         for name, units in removed.items():
             for member in self[name].members if units else ():
                 if member.parameter in left:
-                    gone[member.parameter, member.dim].update(member.index[units].flatten().tolist())
+                    gone[member.parameter, member.dim].update(
+                        member.index[units].flatten().tolist()
+                    )
         cut: dict[str, list[int]] = {name: [0] for name in self.shapes.keys() - left.keys()}
         for (parameter, dim), positions in gone.items():
             cut.setdefault(parameter, list(self.shapes[parameter]))[dim] -= len(positions)
-        return sum(_numel(self.shapes[p]) - _numel(kept) for p, kept in cut.items() if p not in self.buffers)
+        return sum(
+            _numel(self.shapes[p]) - _numel(kept)
+            for p, kept in cut.items()
+            if p not in self.buffers
+        )
 
     def to_networkx(self) -> networkx.Graph:
-        """A bipartite graph: groups on one side, (parameter, dim) on the other; edges carry role and width."""
+        """A bipartite graph: groups on one side, (parameter, dim) on the other; edges carry role
+        and width.
+        """
         import networkx
 
         graph = networkx.Graph()
         for group in self.groups:
-            graph.add_node(group.name, type="group", kind=group.kind, units=group.num_units, prunable=group.prunable)
+            graph.add_node(
+                group.name,
+                type="group",
+                kind=group.kind,
+                units=group.num_units,
+                prunable=group.prunable,
+            )
             for member in group.members:
                 node = f"{member.parameter}[{member.dim}]"
                 graph.add_node(node, type="member", parameter=member.parameter, dim=member.dim)
@@ -178,15 +224,17 @@ class CouplingGraph:
 
 
 def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> CouplingGraph:
-    """Find the coupled groups of a model from one captured forward pass; no weight is read or copied.
+    """Find the coupled groups of a model from one captured forward pass; no weight is read or
+    copied.
 
     Args:
         model: any module that `torch.export` can capture.
-        example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one forward call. Use sizes of
-            two or more, so that no axis looks like a broadcast one.
+        example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one forward
+            call. Use sizes of two or more, so that no axis looks like a broadcast one.
 
     Raises:
-        TraceError: the forward pass can't be captured, or an operator has no rule (the message says how to add one).
+        TraceError: the forward pass can't be captured, or an operator has no rule (the message says
+            how to add one).
     """
     example_inputs = without_cache(model, example_inputs)
     watch = Watch()
@@ -210,7 +258,9 @@ class _Tracer:
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
     products: list[tuple[Axis, ...]] = field(default_factory=list)
-    used: dict[str, int] = field(default_factory=dict)  # parameter → where in the graph it is first used
+    used: dict[str, int] = field(
+        default_factory=dict
+    )  # parameter → where in the graph it is first used
 
     def run(self, program: torch.export.ExportedProgram) -> CouplingGraph:
         canonical = _canonical_names(self.model)
@@ -219,8 +269,13 @@ class _Tracer:
         values: dict[str, Any] = {}
         positions = {node: i for i, node in enumerate(program.graph.nodes)}
         for node in positions:
-            if node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
-                values[node.name] = _fixed(node.meta["val"], "it is an axis of a constant", data=False)
+            if (
+                node.op == "placeholder"
+                and node.name in signature.inputs_to_lifted_tensor_constants
+            ):
+                values[node.name] = _fixed(
+                    node.meta["val"], "it is an axis of a constant", data=False
+                )
             elif node.op == "placeholder":
                 values[node.name] = self._input(
                     node, canonical.get(names.get(node.name, ""), names.get(node.name)), positions
@@ -233,21 +288,40 @@ class _Tracer:
             for axis in self.tensors[name]:
                 ax.pin(axis, "the forward pass does not use it")
         self._pin_fixed_modules()
-        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: self.used.get(item[0], len(positions))))
+        self.tensors = dict(
+            sorted(self.tensors.items(), key=lambda item: self.used.get(item[0], len(positions)))
+        )
         buffers = frozenset(self.tensors.keys() - dict(self.model.named_parameters()).keys())
-        reader = _Reader(self.model, self.tensors, buffers, self.contractions, self.notes, self.folds, self.products)
+        reader = _Reader(
+            self.model,
+            self.tensors,
+            buffers,
+            self.contractions,
+            self.notes,
+            self.folds,
+            self.products,
+        )
         groups, extents, products = reader.read()
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        shapes |= {name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers}
-        return CouplingGraph(groups=groups, shapes=shapes, buffers=buffers, extents=extents, products=products)
+        shapes |= {
+            name: tuple(ax.axis_size(axis) for axis in self.tensors[name]) for name in buffers
+        }
+        return CouplingGraph(
+            groups=groups, shapes=shapes, buffers=buffers, extents=extents, products=products
+        )
 
     def _pin_fixed_modules(self) -> None:
-        """Torch's own attention takes the width of its heads from its input's: neither can go alone."""
+        """Torch's own attention takes the width of its heads from its input's: neither can go
+        alone.
+        """
         for path, module in self.model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 for name, axes in self.tensors.items():
                     for axis in axes if name.startswith(f"{path}." if path else "") else ():
-                        ax.pin(axis, "torch.nn.MultiheadAttention needs heads × head width equal to its input's width")
+                        ax.pin(
+                            axis,
+                            "torch.nn.MultiheadAttention needs heads × head width equal to its input's width",
+                        )
 
     def _input(self, node: Node, name: str | None, positions: Mapping[Node, int]) -> Any:
         meta = node.meta.get("val")
@@ -299,7 +373,9 @@ class _Tracer:
         self.products.extend(call.products)
         for contraction in call.contractions:
             self.contractions.append(
-                Contraction(sources=contraction.sources, axis=contraction.axis, order=len(self.contractions))
+                Contraction(
+                    sources=contraction.sources, axis=contraction.axis, order=len(self.contractions)
+                )
             )
         return result
 
@@ -315,7 +391,9 @@ def _untainted(node: Node, *, data: bool) -> Any:
 
     def fixed(tensor: Any) -> Any:
         return (
-            _fixed(tensor, f"its size is fixed by {node.target}", data=data) if isinstance(tensor, Tensor) else tensor
+            _fixed(tensor, f"its size is fixed by {node.target}", data=data)
+            if isinstance(tensor, Tensor)
+            else tensor
         )
 
     return tuple(map(fixed, meta)) if isinstance(meta, list | tuple) else fixed(meta)
@@ -329,15 +407,28 @@ def _attribute(module: GraphModule, target: Any) -> Any:
     found: Any = module
     for part in str(target).split("."):
         found = getattr(found, part)
-    return _fixed(found, "it is an axis of a constant", data=False) if isinstance(found, Tensor) else found
+    return (
+        _fixed(found, "it is an axis of a constant", data=False)
+        if isinstance(found, Tensor)
+        else found
+    )
 
 
 def _bind(target: Any, args: tuple[Any, ...]) -> dict[str, Any]:
-    return {argument.name: arg for argument, arg in zip(target._schema.arguments, args, strict=False)}
+    return {
+        argument.name: arg for argument, arg in zip(target._schema.arguments, args, strict=False)
+    }
 
 
 def _missing_rule(node: Node, where: str) -> str:
-    line = next((s.strip() for s in reversed((node.meta.get("stack_trace") or "").splitlines()) if "File" in s), "")
+    line = next(
+        (
+            s.strip()
+            for s in reversed((node.meta.get("stack_trace") or "").splitlines())
+            if "File" in s
+        ),
+        "",
+    )
     name = str(node.target).rsplit(".", 1)[-2].split(".")[-1]
     return (
         f"no rule for operator {where}{f' ({line})' if line else ''}; register one:\n"
@@ -350,7 +441,10 @@ def _missing_rule(node: Node, where: str) -> str:
 def _canonical_names(model: nn.Module) -> dict[str, str]:
     """Every name of a tied parameter → the one `named_parameters` lists."""
     names: dict[int, str] = {}
-    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    pairs = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {name: names.setdefault(id(tensor), name) for name, tensor in pairs}
 
 
@@ -367,7 +461,9 @@ class _Reader:
     products: list[tuple[Axis, ...]]
 
     def read(self) -> tuple[tuple[CoupledGroup, ...], tuple[Extent, ...], tuple[Product, ...]]:
-        """The groups in order of execution, the sizes modules may keep of them, and the products they take part in."""
+        """The groups in order of execution, the sizes modules may keep of them, and the products
+        they take part in.
+        """
         places: dict[Atom, list[tuple[str, int]]] = defaultdict(list)
         for name, axes in self.tensors.items():
             for dim, axis in enumerate(axes):
@@ -375,17 +471,25 @@ class _Reader:
                     places[atom].append((name, dim))
         consumed = self._consumed()
         for atom in (atom for axis in self.folds for atom in ax.atoms(axis)):
-            if any((name, atom) in consumed for name, _ in places[atom]):  # not the rank of a product of two weights
+            if any(
+                (name, atom) in consumed for name, _ in places[atom]
+            ):  # not the rank of a product of two weights
                 atom.inexact = atom.inexact or "weights are summed over it, for a scale"
         attention = {atom for atom in places if "attention" in atom.tags}
-        beside = {a for n, d in {p for atom in attention for p in places[atom]} for a in ax.atoms(self.tensors[n][d])}
+        beside = {
+            a
+            for n, d in {p for atom in attention for p in places[atom]}
+            for a in ax.atoms(self.tensors[n][d])
+        }
         drafts = []
         for atom, where in places.items():
             if any(name not in self.buffers for name, _ in where) and atom.size > 1:
                 drafts.append(self._draft(atom, where, consumed, attention, beside))
         drafts.sort(key=lambda draft: (draft["order"], _RANK.index(draft["kind"])))
         names = {draft.pop("atom"): name for draft, name in zip(drafts, _name(drafts), strict=True)}
-        groups = (CoupledGroup(name=name, **d) for name, d in zip(names.values(), drafts, strict=True))
+        groups = (
+            CoupledGroup(name=name, **d) for name, d in zip(names.values(), drafts, strict=True)
+        )
         return tuple(groups), tuple(self._extents(names)), tuple(self._multiply_adds(names))
 
     def _multiply_adds(self, names: dict[Atom, str]) -> Iterator[Product]:
@@ -401,7 +505,12 @@ class _Reader:
             for atom in dict.fromkeys(ax.atoms(note.axis)):
                 if atom in names and (owners := ax.owners(note.axis, atom))[0] != DIAGONAL:
                     owned[names[atom]] = _table(owners, atom.size)
-            yield Extent(module=note.module, quantity=note.quantity, size=ax.axis_size(note.axis), owned=owned)
+            yield Extent(
+                module=note.module,
+                quantity=note.quantity,
+                size=ax.axis_size(note.axis),
+                owned=owned,
+            )
 
     def _consumed(self) -> dict[tuple[str, Atom], int]:
         """(parameter, atom) → when it was last contracted with activations."""
@@ -424,7 +533,9 @@ class _Reader:
                 continue
             index = _table(owners, atom.size)
             role: Literal["producer", "consumer"] = (
-                "consumer" if (name, atom) in consumed and self._is_consumed(name, dim, atom) else "producer"
+                "consumer"
+                if (name, atom) in consumed and self._is_consumed(name, dim, atom)
+                else "producer"
             )
             members.append(Member(parameter=name, dim=dim, role=role, index=index))
         module, layer, short = self._place([name for name, _ in where if name not in self.buffers])
@@ -442,23 +553,35 @@ class _Reader:
             "exact": reason is None and atom.inexact is None,
             "reason": reason or atom.inexact,
             "parameters_per_unit": cost,
-            "order": max((consumed[m.parameter, atom] for m in members if m.role == "consumer"), default=-1),
+            "order": max(
+                (consumed[m.parameter, atom] for m in members if m.role == "consumer"), default=-1
+            ),
         }
 
     def _is_consumed(self, name: str, dim: int, atom: Atom) -> bool:
-        """Whether this dim of the parameter (it may hold the atom in another one too) is the contracted one."""
+        """Whether this dim of the parameter (it may hold the atom in another one too) is the
+        contracted one.
+        """
         own = ax.resolve(self.tensors[name][dim])
         axes = (c.axis for c in self.contractions if name in c.sources)
         return any(set(ax.atoms(axis)) & set(ax.atoms(own)) >= {atom} for axis in axes)
 
     def _numel_of_unit(self, member: Member, atom: Atom) -> int:
         shape = [ax.axis_size(axis) for axis in self.tensors[member.parameter]]
-        return member.index.shape[1] * _numel(tuple(s for i, s in enumerate(shape) if i != member.dim))
+        return member.index.shape[1] * _numel(
+            tuple(s for i, s in enumerate(shape) if i != member.dim)
+        )
 
-    def _kind(self, atom: Atom, where: list, attention: set[Atom], beside: set[Atom], layer: int | None) -> Kind:
+    def _kind(
+        self, atom: Atom, where: list, attention: set[Atom], beside: set[Atom], layer: int | None
+    ) -> Kind:
         if atom in attention:
-            others = {a for n, d in where for a in ax.atoms(self.tensors[n][d])} & attention - {atom}
-            shared = "broadcast" in atom.tags and any("broadcast" not in other.tags for other in others)
+            others = {a for n, d in where for a in ax.atoms(self.tensors[n][d])} & attention - {
+                atom
+            }
+            shared = "broadcast" in atom.tags and any(
+                "broadcast" not in other.tags for other in others
+            )
             return "query_head" if shared else "attention"
         if "expert" in atom.tags:
             return "expert"
@@ -473,7 +596,9 @@ class _Reader:
         return "mlp" if "nonlinear" in atom.tags else "other"
 
     def _place(self, names: list[str]) -> tuple[str, int | None, str]:
-        """The innermost module that holds all of these parameters, its layer in a `ModuleList`, its path from there."""
+        """The innermost module that holds all of these parameters, its layer in a `ModuleList`, its
+        path from there.
+        """
         paths = [name.split(".")[:-1] for name in names]
         common: list[str] = []
         for parts in zip(*paths, strict=False):
@@ -481,7 +606,9 @@ class _Reader:
                 break
             common.append(parts[0])
         for i, part in enumerate(common):
-            if part.isdigit() and isinstance(self.model.get_submodule(".".join(common[:i])), nn.ModuleList):
+            if part.isdigit() and isinstance(
+                self.model.get_submodule(".".join(common[:i])), nn.ModuleList
+            ):
                 return ".".join(common), int(part), ".".join(common[i - 1 :])
         return ".".join(common), None, ".".join(common)
 
@@ -492,7 +619,9 @@ def _table(owners: Tensor, units: int) -> Tensor:
 
 
 def _name(drafts: list[dict[str, Any]]) -> list[str]:
-    """Unique names: the module, from its `ModuleList` on where that is enough, and its kind unless the main one."""
+    """Unique names: the module, from its `ModuleList` on where that is enough, and its kind unless
+    the main one.
+    """
     full: dict[str, set[str]] = defaultdict(set)
     for draft in drafts:
         full[draft["short"]].add(draft["module"])

@@ -1,7 +1,9 @@
-"""A coupled group as a torch-pruning group, so that its pruners and importances work on what our tracer found.
+"""A coupled group as a torch-pruning group, so that its pruners and importances work on what our
+tracer found.
 
-torch-pruning follows dependencies from member to member; here they form a star around one member, and each maps a
-position to its unit and on to every position that unit owns, so that the whole coupling is followed from any member.
+torch-pruning follows dependencies from member to member; here they form a star around one member,
+and each maps a position to its unit and on to every position that unit owns, so that the whole
+coupling is followed from any member.
 """
 
 from __future__ import annotations
@@ -13,18 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import TraceError
-from prunekit.graph.capture import tensor_places
+from prunekit.model.ties import tensor_places
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Dependency, DependencyGraph, Group, Node
 
     from prunekit.graph.groups import CoupledGroup
 
-# What torch-pruning's own pruners cut: module class → (attribute, dim) → its output or its input channels.
+# What torch-pruning's own pruners cut: module class → (attribute, dim) → its output or its input
+# channels.
 _NORM = {(name, 0): "out" for name in ("weight", "bias", "running_mean", "running_var")}
 _LINEAR = {("weight", 0): "out", ("bias", 0): "out", ("weight", 1): "in"}
 _SIDES: dict[type[nn.Module], dict[tuple[str, int], str]] = {
-    nn.modules.conv._ConvTransposeNd: {("weight", 1): "out", ("bias", 0): "out", ("weight", 0): "in"},
+    nn.modules.conv._ConvTransposeNd: {
+        ("weight", 1): "out",
+        ("bias", 0): "out",
+        ("weight", 0): "in",
+    },
     nn.modules.conv._ConvNd: _LINEAR,
     nn.Linear: _LINEAR,
     nn.modules.batchnorm._BatchNorm: _NORM,
@@ -34,28 +41,42 @@ _SIDES: dict[type[nn.Module], dict[tuple[str, int], str]] = {
     nn.Embedding: {("weight", 1): "out"},
 }
 # Classes of torch.nn that keep no size of the tensors they hold.
-_HOLDERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_HOLDERS = (
+    nn.Module,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+)
 # Sizes that transformers' Conv1D keeps beside its weight: attribute → the weight's dim.
 _SIZES = {"nx": 0, "nf": 1}
-Item = tuple["Node", Any, Tensor]  # a module, the function that cuts it, the units' positions [num_units, width] there
+Item = tuple[
+    "Node", Any, Tensor
+]  # a module, the function that cuts it, the units' positions [num_units, width] there
 
 
-def to_torch_pruning(group: CoupledGroup, model: nn.Module, units: Sequence[int] | None = None) -> Group:
+def to_torch_pruning(
+    group: CoupledGroup, model: nn.Module, units: Sequence[int] | None = None
+) -> Group:
     """The torch-pruning group that cuts these units of `group` out of `model`.
 
-    Its `prune()` cuts them in place; `prune(idxs)` cuts, as wholes, the units that own these positions of its first
-    item; torch-pruning's importances score it. Neither it nor the coupling graph fits the model afterwards. Weights
-    that a model ties come apart, and what torch-pruning knows nothing of (head counts, the groups of a GroupNorm that
-    has no weight, the config) keeps its value: both are the caller's to put right, as with torch-pruning's own groups;
+    Its `prune()` cuts them in place; `prune(idxs)` cuts, as wholes, the units that own these
+    positions of its first item; torch-pruning's importances score it. Neither it nor the coupling
+    graph fits the model afterwards. Weights that a model ties come apart, and what torch-pruning
+    knows nothing of (head counts, the groups of a GroupNorm that has no weight, the config) keeps
+    its value: both are the caller's to put right, as with torch-pruning's own groups;
     `prunekit.apply_plan` does it by itself.
 
     Args:
         group: a prunable group of `trace(model, ...)`.
         model: the model it was traced from, not cut since.
-        units: unit indices in [0, num_units); None for all of them, which is what an importance wants.
+        units: unit indices in [0, num_units); None for all of them, which is what an importance
+            wants.
 
     Raises:
-        TraceError: the group isn't prunable, a unit is out of range, or torch-pruning can't cut one of its members.
+        TraceError: the group isn't prunable, a unit is out of range, or torch-pruning can't cut one
+            of its members.
     """
     from torch_pruning.dependency import DependencyGraph
 
@@ -65,9 +86,14 @@ def to_torch_pruning(group: CoupledGroup, model: nn.Module, units: Sequence[int]
         raise TraceError(f"{group.name}: torch-pruning cuts channels, no whole layers")
     units = range(group.num_units) if units is None else units
     if not len(units) or not all(0 <= unit < group.num_units for unit in units):
-        raise TraceError(f"{group.name}: units must be some of 0 to {group.num_units - 1}, got {list(units)}")
+        raise TraceError(
+            f"{group.name}: units must be some of 0 to {group.num_units - 1}, got {list(units)}"
+        )
     graph = DependencyGraph()
-    graph.model, graph._module2name = model, {module: name for name, module in model.named_modules()}
+    graph.model, graph._module2name = (
+        model,
+        {module: name for name, module in model.named_modules()},
+    )
     graph.module2node, graph._param_to_name = {}, {}
     items = _items(graph, group)
     for item in items:
@@ -78,7 +104,9 @@ def to_torch_pruning(group: CoupledGroup, model: nn.Module, units: Sequence[int]
 
 
 def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
-    """What there is to cut, its own modules' outputs first; a weight and the bias that goes with it are one item."""
+    """What there is to cut, its own modules' outputs first; a weight and the bias that goes with it
+    are one item.
+    """
     from torch_pruning.dependency import Node
 
     items: dict[tuple[nn.Module, Any], Item] = {}
@@ -87,19 +115,31 @@ def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
         if member.parameter not in places:
             raise TraceError(f"{group.name}: the model has no tensor called {member.parameter}")
         for module, attribute in places[member.parameter]:
-            cut = _pruning_function(graph, module, attribute, f"{member.parameter}[{member.dim}]", member.dim)
-            node = graph.module2node.setdefault(module, Node(module, None, graph._module2name[module]))
+            cut = _pruning_function(
+                graph, module, attribute, f"{member.parameter}[{member.dim}]", member.dim
+            )
+            node = graph.module2node.setdefault(
+                module, Node(module, None, graph._module2name[module])
+            )
             if isinstance(module, nn.LayerNorm):
                 node.pruning_dim = -len(module.normalized_shape)
             if isinstance(module, nn.GroupNorm) and not _keeps_groups(module, member.index):
-                raise TraceError(f"{member.parameter}: torch-pruning has no pruner for whole groups of a GroupNorm")
+                raise TraceError(
+                    f"{member.parameter}: torch-pruning has no pruner for whole groups of a GroupNorm"
+                )
             item = items.setdefault((module, cut), (node, cut, member.index))
-            assert torch.equal(item[2], member.index), f"{member.parameter} is cut elsewhere than its module's weight"
+            assert torch.equal(item[2], member.index), (
+                f"{member.parameter} is cut elsewhere than its module's weight"
+            )
     return sorted(items.values(), key=lambda item: isinstance(item[1].__self__, _TensorPruner))
 
 
-def _pruning_function(graph: DependencyGraph, module: nn.Module, attribute: str, where: str, dim: int) -> Any:
-    """torch-pruning's function where it has one for this dim, ours for this tensor alone where it knows no better."""
+def _pruning_function(
+    graph: DependencyGraph, module: nn.Module, attribute: str, where: str, dim: int
+) -> Any:
+    """torch-pruning's function where it has one for this dim, ours for this tensor alone where it
+    knows no better.
+    """
     from torch_pruning.ops import OPTYPE, module2type
 
     optype, kind = module2type(module), type(module)
@@ -107,7 +147,11 @@ def _pruning_function(graph: DependencyGraph, module: nn.Module, attribute: str,
     grouped = optype == OPTYPE.CONV and module.groups != 1
     if sides is not None and not grouped and (attribute, dim) in sides:
         pruner = graph.get_pruner_of_module(module)
-        return pruner.prune_out_channels if sides[attribute, dim] == "out" else pruner.prune_in_channels
+        return (
+            pruner.prune_out_channels
+            if sides[attribute, dim] == "out"
+            else pruner.prune_in_channels
+        )
     torchs = [c for c in kind.__mro__ if c.__module__.startswith("torch.nn.") and c not in _HOLDERS]
     if sides is not None or optype != OPTYPE.ELEMENTWISE or torchs:
         raise TraceError(f"{where}: torch-pruning has no pruner for this part of {kind.__name__}")
@@ -122,13 +166,17 @@ def _keeps_groups(norm: nn.GroupNorm, index: Tensor) -> bool:
 def _dependency(source: Item, target: Item) -> Dependency:
     from torch_pruning.dependency import Dependency
 
-    dependency = Dependency(trigger=source[1], handler=target[1], source=source[0], target=target[0])
+    dependency = Dependency(
+        trigger=source[1], handler=target[1], source=source[0], target=target[0]
+    )
     dependency.index_mapping[0] = _UnitMapping(source[2], target[2])
     return dependency
 
 
 class _UnitMapping:
-    """Positions in one member → all positions of the same units in another; tables [num_units, width] of both."""
+    """Positions in one member → all positions of the same units in another; tables [num_units,
+    width] of both.
+    """
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
         self.source, self.target = source, target
@@ -141,14 +189,21 @@ class _UnitMapping:
         unit_of[self.source] = torch.arange(len(self.source))[:, None].expand_as(self.source)
         units = unit_of[list(roots)].unique()
         mapped = []
-        for source, target in zip(self.source[units].tolist(), self.target[units].tolist(), strict=True):
+        for source, target in zip(
+            self.source[units].tolist(), self.target[units].tolist(), strict=True
+        ):
             hit = [roots[position] for position in source if position in roots]
-            mapped += [_HybridIndex(p, hit[slot * len(hit) // len(target)]) for slot, p in enumerate(target)]
+            mapped += [
+                _HybridIndex(p, hit[slot * len(hit) // len(target)])
+                for slot, p in enumerate(target)
+            ]
         return mapped
 
 
 class _TensorPruner:
-    """Cuts one dim of one tensor of a module that torch-pruning has no pruner for; works as its pruners do."""
+    """Cuts one dim of one tensor of a module that torch-pruning has no pruner for; works as its
+    pruners do.
+    """
 
     def __init__(self, attribute: str, dim: int) -> None:
         self.attribute, self.dim = attribute, dim

@@ -1,7 +1,9 @@
-"""What a rule sees of an operator call, and the register of rules: how an output's axes follow from the inputs'.
+"""What a rule sees of an operator call, and the register of rules: how an output's axes follow from
+the inputs'.
 
-A rule takes a `Call` and returns a `Value` (or a tuple of them). It may unify axes, pin them, mark them inexact, and note
-a contraction, which makes the weight's axis a consumer, and the multiply-adds this takes. Register one for an operator of your own:
+A rule takes a `Call` and returns a `Value` (or a tuple of them). It may unify axes, pin them, mark
+them inexact, and note a contraction, which makes the weight's axis a consumer, and the
+multiply-adds this takes. Register one for an operator of your own:
 
     @prunekit.graph.operator_rule("aten.foo.default")
     def foo(call: Call) -> Value:
@@ -25,8 +27,9 @@ from prunekit.graph.axes import Axis
 class Value:
     """What is known of a tensor: its axes, and where it comes from.
 
-    `tainted`: a parameter or buffer went into it; `data`: a model input did; `sources`: the parameters of a weight-only
-    value; `softmax`: it holds softmax probabilities; `indexes`: its numbers are positions of this axis (routing).
+    `tainted`: a parameter or buffer went into it; `data`: a model input did; `sources`: the
+    parameters of a weight-only value; `softmax`: it holds softmax probabilities; `indexes`: its
+    numbers are positions of this axis (routing).
     """
 
     axes: tuple[Axis, ...]
@@ -53,7 +56,9 @@ class Contraction:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A size a module may keep in an attribute: the path of the module, what it is a size of, the axis it counts."""
+    """A size a module may keep in an attribute: the path of the module, what it is a size of, the
+    axis it counts.
+    """
 
     module: str
     quantity: str
@@ -102,12 +107,16 @@ class Call:
         self.notes.append(Note(module=self.module, quantity=quantity, axis=axis))
 
     def multiply_adds(self, *axes: Axis) -> None:
-        """Note that the operator takes as many multiply-adds as the product of these axes has positions."""
+        """Note that the operator takes as many multiply-adds as the product of these axes has
+        positions.
+        """
         self.products.append(axes)
 
     def inputs(self) -> list[Value]:
         """Every tensor argument, those inside lists included."""
-        flat = torch.utils._pytree.tree_leaves(self.arguments, is_leaf=lambda x: isinstance(x, Value))
+        flat = torch.utils._pytree.tree_leaves(
+            self.arguments, is_leaf=lambda x: isinstance(x, Value)
+        )
         return [leaf for leaf in flat if isinstance(leaf, Value)]
 
     def space(self, rank: int) -> list[Axis]:
@@ -122,12 +131,16 @@ class Call:
             axes=tuple(axes),
             tainted=any(value.tainted for value in inputs),
             data=data,
-            sources=frozenset() if data else frozenset().union(*(value.sources for value in inputs)),
+            sources=frozenset()
+            if data
+            else frozenset().union(*(value.sources for value in inputs)),
             softmax=softmax,
         )
 
     def elementwise(self, *values: Value) -> Value:
-        """Broadcast the values against each other, unifying axes position by position; axes of size 1 aside."""
+        """Broadcast the values against each other, unifying axes position by position; axes of size
+        1 aside.
+        """
         rank = max(len(value.axes) for value in values)
         merged: list[Axis] = [()] * rank
         for value in values:
@@ -141,7 +154,9 @@ class Call:
         return self.make(merged, *values, softmax=any(value.softmax for value in values))
 
     def contract(self, left: Value, left_axis: Axis, right: Value, right_axis: Axis) -> None:
-        """Sum over two axes against each other; in a weight summed against activations this makes the axis a consumer."""
+        """Sum over two axes against each other; in a weight summed against activations this makes
+        the axis a consumer.
+        """
         ax.unify(left_axis, right_axis)
         if not left.data and not right.data:
             self.folds.append(left_axis)
@@ -156,7 +171,9 @@ _RULES: dict[str, Rule] = {}
 
 
 def operator_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators: "aten.mul.Tensor" for one overload, "aten.mul" for all of them."""
+    """Register a rule for operators: "aten.mul.Tensor" for one overload, "aten.mul" for all of
+    them.
+    """
 
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(names, rule))
@@ -166,8 +183,14 @@ def operator_rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def aten(names: str, in_place: bool = False) -> list[str]:
-    """Full names of space-separated ATen operators; with their in-place forms where those follow the same rule."""
-    return [f"aten.{name}{suffix}" for name in names.split() for suffix in (("", "_") if in_place else ("",))]
+    """Full names of space-separated ATen operators; with their in-place forms where those follow
+    the same rule.
+    """
+    return [
+        f"aten.{name}{suffix}"
+        for name in names.split()
+        for suffix in (("", "_") if in_place else ("",))
+    ]
 
 
 def find_rule(target: Any) -> Rule | None:

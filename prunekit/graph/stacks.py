@@ -1,42 +1,41 @@
 """Stacks: lists of layers that run one after another, of which whole layers can be dropped.
 
-The hidden states that enter a dropped layer leave it as they came: depth pruning, cheap where a layer adds little to a
-residual stream (Men et al. 2024, section 3).
+The hidden states that enter a dropped layer leave it as they came: depth pruning, cheap where a
+layer adds little to a residual stream (Men et al. 2024, section 3).
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from prunekit.model.stack import (
+    _INDEX,
+    _first_index,
+    config_around,
+    hidden_of_call,
+    hidden_of_output,
+    layer_attributes,
+    module_lists,
+)
+from prunekit.model.ties import names_after
+
 _SHAPELESS = "a layer takes or returns no hidden states that another could take"
-_INDEX = re.compile(r"(layer|block).*(idx|id|index|number)$|^(idx|index)$")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
-def hidden_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The hidden states a layer is called with: its first tensor."""
-    values = [*args, kwargs.get("hidden_states"), *kwargs.values()]
-    return next((value for value in values if isinstance(value, Tensor)), None)
-
-
-def hidden_of_output(output: Any) -> Tensor | None:
-    """The hidden states a layer returns: its output, or the first of its outputs."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) else None
 
 
 @dataclass
 class Watch:
-    """Sees in which order the layers of every outermost `ModuleList` run, and whether each could be passed over.
+    """Sees in which order the layers of every outermost `ModuleList` run, and whether each could be
+    passed over.
 
-    `problems` maps a list's path to why not, `calls` to the indices of its layers as they were called.
+    `problems` maps a list's path to why not, `calls` to the indices of its layers as they were
+    called.
     """
 
     calls: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -49,7 +48,9 @@ class Watch:
             for index, layer in enumerate(stack):
                 layer.register_forward_hook(partial(self._called, path, index), with_kwargs=True)
 
-    def _called(self, path: str, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _called(
+        self, path: str, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
         self.calls[path].append(index)
         before, after = hidden_of_call(args, kwargs), hidden_of_output(output)
         if before is None or after is None or before.shape != after.shape:
@@ -67,21 +68,22 @@ class Watch:
         return self.problems.get(path)
 
 
-def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Path → `ModuleList`, those inside another left out."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in found):
-            found[path] = module
-    return found
-
-
 def find_stacks(
-    model: nn.Module, tensors: Iterable[str], taken: Iterable[str], aliases: Mapping[str, Sequence[str]], watch: Watch
+    model: nn.Module,
+    tensors: Iterable[str],
+    taken: Iterable[str],
+    aliases: Mapping[str, Sequence[str]],
+    watch: Watch,
 ) -> list[dict[str, Any]]:
-    """What the coupled groups of the model's stacks are made of: of the lists that hold any of these tensors."""
+    """What the coupled groups of the model's stacks are made of: of the lists that hold any of
+    these tensors.
+    """
     tensors = list(tensors)
-    lists = {p: stack for p, stack in module_lists(model).items() if len(stack) > 1 and _holds(p, tensors)}
+    lists = {
+        p: stack
+        for p, stack in module_lists(model).items()
+        if len(stack) > 1 and _holds(p, tensors)
+    }
     short = Counter(path.rpartition(".")[2] for path in lists)
     stacks = []
     for path, stack in lists.items():
@@ -114,85 +116,34 @@ def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
     config = config_around(model, path)
     if getattr(config, "is_encoder_decoder", False):
         return "its model has an encoder and a decoder, and config.json holds one list of layers"
-    counts = [getattr(config, name) for name in _COUNTS if isinstance(getattr(config, name, None), int)]
+    counts = [
+        getattr(config, name) for name in _COUNTS if isinstance(getattr(config, name, None), int)
+    ]
     if counts and len(stack) not in counts:
         return f"the config counts {counts[0]} layers, the list holds {len(stack)}"
-    others = [p for p, other in module_lists(model).items() if p != path and len(other) == len(stack)]
+    others = [
+        p for p, other in module_lists(model).items() if p != path and len(other) == len(stack)
+    ]
     if config is not None and any(config_around(model, other) is config for other in others):
         return f"its config counts the entries of {', '.join(others)} too"
     for (place, name), values in layer_attributes(stack).items():
-        if _INDEX.search(name) and _first_index(values) is None and any(type(v) is int for v in values.values()):
+        if (
+            _INDEX.search(name)
+            and _first_index(values) is None
+            and any(type(v) is int for v in values.values())
+        ):
             return f"its layers hold indices of other layers ({f'{place}.{name}'.lstrip('.')})"
     return None
 
 
-def _first_index(values: Mapping[int, Any]) -> int | None:
-    """0 or 1 where every layer's value is its own index, counted from there."""
-    firsts = {value - index if type(value) is int else None for index, value in values.items()}
-    return firsts.pop() if firsts in ({0}, {1}) else None
-
-
-def config_around(model: nn.Module, path: str) -> Any:
-    """The config of the nearest module around a path, or None."""
-    while path:
-        path = path.rpartition(".")[0]
-        if "config" in (module := model.get_submodule(path)).__dict__:
-            return module.config
-    return None
-
-
-def layer_attributes(stack: nn.ModuleList) -> dict[tuple[str, str], dict[int, Any]]:
-    """(path inside a layer, attribute) → layer → value, for the plain numbers and strings that the layers keep."""
-    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for index, layer in enumerate(stack):
-        for path, module in layer.named_modules():
-            for name, value in module.__dict__.items():
-                if type(value) in (int, float, str, bool):
-                    found[path, name][index] = value
-    return found
-
-
-def index_attributes(stack: nn.ModuleList) -> Iterator[tuple[str, str, int]]:
-    """The (path inside a layer, attribute, first index) of the attributes in which every layer keeps its own index."""
-    for (path, name), values in layer_attributes(stack).items():
-        first = _first_index(values)
-        if first is not None and (_INDEX.search(name) or (first == 0 and len(values) > 2)):
-            yield path, name, first
-
-
-def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The canonical name of every tensor with more than one → all its names."""
-    names: dict[int, list[str]] = defaultdict(list)
-    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in pairs:
-        names[id(tensor)].append(name)
-    return {every[0]: tuple(every) for every in names.values() if len(every) > 1}
-
-
-def names_after(
-    names: Iterable[str], aliases: Mapping[str, Sequence[str]], dropped: Mapping[str, Sequence[int]]
-) -> dict[str, str]:
-    """Canonical names of tensors → those once these layers (list's path → indices) are gone; none for what goes."""
-    found = {}
-    for name in names:
-        every = (_name_after(alias, dropped) for alias in aliases.get(name, (name,)))
-        if (left := next((alias for alias in every if alias is not None), None)) is not None:
-            found[name] = left
-    return found
-
-
-def _name_after(name: str, dropped: Mapping[str, Sequence[int]]) -> str | None:
-    for path, layers in dropped.items():
-        if name.startswith(f"{path}."):
-            index, _, rest = name[len(path) + 1 :].partition(".")
-            if int(index) in layers:
-                return None
-            return f"{path}.{int(index) - sum(layer < int(index) for layer in layers)}.{rest}"
-    return name
-
-
-def _mean_parameters(model: nn.Module, path: str, stack: nn.ModuleList, aliases: Mapping[str, Sequence[str]]) -> int:
-    shapes = {name: parameter.numel() for name, parameter in model.named_parameters() if name.startswith(f"{path}.")}
+def _mean_parameters(
+    model: nn.Module, path: str, stack: nn.ModuleList, aliases: Mapping[str, Sequence[str]]
+) -> int:
+    shapes = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.startswith(f"{path}.")
+    }
     total = 0
     for index in range(len(stack)):
         left = names_after(shapes, aliases, {path: [index]})

@@ -1,4 +1,6 @@
-"""From scores of a group's structures to one score per unit (LLM-Pruner, section 3.2), and groups made comparable."""
+"""From scores of a group's structures to one score per unit (LLM-Pruner, section 3.2), and groups
+made comparable.
+"""
 
 from typing import Literal
 
@@ -11,8 +13,8 @@ Normalisation = Literal["none", "mean", "parameters"]
 def aggregate(scores: Tensor, how: Aggregation) -> Tensor:
     """Scores [structures, units], in execution order, ≥ 0 where there are several → [units].
 
-    prod is the geometric mean, taken in log space: the product's order, without its overflow. last is the last
-    executing structure, LLM-Pruner's "Last-only".
+    prod is the geometric mean, taken in log space: the product's order, without its overflow. last
+    is the last executing structure, LLM-Pruner's "Last-only".
     """
     if len(scores) == 1:
         return scores[0]
@@ -32,7 +34,9 @@ def aggregate(scores: Tensor, how: Aggregation) -> Tensor:
 
 
 def normalise(scores: Tensor, how: Normalisation, parameters_per_unit: int) -> Tensor:
-    """Scores [units] of one group, as they are, over their mean, or over the parameters that one unit frees."""
+    """Scores [units] of one group, as they are, over their mean, or over the parameters that one
+    unit frees.
+    """
     match how:
         case "none":
             return scores

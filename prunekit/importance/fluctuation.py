@@ -1,4 +1,5 @@
-"""FLAP's fluctuation (An et al. 2023, arXiv 2312.11983): inputs that hardly vary can be replaced by their mean.
+"""FLAP's fluctuation (An et al. 2023, arXiv 2312.11983): inputs that hardly vary can be replaced by
+their mean.
 
 The mean then goes into the consumer's bias: `compensation=bias`.
 """
@@ -8,10 +9,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from prunekit.calibration.activations import input_statistics
+from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.importance.activations import input_statistics
-from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure
+from prunekit.importance.base import ScoreImportance
+from prunekit.importance.structures import by_structure
+from prunekit.runtime.numbers import along, at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +23,21 @@ class Fluctuation(ScoreImportance):
     """Var(x_j) ‖W_:j‖² over the columns a unit owns in the linear modules that read it."""
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
-        inputs = input_statistics(model, {m.parameter for g in groups for m in g.consumers}, batches)
+        inputs = input_statistics(
+            model, {m.parameter for g in groups for m in g.consumers}, batches
+        )
         for group in groups:
             if not any(member.parameter in inputs for member in group.consumers):
-                raise ConfigError(f"{group.name}: fluctuation scores what linear modules read, and none reads it")
+                raise ConfigError(
+                    f"{group.name}: fluctuation scores what linear modules read, and none reads it"
+                )
 
         def positions(member: Member) -> Tensor | None:
             if member.role == "producer" or member.parameter not in inputs:

@@ -1,4 +1,6 @@
-"""Importances of whole layers: by what they change, by what the loss says without them, or simply every other one."""
+"""Importances of whole layers: by what they change, by what the loss says without them, or simply
+every other one.
+"""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,29 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.console import track
+from prunekit.calibration.gradients.loss import mean_loss
+from prunekit.calibration.gradients.state import undisturbed
+from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.graph.capture import without_cache
-from prunekit.graph.stacks import hidden_of_call, hidden_of_output
-from prunekit.importance.base import Batch, ScoreImportance
-from prunekit.importance.gradients import mean_loss, undisturbed
-from prunekit.surgery import masked
+from prunekit.importance.base import ScoreImportance
+from prunekit.model.inputs import without_cache
+from prunekit.model.stack import hidden_of_call, hidden_of_output
+from prunekit.runtime.console import track
+from prunekit.surgery.masking import masked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Similarity(ScoreImportance):
-    """1 − the mean cosine of a layer's input and output (block influence, Men et al. 2024, arXiv 2403.03853)."""
+    """1 − the mean cosine of a layer's input and output (block influence, Men et al. 2024, arXiv
+    2403.03853).
+    """
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
         _expect_layers("similarity", groups)
-        sums = {group.name: torch.zeros(2, group.num_units, dtype=torch.float64) for group in groups}
+        sums = {
+            group.name: torch.zeros(2, group.num_units, dtype=torch.float64) for group in groups
+        }
         mask: Tensor | None = None
 
-        def hook(total: Tensor, unit: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(
+            total: Tensor, unit: int, _: nn.Module, args: Any, kwargs: Any, output: Any
+        ) -> None:
             before, after = hidden_of_call(args, kwargs), hidden_of_output(output)
             assert before is not None
             assert after is not None
@@ -50,19 +64,29 @@ class Similarity(ScoreImportance):
                 given = batch.get("attention_mask")
                 mask = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
                 model(**without_cache(model, batch))
-        return {name: (total[:1] / total[1:].clamp_min(1)).clamp_min(0) for name, total in sums.items()}
+        return {
+            name: (total[:1] / total[1:].clamp_min(1)).clamp_min(0) for name, total in sums.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(ScoreImportance):
-    """The loss without a unit; as many forward passes as there are units: meant for layers and heads."""
+    """The loss without a unit; as many forward passes as there are units: meant for layers and
+    heads.
+    """
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """What the mean loss rises by with one unit masked."""
         units = [(group, unit) for group in groups for unit in range(group.num_units)]
-        found = {group.name: torch.zeros(1, group.num_units, dtype=torch.float64) for group in groups}
+        found = {
+            group.name: torch.zeros(1, group.num_units, dtype=torch.float64) for group in groups
+        }
         with undisturbed(model), torch.no_grad():
             dense = calibration_loss(model, batches)
             for group, unit in track(units, "ablation", len(units)):
@@ -76,7 +100,11 @@ class Alternate(ScoreImportance):
     """Every other layer goes first (as in LLM-Pruner's table 8), evenly spread where fewer go."""
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """The place in the order in which layers go; needs no data."""
         _expect_layers("alternate", groups)
@@ -92,7 +120,9 @@ def calibration_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 
 def _order(size: int) -> Tensor:
-    """0 for the layer that goes first: 1, 3, 5 … by bit reversal of their place, then the even ones; float64 [size]."""
+    """0 for the layer that goes first: 1, 3, 5 … by bit reversal of their place, then the even
+    ones; float64 [size].
+    """
     odd = range(1, size, 2)
     bits = max(len(odd) - 1, 0).bit_length()
     spread = sorted(range(len(odd)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2) if bits else 0)
@@ -105,4 +135,6 @@ def _order(size: int) -> Tensor:
 def _expect_layers(name: str, groups: Sequence[CoupledGroup]) -> None:
     for group in groups:
         if group.kind != "layer":
-            raise ConfigError(f"importance={name} scores whole layers (groups=layer), not {group.name}")
+            raise ConfigError(
+                f"importance={name} scores whole layers (groups=layer), not {group.name}"
+            )

@@ -1,8 +1,10 @@
-"""LoRAPrune's gradients (Zhang et al. 2023, arXiv 2305.18403): ∂L/∂W estimated from an adapter's, the weights frozen.
+"""LoRAPrune's gradients (Zhang et al. 2023, arXiv 2305.18403): ∂L/∂W estimated from an adapter's,
+the weights frozen.
 
-With y = x Wᵀ + (x Aᵀ) Bᵀ and B = 0:   ∂L/∂W ≈ ∇B A + B ∇A − ∇B ∇A = ∇B A,   ∇B = Σ_t δ_t (A x_t)ᵀ,  δ = ∂L/∂y
-(B = 0 also leaves y and makes ∇A = 0). Since ∇B A = (∂L/∂W) AᵀA, the estimate is unbiased where E[AᵀA] = I: A is √(n/r)
-times r orthonormal rows in R^n, drawn uniformly; with r = n it is exact.
+With y = x Wᵀ + (x Aᵀ) Bᵀ and B = 0:   ∂L/∂W ≈ ∇B A + B ∇A − ∇B ∇A = ∇B A,   ∇B = Σ_t δ_t (A x_t)ᵀ,
+δ = ∂L/∂y (B = 0 also leaves y and makes ∇A = 0). Since ∇B A = (∂L/∂W) AᵀA, the estimate is unbiased
+where E[AᵀA] = I: A is √(n/r) times r orthonormal rows in R^n, drawn uniformly; with r = n it is
+exact.
 """
 
 import hashlib
@@ -15,20 +17,27 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prunekit.console import track
+from prunekit.calibration.gradients.loss import mean_loss
+from prunekit.calibration.gradients.state import checkpointed, undisturbed
+from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
+from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.graph.capture import tensor_places
-from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure, members_of
-from prunekit.importance.gradients import checkpointed, is_stock, is_transposed, mean_loss, tap, undisturbed
+from prunekit.graph.structures import members_of
+from prunekit.importance.base import ScoreImportance
+from prunekit.importance.structures import by_structure
+from prunekit.model.ties import tensor_places
+from prunekit.runtime.console import track
+from prunekit.runtime.numbers import along, at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraGradient(ScoreImportance):
     """Σ_k |ĝ_k w_k|^p over the matrices of linear modules; other parameters don't count.
 
-    `rank` of the adapters; `p` = 1, or 2 as in LoRAPrune; `checkpointing`: recompute layers in the backward pass
-    instead of keeping their activations. Gradients take the adapters' memory, never the weights'.
+    `rank` of the adapters; `p` = 1, or 2 as in LoRAPrune; `checkpointing`: recompute layers in the
+    backward pass instead of keeping their activations. Gradients take the adapters' memory, never
+    the weights'.
     """
 
     rank: int = 8
@@ -44,15 +53,25 @@ class LoraGradient(ScoreImportance):
             raise ConfigError(f"importance.p: expected 1 or 2, got {self.p}")
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One backward pass a batch, for the adapters alone; the model is left as it was."""
         names = dict.fromkeys(m.parameter for group in groups for m in members_of(graph, group))
         places = tensor_places(model)
-        adapters = {name: self._adapter(model, name, places[name]) for name in names if _adaptable(places[name])}
+        adapters = {
+            name: self._adapter(model, name, places[name])
+            for name in names
+            if _adaptable(places[name])
+        }
         for group in groups:
             if not any(member.parameter in adapters for member in members_of(graph, group)):
-                raise ConfigError(f"{group.name}: lora_gradient scores linear modules' weights, and it has none")
+                raise ConfigError(
+                    f"{group.name}: lora_gradient scores linear modules' weights, and it has none"
+                )
         _accumulate(model, adapters, batches, self.checkpointing)
 
         def positions(member: Member) -> Tensor | None:
@@ -63,12 +82,16 @@ class LoraGradient(ScoreImportance):
 
         return {group.name: by_structure(graph, group, positions) for group in groups}
 
-    def _adapter(self, model: nn.Module, name: str, places: Sequence[tuple[nn.Module, str]]) -> "_Adapter":
+    def _adapter(
+        self, model: nn.Module, name: str, places: Sequence[tuple[nn.Module, str]]
+    ) -> "_Adapter":
         weight = model.get_parameter(name).detach()
         modules, transposed = [module for module, _ in places], is_transposed(places[0][0])
         outputs, inputs = weight.T.shape if transposed else weight.shape
         down = _directions(name, self.seed, min(self.rank, inputs), inputs).to(weight)
-        up = torch.zeros(outputs, len(down), device=weight.device, dtype=at_least_float32(weight[:0]).dtype)
+        up = torch.zeros(
+            outputs, len(down), device=weight.device, dtype=at_least_float32(weight[:0]).dtype
+        )
         return _Adapter(modules=modules, transposed=transposed, down=down, up=up)
 
 
@@ -98,8 +121,14 @@ class _Adapter:
 
 def _adaptable(places: Sequence[tuple[nn.Module, str]]) -> bool:
     """Whether stock linear modules alone hold a parameter, as their weight."""
-    kinds = {is_transposed(module) for module, attribute in places if attribute == "weight" and is_stock(module)}
-    return len(kinds) == 1 and all(attribute == "weight" and is_stock(module) for module, attribute in places)
+    kinds = {
+        is_transposed(module)
+        for module, attribute in places
+        if attribute == "weight" and is_stock(module)
+    }
+    return len(kinds) == 1 and all(
+        attribute == "weight" and is_stock(module) for module, attribute in places
+    )
 
 
 def _directions(name: str, seed: int, rank: int, size: int) -> Tensor:
@@ -111,14 +140,19 @@ def _directions(name: str, seed: int, rank: int, size: int) -> Tensor:
 
 
 def _accumulate(
-    model: nn.Module, adapters: Mapping[str, _Adapter], batches: Sequence[Batch], checkpointing: bool
+    model: nn.Module,
+    adapters: Mapping[str, _Adapter],
+    batches: Sequence[Batch],
+    checkpointing: bool,
 ) -> None:
     """∇B of the mean loss over the calibration set, into the adapters."""
     total, count = 0, 0
     with undisturbed(model), ExitStack() as stack:
         for adapter in adapters.values():
             for module in adapter.modules:
-                stack.callback(tap(module, adapter.project, partial(adapter.receive, lambda: count)).remove)
+                stack.callback(
+                    tap(module, adapter.project, partial(adapter.receive, lambda: count)).remove
+                )
         stack.enter_context(checkpointed(model, checkpointing))
         for batch in track(batches, "gradients", len(batches)):
             loss = mean_loss(model, batch)

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure
+from prunekit.importance.base import ScoreImportance
+from prunekit.importance.structures import by_structure
+from prunekit.runtime.numbers import along, at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +25,18 @@ class Magnitude(ScoreImportance):
             raise ConfigError(f"importance.p: expected 1 or 2, got {self.p}")
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """Σ_k |w_k|^p."""
 
         def positions(member: Member) -> Tensor:
-            return along(at_least_float32(model.get_parameter(member.parameter).detach()).abs() ** self.p, member.dim)
+            return along(
+                at_least_float32(model.get_parameter(member.parameter).detach()).abs() ** self.p,
+                member.dim,
+            )
 
         return {group.name: by_structure(graph, group, positions) for group in groups}

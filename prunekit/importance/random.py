@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prunekit.data.batches import Batch
 from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.importance.base import Batch, ScoreImportance
+from prunekit.importance.base import ScoreImportance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,19 @@ class Random(ScoreImportance):
     seed: int = 0
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """Uniform in [0, 1), times the parameters a unit frees: so that no kind goes first where groups compete."""
-        return {group.name: self._draw(group)[None] * max(group.parameters_per_unit, 1) for group in groups}
+        """Uniform in [0, 1), times the parameters a unit frees: so that no kind goes first where
+        groups compete.
+        """
+        return {
+            group.name: self._draw(group)[None] * max(group.parameters_per_unit, 1)
+            for group in groups
+        }
 
     def _draw(self, group: CoupledGroup) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()

@@ -1,6 +1,8 @@
-"""Taylor importance (LLM-Pruner, section 3.2): how much the loss changes when a unit's weights become zero.
+"""Taylor importance (LLM-Pruner, section 3.2): how much the loss changes when a unit's weights
+become zero.
 
-g is the gradient of the mean loss over the calibration set, F_kk = Σ_j g_jk² over its samples' own gradients.
+g is the gradient of the mean loss over the calibration set, F_kk = Σ_j g_jk² over its samples' own
+gradients.
 
 first order, by channel (Vector)         |Σ_k g_k w_k|, channels summed over a unit
 first order, elementwise (Element¹)      Σ_k |g_k w_k|
@@ -15,18 +17,22 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from prunekit.calibration.gradients import FISHER, MEAN, Moments
+from prunekit.calibration.gradients.scores import position_scores
+from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.importance.base import Batch, ScoreImportance, by_structure
-from prunekit.importance.gradients import FISHER, MEAN, Moments, position_scores
+from prunekit.importance.base import ScoreImportance
+from prunekit.importance.structures import by_structure
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Taylor(ScoreImportance, ABC):
     """Over every member of a unit, biases and norms included.
 
-    `memory`: bytes that accumulated gradients may take, further passes over the data make up for it; null: no limit.
-    `checkpointing`: recompute layers in the backward pass instead of keeping their activations.
+    `memory`: bytes that accumulated gradients may take, further passes over the data make up for
+    it; null: no limit. `checkpointing`: recompute layers in the backward pass instead of keeping
+    their activations.
     """
 
     moments: ClassVar[tuple[str, ...]]
@@ -36,22 +42,39 @@ class _Taylor(ScoreImportance, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.memory is not None and self.memory < 1:
-            raise ConfigError(f"importance.memory: expected a positive number of bytes or null, got {self.memory}")
+            raise ConfigError(
+                f"importance.memory: expected a positive number of bytes or null, got {self.memory}"
+            )
 
     @abstractmethod
     def elements(self, weight: Tensor, moments: Moments) -> Tensor:
-        """A parameter, and its gradient and Fisher information as asked for in `moments` → a term per element.
+        """A parameter, and its gradient and Fisher information as asked for in `moments` → a term
+        per element.
 
         All have the parameter's shape. A position's score is |the sum of its elements' terms|.
         """
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """The model's own gradients, flags and hooks are left as they were."""
-        limits = {"memory": self.memory, "checkpointing": self.checkpointing}
-        scores = position_scores(model, graph, groups, batches, self.elements, moments=self.moments, **limits)  # type: ignore[arg-type]
-        return {g.name: by_structure(graph, g, lambda m: scores[m.parameter, m.dim]) for g in groups}
+        scores = position_scores(
+            model,
+            graph,
+            groups,
+            batches,
+            self.elements,
+            moments=self.moments,
+            memory=self.memory,
+            checkpointing=self.checkpointing,
+        )
+        return {
+            g.name: by_structure(graph, g, lambda m: scores[m.parameter, m.dim]) for g in groups
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,20 @@
-"""Wanda (Sun et al. 2023, arXiv 2306.11695) over whole units: weights by the norm of what they are multiplied with."""
+"""Wanda (Sun et al. 2023, arXiv 2306.11695) over whole units: weights by the norm of what they are
+multiplied with.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from prunekit.calibration.activations import input_statistics
+from prunekit.calibration.gradients.taps import is_transposed
+from prunekit.data.batches import Batch
 from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.importance.activations import input_statistics
-from prunekit.importance.base import Batch, ScoreImportance, along, at_least_float32, by_structure, members_of
-from prunekit.importance.gradients import is_transposed
+from prunekit.graph.structures import members_of
+from prunekit.importance.base import ScoreImportance
+from prunekit.importance.structures import by_structure
+from prunekit.runtime.numbers import along, at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +22,11 @@ class Wanda(ScoreImportance):
     """Σ |w_ij| ‖x_j‖₂ over a unit's part of linear modules' weights; other parameters don't count."""
 
     def structures(
-        self, model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], batches: Sequence[Batch]
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
         names = {m.parameter for g in groups for m in members_of(graph, g)} - graph.buffers
@@ -25,7 +35,9 @@ class Wanda(ScoreImportance):
         def positions(member: Member) -> Tensor | None:
             if member.parameter not in inputs:
                 return None
-            return along(products(model, member.parameter, inputs[member.parameter].norm()), member.dim)
+            return along(
+                products(model, member.parameter, inputs[member.parameter].norm()), member.dim
+            )
 
         return {group.name: by_structure(graph, group, positions) for group in groups}
 

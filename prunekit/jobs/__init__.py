@@ -20,10 +20,12 @@ from prunekit.jobs.folder import PARTIAL, clear_results, ensure_empty, write_run
 from prunekit.jobs.job import Finished, Job, source_of
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import TRAINING, run_recover
-from prunekit.machine import Stages, pick_device
-from prunekit.parallel import process_group, rank
-from prunekit.pipeline import STATE, versions
+from prunekit.pipeline import STATE
 from prunekit.report.couplings import write_couplings
+from prunekit.runtime.devices import pick_device
+from prunekit.runtime.processes import process_group, rank
+from prunekit.runtime.stages import Stages
+from prunekit.runtime.versions import versions
 
 __all__ = ["run", "run_diff", "run_export", "run_trace"]
 
@@ -35,7 +37,10 @@ _JOBS: dict[str, Callable[[Job], tuple[dict[str, Any], Finished | None]]] = {
 
 
 def run(
-    config: RunConfig, output: Path, provenance: Mapping[str, str] | None = None, command: str | None = None
+    config: RunConfig,
+    output: Path,
+    provenance: Mapping[str, str] | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Do `config.task` (prune, evaluate or recover) and write the result.
 
@@ -53,7 +58,9 @@ def run(
     """
     device, export = pick_device(config.device), Export.of(config.export)
     if export.wanted and config.task == "evaluate":
-        raise ConfigError("task=evaluate: writes no model that could be exported; expected task=export, or export=none")
+        raise ConfigError(
+            "task=evaluate: writes no model that could be exported; expected task=export, or export=none"
+        )
     with process_group(device):
         if not rank():  # which evaluates and writes
             if config.resume and any((output / name).exists() for name in (STATE, TRAINING)):
@@ -65,7 +72,12 @@ def run(
         if rank():
             return report
         with stages("save"):
-            about = {"task": config.task, "seed": config.seed, "command": command, "versions": versions()}
+            about = {
+                "task": config.task,
+                "seed": config.seed,
+                "command": command,
+                "versions": versions(),
+            }
             measured = {"seconds": stages.seconds, "peak_memory_bytes": stages.peak_memory_bytes}
             report = about | report | measured
             write_run(output, report, provenance or {}, result, export.remote_code)
@@ -77,7 +89,9 @@ def run(
 
 
 def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
-    """`task=trace`: the model's coupled groups, with `graph.graphml` and `layer.svg` in the output folder."""
+    """`task=trace`: the model's coupled groups, with `graph.graphml` and `layer.svg` in the output
+    folder.
+    """
     ensure_empty(output)
     model = from_pretrained(source_of(config), trust_remote_code=config.model.trust_remote_code)
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -7,26 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint.save import write_text
 from prunekit.config import RunConfig
 from prunekit.errors import ConfigError
 from prunekit.jobs.folder import ensure_empty
 from prunekit.plan import PruningPlan
+from prunekit.runtime.files import write_text
 
 
 def run_diff(config: RunConfig, output: Path) -> list[dict[str, Any]]:
     """Compare two plans; `diff.json` in the output folder.
 
     Returns:
-        A row for each group that either plan cuts, and one for all: `group`, units removed by the `first`, by the
-        `second`, by `both`, and `jaccard` = both / either; units that only one removes, `only_first`, `only_second`.
+        A row for each group that either plan cuts, and one for all: `group`, units removed by the
+            `first`, by the `second`, by `both`, and `jaccard` = both / either; units that only one
+            removes, `only_first`, `only_second`.
 
     Raises:
         ConfigError: other than two plans, or plans for different models.
         TraceError: a file that is no plan.
     """
     if len(config.plans) != 2:
-        raise ConfigError(f"plans: expected two, plans=[RUN,RUN], got {', '.join(config.plans) or 'none'}")
+        raise ConfigError(
+            f"plans: expected two, plans=[RUN,RUN], got {', '.join(config.plans) or 'none'}"
+        )
     ensure_empty(output)
     first, second = (PruningPlan.load(_file(path)) for path in config.plans)
     if first.fingerprint != second.fingerprint:
@@ -35,12 +38,17 @@ def run_diff(config: RunConfig, output: Path) -> list[dict[str, Any]]:
         )
     rows = compare(first, second)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "diff.json", json.dumps({"plans": list(config.plans), "groups": rows}, indent=1) + "\n")
+    write_text(
+        output / "diff.json",
+        json.dumps({"plans": list(config.plans), "groups": rows}, indent=1) + "\n",
+    )
     return rows
 
 
 def _file(path: str) -> Path:
-    run = Path(path).parent if (Path(path) / "config.json").exists() else Path(path)  # of a run's model, the run
+    run = (
+        Path(path).parent if (Path(path) / "config.json").exists() else Path(path)
+    )  # of a run's model, the run
     return run / "plan.json" if run.is_dir() else run
 
 
@@ -52,7 +60,10 @@ def compare(first: PruningPlan, second: PruningPlan) -> list[dict[str, Any]]:
     ]
     totals = {key: sum(row[key] for row in rows) for key in ("first", "second", "both")}
     either = totals["first"] + totals["second"] - totals["both"]
-    return [*rows, {"group": "all", **totals, "jaccard": totals["both"] / either if either else 1.0}]
+    return [
+        *rows,
+        {"group": "all", **totals, "jaccard": totals["both"] / either if either else 1.0},
+    ]
 
 
 def _row(name: str, first: Sequence[int], second: Sequence[int]) -> dict[str, Any]:

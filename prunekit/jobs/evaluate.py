@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from prunekit.evaluation.measures import Measures
 from prunekit.jobs.job import Job, source_of, speeds
-from prunekit.measure import Measures
-from prunekit.parallel import rank
+from prunekit.runtime.processes import rank
 
 
 def run_evaluate(job: Job) -> tuple[dict[str, Any], None]:
     """`task=evaluate`: any model, and `eval.baseline` beside it."""
     config, stages = job.config, job.stages
-    sources = {**({"dense": config.eval.baseline} if config.eval.baseline else {}), "model": source_of(config)}
+    sources = {
+        **({"dense": config.eval.baseline} if config.eval.baseline else {}),
+        "model": source_of(config),
+    }
     report: dict[str, Any] = {"model": str(config.model.path or "the embedded model")}
     measures: Measures | None = None
     model: Any = None
@@ -21,7 +24,9 @@ def run_evaluate(job: Job) -> tuple[dict[str, Any], None]:
         del model  # one at a time
         with stages("load"):
             model, stored = job.load(source)
-            measures = measures or Measures(config, job.tokenizer(source), stages.device, model, stored)
+            measures = measures or Measures(
+                config, job.tokenizer(source), stages.device, model, stored
+            )
         with stages(f"evaluate_{name}"):
             columns[name] = measures.of(model)
     assert measures is not None

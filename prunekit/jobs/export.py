@@ -1,4 +1,6 @@
-"""`task=export`, and what `export` asks of any run's result: another format, code beside the weights, the hub."""
+"""`task=export`, and what `export` asks of any run's result: another format, code beside the
+weights, the hub.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from prunekit.checkpoint.save import write_text
 from prunekit.config import RunConfig, build
-from prunekit.console import say
 from prunekit.errors import ConfigError, ExportError, PrunekitError
 from prunekit.jobs.folder import clear_halves, ensure_empty
 from prunekit.jobs.job import loading_of, source_of
 from prunekit.report import model_card
+from prunekit.runtime.console import say
+from prunekit.runtime.files import write_text
 
 _COMMON = ("remote_code", "push_to_hub", "private")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The `export` section: `writer` has `write(model, tokenizer, folder)`, which gives the file's path, and
-    `check_model(model)`, which raises where it knows that such models can't be written.
+    """The `export` section: `writer` has `write(model, tokenizer, folder)`, which gives the file's
+    path, and `check_model(model)`, which raises where it knows that such models can't be written.
     """
 
     writer: Any
@@ -41,9 +43,15 @@ class Export:
             if not isinstance(given[key] or False, bool):
                 raise ConfigError(f"export.{key}: expected true or false, got {given[key]!r}")
         name = given["push_to_hub"]
-        if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-            raise ConfigError(f"export.push_to_hub: expected a repository's name, user/name, got {name!r}")
-        writer = build({key: value for key, value in section.items() if key not in _COMMON}, "export")
+        if name is not None and not (
+            isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        ):
+            raise ConfigError(
+                f"export.push_to_hub: expected a repository's name, user/name, got {name!r}"
+            )
+        writer = build(
+            {key: value for key, value in section.items() if key not in _COMMON}, "export"
+        )
         return cls(
             writer=writer,
             remote_code=bool(given["remote_code"]),
@@ -62,14 +70,22 @@ class Export:
             self.writer.check_model(model)
 
     def finish(self, folder: Path) -> None:
-        """Of a finished run's folder, write the other format and push the model; an error leaves the run as it is."""
+        """Of a finished run's folder, write the other format and push the model; an error leaves
+        the run as it is.
+        """
         try:
             if self.writer is not None:
-                self.writer.write(from_pretrained(folder / "model"), load_tokenizer(folder / "model", False), folder)
+                self.writer.write(
+                    from_pretrained(folder / "model"),
+                    load_tokenizer(folder / "model", False),
+                    folder,
+                )
             if self.push_to_hub:
                 push(folder / "model", self.push_to_hub, self.private)
         except PrunekitError as error:
-            raise type(error)(f"{error}; the model itself is finished: {folder / 'model'}") from error
+            raise type(error)(
+                f"{error}; the model itself is finished: {folder / 'model'}"
+            ) from error
 
 
 def run_export(config: RunConfig, output: Path) -> None:
@@ -78,11 +94,16 @@ def run_export(config: RunConfig, output: Path) -> None:
     ensure_empty(output)
     export, source = Export.of(config.export), source_of(config)
     if not export.wanted:
-        raise ConfigError("task=export: expected export=gguf, export=onnx, export.remote_code=true or "
-                          "export.push_to_hub=NAME, got none of them")  # fmt: skip
+        raise ConfigError(
+            "task=export: expected export=gguf, export=onnx, export.remote_code=true or "
+            "export.push_to_hub=NAME, got none of them"
+        )
     trust, folder = config.model.trust_remote_code, Path(source)
     if export.writer is not None or export.remote_code:
-        model, tokenizer = from_pretrained(source, trust_remote_code=trust), load_tokenizer(source, trust)
+        model, tokenizer = (
+            from_pretrained(source, trust_remote_code=trust),
+            load_tokenizer(source, trust),
+        )
         if export.writer is not None:
             export.writer.write(model, tokenizer, output)
         if export.remote_code:
@@ -113,7 +134,9 @@ def push(folder: Path, name: str, private: bool) -> None:
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        url = api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Pruned with prunekit")
+        url = api.upload_folder(
+            repo_id=name, folder_path=str(folder), commit_message="Pruned with prunekit"
+        )
     except Exception as error:  # of the network, of the hub, of a name it doesn't take
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"export.push_to_hub: {name}: {reason[0]}") from error

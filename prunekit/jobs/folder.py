@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.checkpoint.save import write_text
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.report import render_html, render_markdown, to_json, write_pictures
+from prunekit.runtime.files import write_text
 
 if TYPE_CHECKING:
     from prunekit.jobs.job import Finished
@@ -19,8 +19,12 @@ PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
 
 def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
     """Raise CheckpointError where the output folder holds anything `besides` some names."""
-    if folder.is_file() or (folder.is_dir() and any(path.name not in besides for path in folder.iterdir())):
-        raise CheckpointError(f"output_dir: {folder} exists and is not empty; choose another or remove it")
+    if folder.is_file() or (
+        folder.is_dir() and any(path.name not in besides for path in folder.iterdir())
+    ):
+        raise CheckpointError(
+            f"output_dir: {folder} exists and is not empty; choose another or remove it"
+        )
 
 
 def clear_halves(output: Path) -> None:

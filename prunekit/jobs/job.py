@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from prunekit.checkpoint.load import only_ours, read_config
-from prunekit.checkpoint.manifest import checksum
-from prunekit.checkpoint.save import write_text
-from prunekit.compensation.store import free_bytes
+from prunekit.checkpoint.files import read_config
+from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig
-from prunekit.evaluation.cache import digest
-from prunekit.machine import Stages, pick_dtype
-from prunekit.measure import Measures
+from prunekit.evaluation.measures import Measures
+from prunekit.model.build import only_ours
 from prunekit.pipeline import DEMO_MODEL
 from prunekit.plan import PruningPlan
 from prunekit.recovery import detach
 from prunekit.report import model_card
-from prunekit.streaming import Streamed
+from prunekit.runtime.devices import pick_dtype
+from prunekit.runtime.files import checksum, digest, write_text
+from prunekit.runtime.memory import free_bytes
+from prunekit.runtime.stages import Stages
 
 _SHARE = 0.6  # of the free memory that a second model may take
 
@@ -37,7 +37,9 @@ class Job:
     output: Path
     stages: Stages
 
-    def load(self, source: str | Path, stored: torch.dtype | None = None) -> tuple[Any, torch.dtype]:
+    def load(
+        self, source: str | Path, stored: torch.dtype | None = None
+    ) -> tuple[Any, torch.dtype]:
         """The model, ready to compute, and the type it will be stored in (`load`)."""
         trust = self.config.model.trust_remote_code
         return load(source, self.stages.device, stored or pick_dtype(self.config.dtype), trust)
@@ -49,7 +51,9 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a job leaves beside its report: a model (written already where it was streamed), its plan, an adapter."""
+    """What a job leaves beside its report: a model (written already where it was streamed), its
+    plan, an adapter.
+    """
 
     model: Any
     tokenizer: Any
@@ -74,7 +78,9 @@ class Finished:
 
 
 def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
-    """What loads a folder that was saved: transformers alone, it with the code beside the weights, or prunekit."""
+    """What loads a folder that was saved: transformers alone, it with the code beside the weights,
+    or prunekit.
+    """
     config = read_config(folder)
     return "remote" if config.get("auto_map") else "prunekit" if only_ours(config) else "stock"
 
@@ -84,11 +90,16 @@ def load(
 ) -> tuple[Any, torch.dtype]:
     """The model in the type it computes in, and the type its result is stored in.
 
-    Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint was, or as asked.
+    Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint
+    was, or as asked.
     """
     model = from_pretrained(source, trust_remote_code=trust_remote_code)
     stored = stored or next(model.parameters()).dtype
-    compute = torch.float32 if device.type == "cpu" and stored in (torch.float16, torch.bfloat16) else stored
+    compute = (
+        torch.float32
+        if device.type == "cpu" and stored in (torch.float16, torch.bfloat16)
+        else stored
+    )
     to_type(model, compute)
     return model.to(device), stored
 
@@ -107,7 +118,9 @@ def round_to(model: nn.Module, stored: torch.dtype) -> None:
 
 
 def source_of(config: RunConfig) -> str | Path:
-    """Where the model is: the embedded one, a folder (of a model, or of a run, whose model it is), or a hub name."""
+    """Where the model is: the embedded one, a folder (of a model, or of a run, whose model it is),
+    or a hub name.
+    """
     source = config.model.path or DEMO_MODEL
     return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else source
 
@@ -120,12 +133,20 @@ def base_of(config: RunConfig) -> str | None:
 def identity_of(source: str | Path) -> str:
     """A folder's weight files with their sizes and times, or a hub name."""
     files = sorted(Path(source).glob("*.safetensors"))
-    return f"{source} " + ", ".join(f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files)
+    return f"{source} " + ", ".join(
+        f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files
+    )
 
 
 def content_of(source: str | Path) -> str:
     """The content of a model's folder, byte for byte."""
-    files = sorted([*Path(source).glob("*.safetensors"), *Path(source).glob("*.json"), *Path(source).glob("*.py")])
+    files = sorted(
+        [
+            *Path(source).glob("*.safetensors"),
+            *Path(source).glob("*.json"),
+            *Path(source).glob("*.py"),
+        ]
+    )
     return digest(part for file in files for part in (file.name, checksum(file)))
 
 
@@ -136,7 +157,9 @@ def speeds(
     sources: Mapping[str, str | Path],
     models: Mapping[str, nn.Module],
 ) -> dict[str, Any]:
-    """Tokens/s of the models, and of those that `sources` still have if there is room for them beside."""
+    """Tokens/s of the models, and of those that `sources` still have if there is room for them
+    beside.
+    """
     if not (job.config.eval.speed and measures.windows):
         return {}
     width = max(p.dtype.itemsize for model in models.values() for p in model.parameters())

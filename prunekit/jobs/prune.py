@@ -8,27 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.config import RunConfig, build
-from prunekit.console import say
+from prunekit.data.batches import batches as token_batches
 from prunekit.data.corpora import load_corpus
-from prunekit.data.tokens import batches as token_batches
 from prunekit.data.tokens import calibration_windows
-from prunekit.evaluation.cache import digest
 from prunekit.evaluation.cost import size
+from prunekit.evaluation.measures import Measures
 from prunekit.jobs.export import Export
-from prunekit.jobs.job import Finished, Job, base_of, content_of, identity_of, round_to, source_of, speeds, to_type
+from prunekit.jobs.job import (
+    Finished,
+    Job,
+    base_of,
+    content_of,
+    identity_of,
+    round_to,
+    source_of,
+    speeds,
+    to_type,
+)
 from prunekit.jobs.recover import prepared, recovered
-from prunekit.live import check_length
-from prunekit.machine import pick_dtype
-from prunekit.measure import Measures
-from prunekit.parallel import rank, world_size
+from prunekit.jobs.streaming import stream
+from prunekit.model.inputs import check_length
 from prunekit.pipeline import STATE, Places, activations_folder, check_finite, prune_model
 from prunekit.recovery import Recovery
-from prunekit.streaming import stream
+from prunekit.runtime.console import say
+from prunekit.runtime.devices import pick_dtype
+from prunekit.runtime.files import digest
+from prunekit.runtime.processes import rank, world_size
 
 
 def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     """`task=prune`: measure, prune, measure, and where asked for recover, measure."""
-    config, stages, device, source = job.config, job.stages, job.stages.device, source_of(job.config)
+    config, stages, device, source = (
+        job.config,
+        job.stages,
+        job.stages.device,
+        source_of(job.config),
+    )
     recovery: Recovery | None = build(config.recovery, "recovery")
     with stages("load"):
         if streamed := stream(config, source, device, pick_dtype(config.dtype)):
@@ -40,14 +55,18 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         text = config.data.calibration
         check_length("data.calibration.sequence_length", text.sequence_length, model)
         documents = load_corpus(text.path or text.corpus, "calibration", config.corpora)
-        windows = calibration_windows(documents, tokenizer, text.samples, text.sequence_length, text.seed)
+        windows = calibration_windows(
+            documents, tokenizer, text.samples, text.sequence_length, text.seed
+        )
         measures = Measures(config, tokenizer, device, model, stored)
         data = prepared(job, recovery, measures, model, source)
     if streamed is None:
         check_finite(model)
     dense = size(model, stored)
-    say(f"{config.model.path or 'the embedded model'}: {dense['parameters']:,} parameters; {config.method_name}, "
-        f"{aim(config)}; {windows.numel():,} calibration tokens")  # fmt: skip
+    say(
+        f"{config.model.path or 'the embedded model'}: {dense['parameters']:,} parameters; {config.method_name}, "
+        f"{aim(config)}; {windows.numel():,} calibration tokens"
+    )
     columns = {}
     with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
         columns["dense"] = measures.of(model, key=partial(content_of, source) if streamed else None)
@@ -61,16 +80,23 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     )
     batches = token_batches(windows, min(text.batch_size, -(-len(windows) // world_size())), device)
     result = prune_model(model, config, batches, stages, stored, places, streamed)
-    report, adapter = dict(result.report) | {"base": base_of(config), "calibration": calibration(config)}, None
+    report, adapter = (
+        dict(result.report) | {"base": base_of(config), "calibration": calibration(config)},
+        None,
+    )
     if streamed is None:
         round_to(model, stored)
     dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
-    columns["dense"]["outputs"] = {i: o for i, o in columns["dense"]["outputs"].items() if i not in dropped}
+    columns["dense"]["outputs"] = {
+        i: o for i, o in columns["dense"]["outputs"].items() if i not in dropped
+    }
     with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
         columns["pruned"] = measures.of(model, key=(lambda: None) if streamed else None)
     if recovery is not None:
         facts = {"model": identity_of(source), "plan": digest([result.plan.to_json()])}
-        found, adapter = recovered(job, recovery, data, model, stored, measures, facts, source, result.graph)
+        found, adapter = recovered(
+            job, recovery, data, model, stored, measures, facts, source, result.graph
+        )
         report["recovery"] = found
         with stages("evaluate_recovered"):
             columns["recovered"] = measures.of(model)
@@ -80,14 +106,18 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     if streamed is None:
         report |= speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
         to_type(model, stored)
-    return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter)
+    return report, Finished(
+        model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter
+    )
 
 
 def calibration(config: RunConfig) -> dict[str, Any]:
     """Which text the units were chosen by, how much of it."""
     text = config.data.calibration
     name = Path(text.path).name if text.path else text.corpus
-    return {"corpus": name} | {key: getattr(text, key) for key in ("samples", "sequence_length", "seed")}
+    return {"corpus": name} | {
+        key: getattr(text, key) for key in ("samples", "sequence_length", "seed")
+    }
 
 
 def aim(config: RunConfig) -> str:

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.checkpoint.save import write_text
 from prunekit.config import build, flat
 from prunekit.errors import CheckpointError, ConfigError
+from prunekit.evaluation.measures import Measures
 from prunekit.graph import CouplingGraph, trace
 from prunekit.jobs.export import Export
 from prunekit.jobs.job import Finished, Job, identity_of, round_to, source_of, speeds, to_type
-from prunekit.measure import Measures
-from prunekit.parallel import add_up, rank, together
 from prunekit.pipeline import check_finite
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, prepare, recover
+from prunekit.runtime.files import write_text
+from prunekit.runtime.processes import add_up, rank, together
 
 TRAINING = ".training"  # what an unfinished recovery leaves in its output folder
 
@@ -47,7 +47,9 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
     with stages("evaluate_pruned"):
         columns["pruned"] = measures.of(model)
     facts = {"model": identity_of(source)}
-    found, adapter = recovered(job, recovery, data, model, stored, measures, facts, config.eval.baseline)
+    found, adapter = recovered(
+        job, recovery, data, model, stored, measures, facts, config.eval.baseline
+    )
     with stages("evaluate_recovered"):
         columns["recovered"] = measures.of(model)
     if rank():
@@ -77,15 +79,23 @@ def _before(folder: Path) -> dict[str, Any]:
 
 
 def prepared(
-    job: Job, recovery: Recovery | None, measures: Measures, model: nn.Module, dense: str | Path | None
+    job: Job,
+    recovery: Recovery | None,
+    measures: Measures,
+    model: nn.Module,
+    dense: str | Path | None,
 ) -> Any:
     """What a recovery will be trained on; its mistakes are found before anything long begins."""
     if recovery is None:
         return None
     if recovery.needs_teacher and dense is None:
-        raise ConfigError("recovery=distill: expected the dense model, its teacher, as eval.baseline, got none")
+        raise ConfigError(
+            "recovery=distill: expected the dense model, its teacher, as eval.baseline, got none"
+        )
     known, seed = job.config.corpora, job.config.seed
-    return prepare(model, measures.tokenizer, recovery, known=known, seed=seed, watch=measures.windows)
+    return prepare(
+        model, measures.tokenizer, recovery, known=known, seed=seed, watch=measures.windows
+    )
 
 
 def recovered(
@@ -99,9 +109,15 @@ def recovered(
     dense: str | Path | None,
     graph: CouplingGraph | None = None,
 ) -> tuple[dict[str, Any], Path | None]:
-    """Fine-tune the model in place; the report's part, and the adapter's folder where it was not merged."""
+    """Fine-tune the model in place; the report's part, and the adapter's folder where it was not
+    merged.
+    """
     config, folder = job.config, job.output / TRAINING
-    facts = {**facts, "data": data.fingerprint, **flat({"recovery": config.recovery, "seed": config.seed})}
+    facts = {
+        **facts,
+        "data": data.fingerprint,
+        **flat({"recovery": config.recovery, "seed": config.seed}),
+    }
     facts |= {"teacher": identity_of(dense)} if recovery.needs_teacher and dense else {}
     _claim(folder, facts, config.resume)
     teacher = None
@@ -110,7 +126,9 @@ def recovered(
         teacher = job.load(dense, stored)[0]
     modules = None
     if "all" not in recovery.kinds:
-        graph = graph or trace(model, {"input_ids": torch.ones(2, 8, dtype=torch.long), "use_cache": False})
+        graph = graph or trace(
+            model, {"input_ids": torch.ones(2, 8, dtype=torch.long), "use_cache": False}
+        )
         modules = modules_by_kind(model, graph)
     with job.stages("recover"):
         found = recover(
@@ -140,29 +158,39 @@ def _perplexity(measures: Measures, name: str, model: nn.Module) -> float:
 
 
 def modules_by_kind(model: nn.Module, graph: CouplingGraph) -> dict[str, set[str]]:
-    """A group's kind → the modules that hold its units; to attention belongs what lies beside them (a lone KV head)."""
+    """A group's kind → the modules that hold its units; to attention belongs what lies beside them
+    (a lone KV head).
+    """
     found: dict[str, set[str]] = {"attention": set(), "mlp": set()}
     for group in graph.groups:
-        found.setdefault(group.kind, set()).update(m.parameter.rpartition(".")[0] for m in group.members)
+        found.setdefault(group.kind, set()).update(
+            m.parameter.rpartition(".")[0] for m in group.members
+        )
     homes = {name.rpartition(".")[0] for name in found["attention"]}
     beside = {name for name, _ in model.named_modules() if name.rpartition(".")[0] in homes}
     return found | {"attention": found["attention"] | beside - found["mlp"]}
 
 
 def _claim(folder: Path, facts: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder of a recovery; one that is there is gone on with, if asked for and of the same facts."""
+    """Make the folder of a recovery; one that is there is gone on with, if asked for and of the
+    same facts.
+    """
     path, facts = folder / "facts.json", json.loads(json.dumps(facts))
     with together():
         if rank():
             return
         if path.exists() and any(folder.glob("checkpoints/*")):
             if not resume:
-                raise CheckpointError(f"{folder}: holds an unfinished recovery: resume=true goes on with it")
+                raise CheckpointError(
+                    f"{folder}: holds an unfinished recovery: resume=true goes on with it"
+                )
             before = json.loads(path.read_text(encoding="utf-8"))
             for key in sorted({*before, *facts}):
                 if before.get(key) != facts.get(key):
                     made, now = before.get(key), facts.get(key)
-                    raise CheckpointError(f"resume: {folder} was made with {key}={made}, this run has {now}; remove it")
+                    raise CheckpointError(
+                        f"resume: {folder} was made with {key}={made}, this run has {now}; remove it"
+                    )
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(facts))

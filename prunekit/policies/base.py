@@ -1,4 +1,6 @@
-"""What every ratio policy is: relative shares of the groups; only proportions count, the budget scales them."""
+"""What every ratio policy is: relative shares of the groups; only proportions count, the budget
+scales them.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from prunekit.allocation.costs.base import Cost
 from prunekit.graph import CoupledGroup, CouplingGraph
 from prunekit.importance.base import Importance
-from prunekit.policies.cost import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a policy may look at: the `limit` is what `cost` must come down to once units of `groups` are gone.
+    """What a policy may look at: the `limit` is what `cost` must come down to once units of
+    `groups` are gone.
 
     What a policy measures and a reader may want to see goes into `notes`, for the report.
     """
@@ -38,7 +41,9 @@ class Policy(ABC):
 
     @abstractmethod
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """Group name → relative share ≥ 0 of its units, not all zero. Raises ConfigError where it doesn't fit."""
+        """Group name → relative share ≥ 0 of its units, not all zero. Raises ConfigError where it
+        doesn't fit.
+        """
 
 
 class DepthPolicy(Policy):
@@ -46,13 +51,19 @@ class DepthPolicy(Policy):
 
     @abstractmethod
     def shares(self, depth: int) -> list[float]:
-        """`depth` relative shares ≥ 0, one a layer, not all zero. Raises ConfigError where it doesn't fit the depth."""
+        """`depth` relative shares ≥ 0, one a layer, not all zero. Raises ConfigError where it
+        doesn't fit the depth.
+        """
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """By layer; groups of no layer take the mean share; where none has a layer, execution order is the depth."""
+        """By layer; groups of no layer take the mean share; where none has a layer, execution order
+        is the depth.
+        """
         layers = {group.layer for group in setting.graph.groups if group.layer is not None}
         inside = [group for group in setting.groups if group.layer is not None]
-        if layers and (inside or any(group.kind in ("channel", "layer") for group in setting.groups)):
+        if layers and (
+            inside or any(group.kind in ("channel", "layer") for group in setting.groups)
+        ):
             shares = self.shares(max(layers) + 1)
             mean = sum(shares) / len(shares)
             return {g.name: mean if g.layer is None else shares[g.layer] for g in setting.groups}

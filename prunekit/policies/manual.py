@@ -13,8 +13,8 @@ from prunekit.policies.base import DepthPolicy
 class Manual(DepthPolicy):
     """One number ≥ 0 per layer; their proportions hold, their scale is set by the target.
 
-    `path`: a CSV file instead of `values`: a layer a line, the number in its last column, under a header if there is
-    one; or all numbers in one line.
+    `path`: a CSV file instead of `values`: a layer a line, the number in its last column, under a
+    header if there is one; or all numbers in one line.
     """
 
     values: Sequence[float] | None = field(default=None)
@@ -25,11 +25,17 @@ class Manual(DepthPolicy):
             raise ConfigError("policy: manual expects policy.values or policy.path, and not both")
 
         if isinstance(self.values, str):
-            raise ConfigError(f"policy.values: expected a list of numbers, got {self.values!r}; a file is policy.path")
+            raise ConfigError(
+                f"policy.values: expected a list of numbers, got {self.values!r}; a file is policy.path"
+            )
 
     def shares(self, depth: int) -> list[float]:
         """The list as given."""
-        key, given = ("policy.values", self.values) if self.path is None else (self.path, self._read(self.path))
+        key, given = (
+            ("policy.values", self.values)
+            if self.path is None
+            else (self.path, self._read(self.path))
+        )
         values = [_number(key, value) for value in given or ()]
         if len(values) != depth:
             raise ConfigError(f"{key}: expected {depth} numbers, one a layer, got {len(values)}")
@@ -42,7 +48,9 @@ class Manual(DepthPolicy):
             with Path(path).open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(f"policy.path: can't read {path}: {getattr(error, 'strerror', None) or error}") from error
+            raise ConfigError(
+                f"policy.path: can't read {path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
         if len(rows) == 1:
             return [cell.strip() for cell in rows[0]]
         cells = [row[-1].strip() for row in rows]

@@ -1,20 +1,24 @@
-"""OWL (Yin et al. 2023, arXiv 2310.05175): layers whose weights meet more outlying activations keep more."""
+"""OWL (Yin et al. 2023, arXiv 2310.05175): layers whose weights meet more outlying activations keep
+more.
+"""
 
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
+from prunekit.calibration.activations import input_statistics
 from prunekit.errors import ConfigError
-from prunekit.importance.activations import input_statistics
 from prunekit.importance.wanda import products
 from prunekit.policies.base import Policy, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owl(Policy):
-    """r_l = r (1 + spread (1 − 2 d_l)), d_l the layer's share of outliers scaled to [0, 1] over the layers.
+    """r_l = r (1 + spread (1 − 2 d_l)), d_l the layer's share of outliers scaled to [0, 1] over the
+    layers.
 
-    An outlier is a weight with |w| ‖x‖₂ over `multiple` times its layer's mean (equation 2; its λ is r · spread).
+    An outlier is a weight with |w| ‖x‖₂ over `multiple` times its layer's mean (equation 2; its λ
+    is r · spread).
     """
 
     measures: ClassVar[bool] = True
@@ -33,12 +37,19 @@ class Owl(Policy):
         places: dict[str, set[str]] = defaultdict(set)
         for group in setting.groups:
             places[keys[group.name]] |= {member.parameter for member in group.members}
-        inputs = input_statistics(setting.model, set().union(*places.values()) - setting.graph.buffers, setting.batches)
-        shares = {key: self._outliers(setting, names & inputs.keys(), inputs) for key, names in places.items()}
+        inputs = input_statistics(
+            setting.model, set().union(*places.values()) - setting.graph.buffers, setting.batches
+        )
+        shares = {
+            key: self._outliers(setting, names & inputs.keys(), inputs)
+            for key, names in places.items()
+        }
         setting.notes["outliers"] = shares
         low, high = min(shares.values()), max(shares.values())
         scaled = {key: (share - low) / max(high - low, 1e-300) for key, share in shares.items()}
-        return {name: max(1 + self.spread * (1 - 2 * scaled[key]), 1e-6) for name, key in keys.items()}
+        return {
+            name: max(1 + self.spread * (1 - 2 * scaled[key]), 1e-6) for name, key in keys.items()
+        }
 
     def _outliers(self, setting: Setting, names: set[str], inputs: dict) -> float:
         if not names:

@@ -16,7 +16,9 @@ class _Ramp(DepthPolicy):
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_share <= 1:
-            raise ConfigError(f"policy.low_share: expected a number in [0, 1], got {self.low_share}")
+            raise ConfigError(
+                f"policy.low_share: expected a number in [0, 1], got {self.low_share}"
+            )
 
     @abstractmethod
     def _position(self, i: int, depth: int) -> float:
@@ -26,7 +28,9 @@ class _Ramp(DepthPolicy):
         """The ramp, its highest share 1."""
         if depth == 1:
             return [1.0]
-        return [self.low_share + (1 - self.low_share) * self._position(i, depth) for i in range(depth)]
+        return [
+            self.low_share + (1 - self.low_share) * self._position(i, depth) for i in range(depth)
+        ]
 
 
 class LogIncrease(_Ramp):

@@ -1,4 +1,6 @@
-"""Measured: what it costs to cut each layer alone, then the shares that cost the least in all at the target."""
+"""Measured: what it costs to cut each layer alone, then the shares that cost the least in all at
+the target.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +12,32 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from prunekit.compensation.apply import Statistics
-from prunekit.compensation.solver import removal_error
-from prunekit.compensation.walk import Walk
-from prunekit.console import track
+from prunekit.calibration.gradients.state import undisturbed
+from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import CoupledGroup
 from prunekit.importance.base import LayerImportance, ScoreImportance
-from prunekit.importance.gradients import undisturbed
 from prunekit.importance.layers import calibration_loss
+from prunekit.obs.inverse import removal_error
 from prunekit.policies.base import Policy, Setting
-from prunekit.surgery import masked
+from prunekit.runtime.console import track
+from prunekit.surgery.masking import masked
 
 Measure = Literal["loss", "obs"]
-Curve = list[tuple[float, float, float]]  # (ratio, cost saved, error), by rising ratio, from (0, 0, 0)
+Curve = list[
+    tuple[float, float, float]
+]  # (ratio, cost saved, error), by rising ratio, from (0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Policy):
-    """Cut each layer alone at a few `ratios` of its units; then spread the target so that the errors' sum is least.
+    """Cut each layer alone at a few `ratios` of its units; then spread the target so that the
+    errors' sum is least.
 
-    `measure`: what the calibration loss rises by with the least important units masked (loss), or the error that
-    Optimal Brain Surgeon leaves in the consumers, relative to their outputs (obs). `by`: layer or group.
+    `measure`: what the calibration loss rises by with the least important units masked (loss), or
+    the error that Optimal Brain Surgeon leaves in the consumers, relative to their outputs (obs).
+    `by`: layer or group.
     """
 
     measures: ClassVar[bool] = True
@@ -40,14 +46,23 @@ class Sensitivity(Policy):
     by: Literal["layer", "group"] = "layer"
 
     def __post_init__(self) -> None:
-        for key, value, known in (("measure", self.measure, get_args(Measure)), ("by", self.by, ("layer", "group"))):
+        for key, value, known in (
+            ("measure", self.measure, get_args(Measure)),
+            ("by", self.by, ("layer", "group")),
+        ):
             if value not in known:
-                raise ConfigError(f"policy.{key}: unknown {value!r}: {suggest(str(value), list(known))}")
-        if not self.ratios or not all(isinstance(r, int | float) and 0 < r < 1 for r in self.ratios):
+                raise ConfigError(
+                    f"policy.{key}: unknown {value!r}: {suggest(str(value), list(known))}"
+                )
+        if not self.ratios or not all(
+            isinstance(r, int | float) and 0 < r < 1 for r in self.ratios
+        ):
             raise ConfigError(f"policy.ratios: expected numbers in (0, 1), got {list(self.ratios)}")
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """A knapsack over the lower convex hulls of the measured curves, linear in between: its exact optimum."""
+        """A knapsack over the lower convex hulls of the measured curves, linear in between: its
+        exact optimum.
+        """
         parts: dict[str, list[CoupledGroup]] = defaultdict(list)
         for group in setting.groups:
             whole = self.by == "layer" and group.layer is not None
@@ -55,7 +70,11 @@ class Sensitivity(Policy):
         counts = {key: self._counts(groups) for key, groups in parts.items()}
         by = self._by_loss if self.measure == "loss" else self._by_obs
         errors = by(setting, parts, counts)
-        setting.notes["sensitivity"] = {"ratios": sorted(self.ratios), "measure": self.measure, "errors": errors}
+        setting.notes["sensitivity"] = {
+            "ratios": sorted(self.ratios),
+            "measure": self.measure,
+            "errors": errors,
+        }
         dense = setting.cost({})
         curves = {}
         for key, groups in parts.items():
@@ -64,17 +83,27 @@ class Sensitivity(Policy):
             ratios = [sum(removed.values()) / sum(units) for removed in counts[key]]
             curves[key] = [(0.0, 0.0, 0.0), *zip(ratios, saved, errors[key], strict=True)]
         best = knapsack(curves, dense - setting.limit)
-        return {group.name: max(best[key], 1e-6) for key, groups in parts.items() for group in groups}
+        return {
+            group.name: max(best[key], 1e-6) for key, groups in parts.items() for group in groups
+        }
 
     def _counts(self, groups: Sequence[CoupledGroup]) -> list[dict[str, int]]:
         """For each ratio, by rising ones, whole units of each group; one at least stays."""
-        return [{g.name: min(round(r * g.num_units), g.num_units - 1) for g in groups} for r in sorted(self.ratios)]
+        return [
+            {g.name: min(round(r * g.num_units), g.num_units - 1) for g in groups}
+            for r in sorted(self.ratios)
+        ]
 
     def _by_loss(
-        self, setting: Setting, parts: Mapping[str, list[CoupledGroup]], counts: Mapping[str, list[dict[str, int]]]
+        self,
+        setting: Setting,
+        parts: Mapping[str, list[CoupledGroup]],
+        counts: Mapping[str, list[dict[str, int]]],
     ) -> dict[str, list[float]]:
         if not isinstance(setting.importance, ScoreImportance):
-            raise ConfigError("policy=sensitivity: expected an importance that scores, or policy.measure=obs")
+            raise ConfigError(
+                "policy=sensitivity: expected an importance that scores, or policy.measure=obs"
+            )
         model, batches = setting.model, setting.batches
         scores = setting.importance.score(model, setting.graph, setting.groups, batches)
         order = {name: values.argsort(stable=True).tolist() for name, values in scores.items()}
@@ -89,14 +118,23 @@ class Sensitivity(Policy):
         return dict(found)
 
     def _by_obs(
-        self, setting: Setting, parts: Mapping[str, list[CoupledGroup]], counts: Mapping[str, list[dict[str, int]]]
+        self,
+        setting: Setting,
+        parts: Mapping[str, list[CoupledGroup]],
+        counts: Mapping[str, list[dict[str, int]]],
     ) -> dict[str, list[float]]:
         if not isinstance(setting.importance, LayerImportance):
-            raise ConfigError("policy.measure=obs: expected importance=obs, which chooses by that error")
+            raise ConfigError(
+                "policy.measure=obs: expected importance=obs, which chooses by that error"
+            )
         places = {group.name: key for key, groups in parts.items() for group in groups}
         found = {key: [0.0] * len(self.ratios) for key in parts}
-        for group, sites in Walk(model=setting.model, groups=setting.groups, batches=setting.batches):
-            problems = [Statistics(site=site, damping=0.0001).problem(site.weight()) for site in sites]
+        for group, sites in Walk(
+            model=setting.model, groups=setting.groups, batches=setting.batches
+        ):
+            problems = [
+                Statistics(site=site, damping=0.0001).problem(site.weight()) for site in sites
+            ]
             energy = sum(site.energy() for site in sites)
             for i, removed in enumerate(counts[places[group.name]]):
                 chosen = setting.importance.choose(problems, removed[group.name])
@@ -106,10 +144,11 @@ class Sensitivity(Policy):
 
 
 def knapsack(curves: Mapping[str, Curve], target: float) -> dict[str, float]:
-    """Ratio of each curve such that the savings add up to `target` (or all there is) and the errors to the least.
+    """Ratio of each curve such that the savings add up to `target` (or all there is) and the errors
+    to the least.
 
-    The curves become their lower convex hulls; then the segments with the least error per saving are taken in order,
-    the last one in part: optimal for piecewise linear convex curves.
+    The curves become their lower convex hulls; then the segments with the least error per saving
+    are taken in order, the last one in part: optimal for piecewise linear convex curves.
     """
     segments = []
     for key, curve in curves.items():
@@ -129,9 +168,9 @@ def _hull(curve: Curve) -> Curve:
     for point in curve:
         if hull and point[1] <= hull[-1][1]:
             continue  # rounded to the units of the point before
-        while len(hull) > 1 and (hull[-1][2] - hull[-2][2]) * (point[1] - hull[-2][1]) >= (point[2] - hull[-2][2]) * (
-            hull[-1][1] - hull[-2][1]
-        ):
+        while len(hull) > 1 and (hull[-1][2] - hull[-2][2]) * (point[1] - hull[-2][1]) >= (
+            point[2] - hull[-2][2]
+        ) * (hull[-1][1] - hull[-2][1]):
             hull.pop()
         hull.append(point)
     return hull

@@ -9,9 +9,11 @@ from prunekit.policies.base import DepthPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class Window(DepthPolicy):
-    """1 inside layers [start, end) of a model of `reference_depth` layers, 0 outside; both ends scale with depth.
+    """1 inside layers [start, end) of a model of `reference_depth` layers, 0 outside; both ends
+    scale with depth.
 
-    The number of spared layers at each end is rounded up, so that one is spared wherever the reference spares some.
+    The number of spared layers at each end is rounded up, so that one is spared wherever the
+    reference spares some.
     """
 
     start: int = 4
@@ -30,5 +32,7 @@ class Window(DepthPolicy):
         first = math.ceil(self.start * depth / self.reference_depth)
         last = math.ceil((self.reference_depth - self.end) * depth / self.reference_depth)
         if first + last >= depth:
-            raise ConfigError(f"policy.window: spares {first} + {last} layers of a model that has {depth}; use uniform")
+            raise ConfigError(
+                f"policy.window: spares {first} + {last} layers of a model that has {depth}; use uniform"
+            )
         return [float(first <= i < depth - last) for i in range(depth)]

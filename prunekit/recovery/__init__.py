@@ -1,4 +1,6 @@
-"""Recovery: fine-tune a pruned model, with LoRA or whole, on text, on instructions or after the dense model."""
+"""Recovery: fine-tune a pruned model, with LoRA or whole, on text, on instructions or after the
+dense model.
+"""
 
 from prunekit.recovery.adapters import detach
 from prunekit.recovery.settings import Recovery

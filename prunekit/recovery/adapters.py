@@ -1,4 +1,6 @@
-"""LoRA adapters on a model's linears, with peft: W' = W + (α / r) · B A, attached, merged or taken off in place."""
+"""LoRA adapters on a model's linears, with peft: W' = W + (α / r) · B A, attached, merged or taken
+off in place.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +12,40 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.console import say
 from prunekit.errors import ConfigError
 from prunekit.recovery.settings import Recovery
+from prunekit.runtime.console import say
 
 
 def linears(model: Any) -> dict[str, nn.Module]:
-    """Every linear (`nn.Linear`, transformers' `Conv1D`) that holds weights, but the output head, by its name."""
+    """Every linear (`nn.Linear`, transformers' `Conv1D`) that holds weights, but the output head,
+    by its name.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return {name: module for name, module in found.items() if module is not head and module.weight.numel()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    return {
+        name: module
+        for name, module in found.items()
+        if module is not head and module.weight.numel()
+    }
 
 
-def target_names(model: nn.Module, kinds: Sequence[str], modules: Mapping[str, Collection[str]] | None) -> list[str]:
+def target_names(
+    model: nn.Module, kinds: Sequence[str], modules: Mapping[str, Collection[str]] | None
+) -> list[str]:
     """The names of the linears that `kinds` ("all", "mlp", "attention") mean, in the model's order.
 
     Args:
         model: the model.
         kinds: which linears.
-        modules: "mlp" and "attention" → names of their linears; where None, those under a module whose class is called
-            an attention are the attention's, all others the mlp's.
+        modules: "mlp" and "attention" → names of their linears; where None, those under a module
+            whose class is called an attention are the attention's, all others the mlp's.
 
     Raises:
         ConfigError: the model has no such linear.
@@ -40,14 +54,18 @@ def target_names(model: nn.Module, kinds: Sequence[str], modules: Mapping[str, C
     sorts = _by_owner(model, known) if modules is None else modules
     wanted = {name for kind in kinds for name in (known if kind == "all" else sorts.get(kind, ()))}
     if not (found := [name for name in known if name in wanted]):
-        raise ConfigError(f"recovery.targets={','.join(kinds)}: the model has no such linear among its {len(known)}")
+        raise ConfigError(
+            f"recovery.targets={','.join(kinds)}: the model has no such linear among its {len(known)}"
+        )
     return found
 
 
 def attach(model: Any, names: Sequence[str], recovery: Recovery, base: str) -> Any:
-    """Put fresh adapters on the linears of these names, in place; peft's wrapper of the model comes back.
+    """Put fresh adapters on the linears of these names, in place; peft's wrapper of the model comes
+    back.
 
-    Only the adapters are trainable then; they are float32. `base` is what their config names as the model below.
+    Only the adapters are trainable then; they are float32. `base` is what their config names as the
+    model below.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -63,16 +81,22 @@ def attach(model: Any, names: Sequence[str], recovery: Recovery, base: str) -> A
     )
     stacked = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
     if stacked:
-        say(f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: they get no adapter")
+        say(
+            f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: they get no adapter"
+        )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a deprecated name; that some linears' weights lie the other way round
+        warnings.simplefilter(
+            "ignore"
+        )  # a deprecated name; that some linears' weights lie the other way round
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold the adapters into the weights in float32 (rounded once, to the weights' own type) and take them off."""
+    """Fold the adapters into the weights in float32 (rounded once, to the weights' own type) and
+    take them off.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -82,7 +106,9 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take the adapters off a model recovered with `recovery.merge=false`: the pruned model as it was, in place."""
+    """Take the adapters off a model recovered with `recovery.merge=false`: the pruned model as it
+    was, in place.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -100,11 +126,15 @@ def save(wrapped: Any, folder: Path) -> None:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put back what training changes besides weights: modes, which parameters are trainable, `use_cache`, wrappers."""
+    """Put back what training changes besides weights: modes, which parameters are trainable,
+    `use_cache`, wrappers.
+    """
     modes = {name: module.training for name, module in model.named_modules()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     cache = getattr(getattr(model, "config", None), "use_cache", None)
-    wrappers = {key: vars(model).get(key) for key in ("forward", "_original_forward")}  # accelerate's, for bf16
+    wrappers = {
+        key: vars(model).get(key) for key in ("forward", "_original_forward")
+    }  # accelerate's, for bf16
     try:
         yield
     finally:
@@ -122,6 +152,10 @@ def unchanged(model: Any) -> Iterator[None]:
 
 
 def _by_owner(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
-    owners = tuple(f"{n}." for n, module in model.named_modules() if n and "attention" in type(module).__name__.lower())
+    owners = tuple(
+        f"{n}."
+        for n, module in model.named_modules()
+        if n and "attention" in type(module).__name__.lower()
+    )
     attention = [name for name in names if name.startswith(owners)]
     return {"attention": attention, "mlp": [name for name in names if name not in attention]}

@@ -1,4 +1,6 @@
-"""The training rows: instructions in the Alpaca format with the loss on the response, or plain text; packed or not."""
+"""The training rows: instructions in the Alpaca format with the loss on the response, or plain
+text; packed or not.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.console import say, track
 from prunekit.data.corpora import load_records, text_of
 from prunekit.data.tokens import encode
 from prunekit.errors import DataError
 from prunekit.recovery.settings import Recovery
+from prunekit.runtime.console import say, track
 
 IGNORED = -100
 _CHUNK = 1000
@@ -32,7 +34,9 @@ _WITHOUT_INPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Token ids [T] (int32) of one example; those before `first` are given, the others are predicted."""
+    """Token ids [T] (int32) of one example; those before `first` are given, the others are
+    predicted.
+    """
 
     ids: Tensor
     first: int = 1
@@ -50,7 +54,9 @@ Row = tuple[Example, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on and what is held out; `training` is a multiple of the global batch, filled with empty rows."""
+    """What is trained on and what is held out; `training` is a multiple of the global batch, filled
+    with empty rows.
+    """
 
     training: list[Row]
     validation: list[Row]
@@ -61,44 +67,69 @@ class Data:
         """Tells these rows from others."""
         hashed = hashlib.sha256()
         for example in (example for row in [*self.training, *self.validation] for example in row):
-            hashed.update(f"{example.first} {len(example.ids)} ".encode() + example.ids.numpy().tobytes())
+            hashed.update(
+                f"{example.first} {len(example.ids)} ".encode() + example.ids.numpy().tobytes()
+            )
         return hashed.hexdigest()[:32]
 
 
-def load_data(recovery: Recovery, tokenizer: Any, known: Mapping[str, Mapping[str, Any]], seed: int) -> Data:
+def load_data(
+    recovery: Recovery, tokenizer: Any, known: Mapping[str, Mapping[str, Any]], seed: int
+) -> Data:
     """The rows of a recovery, in an order that the seed decides.
 
     Those held out come first in it, so they stay the same for every `samples`.
 
     Raises:
-        DataError: the corpus can't be loaded, lacks the fields its format needs, or leaves nothing to train on.
+        DataError: the corpus can't be loaded, lacks the fields its format needs, or leaves nothing
+            to train on.
     """
     name = recovery.path or recovery.corpus
     records = load_records(name, "recovery", known)
-    examples = examples_of(records, recovery, tokenizer, name, known.get(name, {}).get("field", "text"))
+    examples = examples_of(
+        records, recovery, tokenizer, name, known.get(name, {}).get("field", "text")
+    )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = round(recovery.holdout * len(examples)) if recovery.holdout < 1 else int(recovery.holdout)
+    held = (
+        round(recovery.holdout * len(examples)) if recovery.holdout < 1 else int(recovery.holdout)
+    )
     held = max(held, 1) if recovery.holdout else 0
     validation = [examples[i] for i in order[:held]]
     training = [examples[i] for i in order[held:]][: recovery.samples]
     if not training:
-        raise DataError(f"recovery corpus {name}: {len(examples)} examples, {held} of them held out: none to train on")
-    rows: list[Row] = pack(training, recovery.length) if recovery.pack else [(example,) for example in training]
+        raise DataError(
+            f"recovery corpus {name}: {len(examples)} examples, {held} of them held out: none to train on"
+        )
+    rows: list[Row] = (
+        pack(training, recovery.length) if recovery.pack else [(example,) for example in training]
+    )
     rows += [(_empty(tokenizer),)] * (-len(rows) % recovery.batch_size)
-    return Data(training=rows, validation=[(example,) for example in validation], examples=len(training))
+    return Data(
+        training=rows, validation=[(example,) for example in validation], examples=len(training)
+    )
 
 
 def examples_of(
-    records: Sequence[Mapping[str, Any]], recovery: Recovery, tokenizer: Any, name: str, field: str = "text"
+    records: Sequence[Mapping[str, Any]],
+    recovery: Recovery,
+    tokenizer: Any,
+    name: str,
+    field: str = "text",
 ) -> list[Example]:
     """The records as examples of at most `recovery.length` tokens; says how many were left out."""
     if not records:
         raise DataError(f"recovery corpus {name}: it holds no records")
-    if recovery.format == "alpaca" or (recovery.format == "auto" and all(map(_is_instruction, records))):
+    if recovery.format == "alpaca" or (
+        recovery.format == "auto" and all(map(_is_instruction, records))
+    ):
         examples = _instructions(records, recovery.length, tokenizer, name)
     else:
         texts = [text for record in records if (text := text_of(record, field, name)).strip()]
-        examples = _joined(texts, recovery.length, tokenizer) if recovery.join else _texts(texts, recovery, tokenizer)
+        examples = (
+            _joined(texts, recovery.length, tokenizer)
+            if recovery.join
+            else _texts(texts, recovery, tokenizer)
+        )
     if not examples:
         raise DataError(
             f"recovery corpus {name}: nothing is left to predict in recovery.length={recovery.length} tokens"
@@ -127,10 +158,11 @@ def pack(examples: Sequence[Example], length: int) -> list[Row]:
 
 
 def collate(rows: Sequence[Row], pad: int, packed: bool) -> dict[str, Tensor]:
-    """`input_ids` and `labels` [N, T], padded on the right, with an `attention_mask` [N, T] of tokens.
+    """`input_ids` and `labels` [N, T], padded on the right, with an `attention_mask` [N, T] of
+    tokens.
 
-    Packed rows have `position_ids` [N, T] instead: they start anew with every example and with the padding, and from
-    that the model takes which tokens may see each other.
+    Packed rows have `position_ids` [N, T] instead: they start anew with every example and with the
+    padding, and from that the model takes which tokens may see each other.
     """
     width = max(sum(len(example.ids) for example in row) for row in rows)
     ids = torch.full((len(rows), width), pad)
@@ -160,12 +192,18 @@ def _empty(tokenizer: Any) -> Example:
 
 def _is_instruction(record: Mapping[str, Any]) -> bool:
     """Meant as one, though its response may be missing; some corpora also hold the whole as a text."""
-    return isinstance(record.get("instruction"), str) and ("output" in record or "text" not in record)
+    return isinstance(record.get("instruction"), str) and (
+        "output" in record or "text" not in record
+    )
 
 
-def _instructions(records: Sequence[Mapping[str, Any]], length: int, tokenizer: Any, name: str) -> list[Example]:
+def _instructions(
+    records: Sequence[Mapping[str, Any]], length: int, tokenizer: Any, name: str
+) -> list[Example]:
     for number, record in enumerate(records, start=1):
-        if missing := [key for key in ("instruction", "output") if not isinstance(record.get(key), str)]:
+        if missing := [
+            key for key in ("instruction", "output") if not isinstance(record.get(key), str)
+        ]:
             raise DataError(
                 f"recovery corpus {name}: record {number} has no text {missing[0]!r}, which recovery.format=alpaca "
                 f"needs; it has: {', '.join(map(str, record))}"
@@ -177,13 +215,19 @@ def _instructions(records: Sequence[Mapping[str, Any]], length: int, tokenizer: 
         )
     prompts = [prompt_of(record) for record in answered]
     asked = _tokens(prompts, tokenizer)
-    whole = _tokens([p + record["output"] for p, record in zip(prompts, answered, strict=True)], tokenizer)
-    found = [_cut(Example(ids=_ended(ids, tokenizer), first=max(_common(question, ids), 1)), length)
-             for question, ids in zip(asked, whole, strict=True)]  # fmt: skip
+    whole = _tokens(
+        [p + record["output"] for p, record in zip(prompts, answered, strict=True)], tokenizer
+    )
+    found = [
+        _cut(Example(ids=_ended(ids, tokenizer), first=max(_common(question, ids), 1)), length)
+        for question, ids in zip(asked, whole, strict=True)
+    ]
     kept = [example for example in found if example.first < len(example.ids)]
     if len(kept) < len(records):
         left = len(records) - len(kept)
-        say(f"recovery corpus {name}: {left} of {len(records)} records have no response in the first {length} tokens")
+        say(
+            f"recovery corpus {name}: {left} of {len(records)} records have no response in the first {length} tokens"
+        )
     return kept
 
 
@@ -195,7 +239,10 @@ def _joined(texts: Sequence[str], length: int, tokenizer: Any) -> list[Example]:
 
 def _texts(texts: Sequence[str], recovery: Recovery, tokenizer: Any) -> list[Example]:
     """One document a row."""
-    rows = [_cut(Example(ids=_ended(ids, tokenizer)), recovery.length) for ids in _tokens(texts, tokenizer)]
+    rows = [
+        _cut(Example(ids=_ended(ids, tokenizer)), recovery.length)
+        for ids in _tokens(texts, tokenizer)
+    ]
     return [example for example in rows if len(example.ids) > 1]
 
 
@@ -215,7 +262,9 @@ def _ended(ids: list[int], tokenizer: Any) -> Tensor:
 
 
 def _common(question: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens at the start are the prompt's alone; one that spans the border is the response's."""
+    """How many tokens at the start are the prompt's alone; one that spans the border is the
+    response's.
+    """
     pairs = zip(question, ids, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(question), len(ids)))
 

@@ -1,10 +1,11 @@
-r"""Losses of a recovery, summed over the predicted tokens t: the ordinary one, and those that follow a teacher.
+r"""Losses of a recovery, summed over the predicted tokens t: the ordinary one, and those that
+follow a teacher.
 
 $$L = \frac1N \sum_t \left[ a\,(-\log p_t) + b\,T^2\,\mathrm{KL}(q^T_t \,\|\, p^T_t)
       + \frac cL \sum_{l=1}^{L} \frac{\|h^l_t - g^l_t\|^2}{\|g^l_t\|^2} \right]$$
 
-with the model's p and hidden states h, the teacher's q and g, the temperature T; N counts the tokens of the global
-batch, so nothing depends on how it is divided.
+with the model's p and hidden states h, the teacher's q and g, the temperature T; N counts the
+tokens of the global batch, so nothing depends on how it is divided.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ model) of logits [M, V] at a temperature, summed over the M tokens, in float32."""
+    """T² · KL(teacher ‖ model) of logits [M, V] at a temperature, summed over the M tokens, in
+    float32.
+    """
     ours, theirs = (F.log_softmax(x.float() / temperature, dim=-1) for x in (logits, teacher))
     return F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
 
 
 def hidden_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], chosen: Tensor) -> Tensor:
-    """The hidden states' squared error relative to the teacher's energy, mean over layers, summed over tokens.
+    """The hidden states' squared error relative to the teacher's energy, mean over layers, summed
+    over tokens.
 
-    Where the teacher has more layers, each of the model's is compared with the one at the same relative depth.
+    Where the teacher has more layers, each of the model's is compared with the one at the same
+    relative depth.
 
     Args:
         states: the model's hidden states [N, T, D], the embeddings' first.
@@ -54,14 +59,22 @@ def hidden_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], chosen: Ten
     ours, theirs = len(states) - 1, len(teacher) - 1
     total = torch.zeros((), device=states[0].device)
     for layer in range(1, ours + 1):
-        student, goal = states[layer][chosen].float(), teacher[round(layer * theirs / ours)][chosen].float()
-        total = total + ((student - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
+        student, goal = (
+            states[layer][chosen].float(),
+            teacher[round(layer * theirs / ours)][chosen].float(),
+        )
+        total = (
+            total
+            + ((student - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
+        )
     return total / max(ours, 1)
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor], **wanted: Any) -> Any:
     """The model's output on a batch, labels aside."""
-    return model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False, **wanted)
+    return model(
+        **{key: value for key, value in batch.items() if key != "labels"}, use_cache=False, **wanted
+    )
 
 
 def predicted(batch: Mapping[str, Tensor]) -> Tensor:
@@ -69,7 +82,9 @@ def predicted(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["labels"][:, 1:] != IGNORED
 
 
-def total_loss(model: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Tensor], recovery: Recovery) -> Tensor:
+def total_loss(
+    model: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Tensor], recovery: Recovery
+) -> Tensor:
     """The weighted sum of the losses, not yet divided by the number of tokens."""
     wanted = {"output_hidden_states": True} if recovery.hidden else {}
     chosen = predicted(batch)
@@ -82,7 +97,9 @@ def total_loss(model: nn.Module, teacher: nn.Module | None, batch: Mapping[str, 
         target = forward(teacher, batch, **wanted)
     goal = target.logits[:, :-1][chosen]
     if recovery.kl:
-        total = total + recovery.kl * kl_loss(logits, same_vocabulary(goal, logits), recovery.temperature)
+        total = total + recovery.kl * kl_loss(
+            logits, same_vocabulary(goal, logits), recovery.temperature
+        )
     if recovery.hidden:
         states = [[h[:, :-1] for h in found.hidden_states] for found in (output, target)]
         total = total + recovery.hidden * hidden_loss(states[0], states[1], chosen)

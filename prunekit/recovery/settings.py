@@ -13,7 +13,14 @@ SCHEDULES = ("cosine", "linear")
 TARGETS = ("all", "mlp", "attention")
 VALIDATION = "validation"
 _POSITIVE = ("batch_size", "micro_batch", "rank", "samples", "patience")
-_LEAST = {"length": 2, **dict.fromkeys(_POSITIVE, 1), "warmup_steps": 0, "evaluations": 0, "checkpoints": 0, "seed": 0}
+_LEAST = {
+    "length": 2,
+    **dict.fromkeys(_POSITIVE, 1),
+    "warmup_steps": 0,
+    "evaluations": 0,
+    "checkpoints": 0,
+    "seed": 0,
+}
 _OPTIONAL = ("samples", "patience", "seed")
 
 
@@ -24,29 +31,26 @@ class Recovery:
     Attributes:
         corpus: a name of the configuration's `corpora`, "embedded", or a path.
         path: a local file instead of the corpus.
-        format: "alpaca" (instruction, input, output; the loss is on the response), "text", or "auto": alpaca where
-            every record has an instruction and an output.
-        join: plain text only: documents joined by blank lines and cut into rows of `length` tokens; where false, one
-            document a row, cut off at `length`.
-        samples: at most so many training examples (rows, for joined text), those held out not counted.
-        length: tokens of a row.
-        pack: several examples in a row; none sees another (checked before the first step).
-        epochs: passes over the examples, a fraction allowed.
-        batch_size: rows of one optimizer step, over all processes.
-        micro_batch: rows of one forward pass; "auto" begins with at most 16 and halves when memory runs out.
-        learning_rate: AdamW's, at its peak.
-        schedule: "cosine" or "linear", down to zero at the last step.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's.
-        clip: largest norm of the gradient; 0 clips nothing.
-        bf16: compute in bfloat16; "auto" where a GPU has it. Else in float32, and half-precision weights are rounded
+        format: "alpaca" (instruction, input, output; the loss is on the response), "text", or
+            "auto": alpaca where every record has an instruction and an output.
+        join: plain text only: documents joined by blank lines and cut into rows of `length` tokens;
+            where false, one document a row, cut off at `length`.
+        samples: at most so many training examples (rows, for joined text), those held out not
+            counted. length: tokens of a row. pack: several examples in a row; none sees another
+            (checked before the first step). epochs: passes over the examples, a fraction allowed.
+            batch_size: rows of one optimizer step, over all processes. micro_batch: rows of one
+            forward pass; "auto" begins with at most 16 and halves when memory runs out.
+            learning_rate: AdamW's, at its peak. schedule: "cosine" or "linear", down to zero at the
+            last step. warmup_steps: steps of linear warm-up. weight_decay: AdamW's. clip: largest
+            norm of the gradient; 0 clips nothing. bf16: compute in bfloat16; "auto" where a GPU has
+            it. Else in float32, and half-precision weights are rounded
             back at the end.
         lora: train adapters; where false, the weights themselves.
         rank: of the adapters.
         alpha: the adapters are scaled by alpha / rank.
         dropout: on the adapters' inputs.
-        targets: "all", "mlp" or "attention", or a list of these: the linears that get adapters (without LoRA: whose
-            weights are trained; "all" is then every parameter).
+        targets: "all", "mlp" or "attention", or a list of these: the linears that get adapters
+            (without LoRA: whose weights are trained; "all" is then every parameter).
         merge: fold the adapters into the weights at the end; where false they are kept in a folder.
         plain: weight of the ordinary next-token loss.
         kl: weight of KL(teacher ‖ model) on the logits.
@@ -54,8 +58,8 @@ class Recovery:
         hidden: weight of the hidden states' relative squared error.
         holdout: examples kept for validation: a number, or a share below 1.
         evaluations: how many times the held-out perplexities are measured during training.
-        patience: stop after so many evaluations without a lower perplexity, and go back to the best; null: never,
-            and the last state stays.
+        patience: stop after so many evaluations without a lower perplexity, and go back to the
+            best; null: never, and the last state stays.
         stop_on: which perplexity that is: "validation", or the name of a watched corpus.
         checkpoints: steps between two states kept for resuming; 0: none.
         seed: of the order, the adapters' start and dropout; null: the run's.
@@ -99,12 +103,18 @@ class Recovery:
         self._check_choices()
         self._check_numbers()
         if self.plain + self.kl + self.hidden == 0:
-            raise ConfigError("recovery: expected a weight > 0 in plain, kl or hidden, got 0 in all three")
+            raise ConfigError(
+                "recovery: expected a weight > 0 in plain, kl or hidden, got 0 in all three"
+            )
         if not (self.lora or self.merge):
-            raise ConfigError("recovery.merge: expected true without adapters (recovery.lora=false), got false")
+            raise ConfigError(
+                "recovery.merge: expected true without adapters (recovery.lora=false), got false"
+            )
         for key in ("evaluations", "holdout") if self.stop_on == VALIDATION else ("evaluations",):
             if self.patience is not None and not getattr(self, key):
-                raise ConfigError(f"recovery.{key}: expected more than 0 with recovery.patience, got 0")
+                raise ConfigError(
+                    f"recovery.{key}: expected more than 0 with recovery.patience, got 0"
+                )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -119,10 +129,14 @@ class Recovery:
     def _check_choices(self) -> None:
         choices = [("format", self.format, FORMATS), ("schedule", self.schedule, SCHEDULES)]
         if not (isinstance(self.targets, str | list | tuple) and self.targets):
-            raise ConfigError(f"recovery.targets: expected a choice of {', '.join(TARGETS)}, got {self.targets!r}")
+            raise ConfigError(
+                f"recovery.targets: expected a choice of {', '.join(TARGETS)}, got {self.targets!r}"
+            )
         for key, value, known in [*choices, *(("targets", kind, TARGETS) for kind in self.kinds)]:
             if value not in known:
-                raise ConfigError(f"recovery.{key}: unknown choice {value!r}: {suggest(str(value), list(known))}")
+                raise ConfigError(
+                    f"recovery.{key}: unknown choice {value!r}: {suggest(str(value), list(known))}"
+                )
         for key in ("join", "pack", "lora", "merge"):
             if not isinstance(value := getattr(self, key), bool):
                 raise ConfigError(f"recovery.{key}: expected true or false, got {value!r}")
@@ -136,13 +150,17 @@ class Recovery:
                 continue
             if not (type(value) is int and value >= least):
                 auto = " or auto" if key == "micro_batch" else ""
-                raise ConfigError(f"recovery.{key}: expected a whole number ≥ {least}{auto}, got {value!r}")
+                raise ConfigError(
+                    f"recovery.{key}: expected a whole number ≥ {least}{auto}, got {value!r}"
+                )
         for key in ("epochs", "learning_rate", "alpha", "temperature"):
             self._check_range(key, "> 0", lambda value: value > 0)
         for key in ("weight_decay", "clip", "plain", "kl", "hidden"):
             self._check_range(key, "≥ 0", lambda value: value >= 0)
         self._check_range("dropout", "in [0, 1)", lambda value: 0 <= value < 1)
-        self._check_range("holdout", "≥ 0, whole or below 1", lambda v: 0 <= v < 1 or (v >= 1 and v == int(v)))
+        self._check_range(
+            "holdout", "≥ 0, whole or below 1", lambda v: 0 <= v < 1 or (v >= 1 and v == int(v))
+        )
         if type(self.micro_batch) is int and self.batch_size % self.micro_batch:
             raise ConfigError(
                 f"recovery.micro_batch: expected a divisor of recovery.batch_size={self.batch_size}, "
@@ -151,5 +169,9 @@ class Recovery:
 
     def _check_range(self, key: str, expected: str, fits: Any) -> None:
         value = getattr(self, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and fits(value)):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (math.isfinite(value) and fits(value))
+        ):
             raise ConfigError(f"recovery.{key}: expected a number {expected}, got {value!r}")

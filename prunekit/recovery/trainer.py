@@ -1,4 +1,6 @@
-"""transformers' Trainer with our loss, our evaluation and checkpoints of the trained weights alone (safetensors)."""
+"""transformers' Trainer with our loss, our evaluation and checkpoints of the trained weights alone
+(safetensors).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from prunekit.console import say
 from prunekit.errors import DataError
 from prunekit.recovery.data import Row, collate
 from prunekit.recovery.distill import forward, plain_loss, predicted, total_loss
 from prunekit.recovery.settings import VALIDATION, Recovery
+from prunekit.runtime.console import say
 
 WEIGHTS = "trained.safetensors"
 BEST = "best.safetensors"
@@ -26,9 +28,17 @@ Watch = Mapping[str, Callable[[nn.Module], float]]
 
 
 def arguments(
-    recovery: Recovery, folder: Path, device: torch.device, micro: int, steps: int, seed: int, fresh: bool
+    recovery: Recovery,
+    folder: Path,
+    device: torch.device,
+    micro: int,
+    steps: int,
+    seed: int,
+    fresh: bool,
 ) -> Any:
-    """TrainingArguments of a recovery with `micro` rows a forward pass of `steps` accumulated; `fresh`: not resumed."""
+    """TrainingArguments of a recovery with `micro` rows a forward pass of `steps` accumulated;
+    `fresh`: not resumed.
+    """
     made = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -67,12 +77,23 @@ def mixed_precision(recovery: Recovery, device: torch.device) -> bool:
 
 
 class RecoveryTrainer(Trainer):
-    """A Trainer whose loss is the mean over the tokens of the global batch, however that is divided."""
+    """A Trainer whose loss is the mean over the tokens of the global batch, however that is
+    divided.
+    """
 
     def __init__(
-        self, *, model: nn.Module, args: Any, rows: Sequence[Row], validation: Sequence[Row], pad: int,
-        recovery: Recovery, teacher: nn.Module | None, watch: Watch, watched: nn.Module,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        model: nn.Module,
+        args: Any,
+        rows: Sequence[Row],
+        validation: Sequence[Row],
+        pad: int,
+        recovery: Recovery,
+        teacher: nn.Module | None,
+        watch: Watch,
+        watched: nn.Module,
+    ) -> None:
         course = Course(recovery, Path(args.output_dir))
         super().__init__(
             model=model,
@@ -83,23 +104,35 @@ class RecoveryTrainer(Trainer):
         )
         course.model = self.trained = model
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # that is: the loss is divided by the global batch's tokens already
+        self.model_accepts_loss_kwargs = (
+            True  # that is: the loss is divided by the global batch's tokens already
+        )
         self.validation, self.pad, self.recovery = validation, pad, recovery
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.watch, self.watched = watch, watched
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of one step and how many tokens they predict, over all processes; those are counted."""
+        """The micro-batches of one step and how many tokens they predict, over all processes; those
+        are counted.
+        """
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.state.num_input_tokens_seen += int(items or 0)
         return samples, items
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """This micro-batch's share of the mean loss, times the processes that gradients are averaged over."""
+        """This micro-batch's share of the mean loss, times the processes that gradients are
+        averaged over.
+        """
         loss = total_loss(model, self.teacher, inputs, self.recovery)
-        return loss * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return (
+            loss * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure and log every held-out perplexity; every process takes part."""
@@ -110,7 +143,9 @@ class RecoveryTrainer(Trainer):
             logs["validation_loss"] = self._validation_loss()
             found[VALIDATION] = math.exp(min(logs["validation_loss"], 700.0))
         with torch.no_grad():
-            found.update({name: float(measure(self.watched)) for name, measure in self.watch.items()})
+            found.update(
+                {name: float(measure(self.watched)) for name, measure in self.watch.items()}
+            )
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -121,7 +156,10 @@ class RecoveryTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64)
         size = self.args.per_device_train_batch_size
         for start in range(0, len(own), size):
-            batch = {k: v.to(self.args.device) for k, v in collate(own[start : start + size], self.pad, False).items()}
+            batch = {
+                k: v.to(self.args.device)
+                for k, v in collate(own[start : start + size], self.pad, False).items()
+            }
             chosen = predicted(batch)
             with self.compute_loss_context_manager():
                 logits = forward(self.trained, batch).logits[:, :-1][chosen]
@@ -141,7 +179,9 @@ class RecoveryTrainer(Trainer):
 
 
 class Course(TrainerCallback):
-    """When to evaluate, keep a checkpoint, stop; what the best state was. All of it follows from the logged history."""
+    """When to evaluate, keep a checkpoint, stop; what the best state was. All of it follows from
+    the logged history.
+    """
 
     def __init__(self, recovery: Recovery, folder: Path) -> None:
         self.recovery, self.folder = recovery, folder
@@ -152,7 +192,11 @@ class Course(TrainerCallback):
         step, last = state.global_step, state.max_steps
         count = self.recovery.evaluations
         control.should_evaluate = count > 0 and (step * count // last > (step - 1) * count // last)
-        control.should_save = bool(self.recovery.checkpoints) and step % self.recovery.checkpoints == 0 and step < last
+        control.should_save = (
+            bool(self.recovery.checkpoints)
+            and step % self.recovery.checkpoints == 0
+            and step < last
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Note the tokens so far; say how it goes; stop where the loss is no number any more."""
@@ -168,7 +212,9 @@ class Course(TrainerCallback):
             say(line)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the state where it is the best so far; end the training where patience is at its end."""
+        """Keep the state where it is the best so far; end the training where patience is at its
+        end.
+        """
         patience = self.recovery.patience
         if patience is None:
             return
@@ -187,7 +233,9 @@ def perplexities(history: Sequence[Mapping[str, Any]], name: str) -> list[float]
 
 def save_trained(model: nn.Module, path: Path) -> None:
     """Write the trainable parameters as they are now, all or nothing."""
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
+    }
     save_file(trained, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)  # noqa: PTH105
 
@@ -202,7 +250,9 @@ def load_trained(model: nn.Module, path: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint: its state is written last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+    for path in sorted(
+        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True
+    ):
         try:
             json.loads((path / "trainer_state.json").read_text())
         except (OSError, ValueError):
@@ -214,6 +264,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _line(state: Any, logs: Mapping[str, Any]) -> str:
     where = f"recovery: step {state.global_step}/{state.max_steps}"
     if "perplexity" in logs:
-        return f"{where}, perplexity " + ", ".join(f"{name} {value:.4g}" for name, value in logs["perplexity"].items())
+        return f"{where}, perplexity " + ", ".join(
+            f"{name} {value:.4g}" for name, value in logs["perplexity"].items()
+        )
     due = "loss" in logs and state.global_step % max(state.max_steps // 20, 1) == 0
     return f"{where}, loss {logs['loss']:.4f}" if due else ""

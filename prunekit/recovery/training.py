@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.console import say
 from prunekit.errors import ConfigError, DataError, suggest
-from prunekit.live import check_length, evaluating
-from prunekit.machine import out_of_memory
+from prunekit.model.inputs import check_length
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data, collate, load_data, pad_token
 from prunekit.recovery.settings import VALIDATION, Recovery
+from prunekit.runtime.console import say
+from prunekit.runtime.memory import out_of_memory
+from prunekit.runtime.modes import evaluating
 
 _LARGEST_MICRO_BATCH = 16
 _CURVE_POINTS = 200
@@ -42,10 +43,11 @@ def recover(
 ) -> dict[str, Any]:
     """Fine-tune a causal language model in place, on the device where its weights are.
 
-    With `recovery.merge` the model is an ordinary one again: the same parameters, no adapter left. Without, it computes
-    with its adapters until `prunekit.recovery.detach(model)` takes them off, and `folder/adapter` holds them for
-    `peft.PeftModel.from_pretrained(pruned_model, folder / "adapter")`. Where `recovery.patience` is set the state with
-    the lowest `stop_on` perplexity stays (the start included), else the last.
+    With `recovery.merge` the model is an ordinary one again: the same parameters, no adapter left.
+    Without, it computes with its adapters until `prunekit.recovery.detach(model)` takes them off,
+    and `folder/adapter` holds them for `peft.PeftModel.from_pretrained(pruned_model, folder /
+    "adapter")`. Where `recovery.patience` is set the state with the lowest `stop_on` perplexity
+    stays (the start included), else the last.
 
     Under torchrun every process calls this with the same arguments; the first one writes.
 
@@ -55,26 +57,32 @@ def recover(
         recovery: what to do.
         known: the configuration's `corpora`.
         seed: used where `recovery.seed` is None.
-        folder: checkpoints live in `folder/checkpoints` while it runs; those of a run that was cut short are what
-            `resume` goes on from, and they are read with `weights_only`.
+        folder: checkpoints live in `folder/checkpoints` while it runs; those of a run that was cut
+            short are what `resume` goes on from, and they are read with `weights_only`.
         teacher: the dense model, for distillation; moved to the model's device.
-        watch: corpus → its held-out perplexity now; called on the model in evaluation mode, by every process.
-        modules: "mlp" and "attention" → names of their linears, for `recovery.targets`.
-        resume: go on from the newest checkpoint, if there is one.
-        base: what the adapter's config names as the model below it; `folder/model` where None.
-        data: what `prepare` gave, if it was called before.
+        watch: corpus → its held-out perplexity now; called on the model in evaluation mode, by
+            every process.
+        modules: "mlp" and "attention" → names of their linears, for
+            `recovery.targets`.
+        resume: go on from the newest checkpoint, if there is one. base:
+            what the adapter's config names as the model below it; `folder/model` where None. data:
+            what `prepare` gave, if it was called before.
 
     Returns:
-        Plain JSON: `curve` (step, tokens, learning_rate, loss or validation_loss and perplexity), `steps`,
-        `stopped_early`, `best_step`, `trainable_parameters`, `examples`, `tokens`, `seconds`, `settings`.
+        Plain JSON: `curve` (step, tokens, learning_rate, loss or validation_loss and perplexity),
+            `steps`, `stopped_early`, `best_step`, `trainable_parameters`, `examples`, `tokens`,
+            `seconds`, `settings`.
 
     Raises:
         ConfigError: settings that don't fit the model or each other.
-        DataError: a corpus that can't be used, a loss that is not finite, memory that does not suffice.
+        DataError: a corpus that can't be used, a loss that is not finite, memory that does not
+            suffice.
     """
     watch = watch or {}
     if recovery.needs_teacher and teacher is None:
-        raise ConfigError("recovery.kl and recovery.hidden: expected a teacher, the dense model, got none")
+        raise ConfigError(
+            "recovery.kl and recovery.hidden: expected a teacher, the dense model, got none"
+        )
     began = time.perf_counter()
     data = data or prepare(model, tokenizer, recovery, known=known, seed=seed, watch=watch)
     seed = seed if recovery.seed is None else recovery.seed
@@ -83,7 +91,13 @@ def recover(
             check_packing(model, data, pad_token(tokenizer))
     with adapters.unchanged(model):
         run = _Run(
-            recovery, data, teacher if recovery.needs_teacher else None, watch, folder, seed, pad_token(tokenizer)
+            recovery,
+            data,
+            teacher if recovery.needs_teacher else None,
+            watch,
+            folder,
+            seed,
+            pad_token(tokenizer),
         )
         try:
             run.prepare(model, modules, base or str(folder / "model"))
@@ -103,7 +117,14 @@ class _Run:
     """One recovery while it lasts."""
 
     def __init__(
-        self, recovery: Recovery, data: Data, teacher: nn.Module | None, watch: Any, folder: Path, seed: int, pad: int
+        self,
+        recovery: Recovery,
+        data: Data,
+        teacher: nn.Module | None,
+        watch: Any,
+        folder: Path,
+        seed: int,
+        pad: int,
     ) -> None:
         self.recovery, self.data, self.teacher, self.watch = recovery, data, teacher, watch
         self.folder, self.checkpoints = folder, folder / "checkpoints"
@@ -113,7 +134,8 @@ class _Run:
     def prepare(self, model: Any, modules: Any, base: str) -> None:
         """Decide what is trained: fresh adapters, or the weights themselves.
 
-        Half-precision weights wait in float32 meanwhile, unless they are frozen and a GPU computes in bfloat16.
+        Half-precision weights wait in float32 meanwhile, unless they are frozen and a GPU computes
+        in bfloat16.
         """
         from transformers import set_seed
 
@@ -121,10 +143,14 @@ class _Run:
 
         set_seed(self.seed)
         device = next(model.parameters()).device
-        if not (self.recovery.lora and device.type == "cuda" and mixed_precision(self.recovery, device)):
+        if not (
+            self.recovery.lora and device.type == "cuda" and mixed_precision(self.recovery, device)
+        ):
             self.types = [(p, p.dtype) for p in model.parameters()]
             for parameter in model.parameters():
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.data = parameter.data.to(
+                    torch.promote_types(parameter.dtype, torch.float32)
+                )
         self.model = self.trained = model
         recovery = self.recovery
         names = adapters.target_names(model, recovery.kinds, modules)
@@ -137,7 +163,9 @@ class _Run:
         self.trainable = sum(p.numel() for p in self.trained.parameters() if p.requires_grad)
 
     def train(self, resume: bool) -> Any:
-        """Train to the end, with half the micro-batch whenever memory runs out (`micro_batch=auto`)."""
+        """Train to the end, with half the micro-batch whenever memory runs out
+        (`micro_batch=auto`).
+        """
         from prunekit.recovery import trainer as own
 
         checkpoint = own.last_checkpoint(self.checkpoints) if resume else None
@@ -151,7 +179,9 @@ class _Run:
             while True:
                 trainer = self.trainer(micro, checkpoint is None)
                 try:
-                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                    trainer.train(
+                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                    )
                     return trainer
                 except Exception as error:
                     if not out_of_memory(error):
@@ -200,7 +230,9 @@ class _Run:
     def smaller(self, micro: int, error: Exception) -> int:
         """Half the micro-batch, or DataError where it is fixed or one row is too much."""
         if micro == 1:
-            raise DataError("recovery: out of memory with one row; recovery.length, half as long, halves it") from error
+            raise DataError(
+                "recovery: out of memory with one row; recovery.length, half as long, halves it"
+            ) from error
         half = _divisor(micro, micro // 2)
         if self.recovery.micro_batch == "auto" and _processes() == 1:
             return half
@@ -241,11 +273,19 @@ def check_packing(model: Any, data: Data, pad: int) -> None:
     rows = [row for row in data.training if len(row) > 1][:2]
     device = next(model.parameters()).device
     for i, row in enumerate(rows):
-        batch = {key: value.to(device) for key, value in collate(rows, pad, True).items() if key != "labels"}
+        batch = {
+            key: value.to(device)
+            for key, value in collate(rows, pad, True).items()
+            if key != "labels"
+        }
         first, second = len(row[0].ids), len(row[1].ids)
         together = model(**batch, use_cache=False).logits[i, first : first + second].float()
-        alone = model(input_ids=row[1].ids.long()[None].to(device), use_cache=False).logits[0].float()
-        tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+        alone = (
+            model(input_ids=row[1].ids.long()[None].to(device), use_cache=False).logits[0].float()
+        )
+        tolerance = (
+            1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+        )
         if (together - alone).norm() > tolerance * alone.norm():
             raise ConfigError(
                 "recovery.pack: this model lets examples in a row see each other; use recovery.pack=false"
@@ -253,11 +293,21 @@ def check_packing(model: Any, data: Data, pad: int) -> None:
 
 
 def prepare(
-    model: nn.Module, tokenizer: Any, recovery: Recovery, *, known: Mapping[str, Any], seed: int, watch: Collection[str]
+    model: nn.Module,
+    tokenizer: Any,
+    recovery: Recovery,
+    *,
+    known: Mapping[str, Any],
+    seed: int,
+    watch: Collection[str],
 ) -> Data:
-    """The rows to train on, loaded before anything long begins; arguments and errors as of `recover`."""
+    """The rows to train on, loaded before anything long begins; arguments and errors as of
+    `recover`.
+    """
     if recovery.patience is not None and recovery.stop_on not in (names := [VALIDATION, *watch]):
-        raise ConfigError(f"recovery.stop_on: unknown name {recovery.stop_on!r}: {suggest(recovery.stop_on, names)}")
+        raise ConfigError(
+            f"recovery.stop_on: unknown name {recovery.stop_on!r}: {suggest(recovery.stop_on, names)}"
+        )
     check_length("recovery.length", recovery.length, model)
     return load_data(recovery, tokenizer, known, seed if recovery.seed is None else recovery.seed)
 
@@ -265,7 +315,11 @@ def prepare(
 def _report(trainer: Any, run: _Run, best: int, seconds: float) -> dict[str, Any]:
     state = trainer.state
     settings = dataclasses.asdict(run.recovery)
-    settings |= {"seed": run.seed, "micro_batch": trainer.args.per_device_train_batch_size, "bf16": trainer.args.bf16}
+    settings |= {
+        "seed": run.seed,
+        "micro_batch": trainer.args.per_device_train_batch_size,
+        "bf16": trainer.args.bf16,
+    }
     return {
         "curve": _curve(state.log_history, state.max_steps),
         "steps": state.global_step,
@@ -285,9 +339,15 @@ def _curve(history: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
         if "loss" in entry or "perplexity" in entry:
-            points.setdefault(entry["step"], {}).update({key: entry[key] for key in keys if key in entry})
+            points.setdefault(entry["step"], {}).update(
+                {key: entry[key] for key in keys if key in entry}
+            )
     every = max(steps // _CURVE_POINTS, 1)
-    return [point for step, point in sorted(points.items()) if step % every == 0 or "perplexity" in point]
+    return [
+        point
+        for step, point in sorted(points.items())
+        if step % every == 0 or "perplexity" in point
+    ]
 
 
 def _divisor(number: int, most: int) -> int:

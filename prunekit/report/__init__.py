@@ -1,4 +1,6 @@
-"""The report of a run: JSON for programs, Markdown and a page with pictures for people, a table for the terminal."""
+"""The report of a run: JSON for programs, Markdown and a page with pictures for people, a table for
+the terminal.
+"""
 
 from __future__ import annotations
 

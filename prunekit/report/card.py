@@ -41,8 +41,10 @@ def model_card(report: Mapping[str, Any], loading: str) -> str:
     """The card's text.
 
     Args:
-        report: of the run; `base` in it is the dense model's name on the hub, if it came from there.
-        loading: what loads the folder: stock (transformers alone), remote (with its code) or prunekit.
+        report: of the run; `base` in it is the dense model's name on the hub, if it came from
+            there.
+        loading: what loads the folder: stock (transformers alone), remote (with its
+            code) or prunekit.
     """
     from huggingface_hub import ModelCardData
 
@@ -65,7 +67,9 @@ def model_card(report: Mapping[str, Any], loading: str) -> str:
 
 def _done(report: Mapping[str, Any]) -> str:
     """What was done, in a few sentences."""
-    lines = [f"{report.get('base') or 'A language model'} made smaller by structured pruning with prunekit."]
+    lines = [
+        f"{report.get('base') or 'A language model'} made smaller by structured pruning with prunekit."
+    ]
     if aimed := aim(report):
         lines.append(f"Method: {report.get('method')}. {aimed}")
     if text := report.get("calibration"):
@@ -74,5 +78,7 @@ def _done(report: Mapping[str, Any]) -> str:
             f"seed {text['seed']}."
         )
     if found := report.get("recovery"):
-        lines.append(f"Recovered by fine-tuning: {found['steps']} steps, {found['tokens']:,} tokens.")
+        lines.append(
+            f"Recovered by fine-tuning: {found['steps']} steps, {found['tokens']:,} tokens."
+        )
     return " ".join(lines)

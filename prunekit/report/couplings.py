@@ -1,4 +1,6 @@
-"""What the tracer found, for people: a table, a GraphML file, and a picture of one layer's couplings."""
+"""What the tracer found, for people: a table, a GraphML file, and a picture of one layer's
+couplings.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def print_groups(graph: CouplingGraph) -> None:
-    """One row a group: name, kind, layer, units, parameters per unit, members with shapes, prunable or why not."""
+    """One row a group: name, kind, layer, units, parameters per unit, members with shapes, prunable
+    or why not.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -57,29 +61,48 @@ def _members(graph: CouplingGraph, group: CoupledGroup, most: int = 8) -> list[s
 
 
 def write_couplings(graph: CouplingGraph, folder: Path) -> None:
-    """`graph.graphml`, and `layer.svg`: what cuts into the first layer (into everything where there are no layers)."""
+    """`graph.graphml`, and `layer.svg`: what cuts into the first layer (into everything where there
+    are no layers).
+    """
     import networkx
 
     folder.mkdir(parents=True, exist_ok=True)
     networkx.write_graphml(graph.to_networkx(), folder / "graph.graphml")
     prunable = [group for group in graph.groups if group.prunable]
-    first = min((g for g in prunable if g.layer is not None), key=lambda group: group.layer or 0, default=None)
-    prefix = "" if first is None else first.module[: f"{first.module}.".index(f".{first.layer}.")] + f".{first.layer}."
+    first = min(
+        (g for g in prunable if g.layer is not None),
+        key=lambda group: group.layer or 0,
+        default=None,
+    )
+    prefix = (
+        ""
+        if first is None
+        else first.module[: f"{first.module}.".index(f".{first.layer}.")] + f".{first.layer}."
+    )
     here = [
-        replace(group, members=tuple(member for member in group.members if member.parameter.startswith(prefix)))
+        replace(
+            group,
+            members=tuple(
+                member for member in group.members if member.parameter.startswith(prefix)
+            ),
+        )
         for group in prunable
     ]
     _draw(graph, [group for group in here if group.members], prefix, folder / "layer.svg")
 
 
 def _draw(graph: CouplingGraph, groups: list[CoupledGroup], prefix: str, path: Path) -> None:
-    """Groups on the left, the parameters they cut on the right; solid lines make the units, dashed ones read them."""
+    """Groups on the left, the parameters they cut on the right; solid lines make the units, dashed
+    ones read them.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    parameters = list(dict.fromkeys(member.parameter for group in groups for member in group.members))
+    parameters = list(
+        dict.fromkeys(member.parameter for group in groups for member in group.members)
+    )
     height = max(len(parameters), 2 * len(groups), 2)
     figure, axes = pyplot.subplots(figsize=(10, 0.42 * height + 1), layout="constrained")
     right = {name: height * (1 - (i + 0.5) / len(parameters)) for i, name in enumerate(parameters)}

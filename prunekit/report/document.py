@@ -1,4 +1,6 @@
-"""The report as sections of text, tables, pictures and samples; Markdown and the page only differ in how they look."""
+"""The report as sections of text, tables, pictures and samples; Markdown and the page only differ
+in how they look.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,18 @@ def title(report: Mapping[str, Any]) -> str:
     named = [report["method"]] if report.get("method") else []
     if report["task"] == "prune":
         return ", ".join([*named, removed] if removed else named) or "prune"
-    return f"{report['task']}: " + ", ".join([*named, removed] if removed else [*named, *report["models"][-1:]])
+    return f"{report['task']}: " + ", ".join(
+        [*named, removed] if removed else [*named, *report["models"][-1:]]
+    )
 
 
 def aim(report: Mapping[str, Any]) -> str:
     """What was asked for and what was reached; empty where nothing was pruned."""
     if target := report.get("target"):
         reached = f"{target['achieved']:,g} reached"
-        return f"Target: {target['limit']:,g} {target['measure']} of {target['dense']:,g}; {reached}."
+        return (
+            f"Target: {target['limit']:,g} {target['measure']} of {target['dense']:,g}; {reached}."
+        )
     ratio = report.get("ratio") or {}
     if ratio.get("target") is None:
         return ""
@@ -71,16 +77,28 @@ def document(report: Mapping[str, Any]) -> list[Section]:
     """The sections that the report has figures for, in order."""
     drawn = pictures(report)
     parts: list[tuple[str, list[Block | None]]] = [
-        ("Warnings", [Items(tuple(report.get("warnings") or ())) if report.get("warnings") else None]),
+        (
+            "Warnings",
+            [Items(tuple(report.get("warnings") or ())) if report.get("warnings") else None],
+        ),
         ("Summary", [aim(report), _table(tables.summary(report)), _protocols(report)]),
         ("What was kept", [drawn.get("layers"), _gone(report)]),
-        ("Ratio by layer", [tables.policy_note(units(report)), drawn.get("ratio"), tables.layers(report)]),
+        (
+            "Ratio by layer",
+            [tables.policy_note(units(report)), drawn.get("ratio"), tables.layers(report)],
+        ),
         ("Error by layer", [_explain(drawn), drawn.get("error"), tables.errors(report)]),
-        ("Recovery", [_recovery(report), drawn.get("curve"), tables.curve(report), tables.settings(report)]),
+        (
+            "Recovery",
+            [_recovery(report), drawn.get("curve"), tables.curve(report), tables.settings(report)],
+        ),
         ("Tasks", [drawn.get("tasks"), *tables.tasks(report)]),
         ("Samples", [*_samples(report)]),
         ("Cost", [tables.modules(report), tables.stages(report)]),
-        ("To repeat it", [Code(report["command"]) if report.get("command") else None, _versions(report)]),
+        (
+            "To repeat it",
+            [Code(report["command"]) if report.get("command") else None, _versions(report)],
+        ),
     ]
     kept = [(name, tuple(block for block in blocks if block)) for name, blocks in parts]
     return [Section(title=name, blocks=blocks) for name, blocks in kept if blocks]
@@ -108,9 +126,13 @@ def _explain(drawn: Mapping[str, Picture]) -> str:
 def _protocols(report: Mapping[str, Any]) -> Items | None:
     """How the summary's figures were measured."""
     named = [
-        (f"Perplexity, {name}", values.get("protocol")) for name, values in (report.get("perplexity") or {}).items()
+        (f"Perplexity, {name}", values.get("protocol"))
+        for name, values in (report.get("perplexity") or {}).items()
     ]
-    named += [("MACs", report.get("macs_protocol")), ("Speed", (report.get("latency") or {}).get("protocol"))]
+    named += [
+        ("MACs", report.get("macs_protocol")),
+        ("Speed", (report.get("latency") or {}).get("protocol")),
+    ]
     lines = tuple(f"{name}: {protocol.rstrip('.')}." for name, protocol in named if protocol)
     return Items(lines) if lines else None
 
@@ -131,7 +153,9 @@ def _samples(report: Mapping[str, Any]) -> list[Block | None]:
         Sample(
             prompt=words.plain(sample["prompt"]),
             mode=words.plain(sample.get("mode", "")),
-            answers={c: words.plain(sample[c]) for c in report["models"] if sample.get(c) is not None},
+            answers={
+                c: words.plain(sample[c]) for c in report["models"] if sample.get(c) is not None
+            },
         )
         for sample in report.get("samples") or []
     ]

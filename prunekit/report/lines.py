@@ -1,4 +1,6 @@
-"""The figures of lines, in matplotlib; nothing is told by colour alone, but by panels, markers and line styles."""
+"""The figures of lines, in matplotlib; nothing is told by colour alone, but by panels, markers and
+line styles.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,27 @@ def ratios(entries: Sequence[Units]) -> Figure:
     size = 5 if limits[1] - limits[0] < 40 else 3.5
     for panel, (kind, own) in zip(panels, kinds.items(), strict=True):
         places = [i if e.index is None else e.index for i, e in enumerate(own)]
-        planned = [(x, 100 * e.planned) for x, e in zip(places, own, strict=True) if e.planned is not None]
+        planned = [
+            (x, 100 * e.planned) for x, e in zip(places, own, strict=True) if e.planned is not None
+        ]
         if planned:
-            panel.plot(*zip(*planned, strict=True), "--", color=LIGHT["soft"], linewidth=1.6, label="policy")
+            panel.plot(
+                *zip(*planned, strict=True),
+                "--",
+                color=LIGHT["soft"],
+                linewidth=1.6,
+                label="policy",
+            )
         removed = [100 * e.removed for e in own]
-        panel.plot(places, removed, "o", color=LIGHT["pruned"], markersize=size, clip_on=False, label="removed")
+        panel.plot(
+            places,
+            removed,
+            "o",
+            color=LIGHT["pruned"],
+            markersize=size,
+            clip_on=False,
+            label="removed",
+        )
         panel.set_title(words.shorten(kind, 30))
         percent_axes(panel, limits, min(103.0, 1.12 * top) or 1)
     panels[-1].set_xlabel("layer" if by_kind(entries) else "group, in order")
@@ -49,7 +67,11 @@ def errors(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Figure:
     for column in columns:
         points = [(row["index"], row[column]) for row in rows if row.get(column) is not None]
         _line(panel, points, column, place(column, columns))
-    panel.set(xlabel="layer", ylabel="relative squared error", xlim=(rows[0]["index"] - 0.6, rows[-1]["index"] + 0.6))
+    panel.set(
+        xlabel="layer",
+        ylabel="relative squared error",
+        xlim=(rows[0]["index"] - 0.6, rows[-1]["index"] + 0.6),
+    )
     panel.grid(axis="y")
     panel.tick_params(length=0)
     if not _logarithmic(panel, values):
@@ -59,15 +81,28 @@ def errors(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Figure:
     return figure
 
 
-def _line(panel: Axes, points: Sequence[tuple[float, float]], name: str, look: int, markers: int = 40) -> None:
+def _line(
+    panel: Axes, points: Sequence[tuple[float, float]], name: str, look: int, markers: int = 40
+) -> None:
     every = max(1, len(points) // markers)
     xs, ys = zip(*points, strict=True)
     colour, style = LIGHT[SERIES[look]], STYLES[look]
-    panel.plot(xs, ys, linestyle=style, marker=MARKERS[look], markevery=every, color=colour, markersize=4.5, label=name)
+    panel.plot(
+        xs,
+        ys,
+        linestyle=style,
+        marker=MARKERS[look],
+        markevery=every,
+        color=colour,
+        markersize=4.5,
+        label=name,
+    )
 
 
 def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
-    """Where the values span more than a decade and a half, a logarithmic scale with ticks 1, 3, 10 or by decades."""
+    """Where the values span more than a decade and a half, a logarithmic scale with ticks 1, 3, 10
+    or by decades.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -83,19 +118,29 @@ def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
 def corpora(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The corpora a curve has perplexities on."""
     measured = [row.get("perplexity") or {} for row in rows]
-    return list(dict.fromkeys(name for values in measured for name, value in values.items() if value is not None))
+    return list(
+        dict.fromkeys(
+            name for values in measured for name, value in values.items() if value is not None
+        )
+    )
 
 
 def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     """Losses above, perplexities below, over the steps; the step that was kept is marked."""
-    losses = {"training": (_points(rows, "loss"), 0), "validation": (_points(rows, "validation_loss"), _LOOKS[0])}
+    losses = {
+        "training": (_points(rows, "loss"), 0),
+        "validation": (_points(rows, "validation_loss"), _LOOKS[0]),
+    }
     losses = {name: line for name, line in losses.items() if line[0]}
     names = corpora(rows)
     scores = {
-        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 5]) for i, c in enumerate(names)
+        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 5])
+        for i, c in enumerate(names)
     }
     parts = [(what, lines) for what, lines in (("loss", losses), ("perplexity", scores)) if lines]
-    figure, panels = new_figure([1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for _, lines in parts], 0.2, True)
+    figure, panels = new_figure(
+        [1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for _, lines in parts], 0.2, True
+    )
     for panel, (what, lines) in zip(panels, parts, strict=True):
         for name, (points, look) in lines.items():
             _line(panel, points, words.shorten(name, 40), look, markers=25)

@@ -1,4 +1,6 @@
-"""`report.html`: one file that loads nothing, with its pictures inside, light or dark as the reader prefers."""
+"""`report.html`: one file that loads nothing, with its pictures inside, light or dark as the reader
+prefers.
+"""
 
 from __future__ import annotations
 
@@ -67,16 +69,25 @@ def _text(text: str) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(
-        _cell(cell, i < table.left, 'th scope="col"') if cell else "<td></td>" for i, cell in enumerate(table.header)
+        _cell(cell, i < table.left, 'th scope="col"') if cell else "<td></td>"
+        for i, cell in enumerate(table.header)
     )
     tag = '<table class="strong">' if table.strong else "<table>"
-    lines = [f"{tag}<caption>{_text(table.caption)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    lines = [
+        f"{tag}<caption>{_text(table.caption)}</caption>",
+        f"<thead><tr>{head}</tr></thead>",
+        "<tbody>",
+    ]
     for first, *others in table.rows:
         cells = "".join(_cell(cell, i < table.left, "td") for i, cell in enumerate(others, 1))
         name = _cell(first, True, 'th scope="row"').replace("_", "_<wbr>")
         lines.append(f"<tr>{name}{cells}</tr>")
     wide = '<div class="wide" tabindex="0">' + "\n".join([*lines, "</tbody></table></div>"])
-    return f"<details><summary>{_text(table.caption)}</summary>{wide}</details>" if table.folded else wide
+    return (
+        f"<details><summary>{_text(table.caption)}</summary>{wide}</details>"
+        if table.folded
+        else wide
+    )
 
 
 def _cell(text: str, words_: bool, tag: str) -> str:
@@ -86,7 +97,9 @@ def _cell(text: str, words_: bool, tag: str) -> str:
 
 def _sample(sample: Sample) -> str:
     mode = f" <small>{_text(sample.mode)}</small>" if sample.mode else ""
-    parts = [f'<article><h3>Prompt{mode}</h3>\n<div class="text prompt" dir="auto">{_text(sample.prompt)}</div>\n<dl>']
+    parts = [
+        f'<article><h3>Prompt{mode}</h3>\n<div class="text prompt" dir="auto">{_text(sample.prompt)}</div>\n<dl>'
+    ]
     for column, answer in sample.answers.items():
         parts.append(f'<dt>{_text(column)}</dt><dd class="text" dir="auto">{_text(answer)}</dd>')
     return "\n".join([*parts, "</dl></article>"])

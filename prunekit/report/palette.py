@@ -1,4 +1,6 @@
-"""The reports' colours, light and dark: after Okabe and Ito's set, which the colour-blind can tell apart."""
+"""The reports' colours, light and dark: after Okabe and Ito's set, which the colour-blind can tell
+apart.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,20 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 
 
 def place(column: str, columns: list[str]) -> int:
-    """Which colour, hatch, marker and line style a column takes: a model's are the same in every report."""
-    return SERIES.index(column) if column in SERIES[:3] else 1 + columns.index(column) % (len(SERIES) - 1)
+    """Which colour, hatch, marker and line style a column takes: a model's are the same in every
+    report.
+    """
+    return (
+        SERIES.index(column)
+        if column in SERIES[:3]
+        else 1 + columns.index(column) % (len(SERIES) - 1)
+    )
 
 
 def variables(selector: str) -> str:
     """CSS that sets `--ink` and so on for a selector, by the reader's preference."""
-    light, dark = ("".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
+    light, dark = (
+        "".join(f"--{name}:{value};" for name, value in colours.items())
+        for colours in (LIGHT, DARK)
+    )
     return f"{selector}{{{light}}}\n@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}\n"

@@ -1,4 +1,6 @@
-"""What the figures share: panels under each other, axes of layers and of shares, a legend that covers nothing."""
+"""What the figures share: panels under each other, axes of layers and of shares, a legend that
+covers nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _WIDTH = 6.2  # inches of 72 units
 NAMED = 12  # bars up to which each gets words of its own
 
 
-def new_figure(heights: Sequence[float], extra: float = 0.0, sharex: bool = False) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    heights: Sequence[float], extra: float = 0.0, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of panels under each other, of these heights in inches."""
     from matplotlib.figure import Figure
 
@@ -46,7 +50,12 @@ def legend(panel: Axes) -> None:
     """Above the panel, on the right; in several lines where the names are long."""
     handles, labels = panel.get_legend_handles_labels()
     panel.legend(
-        handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=legend_columns(labels), handlelength=2.6
+        handles,
+        labels,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=legend_columns(labels),
+        handlelength=2.6,
     )
 
 

@@ -1,4 +1,6 @@
-"""Matplotlib's SVG made fit for a page: colours become CSS variables, text stays text, ids are the picture's own."""
+"""Matplotlib's SVG made fit for a page: colours become CSS variables, text stays text, ids are the
+picture's own.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ STYLE: dict[str, Any] = {
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """A figure drawn under `STYLE` as one `<svg role="img">`; `name` begins its ids, `label` says what it shows."""
+    """A figure drawn under `STYLE` as one `<svg role="img">`; `name` begins its ids, `label` says
+    what it shows.
+    """
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs missing from the font that only measures
@@ -53,7 +57,12 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     for element in root.iter():
         _clean(element)
     box = root.attrib["viewBox"]
-    root.attrib = {"viewBox": box, "role": "img", "aria-label": words.plain(label), "style": "stroke-linejoin:round"}
+    root.attrib = {
+        "viewBox": box,
+        "role": "img",
+        "aria-label": words.plain(label),
+        "style": "stroke-linejoin:round",
+    }
     _unnest(root)
     ElementTree.register_namespace("", _SVG)
     return ElementTree.tostring(root, encoding="unicode")
@@ -96,7 +105,9 @@ def _clean(element: ElementTree.Element) -> None:
     for key in ("d", "x", "y", "width", "height", "points", "transform"):
         if key in element.attrib:
             value = " ".join(element.attrib[key].split())
-            element.set(key, _NUMBERS.sub(lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), value))
+            element.set(
+                key, _NUMBERS.sub(lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), value)
+            )
     if tag != "text":
         element.text = None
     element.tail = None

@@ -1,4 +1,6 @@
-"""What the tasks' entries say: which are members of a group, which are shares, how a score is written."""
+"""What the tasks' entries say: which are members of a group, which are shares, how a score is
+written.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def members(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def is_share(task: Mapping[str, Any], columns: Sequence[str]) -> bool:
-    """Whether the scores lie in [0, 1]; accuracies do, perplexities and scores out of a hundred don't."""
+    """Whether the scores lie in [0, 1]; accuracies do, perplexities and scores out of a hundred
+    don't.
+    """
     values = [task[column]["value"] for column in columns if column in task]
     return bool(values) and all(0 <= value <= 1 for value in values)
 
@@ -34,11 +38,19 @@ def score(task: Mapping[str, Any], column: str, share: bool) -> str:
         return words.NONE
     value, error = task[column]["value"], task[column].get("stderr")
     text = words.percent(value) if share else words.decimal(value)
-    return text if error is None else f"{text} ± {100 * error:.1f}" if share else f"{text} ± {words.decimal(error)}"
+    return (
+        text
+        if error is None
+        else f"{text} ± {100 * error:.1f}"
+        if share
+        else f"{text} ± {words.decimal(error)}"
+    )
 
 
 def difference(task: Mapping[str, Any], columns: Sequence[str], share: bool) -> str:
-    """The last column against the first: in points where the scores are shares, in percent otherwise."""
+    """The last column against the first: in points where the scores are shares, in percent
+    otherwise.
+    """
     first, last = (task.get(column, {}).get("value") for column in (columns[0], columns[-1]))
     if not share or first is None or last is None:
         return words.change(first, last)

@@ -16,7 +16,9 @@ _LENGTH = 240  # characters of a sample
 
 
 def print_summary(report: Mapping[str, Any], folder: Path) -> None:
-    """The summary's table, warnings, the two lines that load `folder`/model, samples cut short, the files."""
+    """The summary's table, warnings, the two lines that load `folder`/model, samples cut short, the
+    files.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -36,10 +38,23 @@ def print_summary(report: Mapping[str, Any], folder: Path) -> None:
 def _lines(report: Mapping[str, Any], folder: Path) -> list[str]:
     lines = [f"warning: {words.shorten(warning, 400)}" for warning in report.get("warnings") or []]
     if (folder / "model").exists():
-        lines.append(f"import prunekit\nmodel = prunekit.from_pretrained({str(folder / 'model')!r})")
-    samples = [block for section in document(report) for block in section.blocks if isinstance(block, Sample)]
+        lines.append(
+            f"import prunekit\nmodel = prunekit.from_pretrained({str(folder / 'model')!r})"
+        )
+    samples = [
+        block
+        for section in document(report)
+        for block in section.blocks
+        if isinstance(block, Sample)
+    ]
     for sample in samples[:_SAMPLES]:
-        lines.append(f"\n> {words.shorten(sample.prompt, _LENGTH)}" + (f"  ({sample.mode})" if sample.mode else ""))
-        lines += [f"{column}: {words.shorten(answer, _LENGTH)}" for column, answer in sample.answers.items()]
+        lines.append(
+            f"\n> {words.shorten(sample.prompt, _LENGTH)}"
+            + (f"  ({sample.mode})" if sample.mode else "")
+        )
+        lines += [
+            f"{column}: {words.shorten(answer, _LENGTH)}"
+            for column, answer in sample.answers.items()
+        ]
     there = [f"{name}/" if name == "model" else name for name in _FILES if (folder / name).exists()]
     return [*lines, f"\n{folder}: {', '.join(there)}"] if there else lines

@@ -1,4 +1,6 @@
-"""What was kept, series by series: a kind of group over the layers; groups outside of layers by name."""
+"""What was kept, series by series: a kind of group over the layers; groups outside of layers by
+name.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """Kept and total units of one kind in a layer (`index`), or of one group outside of them (None).
+    """Kept and total units of one kind in a layer (`index`), or of one group outside of them
+    (None).
 
     `planned` is the policy's share, scaled as below; None where the report has none.
     """
@@ -35,15 +38,18 @@ class Units:
 def units(report: Mapping[str, Any]) -> list[Units]:
     """Every entry of `layers`.
 
-    A policy's shares count only as proportions, the budget scales them; here they are scaled by the median of
-    removed / share, which is that scale wherever no limit cut a group's share short.
+    A policy's shares count only as proportions, the budget scales them; here they are scaled by the
+    median of removed / share, which is that scale wherever no limit cut a group's share short.
     """
     shares = (report.get("policy") or {}).get("shares") or {}
     found = []
     for row in report.get("layers") or []:
         kinds = [kind for kind in row if kind != "index"]
         planned = _planned(shares, row["index"], kinds)
-        found += [(Units(index=row["index"], kind=kind, **_counts(row[kind])), planned.get(kind)) for kind in kinds]
+        found += [
+            (Units(index=row["index"], kind=kind, **_counts(row[kind])), planned.get(kind))
+            for kind in kinds
+        ]
     scales = [entry.removed / share for entry, share in found if share]
     scale = statistics.median(scales) if scales else 1.0
     return [
@@ -56,8 +62,12 @@ def _counts(entry: Mapping[str, Any]) -> dict[str, int]:
     return {"kept": entry["kept"], "total": entry["total"]}
 
 
-def _planned(shares: Mapping[str, float], index: int | None, kinds: Sequence[str]) -> dict[str, float]:
-    """Kind → share: a layer's groups and its kinds come in one order; several groups of a kind must agree."""
+def _planned(
+    shares: Mapping[str, float], index: int | None, kinds: Sequence[str]
+) -> dict[str, float]:
+    """Kind → share: a layer's groups and its kinds come in one order; several groups of a kind must
+    agree.
+    """
     if index is None:
         return {kind: shares[kind] for kind in kinds if kind in shares}
     own = [share for name, share in shares.items() if _layer(name) == index]

@@ -8,8 +8,12 @@ NONE = "–"
 
 
 def plain(text: object) -> str:
-    """Text without control characters (a generated escape sequence would reach the terminal) or lone surrogates."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in str(text))
+    """Text without control characters (a generated escape sequence would reach the terminal) or
+    lone surrogates.
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in str(text)
+    )
 
 
 def count(value: float | None) -> str:
@@ -59,7 +63,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 120
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def change(first: float | None, last: float | None) -> str:

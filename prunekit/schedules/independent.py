@@ -1,7 +1,9 @@
-"""The ablation of LLM-Pruner's table 6: each matrix loses the units that matter least to itself, dependencies ignored.
+"""The ablation of LLM-Pruner's table 6: each matrix loses the units that matter least to itself,
+dependencies ignored.
 
-Every structure of a group keeps as many units as the group's plan says, but its own choice of them: their slices are
-moved to where the plan keeps units, so that an ordinary cut follows. Shapes fit, meanings don't.
+Every structure of a group keeps as many units as the group's plan says, but its own choice of them:
+their slices are moved to where the plan keeps units, so that an ordinary cut follows. Shapes fit,
+meanings don't.
 """
 
 from collections import defaultdict
@@ -15,9 +17,13 @@ from prunekit.graph import CoupledGroup, CouplingGraph, Member
 
 
 def scatter(
-    model: nn.Module, graph: CouplingGraph, structures: Mapping[str, Tensor], removed: Mapping[str, list[int]]
+    model: nn.Module,
+    graph: CouplingGraph,
+    structures: Mapping[str, Tensor],
+    removed: Mapping[str, list[int]],
 ) -> None:
-    """Permute the groups' members in place, given the scores [structures, num_units] of each structure.
+    """Permute the groups' members in place, given the scores [structures, num_units] of each
+    structure.
 
     Raises:
         ConfigError: an importance that doesn't score every structure of a group.
@@ -37,12 +43,18 @@ def scatter(
 
 
 def _structures(graph: CouplingGraph, group: CoupledGroup) -> list[list[Member]]:
-    """The members that are scored together: a matrix along one dim, the vectors of its module with it."""
+    """The members that are scored together: a matrix along one dim, the vectors of its module with
+    it.
+    """
     members = [m for m in group.members if m.parameter not in graph.buffers]
     found: dict[tuple[str, int], list[Member]] = defaultdict(list)
     for member in sorted(members, key=lambda m: len(graph.shapes[m.parameter]) == 1):
         module = member.parameter.rpartition(".")[0]
-        beside = [place for place in found if place[0].rpartition(".")[0] == module and place[1] == member.dim]
+        beside = [
+            place
+            for place in found
+            if place[0].rpartition(".")[0] == module and place[1] == member.dim
+        ]
         alone = len(graph.shapes[member.parameter]) > 1 or not beside
         found[(member.parameter, member.dim) if alone else beside[0]].append(member)
     return list(found.values())

@@ -1,7 +1,8 @@
-"""What a layer-wise run has finished, on disk: a run that was killed goes on from there, bit for bit the same.
+"""What a layer-wise run has finished, on disk: a run that was killed goes on from there, bit for
+bit the same.
 
-One safetensors file per group, with the units removed and the consumers' repaired weights; `state.json` says what the
-run was asked for. Every file is written beside its place and renamed.
+One safetensors file per group, with the units removed and the consumers' repaired weights;
+`state.json` says what the run was asked for. Every file is written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-from prunekit.compensation.consumers import Consumer
+from prunekit.calibration.consumers import Consumer
 from prunekit.errors import CheckpointError
-from prunekit.parallel import rank
+from prunekit.runtime.processes import rank
 
 _HINT = "remove the folder, or choose another output_dir, to start anew"
 
@@ -31,17 +32,21 @@ class State:
         resume: whether to go on with what is there.
 
     Raises:
-        CheckpointError: the folder holds other things, or a state and `resume` is not asked for, or one with other
-            facts; damage.
+        CheckpointError: the folder holds other things, or a state and `resume` is not asked for, or
+            one with other facts; damage.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, self.facts = folder, json.loads(json.dumps(facts))
         self.there = there = (folder / "state.json").exists()
         if not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder}: expected a new folder or the state of an unfinished run")
+            raise CheckpointError(
+                f"{folder}: expected a new folder or the state of an unfinished run"
+            )
         if there and not resume:
-            raise CheckpointError(f"{folder}: holds an unfinished run: resume=true goes on with it; {_HINT}")
+            raise CheckpointError(
+                f"{folder}: holds an unfinished run: resume=true goes on with it; {_HINT}"
+            )
         if there:
             self._compare()
         self.finished = {path.stem for path in folder.glob("*.safetensors")} if there else set()
@@ -51,7 +56,9 @@ class State:
         for key in sorted({*before, *self.facts}):
             if before.get(key) != self.facts.get(key):
                 made, now = before.get(key), self.facts.get(key)
-                raise CheckpointError(f"resume: {self.folder} was made with {key}={made}, this run has {now}; {_HINT}")
+                raise CheckpointError(
+                    f"resume: {self.folder} was made with {key}={made}, this run has {now}; {_HINT}"
+                )
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -70,7 +77,9 @@ class State:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A small JSON object that is computed once: the counts, or the units chosen at the beginning."""
+        """A small JSON object that is computed once: the counts, or the units chosen at the
+        beginning.
+        """
         path = self.folder / f"{name}.json"
         if path.exists():
             return self._read(path)
@@ -105,7 +114,9 @@ class State:
                     consumer.set_bias(bias)
             return [int(unit) for unit in tensors["removed"]]
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: damaged: {str(error).splitlines()[0]}; {_HINT}") from error
+            raise CheckpointError(
+                f"{path}: damaged: {str(error).splitlines()[0]}; {_HINT}"
+            ) from error
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
         """Atomically; only the first of several processes does."""
@@ -116,14 +127,19 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
             facts = self.folder / "state.json"
             if not facts.exists() and path != facts:
-                self._write(facts, lambda target: target.write_text(json.dumps(self.facts), encoding="utf-8"))
+                self._write(
+                    facts,
+                    lambda target: target.write_text(json.dumps(self.facts), encoding="utf-8"),
+                )
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except Exception as error:  # safetensors wraps the system's
             temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"{path}: can't be written: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(
+                f"{path}: can't be written: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _stored_once(consumers: Sequence[Consumer]) -> list[Consumer]:

@@ -45,7 +45,9 @@ def test_a_fresh_process_gives_the_same_logits_bit_for_bit(tmp_path):
         logits, generated = torch.load(tmp_path / f"out{name}", weights_only=True)
         with torch.no_grad():
             assert torch.equal(logits, model(input_ids=ids).logits)
-        assert torch.equal(generated, model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False))
+        assert torch.equal(
+            generated, model.generate(ids[:1, :4], max_new_tokens=6, do_sample=False)
+        )
         per_layer = json.loads((tmp_path / name / "config.json").read_text())["per_layer_config"]
         widths = {values["intermediate_size"] for values in per_layer.values()}
         assert len(widths) > 1, "layers of different widths are the normal case"
@@ -65,7 +67,9 @@ def test_a_loaded_model_can_be_pruned_and_saved_again(tmp_path):
 
 
 def tied_like(left, right):
-    return [tuple(p.shape) for p in left.parameters()] == [tuple(p.shape) for p in right.parameters()]
+    return [tuple(p.shape) for p in left.parameters()] == [
+        tuple(p.shape) for p in right.parameters()
+    ]
 
 
 def test_a_uniformly_pruned_model_is_an_ordinary_one(tmp_path):
@@ -73,7 +77,9 @@ def test_a_uniformly_pruned_model_is_an_ordinary_one(tmp_path):
 
     model = tiny_llama(8)
     graph = prunekit.trace(model, {"input_ids": token_ids(), "use_cache": False})
-    removed = {f"layers.{i}.mlp": [i, i + 5] for i in range(3)} | {f"layers.{i}.self_attn": [2, 7] for i in range(3)}
+    removed = {f"layers.{i}.mlp": [i, i + 5] for i in range(3)} | {
+        f"layers.{i}.self_attn": [2, 7] for i in range(3)
+    }
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -97,7 +103,10 @@ def test_sharded_and_other_dtype(tmp_path):
     index = {"weight_map": {name: file for file, own in shards.items() for name in own}}
     (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps(index))
     ids = token_ids()
-    assert torch.equal(prunekit.from_pretrained(tmp_path / "whole")(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert torch.equal(
+        prunekit.from_pretrained(tmp_path / "whole")(input_ids=ids).logits,
+        model(input_ids=ids).logits,
+    )
     half = prunekit.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -155,7 +164,9 @@ def one_row_less(content):
     from safetensors.torch import load, save
 
     tensors = load(content)
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][1:].contiguous()
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][
+        1:
+    ].contiguous()
     return save(tensors)
 
 
@@ -169,10 +180,18 @@ def one_row_less(content):
             "not as it was saved",
         ),
         ("model.safetensors", lambda b: None, "model.safetensors is missing"),
-        ("model.safetensors", lambda b: b[: len(b) // 2], "model.safetensors is not as it was saved"),
+        (
+            "model.safetensors",
+            lambda b: b[: len(b) // 2],
+            "model.safetensors is not as it was saved",
+        ),
         ("model.safetensors", one_row_less, "model.safetensors is not as it was saved"),
         ("prunekit.json", lambda b: b[:10], "damaged"),
-        ("prunekit.json", lambda b: b.replace(b'"format": 1', b'"format": 2'), "expected format 1, got 2"),
+        (
+            "prunekit.json",
+            lambda b: b.replace(b'"format": 1', b'"format": 2'),
+            "expected format 1, got 2",
+        ),
     ],
 )
 def test_damaged_folders(folder, tmp_path, file, change, match):
@@ -212,12 +231,17 @@ def test_the_tokenizer_of_a_pruned_folder(tmp_path):
 
     tokenizer = load_tokenizer(DEMO_MODEL)
     prunekit.save_pretrained(pruned(), tmp_path / "model", tokenizer)
-    assert load_tokenizer(tmp_path / "model")("import os")["input_ids"] == tokenizer("import os")["input_ids"]
+    assert (
+        load_tokenizer(tmp_path / "model")("import os")["input_ids"]
+        == tokenizer("import os")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_pruning_again_down_to_one_key_value_head(tmp_path, kv_heads):
-    """Once a layer has one KV head its units are query heads: sizes and bits must still be right after a reload."""
+    """Once a layer has one KV head its units are query heads: sizes and bits must still be right
+    after a reload.
+    """
     model = tiny_llama(kv_heads, layers=2)
     for step, ratio in enumerate((0.3, 0.15, 0.1)):
         prunekit.prune(model, ratio=ratio, method="magnitude", calibration=token_ids(4, 12))
@@ -225,16 +249,26 @@ def test_pruning_again_down_to_one_key_value_head(tmp_path, kv_heads):
         again = prunekit.from_pretrained(tmp_path / str(step))
         assert torch.equal(again(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
         for layer in range(2):
-            attention, own = again.model.layers[layer].self_attn, again.config.per_layer_config[layer]
+            attention, own = (
+                again.model.layers[layer].self_attn,
+                again.config.per_layer_config[layer],
+            )
             assert attention.q_proj.out_features == 6 * own.num_attention_heads
             assert attention.k_proj.out_features == 6 * own.num_key_value_heads
-            assert attention.num_key_value_groups == own.num_attention_heads // own.num_key_value_heads
-            assert model.model.layers[layer].self_attn.num_key_value_groups == attention.num_key_value_groups
+            assert (
+                attention.num_key_value_groups == own.num_attention_heads // own.num_key_value_heads
+            )
+            assert (
+                model.model.layers[layer].self_attn.num_key_value_groups
+                == attention.num_key_value_groups
+            )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    position=st.integers(0, 1200), byte=st.integers(0, 255), file=st.sampled_from(["config.json", "model.safetensors"])
+    position=st.integers(0, 1200),
+    byte=st.integers(0, 255),
+    file=st.sampled_from(["config.json", "model.safetensors"]),
 )
 def test_any_damaged_byte_is_a_clean_error_or_loads(folder, tmp_path_factory, position, byte, file):
     def change(content):
@@ -259,19 +293,27 @@ def test_a_model_turned_into_half_precision_is_saved(tmp_path, dtype):
     model = pruned().to(dtype)
     prunekit.save_pretrained(model, tmp_path / "model")
     again = prunekit.from_pretrained(tmp_path / "model")
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 def test_a_width_that_the_heads_do_not_divide_is_loaded(tmp_path):
     model = tiny_llama(layers=2)
     prunekit.prune(
-        model, ratio=0.2, method="llm_pruner", calibration=token_ids(), overrides=["groups=channel", "policy=uniform"]
+        model,
+        ratio=0.2,
+        method="llm_pruner",
+        calibration=token_ids(),
+        overrides=["groups=channel", "policy=uniform"],
     )
     assert model.config.hidden_size % model.config.num_attention_heads
     prunekit.save_pretrained(model, tmp_path / "model")
     ids = token_ids(2, 5)
     with torch.no_grad():
-        assert torch.equal(prunekit.from_pretrained(tmp_path / "model")(ids).logits, model(ids).logits)
+        assert torch.equal(
+            prunekit.from_pretrained(tmp_path / "model")(ids).logits, model(ids).logits
+        )
 
 
 def test_a_bias_that_its_class_lacks_is_loaded(tmp_path):

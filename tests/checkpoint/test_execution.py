@@ -39,11 +39,15 @@ def bases(tmp_path_factory):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
 
 
 def evil(base, folder, model_type=None):
-    """A folder that would write a marker where anything of it is run: code, pickles, a tokenizer's code."""
+    """A folder that would write a marker where anything of it is run: code, pickles, a tokenizer's
+    code.
+    """
     shutil.copytree(base, folder)
     (folder / "prunekit.json").unlink()
     marker = folder / "marker"
@@ -52,7 +56,9 @@ def evil(base, folder, model_type=None):
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     unknown = {"tokenizer_class": "Fast"} if model_type else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | unknown | {"auto_map": ALL}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | unknown | {"auto_map": ALL})
+    )
     code = EVIL.format(marker=str(marker))
     kind = model_type or "llama"
     names = {"config": "LlamaConfig", "model": "LlamaForCausalLM", "kind": kind}
@@ -129,7 +135,9 @@ def test_attention_that_lies_elsewhere_needs_trust(bases, tmp_path):
         text = json.dumps(config | {"attn_implementation": "someone/kernel"})
         (tmp_path / base / "config.json").write_text(text)
         for load in (prunekit.from_pretrained, open_streamed, load_tokenizer):
-            with pytest.raises(CheckpointError, match="is code from elsewhere: needs trust_remote_code"):
+            with pytest.raises(
+                CheckpointError, match="is code from elsewhere: needs trust_remote_code"
+            ):
                 load(tmp_path / base)
 
 
@@ -148,6 +156,8 @@ def test_registered_classes_run_nothing(bases, tmp_path):
     markers = [evil(bases / base, tmp_path / base) for base in ("dense", "pruned")]
     run = [sys.executable, "-c", REGISTERED, "dense", "pruned"]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        run, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert not done.returncode, done.stderr[-2000:]
     assert not any(marker.exists() for marker in markers)

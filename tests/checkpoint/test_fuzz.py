@@ -1,4 +1,6 @@
-"""Damaged folders and plans: a model that works or one line that says what is wrong, soon and without much memory."""
+"""Damaged folders and plans: a model that works or one line that says what is wrong, soon and
+without much memory.
+"""
 
 import hashlib
 import json
@@ -54,13 +56,21 @@ def split(folder):
     (folder / "model.safetensors").unlink()
     places = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(places.values()):
-        save_file({n: t for n, t in tensors.items() if places[n] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {n: t for n, t in tensors.items() if places[n] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def rewrite(folder):
     """A manifest that agrees with whatever is there."""
-    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != "prunekit.json"}
+    sums = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name != "prunekit.json"
+    }
     (folder / "prunekit.json").write_text(json.dumps({"format": 1, "sha256": sums}))
 
 
@@ -105,11 +115,20 @@ def changed(config, draw):
     if isinstance(config.get(name), dict) and draw(st.booleans()):
         return config | {name: changed(config[name], draw)} if config[name] else config
     how = draw(st.sampled_from(["drop", "set", "set", "set"]))
-    return {k: v for k, v in config.items() if k != name} if how == "drop" else config | {name: draw(JUNK)}
+    return (
+        {k: v for k, v in config.items() if k != name}
+        if how == "drop"
+        else config | {name: draw(JUNK)}
+    )
 
 
 @FEW
-@given(data=st.data(), base=st.sampled_from(["pruned", "dense"]), streamed=st.booleans(), manifest=st.booleans())
+@given(
+    data=st.data(),
+    base=st.sampled_from(["pruned", "dense"]),
+    streamed=st.booleans(),
+    manifest=st.booleans(),
+)
 def test_a_config_that_says_something_else(bases, data, base, streamed, manifest):
     folder = copied(bases, base)
     config = changed(json.loads((folder / "config.json").read_text()), data.draw)
@@ -144,12 +163,22 @@ def test_sizes_out_of_all_proportion(bases, base, values, streamed):
     assert not fits or allowed
 
 
-FILES = ["config.json", "generation_config.json", "prunekit.json", INDEX, "model.safetensors", "model-0.safetensors"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "prunekit.json",
+    INDEX,
+    "model.safetensors",
+    "model-0.safetensors",
+]
 
 
 @FEW
 @given(
-    data=st.data(), file=st.sampled_from(FILES), streamed=st.booleans(), manifest=st.sampled_from(["", "new", "old"])
+    data=st.data(),
+    file=st.sampled_from(FILES),
+    streamed=st.booleans(),
+    manifest=st.sampled_from(["", "new", "old"]),
 )
 def test_bytes_that_flipped(bases, data, file, streamed, manifest):
     folder = copied(bases, "sharded" if (bases / "sharded" / file).exists() else "pruned")
@@ -157,9 +186,13 @@ def test_bytes_that_flipped(bases, data, file, streamed, manifest):
     position = data.draw(st.integers(0, min(len(before), 3000) - 1))
     how = data.draw(st.sampled_from(["flip", "cut", "insert", "nest"]))
     after = {
-        "flip": before[:position] + bytes([before[position] ^ data.draw(st.integers(1, 255))]) + before[position + 1 :],
+        "flip": before[:position]
+        + bytes([before[position] ^ data.draw(st.integers(1, 255))])
+        + before[position + 1 :],
         "cut": before[:position],
-        "insert": before[:position] + data.draw(st.binary(min_size=1, max_size=9)) + before[position:],
+        "insert": before[:position]
+        + data.draw(st.binary(min_size=1, max_size=9))
+        + before[position:],
         "nest": b"[" * 50_000,
     }[how]
     (folder / file).write_bytes(after)
@@ -193,7 +226,9 @@ def test_a_header_that_says_something_else(bases, data, base, streamed):
         numbers = st.lists(st.sampled_from([0, 1, 4, 48, 10**9, 2**62, -1]), max_size=4)
         entries[name][key] = data.draw(st.one_of(JUNK, dtypes, numbers))
     text = json.dumps(entries).encode()
-    length = data.draw(st.sampled_from([len(text), len(text), len(text), 0, 7, len(text) + 1, 2**40, 2**64 - 1]))
+    length = data.draw(
+        st.sampled_from([len(text), len(text), len(text), 0, 7, len(text) + 1, 2**40, 2**64 - 1])
+    )
     path.write_bytes(struct.pack("<Q", length) + text + rest)
     survives(folder, streamed)
 
@@ -211,19 +246,26 @@ def test_a_plan_that_says_something_else(tmp_path_factory, data):
         content[data.draw(st.sampled_from(["format", "fingerprint", "removed"]))] = data.draw(JUNK)
     text = json.dumps(content).encode()
     cut = data.draw(st.integers(0, len(text)))
-    path.write_bytes(text[:cut] + data.draw(st.binary(max_size=3)) + text[cut:] if how == "bytes" else text)
+    path.write_bytes(
+        text[:cut] + data.draw(st.binary(max_size=3)) + text[cut:] if how == "bytes" else text
+    )
     try:
         found = prunekit.PruningPlan.load(path)
     except TraceError as error:
         assert "\n" not in str(error)
     else:
-        assert all(type(unit) is int and unit >= 0 for units in found.removed.values() for unit in units)
+        assert all(
+            type(unit) is int and unit >= 0 for units in found.removed.values() for unit in units
+        )
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ('{"format": 2, "removed": {}, "fingerprint": null}', "expected format 1, got 2: made by another version"),
+        (
+            '{"format": 2, "removed": {}, "fingerprint": null}',
+            "expected format 1, got 2: made by another version",
+        ),
         ('{"format": 1, "removed": {"a": [1.5]}, "fingerprint": null}', "removed: expected"),
         ('{"format": 1, "removed": {"a": [-1]}, "fingerprint": null}', "removed: expected"),
         ('{"format": 1, "removed": {"a": [2, 2]}, "fingerprint": null}', "removes a unit twice"),
@@ -254,18 +296,33 @@ def edited(path, change):
             lambda f: edited(f / "prunekit.json", lambda m: m.update(format=2)),
             "expected format 1, got 2: made by anoth",
         ),
-        (lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].clear()), "expected the checksums"),
-        (lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].update({"../x": "0"})), r"got '\.\./x'"),
+        (
+            lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].clear()),
+            "expected the checksums",
+        ),
+        (
+            lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].update({"../x": "0"})),
+            r"got '\.\./x'",
+        ),
         (
             lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].update({"/x": "0"})),
             "names of files in the fold",
         ),
-        (lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].pop("model.safetensors")), "was added after"),
-        (lambda f: (f / "more.safetensors").write_bytes(b""), "more.safetensors was added after it was saved"),
+        (
+            lambda f: edited(f / "prunekit.json", lambda m: m["sha256"].pop("model.safetensors")),
+            "was added after",
+        ),
+        (
+            lambda f: (f / "more.safetensors").write_bytes(b""),
+            "more.safetensors was added after it was saved",
+        ),
         (lambda f: (f / "modeling.py").write_text(""), "modeling.py was added after it was saved"),
         (lambda f: (f / INDEX).write_text("{}"), "index.json was added after it was saved"),
         (lambda f: (f / "generation_config.json").unlink(), "generation_config.json is missing"),
-        (lambda f: (f / "generation_config.json").write_text("{}"), "generation_config.json is not as it was saved"),
+        (
+            lambda f: (f / "generation_config.json").write_text("{}"),
+            "generation_config.json is not as it was saved",
+        ),
     ],
 )
 def test_tampering_is_refused_with_the_reason(bases, load, change, match):
@@ -287,9 +344,14 @@ def test_an_index_stays_in_its_folder(bases, load, place):
 
 
 def test_sizes_of_another_version_or_model(bases):
-    for record, match in (({"format": 2}, "pruned_sizes: expected format 1, got 2"), ({"dense": "0"}, "another dense")):
+    for record, match in (
+        ({"format": 2}, "pruned_sizes: expected format 1, got 2"),
+        ({"dense": "0"}, "another dense"),
+    ):
         folder = copied(bases, "pruned")
-        edited(folder / "config.json", lambda config, more=record: config["pruned_sizes"].update(more))
+        edited(
+            folder / "config.json", lambda config, more=record: config["pruned_sizes"].update(more)
+        )
         rewrite(folder)
         with pytest.raises(CheckpointError, match=match):
             prunekit.from_pretrained(folder)

@@ -1,4 +1,6 @@
-"""A process killed in the middle of saving leaves no folder, or the one that was there; the next one just works."""
+"""A process killed in the middle of saving leaves no folder, or the one that was there; the next
+one just works.
+"""
 
 import subprocess
 import sys
@@ -42,7 +44,7 @@ for where in sys.stdin.read().split():
 POINTS = ["transformers.modeling_utils.safe_save_file", "transformers.modeling_utils.safe_save_file:after",
           "prunekit.checkpoint.save.describe", "prunekit.checkpoint.save.check_loadable",
           "prunekit.checkpoint.save.write_manifest", "prunekit.checkpoint.save.write_manifest:after",
-          "prunekit.checkpoint.save.publish", "pathlib.Path.chmod", "pathlib.Path.replace",
+          "prunekit.runtime.files.publish", "pathlib.Path.chmod", "pathlib.Path.replace",
           "pathlib.Path.rmdir:after"]  # fmt: skip
 STREAM = """
 from prunekit.checkpoint import LayerWriter, Weights, open_streamed
@@ -70,10 +72,16 @@ def killed(code, points, place):
         if where.endswith("rmdir:after"):
             (place / f"out-{where}").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", PATCH + code], input="\n".join(points), cwd=place, capture_output=True, text=True
+        [sys.executable, "-c", PATCH + code],
+        input="\n".join(points),
+        cwd=place,
+        capture_output=True,
+        text=True,
     )
     assert not done.returncode, done.stderr[-2000:]
-    assert sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) == ["dense"]
+    assert sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) == [
+        "dense"
+    ]
     return prunekit.from_pretrained(place / "dense")
 
 
@@ -83,7 +91,9 @@ def test_killed_while_saving(tmp_path):
     for where in POINTS:
         target = tmp_path / f"out-{where}"
         prunekit.save_pretrained(model, target)
-        assert torch.equal(prunekit.from_pretrained(target)(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(
+            prunekit.from_pretrained(target)(input_ids=ids).logits, model(input_ids=ids).logits
+        )
 
 
 def test_killed_while_saving_layer_by_layer(tmp_path):
@@ -91,7 +101,10 @@ def test_killed_while_saving_layer_by_layer(tmp_path):
     ids = token_ids()
     for where in STREAMED_POINTS:
         model, shards = open_streamed(tmp_path / "dense")
-        weights, writer = Weights(model, shards), LayerWriter(tmp_path / f"out-{where}", resume=True)
+        weights, writer = (
+            Weights(model, shards),
+            LayerWriter(tmp_path / f"out-{where}", resume=True),
+        )
         for i in range(2):
             with weights.enter(f"model.layers.{i}"):
                 if not writer.has(f"model.layers.{i}"):

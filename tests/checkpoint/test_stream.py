@@ -14,8 +14,8 @@ import prunekit
 from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
 from prunekit.errors import CheckpointError, DataError, SurgeryError
 from prunekit.evaluation.perplexity import perplexity
-from prunekit.sizes import per_layer_overrides
-from prunekit.surgery import cut_layer
+from prunekit.model.modeling_prunekit import per_layer_overrides
+from prunekit.surgery.cut import cut_layer
 
 IDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
 NEW = IDS | {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -49,7 +49,14 @@ def all_layers(family="llama", layers=3):
 
 
 def written(
-    model, shards, weights, folder, list_path="model.layers", dtype=None, change=lambda _: None, measure=lambda _: None
+    model,
+    shards,
+    weights,
+    folder,
+    list_path="model.layers",
+    dtype=None,
+    change=lambda _: None,
+    measure=lambda _: None,
 ):
     writer = LayerWriter(folder, dtype)
     writer.copy(shards, weights.outside_names(list_path))
@@ -64,11 +71,15 @@ def written(
 
 def same(left, right):
     right = right.state_dict()
-    return all(t.dtype == right[n].dtype and torch.equal(t, right[n]) for n, t in left.state_dict().items())
+    return all(
+        t.dtype == right[n].dtype and torch.equal(t, right[n]) for n, t in left.state_dict().items()
+    )
 
 
 def values_of(model):
-    return {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return {
+        name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"
+    }
 
 
 def live_bytes(model):
@@ -85,7 +96,9 @@ def test_streamed_through_is_bit_equal(tmp_path, family):
     assert shards.num_bytes == sum(p.numel() * p.itemsize for p in model.parameters())
     assert shards.dtype == dtype and streamed.config.dtype == torch.float32
     weights = Weights(streamed, shards)
-    again = written(streamed, shards, weights, tmp_path / "out", LAYERS.get(family, "model.layers"), dtype)
+    again = written(
+        streamed, shards, weights, tmp_path / "out", LAYERS.get(family, "model.layers"), dtype
+    )
     assert same(model, again) and live_bytes(streamed) == 0
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert same(model, stock) and values_of(stock) == values_of(model)
@@ -105,14 +118,19 @@ def test_an_offloaded_model_runs_as_a_loaded_one(tmp_path, family):
         parameter.data = parameter.data.float()
     model, shards = open_streamed(tmp_path / "dense", torch.float32)
     before, live = dict(model.named_parameters()), []
-    hooks = [m.register_forward_pre_hook(lambda *_: live.append(live_bytes(model))) for m in model.modules()]
+    hooks = [
+        m.register_forward_pre_hook(lambda *_: live.append(live_bytes(model)))
+        for m in model.modules()
+    ]
     ids = token_ids(4, 9)
     with offloaded(model, shards):
         with torch.no_grad():
             assert torch.equal(model(ids).logits, loaded(ids).logits)
         assert perplexity(model, ids, device="cpu") == perplexity(loaded, ids)
         generated = model.generate(ids[:1, :4], max_new_tokens=3, do_sample=False)
-        assert torch.equal(generated, loaded.generate(ids[:1, :4], max_new_tokens=3, do_sample=False))
+        assert torch.equal(
+            generated, loaded.generate(ids[:1, :4], max_new_tokens=3, do_sample=False)
+        )
     for hook in hooks:
         hook.remove()
     largest = max(
@@ -121,7 +139,9 @@ def test_an_offloaded_model_runs_as_a_loaded_one(tmp_path, family):
     )
     assert 0 < max(live) <= largest and live_bytes(model) == 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all(p.shape == before[n].shape and not p.is_inference() for n, p in model.named_parameters())
+    assert all(
+        p.shape == before[n].shape and not p.is_inference() for n, p in model.named_parameters()
+    )
 
 
 def test_weights_that_are_read_past_their_module(tmp_path):
@@ -165,7 +185,11 @@ def test_pruned_folders_are_streamed_too(tmp_path):
 
 def test_a_body_without_its_prefix(tmp_path):
     model = build("gpt2")
-    tensors = {n.removeprefix("transformer."): t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    tensors = {
+        n.removeprefix("transformer."): t
+        for n, t in model.state_dict().items()
+        if n != "lm_head.weight"
+    }
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)  # a mask that older checkpoints hold
     model.config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -191,7 +215,9 @@ def changed(folder, change):
 
 
 def replaced(name, value):
-    return lambda tensors: tensors.__setitem__(name, value(tensors[name]) if name in tensors else value(None))
+    return lambda tensors: tensors.__setitem__(
+        name, value(tensors[name]) if name in tensors else value(None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +225,10 @@ def replaced(name, value):
     [
         (lambda t: t.pop(UP), f"{UP} is missing"),
         (replaced("extra", lambda _: torch.zeros(3)), "no place for extra"),
-        (replaced(UP, lambda t: t[1:].clone()), rf"{UP}: expected shape \(40, 48\), got \(39, 48\)"),
+        (
+            replaced(UP, lambda t: t[1:].clone()),
+            rf"{UP}: expected shape \(40, 48\), got \(39, 48\)",
+        ),
         (replaced(UP, lambda t: t.to(torch.float8_e4m3fn)), f"{UP} is stored as F8_E4M3"),
     ],
 )
@@ -216,12 +245,20 @@ def test_tied_weights_that_differ(tmp_path):
     changed(tmp_path, replaced("lm_head.weight", lambda _: torch.zeros(97, 48)))
     with pytest.raises(CheckpointError, match="differ, but its config ties them"):
         open_streamed(tmp_path)
-    changed(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    changed(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     streamed, _ = open_streamed(tmp_path)
     assert streamed.lm_head.weight is streamed.model.embed_tokens.weight
 
 
-LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 6,
+}
 PARTS = {  # families whose checkpoints hold some parameters in parts; more than ten experts
     "mixtral": NEW | {"num_local_experts": 12},
     "deepseek_v3": NEW | LATENT | {"num_key_value_heads": 8, "n_routed_experts": 12, "n_group": 1, "topk_group": 1,
@@ -243,28 +280,47 @@ def scattered(folder, files=5):
     """The tensors of a folder's one file dealt out to several, in an order of their own."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = {name: f"model-{i % files}.safetensors" for i, name in enumerate(sorted(tensors, reverse=True))}
+    names = {
+        name: f"model-{i % files}.safetensors"
+        for i, name in enumerate(sorted(tensors, reverse=True))
+    }
     for file in set(names.values()):
-        save_file({n: t for n, t in tensors.items() if names[n] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        save_file(
+            {n: t for n, t in tensors.items() if names[n] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": names})
+    )
 
 
 @pytest.mark.parametrize("family", PARTS)
 def test_parameters_that_are_stored_in_parts(tmp_path, family):
     in_parts(family, tmp_path / "dense")
     scattered(tmp_path / "dense")
-    model = prunekit.from_pretrained(tmp_path / "dense")  # some of its numbers are wider than they are stored
+    model = prunekit.from_pretrained(
+        tmp_path / "dense"
+    )  # some of its numbers are wider than they are stored
     streamed, shards = open_streamed(tmp_path / "dense")
     assert shards.num_bytes == Shards.of_folder(tmp_path / "dense").num_bytes
-    parts = {name: [part for part, _ in shards[name].places(torch.empty(shards[name].shape))] for name in shards}
+    parts = {
+        name: [part for part, _ in shards[name].places(torch.empty(shards[name].shape))]
+        for name in shards
+    }
     names = [name for name, found in parts.items() if len(found) > 1]
     assert names and all(name in dict(model.named_parameters()) for name in names)
     assert all(len({part.file for part in parts[name]}) > 1 for name in names)
     assert shards.equal(names[0], names[0]) and not shards.equal(names[0], names[-1])
     renamed = shards.subset({"one": names[0]})
-    assert torch.equal(renamed.read(["one"], dtype=torch.float32)["one"], model.get_parameter(names[0]).float())
+    assert torch.equal(
+        renamed.read(["one"], dtype=torch.float32)["one"], model.get_parameter(names[0]).float()
+    )
     weights = Weights(streamed, shards)
-    assert same(model, written(streamed, shards, weights, tmp_path / "out")) and live_bytes(streamed) == 0
+    assert (
+        same(model, written(streamed, shards, weights, tmp_path / "out"))
+        and live_bytes(streamed) == 0
+    )
     assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     writer = LayerWriter(tmp_path / "copied")
     writer.copy(shards, {names[0]: names[0]})
@@ -309,14 +365,20 @@ def test_parts_that_do_not_fit(tmp_path, family, change, match):
 
 
 def test_tensors_that_are_more_than_laid_side_by_side(tmp_path):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hrm_text", **NEW | {"num_key_value_heads": 8}))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("hrm_text", **NEW | {"num_key_value_heads": 8})
+    )
     saved(model, tmp_path)
-    with pytest.raises(CheckpointError, match=r"is made by Chunk\(dim=0\) of .*must be loaded whole") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"is made by Chunk\(dim=0\) of .*must be loaded whole"
+    ) as caught:
         open_streamed(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [lambda b: b[:-100], lambda b: b[:40], lambda b: b"", lambda b: None])
+@pytest.mark.parametrize(
+    "change", [lambda b: b[:-100], lambda b: b[:40], lambda b: b"", lambda b: None]
+)
 def test_a_shard_cut_short(tmp_path, change):
     saved(build("llama"), tmp_path, "64KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
@@ -336,7 +398,9 @@ def test_a_shard_cut_short_meanwhile(tmp_path):
         Weights(model, shards).load("model.layers.0")
 
 
-@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": 3}']
+)
 def test_a_damaged_index(tmp_path, index):
     saved(build("llama"), tmp_path, "64KB")
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -358,7 +422,10 @@ def test_weights_that_are_no_numbers(tmp_path, value):
     model, shards = open_streamed(tmp_path)
     weights = Weights(model, shards)
     weights.load("model.layers.0")
-    with pytest.raises(DataError, match=f"{UP}: the weights hold NaN"), weights.enter("model.layers.1"):
+    with (
+        pytest.raises(DataError, match=f"{UP}: the weights hold NaN"),
+        weights.enter("model.layers.1"),
+    ):
         pass
     assert all(p.is_meta for p in model.model.layers[1].parameters())
 
@@ -435,7 +502,9 @@ def test_what_was_written_must_be_the_model(tmp_path):
     with pytest.raises(CheckpointError, match="no place for extra"):
         writer.finish(model)
     writer.write("extra", {UP: torch.zeros(3, 48)})
-    with pytest.raises(CheckpointError, match=rf"{UP}: expected shape \(40, 48\), written \(3, 48\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{UP}: expected shape \(40, 48\), written \(3, 48\)"
+    ):
         writer.finish(model)
     writer.abandon()
     assert weights.outside_names("model.layers").keys() <= set(shards)
@@ -446,7 +515,11 @@ def plan_of(graph, uneven=True):
     """Units of every group in a layer: more of them the deeper it lies, or half of them."""
     removed = {}
     for group in graph.groups:
-        if group.prunable and group.kind in ("attention", "mlp", "query_head") and group.num_units > 1:
+        if (
+            group.prunable
+            and group.kind in ("attention", "mlp", "query_head")
+            and group.num_units > 1
+        ):
             count = min(group.num_units - 1, 1 + group.layer) if uneven else group.num_units // 2
             removed[group.name] = list(range(count))
     return removed
@@ -454,12 +527,18 @@ def plan_of(graph, uneven=True):
 
 def by_layer(graph, removed):
     layers = sorted({graph[name].layer for name in removed})
-    return [{name: units for name, units in removed.items() if graph[name].layer == layer} for layer in layers]
+    return [
+        {name: units for name, units in removed.items() if graph[name].layer == layer}
+        for layer in layers
+    ]
 
 
 @pytest.mark.parametrize(
     ("family", "uneven"),
-    [*((family, True) for family in FAMILIES), *((family, False) for family in FAMILIES if family not in LAYERS)],
+    [
+        *((family, True) for family in FAMILIES),
+        *((family, False) for family in FAMILIES if family not in LAYERS),
+    ],
 )
 def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
     whole = build(family)
@@ -480,12 +559,18 @@ def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
         model, shards, weights, tmp_path / "out", LAYERS.get(family, "model.layers"),
         change=lambda i: cut_layer(model, graph, per_layer[i]), measure=run,
     )  # fmt: skip
-    assert per_layer_overrides(model.config) == per_layer_overrides(whole.config) == per_layer_overrides(again.config)
+    assert (
+        per_layer_overrides(model.config)
+        == per_layer_overrides(whole.config)
+        == per_layer_overrides(again.config)
+    )
     assert values_of(model) == values_of(whole)
     assert same(whole, again)
     for path, module in whole.named_modules():
         own = {n: v for n, v in vars(module).items() if type(v) is int}
-        assert {n: v for n, v in vars(model.get_submodule(path)).items() if type(v) is int} == own, path
+        assert {
+            n: v for n, v in vars(model.get_submodule(path)).items() if type(v) is int
+        } == own, path
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, whole(token_ids()).logits)
         if whole.dtype == torch.float32:
@@ -503,8 +588,13 @@ def test_a_cut_that_is_undone():
     assert model.model.layers[1].mlp.up_proj.out_features == 38
     assert model.config.per_layer_config[1].num_attention_heads == 6
     undo()
-    assert same(model, model) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert model.config.to_dict() == config and model.model.layers[1].self_attn.num_key_value_groups == 2
+    assert same(model, model) and all(
+        torch.equal(t, before[n]) for n, t in model.state_dict().items()
+    )
+    assert (
+        model.config.to_dict() == config
+        and model.model.layers[1].self_attn.num_key_value_groups == 2
+    )
     with pytest.raises(SurgeryError, match="expected groups of one layer"):
         cut_layer(model, graph, {"layers.1.mlp": [0], "layers.2.mlp": [0]})
 
@@ -516,17 +606,23 @@ def test_an_error_while_cutting_leaves_the_layer(monkeypatch):
     def fails(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("prunekit.surgery.set_per_layer", fails)
+    monkeypatch.setattr("prunekit.surgery.cut.set_per_layer", fails)
     config = model.config.to_dict()
     with pytest.raises(RuntimeError):
         cut_layer(model, graph, {"layers.1.mlp": [0, 3]})
-    assert model.model.layers[1].mlp.up_proj.weight.shape == (40, 48) and model.config.to_dict() == config
+    assert (
+        model.model.layers[1].mlp.up_proj.weight.shape == (40, 48)
+        and model.config.to_dict() == config
+    )
 
 
 def test_a_run_that_goes_on_reads_cut_layers_again(tmp_path):
     saved(build("llama"), tmp_path / "dense")
     model, shards = open_streamed(tmp_path / "dense")
-    graph, removed = prunekit.trace(model, example()), {"layers.0.mlp": [0, 3], "layers.0.self_attn": [1]}
+    graph, removed = (
+        prunekit.trace(model, example()),
+        {"layers.0.mlp": [0, 3], "layers.0.self_attn": [1]},
+    )
     weights, writer = Weights(model, shards), LayerWriter(tmp_path / "out")
     with weights.enter("model.layers.0") as layer:
         cut_layer(model, graph, removed)
@@ -609,7 +705,9 @@ def test_the_loop_of_a_layerwise_run(tmp_path, family):
                     weight = masked.get_parameter(member.parameter.removeprefix(f"{path}.{i}."))
                     weight.index_fill_(member.dim, member.index[units[name]].flatten(), 0)
             outputs = [one(hidden, *calls[i][1], **calls[i][2]) for one in (masked, layer)]
-            expected, hidden = (output if torch.is_tensor(output) else output[0] for output in outputs)
+            expected, hidden = (
+                output if torch.is_tensor(output) else output[0] for output in outputs
+            )
             torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-4)
             del undo
             writer.write(f"{path}.{i}", weights.state(f"{path}.{i}"))

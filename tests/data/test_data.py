@@ -17,7 +17,9 @@ class Characters:
 
 
 def test_splits_are_disjoint_and_depend_on_names_alone():
-    train, heldout = ({name for name, _ in embedded.documents(split)} for split in ("train", "heldout"))
+    train, heldout = (
+        {name for name, _ in embedded.documents(split)} for split in ("train", "heldout")
+    )
     assert not train & heldout
     assert len(train) > 300
     assert len(heldout) > 10
@@ -57,7 +59,9 @@ def test_local_files(tmp_path):
     texts = ["one\ntwo", "three é"]
     (tmp_path / "a.txt").write_text(texts[0])
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
-    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "do", "input": "", "output": "done"}]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"instruction": "do", "input": "", "output": "done"}])
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     assert read_file(tmp_path / "a.txt") == texts[:1]
     assert read_file(tmp_path / "a.jsonl") == read_file(tmp_path / "a.parquet") == texts
@@ -94,12 +98,16 @@ def test_hub_corpora_are_asked_for_by_their_names(monkeypatch):
 
     asked = []
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [{"sentence": "hello"}]
+        datasets,
+        "load_dataset",
+        lambda *args, **kw: asked.append((args, kw)) or [{"sentence": "hello"}],
     )
     source = {"hub": "ptb-text-only/ptb_text_only", "config": "penn_treebank", "field": "sentence"}
     known = {"ptb": source | {"splits": {"eval": "validation", "calibration": "train"}}}
     assert load_corpus("ptb", "eval", known) == ["hello"]
-    assert asked == [((source["hub"], "penn_treebank"), {"data_files": None, "split": "validation"})]
+    assert asked == [
+        ((source["hub"], "penn_treebank"), {"data_files": None, "split": "validation"})
+    ]
 
 
 def test_an_unreachable_hub_is_one_line():

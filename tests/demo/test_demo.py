@@ -1,4 +1,6 @@
-"""The embedded model: small, trained, prunable in the papers' order; its training resumes bit for bit."""
+"""The embedded model: small, trained, prunable in the papers' order; its training resumes bit for
+bit.
+"""
 
 import copy
 import json
@@ -17,7 +19,11 @@ from prunekit.pipeline import DEMO_MODEL
 
 
 def test_it_is_small_and_says_what_it_is():
-    files = [path for path in DEMO_MODEL.parent.rglob("*") if path.is_file() and "training" not in path.parts]
+    files = [
+        path
+        for path in DEMO_MODEL.parent.rglob("*")
+        if path.is_file() and "training" not in path.parts
+    ]
     assert sum(path.stat().st_size for path in files) < 15e6
     card = json.loads((DEMO_MODEL.parent / "card.json").read_text())
     assert card["perplexity"] < card["bigram"] / 3 < card["unigram"]
@@ -29,9 +35,16 @@ def test_it_is_small_and_says_what_it_is():
 
 @pytest.fixture(scope="module")
 def material():
-    model, tokenizer = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32), load_tokenizer(DEMO_MODEL)
-    calibration = calibration_windows(load_corpus("embedded", "calibration", {}), tokenizer, 64, 128, 0)
-    windows = evaluation_windows(load_corpus("embedded", "eval", {}), tokenizer, 128, 8192, "embedded")
+    model, tokenizer = (
+        prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32),
+        load_tokenizer(DEMO_MODEL),
+    )
+    calibration = calibration_windows(
+        load_corpus("embedded", "calibration", {}), tokenizer, 64, 128, 0
+    )
+    windows = evaluation_windows(
+        load_corpus("embedded", "eval", {}), tokenizer, 128, 8192, "embedded"
+    )
     return model, calibration, windows
 
 
@@ -81,7 +94,11 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             training.train(config, tmp_path / "broken", "cpu", every=2)
     training.train(config, tmp_path / "broken", "cpu", every=2)
-    whole, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "broken"))
+    whole, resumed = (
+        load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "broken")
+    )
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     with pytest.raises(SystemExit, match="belongs to another configuration"):
-        training.train(training.TrainingConfig(steps=9, vocab_size=280), tmp_path / "broken", "cpu", every=2)
+        training.train(
+            training.TrainingConfig(steps=9, vocab_size=280), tmp_path / "broken", "cpu", every=2
+        )

@@ -1,4 +1,6 @@
-"""Multiply-adds against a closed formula, speed that takes turns, layers' errors, samples, results by content."""
+"""Multiply-adds against a closed formula, speed that takes turns, layers' errors, samples, results
+by content.
+"""
 
 import copy
 import json
@@ -9,7 +11,7 @@ from conftest import tiny_llama, token_ids
 from test_families import build, configured
 
 import prunekit
-from prunekit.costs import flops_cost
+from prunekit.allocation.costs.flops import flops_cost
 from prunekit.evaluation import cost
 from prunekit.evaluation.cache import Cache, model_key
 from prunekit.evaluation.cost import macs, odd_widths, size, speed
@@ -35,7 +37,9 @@ def test_macs_of_a_llama_by_its_formula(attention):
     model.set_attn_implementation(attention)
     heads, channels, hidden, width, vocabulary = (6, 8, 8), (40, 37, 39), 48, 6, 97
     kv = (3, 4, 4)
-    projections = sum(TOKENS * hidden * width * (2 * q + 2 * k) for q, k in zip(heads, kv, strict=True))
+    projections = sum(
+        TOKENS * hidden * width * (2 * q + 2 * k) for q, k in zip(heads, kv, strict=True)
+    )
     products = sum(2 * TOKENS * TOKENS * q * width for q in heads)
     expected = {
         "model.layers.*.self_attn": projections + products,
@@ -73,7 +77,10 @@ def test_models_take_turns(monkeypatch):
     found = speed({"dense": one, "pruned": two}, batch=3, prompt=7, new=4, repeats=3)
     assert [model is one for model, *_ in turns] == [True, False] * 4
     assert turns[0][1:] == ((3, 7), 4)
-    assert found["prefill_tokens_per_second"] == {"dense": 21 / 4, "pruned": 21 / 5}  # the first turn warms up
+    assert found["prefill_tokens_per_second"] == {
+        "dense": 21 / 4,
+        "pruned": 21 / 5,
+    }  # the first turn warms up
     assert found["decode_tokens_per_second"]["dense"] == 6
     assert "median of 3" in found["protocol"]
 
@@ -81,7 +88,9 @@ def test_models_take_turns(monkeypatch):
 def test_speed_and_peak_are_measured():
     model = tiny_llama()
     found = speed({"dense": model}, prompt=16, new=4, repeats=2)
-    assert found["prefill_tokens_per_second"]["dense"] > found["decode_tokens_per_second"]["dense"] > 1
+    assert (
+        found["prefill_tokens_per_second"]["dense"] > found["decode_tokens_per_second"]["dense"] > 1
+    )
     assert found["peak_bytes"]["dense"] >= size(model)["weight_bytes"]
 
 
@@ -97,12 +106,20 @@ def test_odd_widths_are_those_that_pruning_made():
 def test_errors_of_layers_are_those_of_hidden_states():
     dense, pruned, windows = tiny_llama(), pruned_llama(), token_ids(3, 8)
     with torch.no_grad():
-        a, b = (m.model(windows, output_hidden_states=True).hidden_states[1:3] for m in (dense, pruned))
-    expected = [((x - y).double().square().sum() / x.double().square().sum()).item() for x, y in zip(a, b, strict=True)]
+        a, b = (
+            m.model(windows, output_hidden_states=True).hidden_states[1:3] for m in (dense, pruned)
+        )
+    expected = [
+        ((x - y).double().square().sum() / x.double().square().sum()).item()
+        for x, y in zip(a, b, strict=True)
+    ]
     found = relative_errors(layer_outputs(dense, windows), layer_outputs(pruned, windows))
     assert found[:2] == pytest.approx(expected, rel=1e-4)
     assert len(found) == 3
-    assert relative_errors(layer_outputs(dense, windows), layer_outputs(tiny_llama(layers=2), windows)) == []
+    assert (
+        relative_errors(layer_outputs(dense, windows), layer_outputs(tiny_llama(layers=2), windows))
+        == []
+    )
 
 
 class Tokenizer:
@@ -117,7 +134,9 @@ class Tokenizer:
 
 def test_samples_are_the_seeds():
     model, before = tiny_llama(), torch.get_rng_state()
-    drawn = [continuation(model, Tokenizer(), "abc", 8, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
+    drawn = [
+        continuation(model, Tokenizer(), "abc", 8, temperature=1.5, seed=seed) for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     greedy = continuation(model, Tokenizer(), "abc", 4).split()
     ids = torch.tensor([[int(i) for i in greedy[:3]]])
@@ -147,14 +166,22 @@ def test_results_are_kept_by_content(tmp_path):
     assert model_key(model.to("meta")) is None
     calls = []
     for key, protocol in (("a", "p"), ("a", "p"), ("b", "p"), ("a", "q"), (None, "p"), (None, "p")):
-        Cache(tmp_path, key).remember(protocol, lambda k=key, p=protocol: calls.append((k, p)) or {"x": 1.5})
+        Cache(tmp_path, key).remember(
+            protocol, lambda k=key, p=protocol: calls.append((k, p)) or {"x": 1.5}
+        )
     assert calls == [("a", "p"), ("b", "p"), ("a", "q"), (None, "p"), (None, "p")]
     for file in tmp_path.iterdir():
         assert json.loads(file.read_text())["value"] == {"x": 1.5}
         found = json.loads(file.read_text())
-        file.write_text(file.read_text()[:-9] if found["key"] == "q" else json.dumps(found | {"value": {"x": 2.5}}))
+        file.write_text(
+            file.read_text()[:-9]
+            if found["key"] == "q"
+            else json.dumps(found | {"value": {"x": 2.5}})
+        )
     assert Cache(tmp_path, "a").get("p") is None, "damaged: measured again"
     assert Cache(tmp_path, "a").get("q") is None
     (tmp_path / "file").write_text("")
-    assert Cache(tmp_path / "file", "a").remember("p", lambda: 3) == 3, "a folder that can't be is no error"
+    assert Cache(tmp_path / "file", "a").remember("p", lambda: 3) == 3, (
+        "a folder that can't be is no error"
+    )
     assert Cache(tmp_path, "a").remember("p", lambda: 7) == 7 == Cache(tmp_path, "a").get("p")

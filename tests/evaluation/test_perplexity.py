@@ -1,4 +1,6 @@
-"""Perplexity against a loop of its own, at any stride, with layers spread over devices, with little memory."""
+"""Perplexity against a loop of its own, at any stride, with layers spread over devices, with little
+memory.
+"""
 
 import math
 
@@ -30,7 +32,9 @@ def by_hand(model, ids, length, stride):
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
-@pytest.mark.parametrize(("length", "stride"), [(16, None), (16, 16), (16, 5), (16, 15), (16, 1), (203, None), (2, 2)])
+@pytest.mark.parametrize(
+    ("length", "stride"), [(16, None), (16, 16), (16, 5), (16, 15), (16, 1), (203, None), (2, 2)]
+)
 @torch.no_grad()
 def test_equals_a_loop_over_single_tokens(length, stride):
     model = tiny_llama()
@@ -45,7 +49,9 @@ def test_equals_a_loop_over_single_tokens(length, stride):
 
 
 def test_half_on_another_device():
-    """Weights that accelerate keeps elsewhere are on meta until they are needed; inputs go where it wants them."""
+    """Weights that accelerate keeps elsewhere are on meta until they are needed; inputs go where it
+    wants them.
+    """
     from accelerate import cpu_offload, dispatch_model
 
     windows = token_ids(5, 12)
@@ -84,8 +90,12 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS)
 def test_out_of_memory_halves_the_batch(error):
     windows = token_ids(40, 6)
-    assert perplexity(Narrow(5, error), windows) == pytest.approx(perplexity(tiny_llama(), windows), rel=1e-6)
-    with pytest.raises(ConfigError, match=r"out of memory at eval\.batch_size=8: eval\.batch_size=4 halves it"):
+    assert perplexity(Narrow(5, error), windows) == pytest.approx(
+        perplexity(tiny_llama(), windows), rel=1e-6
+    )
+    with pytest.raises(
+        ConfigError, match=r"out of memory at eval\.batch_size=8: eval\.batch_size=4 halves it"
+    ):
         perplexity(Narrow(5, error), windows, 8)
     with pytest.raises(ConfigError, match=r"a shorter eval\.window"):
         perplexity(Narrow(0, error), windows)

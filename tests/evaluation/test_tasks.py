@@ -10,19 +10,29 @@ from conftest import tiny_llama
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prunekit import console
 from prunekit.errors import ConfigError, DataError
 from prunekit.evaluation.cache import Cache
 from prunekit.evaluation.task_data import load
 from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
+from prunekit.runtime import console
 
 SEVEN = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 PIQA = [
-    {"goal": f"open jar {i}", "sol1": "twist it" * (i % 3 + 1), "sol2": "hit it", "label": int(i % 3 == 0)}
+    {
+        "goal": f"open jar {i}",
+        "sol1": "twist it" * (i % 3 + 1),
+        "sol2": "hit it",
+        "label": int(i % 3 == 0),
+    }
     for i in range(12)
 ]
 MMLU = [
-    {"question": f"Which of {i}?", "choices": ["a", "bb", "c", "dd"], "answer": i % 4, "subject": subject}
+    {
+        "question": f"Which of {i}?",
+        "choices": ["a", "bb", "c", "dd"],
+        "answer": i % 4,
+        "subject": subject,
+    }
     for i, subject in enumerate(["anatomy"] * 6 + ["virology"] * 2)
 ]
 
@@ -77,7 +87,9 @@ def by_hand(model, tokenizer, rows):
             logs = model(input_ids=ids).logits[0].log_softmax(-1)
             total = sum(logs[at - 1, ids[0, at]].item() for at in range(begin, ids.shape[1]))
             scores.append((total, total / len(solution)))
-        hits += torch.tensor([max((0, 1), key=lambda k: scores[k][by]) == row["label"] for by in (0, 1)])
+        hits += torch.tensor(
+            [max((0, 1), key=lambda k: scores[k][by]) == row["label"] for by in (0, 1)]
+        )
     return (hits / len(rows)).tolist()
 
 
@@ -102,7 +114,10 @@ def test_accuracy_is_the_hand_written_one(tmp_path, model, characters):
 
 def test_seven_tasks_from_local_files(data):
     folder = data / "models" / "stories260K"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     check_tasks(SEVEN, data / "tasks")
     cache = Memory()
     rows = evaluate_tasks(model, tokenizer, SEVEN, tasks_dir=data / "tasks", limit=20, cache=cache)
@@ -118,12 +133,18 @@ def test_seven_tasks_from_local_files(data):
     assert all(rows[name]["samples"] == 20 for name in SEVEN)
     import pyarrow.parquet
 
-    piqa = pyarrow.parquet.read_table(data / "tasks" / "piqa" / "validation.parquet").to_pylist()[:20]
+    piqa = pyarrow.parquet.read_table(data / "tasks" / "piqa" / "validation.parquet").to_pylist()[
+        :20
+    ]
     kept = json.loads(list(cache.kept.values())[SEVEN.index("piqa")])
-    assert [kept["acc,none"], kept["acc_norm,none"]] == pytest.approx(by_hand(model, tokenizer, piqa))
+    assert [kept["acc,none"], kept["acc_norm,none"]] == pytest.approx(
+        by_hand(model, tokenizer, piqa)
+    )
 
 
-def test_a_group_is_weighted_by_size_and_runs_the_members_that_are_there(tmp_path, model, characters, capsys):
+def test_a_group_is_weighted_by_size_and_runs_the_members_that_are_there(
+    tmp_path, model, characters, capsys
+):
     write(tmp_path, "mmlu", "test", MMLU)
     write(tmp_path, "mmlu", "dev", MMLU)
     write(tmp_path)
@@ -137,7 +158,9 @@ def test_a_group_is_weighted_by_size_and_runs_the_members_that_are_there(tmp_pat
     assert list(rows) == ["mmlu", "mmlu_anatomy", "mmlu_virology"]
     anatomy, virology = rows["mmlu_anatomy"], rows["mmlu_virology"]
     assert (anatomy["samples"], virology["samples"], rows["mmlu"]["samples"]) == (6, 2, 8)
-    assert rows["mmlu"]["value"] == pytest.approx((6 * anatomy["value"] + 2 * virology["value"]) / 8)
+    assert rows["mmlu"]["value"] == pytest.approx(
+        (6 * anatomy["value"] + 2 * virology["value"]) / 8
+    )
     assert anatomy["of"] == virology["of"] == "mmlu"
     assert rows["mmlu"]["fewshot"] == 2
     shots = load(["mmlu_anatomy"], tmp_path, fewshot=2)[0][1]
@@ -146,7 +169,11 @@ def test_a_group_is_weighted_by_size_and_runs_the_members_that_are_there(tmp_pat
 
 
 def test_few_shot_examples_never_come_from_the_questions(tmp_path):
-    write(tmp_path, "arc_easy", rows=[{"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}])
+    write(
+        tmp_path,
+        "arc_easy",
+        rows=[{"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}],
+    )
     check_tasks(["arc_easy"], tmp_path)  # its test split is not there, the validation split is
     with pytest.raises(DataError, match="few-shot examples of arc_easy need train.parquet"):
         check_tasks(["arc_easy"], tmp_path, fewshot=1)
@@ -170,17 +197,29 @@ def test_known_results_are_not_computed_again(tmp_path, model, characters):
 
 
 def test_the_key_tells_all_that_decides_the_result(tmp_path, model, characters):
-    first, second = write(tmp_path / "1"), write(tmp_path / "2", rows=[{**PIQA[0], "label": 0}, *PIQA[1:]])
+    first, second = (
+        write(tmp_path / "1"),
+        write(tmp_path / "2", rows=[{**PIQA[0], "label": 0}, *PIQA[1:]]),
+    )
     other = copy.deepcopy(characters)
     other.backend_tokenizer.post_processor = None
 
     def key(tokenizer=characters, folder=first, **options):
-        evaluate_tasks(model, tokenizer, ["piqa"], tasks_dir=folder, cache=(cache := Memory()), **options)
+        evaluate_tasks(
+            model, tokenizer, ["piqa"], tasks_dir=folder, cache=(cache := Memory()), **options
+        )
         return next(iter(cache.kept))
 
     write(first, split="train", rows=PIQA[:6])
     plain = key()
-    keys = [plain, key(folder=second), key(other), key(limit=4), key(fewshot=1), key(fewshot=1, seed=1)]
+    keys = [
+        plain,
+        key(folder=second),
+        key(other),
+        key(limit=4),
+        key(fewshot=1),
+        key(fewshot=1, seed=1),
+    ]
     assert len(set(keys)) == len(keys)
     characters.backend_tokenizer.enable_truncation(3)  # as any call with truncation leaves it
     assert key() == plain
@@ -195,7 +234,9 @@ def test_the_model_stays_as_it_was(tmp_path, model, characters):
     model = model.to(torch.bfloat16).train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    weights = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    weights = {
+        name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()
+    }
     random = torch.get_rng_state()
     evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, batch_size=5)
     assert [module.training for module in model.modules()] == modes
@@ -209,7 +250,10 @@ def test_the_model_stays_as_it_was(tmp_path, model, characters):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: tried")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: tried"),
+    ],
 )
 def test_out_of_memory_halves_the_batch(tmp_path, model, characters, monkeypatch, error):
     write(tmp_path)
@@ -225,7 +269,9 @@ def test_out_of_memory_halves_the_batch(tmp_path, model, characters, monkeypatch
     monkeypatch.setattr(model, "forward", small)
     assert evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path) == expected
     assert max(sizes) == 24
-    with pytest.raises(DataError, match="task piqa: out of memory with eval.batch_size=20: set .*=10 or auto"):
+    with pytest.raises(
+        DataError, match="task piqa: out of memory with eval.batch_size=20: set .*=10 or auto"
+    ):
         evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, batch_size=20)
 
 
@@ -247,11 +293,27 @@ BOOLQ = [{"passage": "p", "question": "q"}]
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [
-        ("piqa", without(PIQA, "goal", "sol2"), "task piqa: missing goal, sol2; found columns sol1, label"),
-        ("piqa", without(PIQA, "label"), "task piqa: missing label; found columns goal, sol1, sol2"),
+        (
+            "piqa",
+            without(PIQA, "goal", "sol2"),
+            "task piqa: missing goal, sol2; found columns sol1, label",
+        ),
+        (
+            "piqa",
+            without(PIQA, "label"),
+            "task piqa: missing label; found columns goal, sol1, sol2",
+        ),
         ("boolq", BOOLQ, "task boolq: missing label; found columns passage, question"),
-        ("hellaswag", HELLASWAG, "task hellaswag: missing ctx_b; found columns activity_label, ctx_a"),
-        ("winogrande", [{"sentence": "a _ b", "option1": "c"}], "task winogrande: missing answer, option2; found"),
+        (
+            "hellaswag",
+            HELLASWAG,
+            "task hellaswag: missing ctx_b; found columns activity_label, ctx_a",
+        ),
+        (
+            "winogrande",
+            [{"sentence": "a _ b", "option1": "c"}],
+            "task winogrande: missing answer, option2; found",
+        ),
         ("piqa", [{"goal": 1}, 5], "can't be read"),
         ("piqa", [], "holds no rows"),
     ],
@@ -267,7 +329,10 @@ def test_files_that_cannot_be_used(tmp_path, task, rows, message):
 def test_rows_that_cannot_be_turned_into_requests(tmp_path, model, characters):
     write(tmp_path, rows=[*PIQA, {**PIQA[0], "goal": None, "label": None}])
     evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, limit=2)
-    rows = [{"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": key} for key in "AB"]
+    rows = [
+        {"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": key}
+        for key in "AB"
+    ]
     write(tmp_path, "arc_easy", rows=rows)
     with pytest.raises(DataError, match="task arc_easy: its rows can't be turned into requests"):
         evaluate_tasks(model, characters, ["arc_easy"], tasks_dir=tmp_path)
@@ -283,13 +348,22 @@ def test_names_and_folders_that_are_not_there(tmp_path, model, characters):
         (["hellaswag"], tmp_path, DataError, "expected a folder 'hellaswag'.*found 2, piqa"),
         (["mmlu"], tmp_path, DataError, "expected a folder 'mmlu'"),
         (["piqa"], tmp_path / "no", DataError, "no such folder"),
-        (["ai2_arc"], write(tmp_path / "2", "arc_easy"), DataError, "expected a folder 'arc_challenge'"),
+        (
+            ["ai2_arc"],
+            write(tmp_path / "2", "arc_easy"),
+            DataError,
+            "expected a folder 'arc_challenge'",
+        ),
     ]:
         with pytest.raises(kind, match=message):
             check_tasks(names, folder)
-    with pytest.raises(DataError, match="can't load allenai/sciq from the hub .eval.tasks_dir takes local files."):
+    with pytest.raises(
+        DataError, match="can't load allenai/sciq from the hub .eval.tasks_dir takes local files."
+    ):
         evaluate_tasks(model, characters, ["sciq"], limit=1)
-    with pytest.raises(ConfigError, match="eval.batch_size: expected a positive number or auto, got 0"):
+    with pytest.raises(
+        ConfigError, match="eval.batch_size: expected a positive number or auto, got 0"
+    ):
         evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, batch_size=0)
 
 
@@ -309,8 +383,16 @@ def test_longbench_generates_and_names_its_metric(tmp_path, model, characters, m
     assert 0 <= rows["longbench"]["value"] == rows["longbench_2wikimqa"]["value"] <= 1
     calls = count_calls(model)
     for task, rows, message in [
-        ("longbench_2wikimqa", without([row], "answers"), "missing answers; found columns context, question"),
-        ("longbench_trec", [row | {"input": "a"}], "its metric reads a column 'all_classes'; found context"),
+        (
+            "longbench_2wikimqa",
+            without([row], "answers"),
+            "missing answers; found columns context, question",
+        ),
+        (
+            "longbench_trec",
+            [row | {"input": "a"}],
+            "its metric reads a column 'all_classes'; found context",
+        ),
         ("longbench_2wikimqa", [row | {"answers": [5]}], "a row can't be scored"),
     ]:
         assert not calls

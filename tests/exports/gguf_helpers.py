@@ -1,4 +1,6 @@
-"""llama.cpp through xllamacpp, in this process: log-probabilities, greedy continuations and tokens of a GGUF file."""
+"""llama.cpp through xllamacpp, in this process: log-probabilities, greedy continuations and tokens
+of a GGUF file.
+"""
 
 import json
 import urllib.request
@@ -12,7 +14,12 @@ class LlamaCpp:
     def __init__(self, file, context=256):
         xllamacpp = pytest.importorskip("xllamacpp", reason="the package xllamacpp is missing")
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(file), context, 1, False
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup = (
+            str(file),
+            context,
+            1,
+            False,
+        )
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -21,7 +28,9 @@ class LlamaCpp:
 
     def _post(self, path, **body):
         request = urllib.request.Request(
-            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)

@@ -9,12 +9,12 @@ from gguf_helpers import LlamaCpp
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import prunekit
-from prunekit import console
 from prunekit.errors import CheckpointError, ExportError
-from prunekit.exports.gguf import Gguf
-from prunekit.exports.gguf_pretokenizer import _WAYS, _build
-from prunekit.exports.gguf_tensors import rotary_order
+from prunekit.exports.gguf.pretokenizer import _WAYS, _build
+from prunekit.exports.gguf.tensors import rotary_order
+from prunekit.exports.gguf.writer import Gguf
 from prunekit.pipeline import DEMO_MODEL
+from prunekit.runtime import console
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is missing")
 SIZES = {
@@ -34,17 +34,23 @@ TEXT = "def main(argv):\n    return 12345, 'it\\'s'  # ünï 😀  <s> \t中文\
 
 def build(family, **values):
     torch.manual_seed(0)
-    return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | values)), 0.5)
+    return randomise(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | values)), 0.5
+    )
 
 
 def cut(model, removed):
-    prunekit.apply_plan(model, graph := prunekit.trace(model, example()), prunekit.PruningPlan(removed))
+    prunekit.apply_plan(
+        model, graph := prunekit.trace(model, example()), prunekit.PruningPlan(removed)
+    )
     assert graph
     return model
 
 
 def everywhere(**units):
-    return {f"layers.{layer}.{name}": removed for layer in range(3) for name, removed in units.items()}
+    return {
+        f"layers.{layer}.{name}": removed for layer in range(3) for name, removed in units.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +58,20 @@ def letters():
     """A byte-level tokenizer of 97 tokens: two special ones, ASCII and a merged one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<s>": 0, "</s>": 1} | {chr(code): code - 31 for code in range(33, 126)} | {"Ġ": 95, "th": 96}
+    vocabulary = (
+        {"<s>": 0, "</s>": 1}
+        | {chr(code): code - 31 for code in range(33, 126)}
+        | {"Ġ": 95, "th": 96}
+    )
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return fast(tokenizer)
 
 
 def fast(tokenizer, **special):
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **special
+    )
 
 
 def trained(before, **model):
@@ -70,18 +82,40 @@ def trained(before, **model):
     tokenizer.pre_tokenizer = before
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=["<s>", "</s>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=450,
+        special_tokens=["<s>", "</s>", "<|im_end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*SOURCES, inspect.getsource(inspect)], trainer)
     return tokenizer
 
 
 def sentencepiece(prepended):
-    """A tokenizer as transformers makes one of a SentencePiece model: every way to make a token is a merge."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    """A tokenizer as transformers makes one of a SentencePiece model: every way to make a token is
+    a merge.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
-    words = sorted({word for word in inspect.getsource(inspect).replace("\n", " ").split(" ") if word.isalpha()})[:150]
-    pieces = sorted({f"▁{word}"[:end] for word in words for end in range(2, len(word) + 2)}, key=lambda p: (len(p), p))
+    words = sorted(
+        {
+            word
+            for word in inspect.getsource(inspect).replace("\n", " ").split(" ")
+            if word.isalpha()
+        }
+    )[:150]
+    pieces = sorted(
+        {f"▁{word}"[:end] for word in words for end in range(2, len(word) + 2)},
+        key=lambda p: (len(p), p),
+    )
     letters = sorted({letter for piece in pieces for letter in piece})
     plain = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {piece: index for index, piece in enumerate([*plain, *pieces, *letters])}
@@ -91,14 +125,20 @@ def sentencepiece(prepended):
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     if prepended:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.ByteFallback()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in plain[:3]])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return fast(tokenizer, unk_token="<unk>")
 
 
@@ -108,7 +148,9 @@ def field(file, key):
 
 @torch.no_grad()
 def compare(model, file, ids, length=12):
-    """The largest difference of the first token's log-probabilities, ours and llama.cpp's greedy continuations."""
+    """The largest difference of the first token's log-probabilities, ours and llama.cpp's greedy
+    continuations.
+    """
     expected = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
     found, continuation = LlamaCpp(file).complete(ids, length, len(expected))
     assert len(found) == len(expected)
@@ -116,7 +158,9 @@ def compare(model, file, ids, length=12):
     while len(ours) < len(ids) + length and ours[-1] != end:
         ours.append(int(model(input_ids=torch.tensor([ours])).logits[0, -1].argmax()))
     worst = max(abs(expected[index].item() - value) for index, value in found.items())
-    without_end = [[token for token in tokens if token != end] for tokens in (ours[len(ids) :], continuation)]
+    without_end = [
+        [token for token in tokens if token != end] for tokens in (ours[len(ids) :], continuation)
+    ]
     return worst, *without_end
 
 
@@ -170,12 +214,18 @@ def demo():
     """The embedded model pruned with its layers' widths apart, and its tokenizer."""
     model = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     prunekit.prune(
-        model, ratio=0.2, method="magnitude", overrides=["policy=log_increase"], calibration=token_ids(8, 16)
+        model,
+        ratio=0.2,
+        method="magnitude",
+        overrides=["policy=log_increase"],
+        calibration=token_ids(8, 16),
     )
     return model, AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
-@pytest.mark.parametrize("dtype, largest", [("f32", 1e-4), ("f16", 0.02), ("bf16", 0.2), ("q8_0", 0.5)])
+@pytest.mark.parametrize(
+    "dtype, largest", [("f32", 1e-4), ("f16", 0.02), ("bf16", 0.2), ("q8_0", 0.5)]
+)
 def test_embedded_model_in_every_type(demo, dtype, largest, tmp_path):
     model, tokenizer = demo
     file = Gguf(dtype=dtype).write(model, tokenizer, tmp_path / "new" / "folder")
@@ -239,7 +289,12 @@ def test_byte_level_tokenizers(name, tmp_path):
 def test_sentencepiece_tokenizers(prepended, tmp_path):
     tokenizer = sentencepiece(prepended)
     loaded = LlamaCpp(Gguf().write(build("llama", vocab_size=len(tokenizer)), tokenizer, tmp_path))
-    for text in [*SOURCES, TEXT.replace("<s>", ""), "import classes  and functions", inspect.getsource(inspect)[:5000]]:
+    for text in [
+        *SOURCES,
+        TEXT.replace("<s>", ""),
+        "import classes  and functions",
+        inspect.getsource(inspect)[:5000],
+    ]:
         assert loaded.tokens(text) == tokenizer(text).input_ids
 
 
@@ -324,6 +379,8 @@ def test_files_in_the_way_and_wrong_arguments(letters, tmp_path, monkeypatch):
 def test_wordpiece_is_an_error(tmp_path):
     from tokenizers import Tokenizer, models
 
-    tokenizer = fast(Tokenizer(models.WordPiece({"<s>": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]")))
+    tokenizer = fast(
+        Tokenizer(models.WordPiece({"<s>": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    )
     with pytest.raises(ExportError, match="got WordPiece"):
         Gguf().write(build("llama"), tokenizer, tmp_path)

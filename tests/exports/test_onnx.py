@@ -26,7 +26,9 @@ SMALL = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 1}
 
 def build(family, **values):
     torch.manual_seed(0)
-    return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL | values)))
+    return randomise(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL | values))
+    )
 
 
 def cut(model, removed):
@@ -46,12 +48,16 @@ CASES = {
 
 @torch.no_grad()
 def off(model, file, rows, length):
-    """The largest difference of onnxruntime's logits over torch's largest; left-padded where it can be."""
+    """The largest difference of onnxruntime's logits over torch's largest; left-padded where it can
+    be.
+    """
     session = onnxruntime.InferenceSession(file)
     given = {"input_ids": token_ids(rows, length, seed=3)}
     if len(session.get_inputs()) > 1:
         given["attention_mask"] = (torch.arange(length) >= torch.arange(rows)[:, None]).long()
-    found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in given.items()})[0]).float()
+    found = torch.from_numpy(
+        session.run(None, {name: value.numpy() for name, value in given.items()})[0]
+    ).float()
     expected = model(**given, use_cache=False).logits.float()
     assert found.shape == expected.shape
     real = given.get("attention_mask", torch.ones(rows, length)).bool()
@@ -100,7 +106,11 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeyp
         Onnx().write(model, None, tmp_path)
     assert "\n" not in str(caught.value)
     model = CASES["llama"]()
-    monkeypatch.setattr(target, "_exported", lambda *_: SimpleNamespace(save=lambda file, **_: file.write_bytes(b"")))
+    monkeypatch.setattr(
+        target,
+        "_exported",
+        lambda *_: SimpleNamespace(save=lambda file, **_: file.write_bytes(b"")),
+    )
     with pytest.raises(ExportError, match="onnxruntime can't run the graph"):
         Onnx().write(model, None, tmp_path)
     with monkeypatch.context() as patch:
@@ -113,14 +123,23 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeyp
     with pytest.raises(CheckpointError, match="expected a new or empty folder"):
         Onnx().write(model, None, tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ExportError, match=r"needs the package onnxscript: pip install prunekit\[onnx\]"):
+    with pytest.raises(
+        ExportError, match=r"needs the package onnxscript: pip install prunekit\[onnx\]"
+    ):
         Onnx().write(model, None, tmp_path)
 
 
 def test_from_the_command_line(tmp_path):
-    prunekit.save_pretrained(CASES["llama"](), tmp_path / "model", prunekit.checkpoint.load_tokenizer(DEMO_MODEL))
-    run = command_line("task=export", "export=onnx", "model.path=model", "output_dir=out", cwd=tmp_path)
+    prunekit.save_pretrained(
+        CASES["llama"](), tmp_path / "model", prunekit.checkpoint.load_tokenizer(DEMO_MODEL)
+    )
+    run = command_line(
+        "task=export", "export=onnx", "model.path=model", "output_dir=out", cwd=tmp_path
+    )
     assert not run.returncode, run.stderr
     assert "onnxruntime's logits within" in run.stdout + run.stderr
-    model, file = prunekit.from_pretrained(tmp_path / "model"), tmp_path / "out" / "onnx" / "model.onnx"
+    model, file = (
+        prunekit.from_pretrained(tmp_path / "model"),
+        tmp_path / "out" / "onnx" / "model.onnx",
+    )
     assert max(off(model, file, rows, length) for rows, length in SHAPES) < 2e-5

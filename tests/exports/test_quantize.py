@@ -20,7 +20,9 @@ def int8():
 
 
 def int4():
-    """4 bits that every device computes with; those of Int4WeightOnlyConfig need a GPU's kernels in torchao 0.18."""
+    """4 bits that every device computes with; those of Int4WeightOnlyConfig need a GPU's kernels in
+    torchao 0.18.
+    """
     from torchao.quantization.granularity import PerGroup
 
     return torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
@@ -38,14 +40,24 @@ def logits(model, ids):
 
 
 def widths(model):
-    return {size for p in model.get_decoder().layers.parameters() if p.ndim == 2 for size in p.shape}
+    return {
+        size for p in model.get_decoder().layers.parameters() if p.ndim == 2 for size in p.shape
+    }
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
-    """The folder of the embedded model, pruned on the command line to widths that are multiples of the group."""
+    """The folder of the embedded model, pruned on the command line to widths that are multiples of
+    the group.
+    """
     folder = tmp_path_factory.mktemp("aligned")
-    given = ("method=magnitude", "ratio=0.2", "eval=none", "shapes=aligned", f"scope.width_multiple={GROUP}")
+    given = (
+        "method=magnitude",
+        "ratio=0.2",
+        "eval=none",
+        "shapes=aligned",
+        f"scope.width_multiple={GROUP}",
+    )
     run = command_line(*given, "output_dir=out", cwd=folder)
     assert not run.returncode, run.stderr
     return folder / "out" / "model"
@@ -60,7 +72,13 @@ def test_aligned_widths_are_what_the_group_divides(aligned):
 
 def test_aligned_widths_are_multiples_of_64_by_default():
     model = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    prunekit.prune(model, ratio=0.2, method="magnitude", overrides=["shapes=aligned"], calibration=token_ids(8, 16))
+    prunekit.prune(
+        model,
+        ratio=0.2,
+        method="magnitude",
+        overrides=["shapes=aligned"],
+        calibration=token_ids(8, 16),
+    )
     assert all(width % 64 == 0 for width in widths(model))
 
 
@@ -68,7 +86,9 @@ def test_aligned_widths_are_multiples_of_64_by_default():
 def test_linears_in_memory(aligned, config, worst):
     model, ids = prunekit.from_pretrained(aligned, dtype=torch.float32), token_ids(2, 20)
     expected = logits(model, ids)
-    torchao.quantize_(model, config(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+    torchao.quantize_(
+        model, config(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head"
+    )
     assert all(type(layer.mlp.down_proj.weight) is not nn.Parameter for layer in model.model.layers)
     assert 1e-4 < off(model, expected, ids) < worst
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -77,7 +97,9 @@ def test_linears_in_memory(aligned, config, worst):
 def test_int8_needs_no_alignment_and_groups_do(aligned):
     model, ids = tiny_llama(), token_ids(2, 20)
     graph = prunekit.trace(model, example())
-    prunekit.apply_plan(model, graph, prunekit.PruningPlan({"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]}))
+    prunekit.apply_plan(
+        model, graph, prunekit.PruningPlan({"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]})
+    )
     expected = logits(model, ids)
     torchao.quantize_(model, int8())
     assert off(model, expected, ids) < 0.02
@@ -114,6 +136,9 @@ def test_through_transformers(aligned, tmp_path):
     here = Path(__file__).parent
     code = f"import sys; sys.path.insert(0, {str(here.parent)!r})\n{THROUGH}"
     run = subprocess.run(
-        [sys.executable, "-c", code, str(aligned), str(here)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code, str(aligned), str(here)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert not run.returncode, run.stderr[-3000:]

@@ -70,7 +70,9 @@ def test_an_atom_twice_in_a_product_is_a_diagonal():
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_regroup_agrees_with_torch(sizes, data):
-    """Owners of a reshaped tensor's axes equal what torch's reshape does to a tensor of coordinates."""
+    """Owners of a reshaped tensor's axes equal what torch's reshape does to a tensor of
+    coordinates.
+    """
     axes = [ax.fresh(size) for size in sizes]
     splits = data.draw(st.lists(st.integers(0, len(sizes)), max_size=2).map(sorted))
     borders = [0, *splits, len(sizes)]
@@ -80,7 +82,10 @@ def test_regroup_agrees_with_torch(sizes, data):
         if size == 1:
             continue
         coordinate = (
-            torch.arange(size).view([-1 if i == dim else 1 for i in range(len(sizes))]).expand(sizes).reshape(new)
+            torch.arange(size)
+            .view([-1 if i == dim else 1 for i in range(len(sizes))])
+            .expand(sizes)
+            .reshape(new)
         )
         for position, axis in enumerate(grouped):
             owned = ax.owners(axis, only_atom(axes[dim]))

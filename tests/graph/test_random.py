@@ -1,4 +1,6 @@
-"""Random residual networks of linear, convolution, norm, split, concatenation and attention: pruned equals masked."""
+"""Random residual networks of linear, convolution, norm, split, concatenation and attention: pruned
+equals masked.
+"""
 
 import copy
 
@@ -19,7 +21,12 @@ class Attention(nn.Module):
 
     def __init__(self, width, kv_heads, repeats, head_dim, fused, sdpa):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim, self.sdpa = kv_heads * repeats, kv_heads, head_dim, sdpa
+        self.num_heads, self.num_kv_heads, self.head_dim, self.sdpa = (
+            kv_heads * repeats,
+            kv_heads,
+            head_dim,
+            sdpa,
+        )
         sizes = [count * head_dim for count in (self.num_heads, kv_heads, kv_heads)]
         if fused:
             self.qkv = nn.Linear(width, sum(sizes))
@@ -29,7 +36,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         if self.fused:
-            sizes = [count * self.head_dim for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+            sizes = [
+                count * self.head_dim
+                for count in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+            ]
             parts = self.qkv(x).split(sizes, -1)
         else:
             parts = self.q(x), self.k(x), self.v(x)
@@ -46,7 +56,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width, inner, gated):
         super().__init__()
-        self.up, self.down, self.gated = nn.Linear(width, inner * (1 + gated)), nn.Linear(inner, width), gated
+        self.up, self.down, self.gated = (
+            nn.Linear(width, inner * (1 + gated)),
+            nn.Linear(inner, width),
+            gated,
+        )
 
     def forward(self, x):
         if not self.gated:
@@ -85,17 +99,25 @@ def sequences(draw):
     width = draw(WIDTHS)
     layers = [nn.Linear(5, width)]
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["linear", "attention", "mlp", "split", "concatenate", "norm", "twice"]))
+        kind = draw(
+            st.sampled_from(["linear", "attention", "mlp", "split", "concatenate", "norm", "twice"])
+        )
         if kind == "linear":
             layers += [nn.Linear(width, new := draw(WIDTHS)), nn.GELU()]
             width = new
         elif kind == "attention":
-            shape = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([2, 4]))
+            shape = (
+                draw(st.sampled_from([1, 2, 3])),
+                draw(st.sampled_from([1, 2])),
+                draw(st.sampled_from([2, 4])),
+            )
             layers.append(Skip(Attention(width, *shape, draw(st.booleans()), draw(st.booleans()))))
         elif kind == "mlp":
             layers.append(Skip(Mlp(width, draw(WIDTHS), draw(st.booleans()))))
         elif kind == "split":
-            layers.append(Split(nn.Sequential(nn.Linear(width // 2, new := draw(WIDTHS)), nn.Tanh()), -1))
+            layers.append(
+                Split(nn.Sequential(nn.Linear(width // 2, new := draw(WIDTHS)), nn.Tanh()), -1)
+            )
             width = width // 2 + new
             width += width % 2 and (layers.append(nn.Linear(width, width + 1)) or 1)
         elif kind == "concatenate":
@@ -113,7 +135,17 @@ def images(draw):
     """A network on [batch, channels, height, width]."""
     width = draw(WIDTHS)
     layers = [nn.Conv2d(3, width, 1)]
-    kinds = ["convolution", "depthwise", "grouped", "residual", "split", "concatenate", "batches", "groups", "up"]
+    kinds = [
+        "convolution",
+        "depthwise",
+        "grouped",
+        "residual",
+        "split",
+        "concatenate",
+        "batches",
+        "groups",
+        "up",
+    ]
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(kinds))
         if kind == "convolution":
@@ -126,12 +158,19 @@ def images(draw):
             width = new
         elif kind == "residual":
             inner = draw(WIDTHS)
-            body = nn.Conv2d(width, inner, 1), nn.BatchNorm2d(inner), nn.ReLU(), nn.Conv2d(inner, width, 3, padding=1)
+            body = (
+                nn.Conv2d(width, inner, 1),
+                nn.BatchNorm2d(inner),
+                nn.ReLU(),
+                nn.Conv2d(inner, width, 3, padding=1),
+            )
             layers.append(Skip(nn.Sequential(*body)))
         elif kind == "split":
             layers.append(Split(nn.Conv2d(width // 2, width // 2, 1), 1))
         elif kind == "concatenate":
-            layers.append(Skip(nn.Sequential(nn.Conv2d(width, new := draw(WIDTHS), 1), nn.Sigmoid()), 1))
+            layers.append(
+                Skip(nn.Sequential(nn.Conv2d(width, new := draw(WIDTHS), 1), nn.Sigmoid()), 1)
+            )
             width += new
         elif kind == "batches":
             layers.append(nn.BatchNorm2d(width))
@@ -155,20 +194,29 @@ def test_pruned_equals_masked(network, data):
     plan = {}
     for group in graph.groups:
         if group.prunable:
-            chosen = st.lists(st.integers(0, group.num_units - 1), unique=True, max_size=group.num_units - 1)
+            chosen = st.lists(
+                st.integers(0, group.num_units - 1), unique=True, max_size=group.num_units - 1
+            )
             plan[group.name] = data.draw(chosen)
     plan = {name: units for name, units in plan.items() if units}
     exact = {name: units for name, units in plan.items() if graph[name].exact}
-    fixed = {name for name in exact if graph[name].kind == "head_dim"}  # one attribute, three widths
+    fixed = {
+        name for name in exact if graph[name].kind == "head_dim"
+    }  # one attribute, three widths
     exact = {name: units for name, units in exact.items() if name not in fixed}
     masked = zero_units(copy.deepcopy(net), graph, exact)
     pruned = copy.deepcopy(net)
     prunekit.apply_plan(pruned, graph, prunekit.PruningPlan(exact))
     with torch.no_grad():
         expected = masked(x)
-        torch.testing.assert_close(pruned(x), expected, rtol=1e-3, atol=1e-3 * max(expected.abs().max().item(), 1))
+        torch.testing.assert_close(
+            pruned(x), expected, rtol=1e-3, atol=1e-3 * max(expected.abs().max().item(), 1)
+        )
     gone = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in pruned.parameters())
     assert gone == graph.removed_parameters(exact)
-    for name, units in plan.items():  # and each alone, the inexact ones too: it runs, or surgery would say so
+    for (
+        name,
+        units,
+    ) in plan.items():  # and each alone, the inexact ones too: it runs, or surgery would say so
         if name not in fixed:
             prunekit.apply_plan(copy.deepcopy(net), graph, prunekit.PruningPlan({name: units}))

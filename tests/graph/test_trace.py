@@ -24,7 +24,11 @@ def test_pruned_equals_masked(kv_heads, attention, tied):
     model = tiny_llama(kv_heads, attention, tied)
     graph = trace(model, example())
     units = graph["layers.0.self_attn"].num_units
-    removed = {"layers.0.mlp": [0, 7, 39], "layers.2.mlp": list(range(1, 40)), "layers.0.self_attn": [units - 1]}
+    removed = {
+        "layers.0.mlp": [0, 7, 39],
+        "layers.2.mlp": list(range(1, 40)),
+        "layers.0.self_attn": [units - 1],
+    }
     removed["layers.2.self_attn"] = list(range(1, units))
     if "layers.1.self_attn.query_head" in graph.by_name:
         removed["layers.1.self_attn.query_head"] = [0]
@@ -49,7 +53,9 @@ def test_heads_go_with_the_key_value_head_they_read(kv_heads):
     assert group.num_units == (kv_heads if kv_heads > 1 else 8)
     width = 48 // group.num_units
     members = {
-        (m.parameter.split(".")[-2], m.dim, m.role): m.index for m in group.members if m.parameter.endswith("weight")
+        (m.parameter.split(".")[-2], m.dim, m.role): m.index
+        for m in group.members
+        if m.parameter.endswith("weight")
     }
     first = torch.arange(width).tolist()
     assert members["q_proj", 0, "producer"][0].tolist() == first
@@ -80,7 +86,10 @@ def test_residual_channels_are_inexact_and_vocabulary_is_fixed():
 def test_plain_module_without_layers():
     net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 12), nn.GELU(), nn.Linear(12, 3))
     graph = trace(net, (torch.randn(4, 6),))
-    assert [(g.num_units, g.prunable) for g in graph.groups if g.prunable] == [(20, True), (12, True)]
+    assert [(g.num_units, g.prunable) for g in graph.groups if g.prunable] == [
+        (20, True),
+        (12, True),
+    ]
     removed = {g.name: [0, 3] for g in graph.groups if g.prunable}
     masked = copy.deepcopy(net)
     zero_consumers(masked, graph, removed)
@@ -109,7 +118,11 @@ def test_convolutions_with_batch_norm_and_residual():
     net.norm.running_mean.normal_()
     graph = trace(net, (torch.randn(2, 3, 5, 5),))
     inner = next(group for group in graph.groups if group.num_units == 6)
-    assert {m.parameter for m in inner.members} >= {"inner.weight", "norm.running_var", "outer.weight"}
+    assert {m.parameter for m in inner.members} >= {
+        "inner.weight",
+        "norm.running_var",
+        "outer.weight",
+    }
     masked = copy.deepcopy(net)
     zero_consumers(masked, graph, {inner.name: [1, 4]})
     prunekit.apply_plan(net, graph, prunekit.PruningPlan({inner.name: [1, 4]}))
@@ -146,7 +159,9 @@ class Unknown(nn.Module):
 
 
 def test_operator_without_a_rule_is_an_error_that_says_how_to_add_one():
-    with pytest.raises(TraceError, match="no rule for operator prunekit_test.twice.default") as caught:
+    with pytest.raises(
+        TraceError, match="no rule for operator prunekit_test.twice.default"
+    ) as caught:
         trace(Unknown(), (torch.randn(3, 4),))
     assert '@prunekit.graph.operator_rule("prunekit_test.twice.default")' in str(caught.value)
     assert "test_trace.py" in str(caught.value)
@@ -177,19 +192,30 @@ def test_a_module_that_cannot_be_captured():
 def test_a_single_head_leaves_no_attention_group(attention):
     model = tiny_llama(1, attention, heads=1)
     graph = trace(model, example())
-    assert {group.kind for group in graph.groups if group.prunable} == {"mlp", "head_dim", "channel"}
+    assert {group.kind for group in graph.groups if group.prunable} == {
+        "mlp",
+        "head_dim",
+        "channel",
+    }
     assert [group.num_units for group in graph.groups if group.kind == "mlp"] == [40, 40, 40]
     prunekit.prune(model, ratio=0.2, calibration=token_ids(4, 12))
 
 
 def test_a_call_that_would_keep_a_cache_is_traced_without_one():
-    graph = trace(tiny_llama(), {"input_ids": token_ids(), "attention_mask": torch.ones_like(token_ids())})
+    graph = trace(
+        tiny_llama(), {"input_ids": token_ids(), "attention_mask": torch.ones_like(token_ids())}
+    )
     assert graph.fingerprint == trace(tiny_llama(), example()).fingerprint
 
 
 def test_a_kernels_extent_is_no_unit():
     net = nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 9, 3), nn.Flatten(), nn.Linear(81, 2)
+        nn.Conv2d(3, 12, 3),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 9, 3),
+        nn.Flatten(),
+        nn.Linear(81, 2),
     )
     x = torch.randn(4, 3, 7, 7)
     graph = trace(net, (x,))
@@ -204,4 +230,6 @@ def test_a_kernels_extent_is_no_unit():
 def test_networkx_view():
     graph = trace(tiny_llama(), example()).to_networkx()
     assert graph.has_edge("layers.0.mlp", "model.layers.0.mlp.down_proj.weight[1]")
-    assert graph.edges["layers.0.mlp", "model.layers.0.mlp.down_proj.weight[1]"]["role"] == "consumer"
+    assert (
+        graph.edges["layers.0.mlp", "model.layers.0.mlp.down_proj.weight[1]"]["role"] == "consumer"
+    )

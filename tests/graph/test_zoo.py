@@ -1,4 +1,6 @@
-"""Networks of every other kind: what is prunable, and that cutting it leaves what zeroing it leaves."""
+"""Networks of every other kind: what is prunable, and that cutting it leaves what zeroing it
+leaves.
+"""
 
 import copy
 
@@ -74,8 +76,17 @@ class VisionTransformer(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
         rows, places, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(rows, places, 3, self.h, self.d).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(rows, places, -1)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .reshape(rows, places, 3, self.h, self.d)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        mixed = (
+            F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            .transpose(1, 2)
+            .reshape(rows, places, -1)
+        )
         x = x + self.proj(mixed)
         return self.head((x + self.mlp(self.norm2(x)))[:, 0])
 
@@ -85,7 +96,14 @@ class Einsum(nn.Module):
 
     def __init__(self):
         super().__init__()
-        shapes = {"q": (5, 4, 6), "k": (5, 4, 6), "v": (5, 4, 3), "o": (4, 3, 5), "w": (5, 7), "u": (7, 2)}
+        shapes = {
+            "q": (5, 4, 6),
+            "k": (5, 4, 6),
+            "v": (5, 4, 3),
+            "o": (4, 3, 5),
+            "w": (5, 7),
+            "u": (7, 2),
+        }
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape)))
 
@@ -98,7 +116,9 @@ class Einsum(nn.Module):
 
 
 class Shared(nn.Module):
-    """One block run three times under two names, embeddings tied to the output, a layer nobody calls."""
+    """One block run three times under two names, embeddings tied to the output, a layer nobody
+    calls.
+    """
 
     def __init__(self):
         super().__init__()
@@ -127,7 +147,11 @@ class Buffers(nn.Module):
 
 
 def mlp(*sizes, activation=nn.ReLU):
-    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), activation())]
+    layers = [
+        layer
+        for i, o in zip(sizes, sizes[1:], strict=False)
+        for layer in (nn.Linear(i, o), activation())
+    ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -230,17 +254,25 @@ def test_pruned_equals_masked(name):
     net, graph, x, expected = build(name)
     prunable = [group for group in graph.groups if group.prunable]
     assert sorted((group.kind, group.num_units) for group in prunable) == sorted(expected)
-    plans = [{group.name: [0] if group.num_units < 4 else [0, group.num_units - 1]} for group in prunable]
+    plans = [
+        {group.name: [0] if group.num_units < 4 else [0, group.num_units - 1]} for group in prunable
+    ]
     together = [plan for plan in plans if all(graph[name].exact for name in plan)]
     every = {group: units for plan in together for group, units in plan.items()}
     for removed in [*plans, every] if every else plans:
         masked = zero_units(copy.deepcopy(net), graph, removed)
         pruned = copy.deepcopy(net)
         prunekit.apply_plan(pruned, graph, prunekit.PruningPlan(removed))
-        gone = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in pruned.parameters())
+        gone = sum(p.numel() for p in net.parameters()) - sum(
+            p.numel() for p in pruned.parameters()
+        )
         assert gone == graph.removed_parameters(removed) > 0
         if all(graph[group].exact for group in removed):
-            other = torch.randint(0, 11, (3, 4)) if not x.is_floating_point() else torch.randn(3, *x.shape[1:])
+            other = (
+                torch.randint(0, 11, (3, 4))
+                if not x.is_floating_point()
+                else torch.randn(3, *x.shape[1:])
+            )
             with torch.no_grad():
                 assert (masked(other) - net(other)).abs().max() > 1e-3
                 torch.testing.assert_close(pruned(other), masked(other), rtol=1e-4, atol=1e-4)
@@ -271,12 +303,19 @@ def test_a_cut_through_a_norm_equals_a_smaller_network():
 
 def reasons(name):
     _, graph, _, _ = build(name)
-    return {m.parameter: group.reason for group in graph.groups if not group.prunable for m in group.members}
+    return {
+        m.parameter: group.reason
+        for group in graph.groups
+        if not group.prunable
+        for m in group.members
+    }
 
 
 def test_why_not():
     assert "recurrent" in reasons("recurrent")["cell.weight_hh_l1"]
-    assert "MultiheadAttention" in reasons("torch's attention")["1.layers.0.self_attn.in_proj_weight"]
+    assert (
+        "MultiheadAttention" in reasons("torch's attention")["1.layers.0.self_attn.in_proj_weight"]
+    )
     assert "does not use it" in reasons("shared")["idle.weight"]
     assert "vocabulary" in reasons("shared")["embed.weight"]
     assert "output" in reasons("mlp")["4.bias"]
@@ -295,9 +334,16 @@ def test_a_scale_made_of_all_of_a_weight_is_inexact():
 def test_attributes_follow():
     net, graph, _, _ = build("grouped convolution")
     groups = {group.num_units: group.name for group in graph.groups if group.prunable}
-    prunekit.apply_plan(net, graph, prunekit.PruningPlan({groups[4]: [1], groups[3]: [0], groups[2]: [1]}))
+    prunekit.apply_plan(
+        net, graph, prunekit.PruningPlan({groups[4]: [1], groups[3]: [0], groups[2]: [1]})
+    )
     first, _, middle, _, last = net
-    assert (first.out_channels, middle.in_channels, middle.groups, middle.out_channels) == (6, 6, 3, 3)
+    assert (first.out_channels, middle.in_channels, middle.groups, middle.out_channels) == (
+        6,
+        6,
+        3,
+        3,
+    )
     assert last.in_channels == 3
     assert middle.weight.shape == (3, 2, 3, 3)
     net, graph, _, _ = build("norms of groups")

@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import example, tiny_llama
 
-from prunekit.compensation.solver import Problem, invert, removal_error
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
 from prunekit.importance import Magnitude, Obs, Random
+from prunekit.obs.inverse import Problem, invert, removal_error
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -17,7 +17,9 @@ def test_magnitude_by_hand(p):
     expected = sum(m.weight.double().abs().pow(p).sum(1) for m in (mlp.gate_proj, mlp.up_proj))
     expected += sum(m.bias.double().abs().pow(p) for m in (mlp.gate_proj, mlp.up_proj))
     expected += mlp.down_proj.weight.double().abs().pow(p).sum(0)
-    torch.testing.assert_close(Magnitude(p=p).score(model, graph, [group], [])[group.name], expected.detach())
+    torch.testing.assert_close(
+        Magnitude(p=p).score(model, graph, [group], [])[group.name], expected.detach()
+    )
 
 
 def test_random_depends_on_seed_and_group_alone():
@@ -48,9 +50,14 @@ def test_obs_chooses_by_its_options(width):
     weight = torch.randn(8, 32, generator=generator)
     inverse = invert(x.T @ x / 400, 1e-3).matrix
     problem = Problem(weight=weight, inverse=inverse, index=torch.arange(32).view(-1, width))
-    options = [{"columns": c, "heads": h} for c in ("greedy", "fixed_group") for h in ("exact", "diagonal")]
+    options = [
+        {"columns": c, "heads": h} for c in ("greedy", "fixed_group") for h in ("exact", "diagonal")
+    ]
     for option in options:
-        plain, refined = (Obs(refine=refine, **option).choose([problem], 16 // width) for refine in ("none", "swap"))
+        plain, refined = (
+            Obs(refine=refine, **option).choose([problem], 16 // width)
+            for refine in ("none", "swap")
+        )
         assert removal_error(problem, refined) <= removal_error(problem, plain)
     chosen = {tuple(Obs(**option).choose([problem], 16 // width)) for option in options}
     assert len(chosen) == 2, "columns by one option, heads by the other"

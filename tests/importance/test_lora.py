@@ -52,7 +52,9 @@ def test_with_full_rank_the_gradient_is_exact(make):
     ids = token_ids(4, 7, vocabulary=53)
     for group in [g for g in graph.groups if g.kind in ("attention", "mlp")]:
         found = estimates(model, graph, group, ids, rank=10_000)
-        assert found.keys() == {m.parameter for m in group.members if m.parameter.endswith("weight")}
+        assert found.keys() == {
+            m.parameter for m in group.members if m.parameter.endswith("weight")
+        }
         for estimate, exact in zip(found.values(), gradients(model, found, ids), strict=True):
             torch.testing.assert_close(estimate, exact, rtol=1e-5, atol=1e-10)
 
@@ -88,8 +90,12 @@ def test_scores_by_hand(p):
     scores = LoraGradient(rank=10_000, p=p).score(model, graph, [group], batches(ids))[group.name]
     expected = torch.zeros(group.num_units, dtype=torch.float64)
     weights = [m for m in group.members if m.parameter.endswith("weight")]
-    for member, g in zip(weights, gradients(model, [m.parameter for m in weights], ids), strict=True):
-        expected += (g * model.get_parameter(member.parameter)).abs().pow(p).sum(1 - member.dim).detach()
+    for member, g in zip(
+        weights, gradients(model, [m.parameter for m in weights], ids), strict=True
+    ):
+        expected += (
+            (g * model.get_parameter(member.parameter)).abs().pow(p).sum(1 - member.dim).detach()
+        )
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-12)
 
 
@@ -108,7 +114,13 @@ def test_a_weight_shared_by_two_linears_sums_their_gradients():
     group = next(g for g in graph.groups if any(m.parameter == "a.weight" for m in g.members))
     scores = LoraGradient(rank=6).score(net, graph, [group], [{"x": x}])[group.name]
     names = {m.parameter: None for m in group.members if m.parameter.endswith("weight")}
-    exact = dict(zip(names, torch.autograd.grad(net(x)["loss"], [net.get_parameter(n) for n in names]), strict=True))
+    exact = dict(
+        zip(
+            names,
+            torch.autograd.grad(net(x)["loss"], [net.get_parameter(n) for n in names]),
+            strict=True,
+        )
+    )
     expected = torch.zeros(group.num_units, dtype=torch.float64)
     for member in (m for m in group.members if m.parameter in exact):
         elements = (exact[member.parameter] * net.get_parameter(member.parameter).detach()).abs()
@@ -120,7 +132,9 @@ def test_a_group_without_linear_weights_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     graph = trace(net, (torch.randn(1, 3, 5, 5),))
     group = next(g for g in graph.groups if g.prunable)
-    with pytest.raises(ConfigError, match=r"lora_gradient scores linear modules' weights, and it has none$"):
+    with pytest.raises(
+        ConfigError, match=r"lora_gradient scores linear modules' weights, and it has none$"
+    ):
         LoraGradient().score(net, graph, [group], [{"input": torch.randn(1, 3, 5, 5)}])
 
 
@@ -131,7 +145,9 @@ def test_numbers_out_of_range(key, value):
 
 
 def test_it_does_not_hold_gradients_of_the_weights_size():
-    """No tensor as large as a matrix lives while the backward pass runs, but the activations and the weights."""
+    """No tensor as large as a matrix lives while the backward pass runs, but the activations and
+    the weights.
+    """
     model = tiny_llama(layers=1)
     graph = trace(model, example())
     seen = []

@@ -6,12 +6,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import prunekit
+from prunekit.calibration.gradients import scores as backend
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import trace
 from prunekit.importance import LoraGradient, TaylorFirst, TaylorMixed, TaylorSecond, TaylorVector
-from prunekit.importance.gradients import scores as backend
 
-TAYLOR = {"vector": TaylorVector, "first": TaylorFirst, "second": TaylorSecond, "mixed": TaylorMixed}
+TAYLOR = {
+    "vector": TaylorVector,
+    "first": TaylorFirst,
+    "second": TaylorSecond,
+    "mixed": TaylorMixed,
+}
 EVERY = [*TAYLOR.values(), LoraGradient]
 ELEMENTS = {
     "vector": lambda w, g, f: g * w,
@@ -36,7 +41,9 @@ def tiny_conv1d():
 
 
 def plain_moments(model, names, samples):
-    """g and F by one backward pass a sample, as the formulas read; `samples`: lists of one row of ids each."""
+    """g and F by one backward pass a sample, as the formulas read; `samples`: lists of one row of
+    ids each.
+    """
     parameters = [model.get_parameter(name) for name in names]
     total = sum(ids.shape[1] - 1 for ids in samples)
     mean = [torch.zeros_like(p) for p in parameters]
@@ -86,7 +93,12 @@ def test_heads_are_not_credited_as_repetition_by_kv_head(kind):
     def transposed(member):
         units, width = member.index.shape
         repetitions = width // 6  # head_dim
-        return torch.arange(units * width).view(repetitions, units, 6).transpose(0, 1).reshape(units, width)
+        return (
+            torch.arange(units * width)
+            .view(repetitions, units, 6)
+            .transpose(0, 1)
+            .reshape(units, width)
+        )
 
     scores = TAYLOR[kind]().score(model, graph, [group], batches(ids))[group.name]
     wrong = plain_scores(model, group, ids.split(1), kind, transposed)
@@ -119,9 +131,9 @@ class Squares(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        # A = [[1, -2], [3, 1]], b = [2, -1], x_1 = (1, 1), x_2 = (3, -1): L_j = b A x_j, mean x = (2, 0)
-        # ∂L/∂A = bᵀ x̄ = [[4, 0], [-2, 0]];  F_A = Σ_j b² x_j² = [[40, 8], [10, 2]]
-        # A x_1 = (-1, 4), A x_2 = (5, 8): ∂L/∂b = (2, 6), F_b = (26, 80)
+        # A = [[1, -2], [3, 1]], b = [2, -1], x_1 = (1, 1), x_2 = (3, -1): L_j = b A x_j, mean x =
+        # (2, 0) ∂L/∂A = bᵀ x̄ = [[4, 0], [-2, 0]];  F_A = Σ_j b² x_j² = [[40, 8], [10, 2]] A x_1 =
+        # (-1, 4), A x_2 = (5, 8): ∂L/∂b = (2, 6), F_b = (26, 80)
         ("vector", [abs(4) + abs(2 * 2), abs(-6) + abs(-6)]),
         ("first", [4 + 0 + 4, 6 + 0 + 6]),
         ("second", [40 + 4 * 8 + 4 * 26, 9 * 10 + 2 + 80]),
@@ -178,7 +190,9 @@ def all_scores(importance, model, graph, data, **options):
 def assert_same(left, right, **tolerance):
     assert left.keys() == right.keys()
     for name, scores in left.items():
-        torch.testing.assert_close(scores, right[name], **(tolerance or {"rtol": 1e-4, "atol": 1e-9}))
+        torch.testing.assert_close(
+            scores, right[name], **(tolerance or {"rtol": 1e-4, "atol": 1e-9})
+        )
 
 
 @pytest.mark.parametrize("importance", EVERY)
@@ -193,7 +207,9 @@ def test_batches_checkpoints_and_memory_change_nothing(importance, make):
     assert_same(whole, importance(checkpointing=True).score(model, graph, groups, batches(ids, 4)))
     if importance is not LoraGradient:
         for memory in (1, 30_000):
-            assert_same(whole, importance(memory=memory).score(model, graph, groups, batches(ids, 4)))
+            assert_same(
+                whole, importance(memory=memory).score(model, graph, groups, batches(ids, 4))
+            )
 
 
 @pytest.mark.parametrize("importance", [TaylorSecond, TaylorMixed])
@@ -213,7 +229,9 @@ def test_hooks_equal_one_backward_a_sample(importance, make, monkeypatch):
 
 
 class Oddities(nn.Module):
-    """A language model with a layer that runs twice, one that is overridden, one seen flat, and a tied weight."""
+    """A language model with a layer that runs twice, one that is overridden, one seen flat, and a
+    tied weight.
+    """
 
     def __init__(self):
         super().__init__()
@@ -273,9 +291,16 @@ def test_the_model_is_left_as_it_was(importance, error, checkpointing):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def state():
-        flags = [(p.requires_grad, p.grad is None or p.grad.sum().item()) for p in model.parameters()]
-        hooks = [(len(m._forward_hooks), len(m._backward_hooks), sorted(vars(m)), m.training) for m in model.modules()]
-        tensor_hooks = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
+        flags = [
+            (p.requires_grad, p.grad is None or p.grad.sum().item()) for p in model.parameters()
+        ]
+        hooks = [
+            (len(m._forward_hooks), len(m._backward_hooks), sorted(vars(m)), m.training)
+            for m in model.modules()
+        ]
+        tensor_hooks = [
+            (p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()
+        ]
         return flags, hooks, [tuple(map(bool, h)) for h in tensor_hooks]
 
     def fail(module, args):
@@ -284,7 +309,9 @@ def test_the_model_is_left_as_it_was(importance, error, checkpointing):
 
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
     was = state()
-    run = lambda: importance(checkpointing=checkpointing).score(model, graph, groups, batches(token_ids()))  # noqa: E731
+    run = lambda: importance(checkpointing=checkpointing).score(
+        model, graph, groups, batches(token_ids())
+    )  # noqa: E731
     if error:
         with pytest.raises(error):
             run()
@@ -327,14 +354,18 @@ def test_a_member_without_a_gradient_scores_zero():
 
     net = Net()
     graph = trace(net, {"x": torch.randn(3, 4)})
-    group = next(g for g in graph.groups if any(m.parameter == "b.weight" and m.dim == 1 for m in g.members))
+    group = next(
+        g for g in graph.groups if any(m.parameter == "b.weight" and m.dim == 1 for m in g.members)
+    )
     for importance in (TaylorFirst, TaylorMixed):
         scores = importance().score(net, graph, [group], [{"x": torch.randn(3, 4)}])[group.name]
         assert torch.isfinite(scores).all() and scores.sum() > 0
     with torch.no_grad():
         net.a.requires_grad_(False)
     net.forward = lambda x: {"loss": x.sum()}
-    assert TaylorFirst().score(net, graph, [group], [{"x": torch.randn(3, 4)}])[group.name].sum() == 0
+    assert (
+        TaylorFirst().score(net, graph, [group], [{"x": torch.randn(3, 4)}])[group.name].sum() == 0
+    )
 
 
 @pytest.mark.parametrize("importance", EVERY)
@@ -345,7 +376,9 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(importance, checkpoin
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     for size in (2, 4):
-        with pytest.raises(DataError, match=r"^model\.layers\.0\.mlp\.\S+: its gradient holds NaN or infinity$"):
+        with pytest.raises(
+            DataError, match=r"^model\.layers\.0\.mlp\.\S+: its gradient holds NaN or infinity$"
+        ):
             importance(checkpointing=checkpointing).score(
                 model, graph, [graph["layers.0.mlp"]], batches(token_ids(), size)
             )
@@ -357,7 +390,9 @@ def test_data_without_a_target(importance):
     graph = trace(model, example())
     groups = [graph["layers.0.mlp"]]
     one = [{"input_ids": token_ids(2, 1)}]
-    padding = [{"input_ids": token_ids(2, 5), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}]
+    padding = [
+        {"input_ids": token_ids(2, 5), "attention_mask": torch.zeros(2, 5, dtype=torch.long)}
+    ]
     for data in (one, padding, padding * 2, []):
         with pytest.raises(DataError, match="not a single token to predict"):
             importance().score(model, graph, groups, data)
@@ -372,7 +407,9 @@ def test_a_model_without_a_loss(importance):
 
 
 def test_memory_must_be_positive():
-    with pytest.raises(ConfigError, match="memory: expected a positive number of bytes or null, got 0"):
+    with pytest.raises(
+        ConfigError, match="memory: expected a positive number of bytes or null, got 0"
+    ):
         TaylorFirst(memory=0)
 
 
@@ -381,7 +418,9 @@ STEP = 1e-3  # norms compute in float32 however wide the model is
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_taylor_from_finite_differences_is_credited_to_the_right_unit(kv_heads):
-    """Σ |g w| over what a KV head owns, g by central differences in float64; a (rep, kv) mix-up would fail here."""
+    """Σ |g w| over what a KV head owns, g by central differences in float64; a (rep, kv) mix-up
+    would fail here.
+    """
     model = tiny_llama(
         kv_heads, attention="eager", layers=1
     ).double()  # its norms still compute in float32: hence the step of 1e-3
@@ -395,14 +434,21 @@ def test_taylor_from_finite_differences_is_credited_to_the_right_unit(kv_heads):
 
         def moved(step, place, name=member.parameter, weight=weight):
             """The loss with one number of the weight moved."""
-            changed = (weight.flatten() + step * (torch.arange(weight.numel()) == place)).view_as(weight)
-            logits = torch.func.functional_call(model, {name: changed}, kwargs={"input_ids": ids}).logits
+            changed = (weight.flatten() + step * (torch.arange(weight.numel()) == place)).view_as(
+                weight
+            )
+            logits = torch.func.functional_call(
+                model, {name: changed}, kwargs={"input_ids": ids}
+            ).logits
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
         places = torch.arange(weight.numel()).view_as(weight).movedim(member.dim, 0)
         for unit, positions in enumerate(member.index):
             own = places[positions].flatten()
-            up, down = (torch.func.vmap(moved, (None, 0), chunk_size=512)(step, own) for step in (STEP, -STEP))
+            up, down = (
+                torch.func.vmap(moved, (None, 0), chunk_size=512)(step, own)
+                for step in (STEP, -STEP)
+            )
             expected[unit] += ((up - down) / (2 * STEP) * weight.flatten()[own]).abs().sum()
     torch.testing.assert_close(scores, expected, rtol=5e-3, atol=1e-6)
 
@@ -419,7 +465,11 @@ def test_taylor_of_a_module_with_its_own_loss():
 
     net = Net()
     result = prunekit.prune(
-        net, ratio=0.3, method="llm_pruner", calibration=[{"x": torch.randn(8, 4)}], overrides=["policy=uniform"]
+        net,
+        ratio=0.3,
+        method="llm_pruner",
+        calibration=[{"x": torch.randn(8, 4)}],
+        overrides=["policy=uniform"],
     )
     assert net.a.out_features == net.b.in_features < 6
     assert sum(map(len, result.plan.removed.values())) == 6 - net.a.out_features

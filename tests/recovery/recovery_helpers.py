@@ -35,7 +35,11 @@ def tiny_gpt2(seed=0):
 def pruned(model):
     """The model with whole heads and MLP units gone, other numbers in every layer."""
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
-    cut = {g.name: list(range(1 + (g.layer or 0))) for g in graph.groups if g.kind in ("attention", "mlp")}
+    cut = {
+        g.name: list(range(1 + (g.layer or 0)))
+        for g in graph.groups
+        if g.kind in ("attention", "mlp")
+    }
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(cut))
     return model
 

@@ -2,7 +2,18 @@ import json
 
 import pytest
 import torch
-from recovery_helpers import Letters, clone, logits, pruned, run, settings, small, state, texts, tiny_gpt2
+from recovery_helpers import (
+    Letters,
+    clone,
+    logits,
+    pruned,
+    run,
+    settings,
+    small,
+    state,
+    texts,
+    tiny_gpt2,
+)
 
 from prunekit.data.corpora import load_corpus, load_records
 from prunekit.errors import ConfigError, DataError
@@ -29,7 +40,9 @@ class Plain(Letters):
 
 
 class Merging(Plain):
-    """Joins a line break with the letter after it, as a byte-pair encoding may: the prompt's last token changes."""
+    """Joins a line break with the letter after it, as a byte-pair encoding may: the prompt's last
+    token changes.
+    """
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         found = super().__call__(text, add_special_tokens)["input_ids"]
@@ -43,7 +56,11 @@ def test_instructions_have_the_loss_on_the_response_and_the_end():
     text = decode(with_input.ids.tolist())
     assert text.startswith("^Below is an instruction that describes a task, paired with an input")
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\nthree$")
-    predicted = [i for i, label in zip(with_input.ids.tolist(), with_input.labels.tolist(), strict=True) if label >= 0]
+    predicted = [
+        i
+        for i, label in zip(with_input.ids.tolist(), with_input.labels.tolist(), strict=True)
+        if label >= 0
+    ]
     assert decode(predicted) == "three$"
     assert "Input" not in decode(without.ids.tolist())
     assert decode(without.ids.tolist()[without.first :]) == "hi$"
@@ -58,7 +75,9 @@ def test_responses_that_are_cut_off_are_dropped_and_said_once(monkeypatch):
     said = []
     monkeypatch.setattr("prunekit.recovery.data.say", said.append)
     long = {"instruction": "w" * 400, "output": "never seen"}
-    examples = examples_of([*RECORDS, long, {"instruction": "a", "output": " "}], Recovery(length=300), Plain(), "x")
+    examples = examples_of(
+        [*RECORDS, long, {"instruction": "a", "output": " "}], Recovery(length=300), Plain(), "x"
+    )
     assert len(examples) == 2
     assert said == ["recovery corpus x: 2 of 4 records have no response in the first 300 tokens"]
     cut = examples_of(RECORDS, Recovery(length=len(prompt_of(RECORDS[0])) + 3), Plain(), "x")
@@ -68,7 +87,11 @@ def test_responses_that_are_cut_off_are_dropped_and_said_once(monkeypatch):
 @pytest.mark.parametrize(
     ("records", "options", "match"),
     [
-        ([{"instruction": "a"}], {"format": "alpaca"}, "record 1 has no text 'output'.*; it has: instruction"),
+        (
+            [{"instruction": "a"}],
+            {"format": "alpaca"},
+            "record 1 has no text 'output'.*; it has: instruction",
+        ),
         ([*RECORDS, {"text": "a"}], {"format": "alpaca"}, "record 3 has no text 'instruction'"),
         ([{"instruction": "a", "output": ""}], {}, "every record's 'output' is empty"),
         ([], {}, "it holds no records"),
@@ -96,11 +119,17 @@ def test_text_is_joined_or_one_document_a_row():
 
 
 def test_held_out_examples_do_not_depend_on_the_samples(tmp_path):
-    some, all_ = (load_data(settings(texts(tmp_path), samples=n), Letters(), {}, 3) for n in (6, None))
-    assert [row[0].ids.tolist() for row in some.validation] == [row[0].ids.tolist() for row in all_.validation]
+    some, all_ = (
+        load_data(settings(texts(tmp_path), samples=n), Letters(), {}, 3) for n in (6, None)
+    )
+    assert [row[0].ids.tolist() for row in some.validation] == [
+        row[0].ids.tolist() for row in all_.validation
+    ]
     assert (some.examples, len(some.training), all_.examples) == (6, 8, 20)
     assert all((row[0].labels == -100).all() for row in some.training[6:])
-    assert [r[0].ids.tolist() for r in some.training[:6]] == [r[0].ids.tolist() for r in all_.training[:6]]
+    assert [r[0].ids.tolist() for r in some.training[:6]] == [
+        r[0].ids.tolist() for r in all_.training[:6]
+    ]
     with pytest.raises(DataError, match="24 of them held out: none to train on"):
         load_data(settings(texts(tmp_path), holdout=24), Letters(), {}, 3)
 
@@ -109,8 +138,12 @@ def test_records_come_with_their_fields_and_the_recovery_split(tmp_path, monkeyp
     import datasets
 
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append(kw["split"]) or RECORDS)
-    known = {"a": {"hub": "x/a", "splits": {"calibration": "train", "eval": "test"}, "field": "text"}}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kw: asked.append(kw["split"]) or RECORDS
+    )
+    known = {
+        "a": {"hub": "x/a", "splits": {"calibration": "train", "eval": "test"}, "field": "text"}
+    }
     assert load_records("a", "recovery", known) == RECORDS
     assert load_corpus("a", "eval", known)[1] == "Say hi.\nhi"
     known["a"]["splits"]["recovery"] = "tune"
@@ -130,7 +163,9 @@ def test_packed_rows_hold_whole_examples_in_order():
     padded = collate([(examples[0],), (examples[2],)], 9, packed=False)
     assert padded["input_ids"].tolist() == [[3, 3, 3, 9], [4, 4, 4, 4]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert collate([(examples[0],), (examples[2],)], 9, packed=True)["position_ids"].tolist()[0] == [0, 1, 2, 0]
+    assert collate([(examples[0],), (examples[2],)], 9, packed=True)["position_ids"].tolist()[
+        0
+    ] == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -151,5 +186,7 @@ def test_a_model_that_mixes_packed_examples_is_refused(tmp_path):
     model = pruned(tiny_gpt2())
     blind = model.forward
     model.forward = lambda position_ids=None, **kwargs: blind(**kwargs)
-    with pytest.raises(ConfigError, match="recovery.pack: this model lets examples in a row see each other"):
+    with pytest.raises(
+        ConfigError, match="recovery.pack: this model lets examples in a row see each other"
+    ):
         run(model, settings(texts(tmp_path), pack=True, length=60), tmp_path)

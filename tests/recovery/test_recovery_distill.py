@@ -37,7 +37,9 @@ def test_hidden_states_are_paired_by_relative_depth():
         hidden_loss([t[..., :3] for t in teacher], teacher, chosen)
 
 
-@pytest.mark.parametrize("options", [{"lora": True}, {"lora": False}, {"lora": False, "hidden": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"lora": True}, {"lora": False}, {"lora": False, "hidden": 0.5}]
+)
 def test_a_pruned_model_comes_nearer_to_its_teacher(tmp_path, options):
     teacher = tiny_llama(layers=2)
     model = pruned(clone(teacher))

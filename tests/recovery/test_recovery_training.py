@@ -21,14 +21,19 @@ HERE = Path(__file__).parent
 
 def assert_same(one, two, **tolerance):
     for name, tensor in state(one).items():
-        torch.testing.assert_close(tensor, state(two)[name], **({"rtol": 0, "atol": 0} | tolerance), msg=name)
+        torch.testing.assert_close(
+            tensor, state(two)[name], **({"rtol": 0, "atol": 0} | tolerance), msg=name
+        )
 
 
 @pytest.mark.parametrize("make", [lambda: pruned(small()), lambda: pruned(tiny_gpt2())])
 def test_recovery_lowers_perplexity_and_leaves_a_plain_model(tmp_path, make):
     model = make()
     model.model_parallel_marker = "kept"
-    attributes, modules = set(vars(model)), [(n, type(m), m.training) for n, m in model.named_modules()]
+    attributes, modules = (
+        set(vars(model)),
+        [(n, type(m), m.training) for n, m in model.named_modules()],
+    )
     names, config = [n for n, _ in model.named_parameters()], model.config.to_dict()
     seen = []
     watch = {"other": lambda m: seen.append((m is model, m.training)) or 7.0 + len(seen)}
@@ -43,12 +48,19 @@ def test_recovery_lowers_perplexity_and_leaves_a_plain_model(tmp_path, make):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not list((tmp_path / "out").iterdir())
     assert json.loads(json.dumps(report)) == report
-    assert (report["steps"], report["best_step"], report["stopped_early"], report["examples"]) == (15, 15, False, 20)
+    assert (report["steps"], report["best_step"], report["stopped_early"], report["examples"]) == (
+        15,
+        15,
+        False,
+        20,
+    )
     assert report["tokens"] == report["curve"][-1]["tokens"] == 3 * sum(report_tokens(tmp_path))
 
 
 def report_tokens(folder):
-    """What the training examples predict, counted by hand: every token but the first, cut at 24, end included."""
+    """What the training examples predict, counted by hand: every token but the first, cut at 24,
+    end included.
+    """
     from recovery_helpers import Letters
 
     from prunekit.recovery.data import load_data
@@ -63,14 +75,19 @@ def test_the_first_step_is_adamw_on_the_mean_over_the_batch(tmp_path):
 
     from prunekit.recovery.data import load_data
 
-    recovery = settings(texts(tmp_path), lora=False, epochs=1, batch_size=20, micro_batch=5, clip=0.0, evaluations=0)
+    recovery = settings(
+        texts(tmp_path), lora=False, epochs=1, batch_size=20, micro_batch=5, clip=0.0, evaluations=0
+    )
     model, manual = small(), small()
     report = run(model, recovery, tmp_path)
     total, count = 0.0, 0
     for (example,) in load_data(recovery, Letters(), {}, 0).training:
         ids = example.ids.long()
         log_p = manual(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-        total, count = total - log_p[torch.arange(len(ids) - 1), ids[1:]].sum(), count + len(ids) - 1
+        total, count = (
+            total - log_p[torch.arange(len(ids) - 1), ids[1:]].sum(),
+            count + len(ids) - 1,
+        )
     (total / count).backward()
     assert report["curve"][0]["loss"] == pytest.approx((total / count).item(), rel=1e-5)
     torch.optim.AdamW(manual.parameters(), lr=3e-3, weight_decay=0.0).step()
@@ -84,7 +101,9 @@ def test_the_micro_batch_does_not_matter(tmp_path, micro):
     whole = run(one, settings(path, epochs=1), tmp_path / "a")
     parts = run(other, settings(path, epochs=1, micro_batch=micro), tmp_path / "b")
     assert_same(one, other, rtol=1e-3, atol=2e-5)
-    assert whole["curve"][-1]["validation_loss"] == pytest.approx(parts["curve"][-1]["validation_loss"], rel=1e-5)
+    assert whole["curve"][-1]["validation_loss"] == pytest.approx(
+        parts["curve"][-1]["validation_loss"], rel=1e-5
+    )
 
 
 def test_patience_stops_and_goes_back_to_the_best(tmp_path):
@@ -126,7 +145,9 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_unbroken(tmp_path, options):
         run(broken, recovery, tmp_path / "b", watch={"w": fail})
     assert_same(broken, start) if recovery.lora else None
     assert [type(m) for m in broken.modules()] == [type(m) for m in start.modules()]
-    assert [p.name for p in (tmp_path / "b" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [p.name for p in (tmp_path / "b" / "checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-3"
+    ]
     again = clone(start)
     resumed = run(again, recovery, tmp_path / "b", watch={"w": lambda m: 1.0}, resume=True)
     assert_same(again, unbroken)
@@ -167,8 +188,21 @@ def test_two_processes_train_the_same_model(tmp_path):
     path, model = texts(tmp_path, 23), pruned(small())
     options = {"epochs": 1, "micro_batch": 2}
     whole = run(model, settings(path, **options), tmp_path / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(launch + command(tmp_path, options), env=environment(), check=True, capture_output=True, timeout=120)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    subprocess.run(
+        launch + command(tmp_path, options),
+        env=environment(),
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     parts = json.loads((tmp_path / "report.json").read_text())
     assert [p["tokens"] for p in parts["curve"]] == [p["tokens"] for p in whole["curve"]]
     for one, two in zip(whole["curve"], parts["curve"], strict=True):
@@ -184,7 +218,9 @@ def test_a_killed_run_goes_on(tmp_path):
     process = subprocess.Popen([sys.executable, *command(tmp_path, options)], env=environment())
     checkpoints = tmp_path / "out" / "checkpoints"
     until = time.monotonic() + 60
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until:
+    while (
+        not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -224,7 +260,9 @@ def test_out_of_memory_with_a_fixed_size_names_the_setting(tmp_path):
     model = small()
     before = state(model)
     out_of_memory_above(model, 2)
-    with pytest.raises(DataError, match=r"out of memory with micro_batch=4; recovery.micro_batch=2 halves it"):
+    with pytest.raises(
+        DataError, match=r"out of memory with micro_batch=4; recovery.micro_batch=2 halves it"
+    ):
         run(model, settings(texts(tmp_path)), tmp_path)
     out_of_memory_above(model, 0)
     with pytest.raises(DataError, match=r"out of memory with one row; recovery.length"):
@@ -243,9 +281,13 @@ def test_a_loss_that_is_no_number_names_the_step(tmp_path):
 def test_mixed_precision_leaves_no_wrapper(tmp_path):
     for lora in (True, False):
         model = small().bfloat16()
-        report = run(model, settings(texts(tmp_path), epochs=1, bf16=True, lora=lora), tmp_path / str(lora))
+        report = run(
+            model, settings(texts(tmp_path), epochs=1, bf16=True, lora=lora), tmp_path / str(lora)
+        )
         assert report["settings"]["bf16"]
-        assert "forward" not in vars(model) and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert "forward" not in vars(model) and {p.dtype for p in model.parameters()} == {
+            torch.bfloat16
+        }
         perplexity = [p["perplexity"]["validation"] for p in report["curve"] if "perplexity" in p]
         assert perplexity[-1] < perplexity[0]
 
@@ -257,7 +299,12 @@ def test_presets_are_the_papers():
     assert built["lora"] == Recovery()
     for name in ("llm_pruner", "slimgpt"):
         preset = built[name]
-        assert (preset.rank, preset.alpha, preset.dropout, preset.learning_rate) == (8, 16, 0.05, 1e-4)
+        assert (preset.rank, preset.alpha, preset.dropout, preset.learning_rate) == (
+            8,
+            16,
+            0.05,
+            1e-4,
+        )
         assert (preset.batch_size, preset.length, preset.merge) == (64, 256, True)
     assert (built["llm_pruner"].corpus, built["slimgpt"].corpus) == ("alpaca", "alpaca_raw")
     assert (built["llm_pruner"].epochs, built["llm_pruner"].warmup_steps) == (2, 100)
@@ -273,7 +320,10 @@ def test_presets_are_the_papers():
         ({"targets": ["mlp", "head"]}, "recovery.targets: unknown choice 'head'"),
         ({"targets": []}, "recovery.targets: expected a choice of all, mlp, attention"),
         ({"rank": 0}, "recovery.rank: expected a whole number ≥ 1, got 0"),
-        ({"micro_batch": "some"}, "recovery.micro_batch: expected a whole number ≥ 1 or auto, got 'some'"),
+        (
+            {"micro_batch": "some"},
+            "recovery.micro_batch: expected a whole number ≥ 1 or auto, got 'some'",
+        ),
         ({"micro_batch": 5}, "expected a divisor of recovery.batch_size=64, got 5"),
         ({"learning_rate": -1}, "recovery.learning_rate: expected a number > 0, got -1"),
         ({"learning_rate": "1e-4"}, "recovery.learning_rate: expected a number > 0, got '1e-4'"),
@@ -282,7 +332,10 @@ def test_presets_are_the_papers():
         ({"bf16": "yes"}, "recovery.bf16: expected true, false or auto, got 'yes'"),
         ({"plain": 0}, "expected a weight > 0 in plain, kl or hidden"),
         ({"lora": False, "merge": False}, "recovery.merge: expected true without adapters"),
-        ({"patience": 2, "holdout": 0}, "recovery.holdout: expected more than 0 with recovery.patience"),
+        (
+            {"patience": 2, "holdout": 0},
+            "recovery.holdout: expected more than 0 with recovery.patience",
+        ),
         ({"patience": 2, "evaluations": 0}, "recovery.evaluations: expected more than 0"),
     ],
 )
@@ -293,7 +346,12 @@ def test_values_that_cannot_be_meant(values, match):
 
 def test_settings_that_do_not_fit_each_other(tmp_path):
     with pytest.raises(ConfigError, match="stop_on: unknown name 'wiki': did you mean wikitext2"):
-        run(small(), settings(texts(tmp_path), patience=1, stop_on="wiki"), tmp_path, watch={"wikitext2": float})
+        run(
+            small(),
+            settings(texts(tmp_path), patience=1, stop_on="wiki"),
+            tmp_path,
+            watch={"wikitext2": float},
+        )
     with pytest.raises(ConfigError, match="expected a teacher, the dense model, got none"):
         run(small(), settings(texts(tmp_path), kl=1.0), tmp_path)
     assert callable(prunekit.prune)

@@ -1,4 +1,6 @@
-"""The reports against the mapping they render: every part comes and goes with its key, and what users wrote is text."""
+"""The reports against the mapping they render: every part comes and goes with its key, and what
+users wrote is text.
+"""
 
 import json
 import math
@@ -38,12 +40,27 @@ def make(layers=6, recovered=True, kinds=("attention", "mlp")):
 
     totals = {"attention": 32, "mlp": 11008, "query_head": 64, "expert": 64}
     wanted = [0.1 + 0.3 * math.log1p(i) / math.log1p(layers) for i in range(layers)]
-    curve = [{"step": 0, "tokens": 0, "validation_loss": 2.9, "perplexity": {"validation": 18.2, "wikitext": 31.9}}]
+    curve = [
+        {
+            "step": 0,
+            "tokens": 0,
+            "validation_loss": 2.9,
+            "perplexity": {"validation": 18.2, "wikitext": 31.9},
+        }
+    ]
     for step in range(10, 210, 10):
-        row = {"step": step, "tokens": 4096 * step, "loss": 2.1 + 0.8 * math.exp(-step / 40), "learning_rate": 1e-4}
+        row = {
+            "step": step,
+            "tokens": 4096 * step,
+            "loss": 2.1 + 0.8 * math.exp(-step / 40),
+            "learning_rate": 1e-4,
+        }
         if step % 40 == 0:
             loss = 2.2 + 0.6 * math.exp(-step / 50)
-            row |= {"validation_loss": loss, "perplexity": {"validation": math.exp(loss), "wikitext": 14 + 800 / step}}
+            row |= {
+                "validation_loss": loss,
+                "perplexity": {"validation": math.exp(loss), "wikitext": 14 + 800 / step},
+            }
         curve.append(row)
     report = {
         "task": "prune",
@@ -168,7 +185,10 @@ def test_rows_are_the_figures_of_the_report(report):
     table = {row[0]: row[1:] for row in rows(report)}
     assert header(report) == ("", "dense", "pruned", "recovered", "change")
     assert table["parameters"] == ("6,738,415,616", "5,391,000,123", "5,391,000,123", "-20.0%")
-    assert table["weights"][:2] == (f"{13_476_831_232 / 2**30:.2f} GiB", f"{10_782_000_246 / 2**30:.2f} GiB")
+    assert table["weights"][:2] == (
+        f"{13_476_831_232 / 2**30:.2f} GiB",
+        f"{10_782_000_246 / 2**30:.2f} GiB",
+    )
     assert table["MACs"][:2] == ("424.0 G", "339.0 G")
     assert table["perplexity, wikitext"] == ("5.680", "9.410", "7.020", f"{7.02 / 5.68 - 1:+.1%}")
     assert table["perplexity, ptb"] == ("27.34", "41.50", "33.12", "+21.2%")
@@ -181,7 +201,11 @@ def test_rows_are_the_figures_of_the_report(report):
 def test_scores_beyond_one_are_no_percentages():
     given = make(2, recovered=False)
     given["tasks"] = {
-        "wikitext": {"dense": {"value": 13.3129}, "pruned": {"value": 26.6258}, "metric": "word_perplexity"}
+        "wikitext": {
+            "dense": {"value": 13.3129},
+            "pruned": {"value": 26.6258},
+            "metric": "word_perplexity",
+        }
     }
     assert rows(given)[-1] == ("wikitext, word_perplexity", "13.31", "26.63", "+100.0%")
     assert "tasks" not in pictures(given)
@@ -224,13 +248,20 @@ PARTS = {
     "versions": "torch 2.13.0",
     "policy": "The policy gives proportions",
 }
-DRAWN = {"layers": ("layers", "ratio"), "layer_error": ("error",), "recovery": ("curve",), "tasks": ("tasks",)}
+DRAWN = {
+    "layers": ("layers", "ratio"),
+    "layer_error": ("error",),
+    "recovery": ("curve",),
+    "tasks": ("tasks",),
+}
 
 
 @pytest.mark.parametrize("key", PARTS)
 def test_a_part_comes_and_goes_with_its_key(key, report, page, monkeypatch):
     words = PARTS[key]
-    monkeypatch.setattr(Picture, "svg", lambda picture: f"<svg>{picture.name}</svg>")  # drawing takes its time
+    monkeypatch.setattr(
+        Picture, "svg", lambda picture: f"<svg>{picture.name}</svg>"
+    )  # drawing takes its time
     without = {name: value for name, value in report.items() if name != key}
     if key == "macs_by_module":
         without.pop("layers")
@@ -270,9 +301,13 @@ def test_tables_of_the_page_and_of_markdown_hold_the_same_cells(report, page):
     ]  # fmt: skip
     errors = next(table for table in inside if table[0] == ["layer", "pruned", "recovered"])
     for row, given in zip(errors[1:], report["layer_error"], strict=True):
-        assert [float(cell) for cell in row[1:]] == pytest.approx([given["pruned"], given["recovered"]], abs=5e-5)
+        assert [float(cell) for cell in row[1:]] == pytest.approx(
+            [given["pruned"], given["recovered"]], abs=5e-5
+        )
     curve = next(table for table in inside if table[0][0] == "step")
-    assert [int(row[0]) for row in curve[1:]] == [row["step"] for row in report["recovery"]["curve"]]
+    assert [int(row[0]) for row in curve[1:]] == [
+        row["step"] for row in report["recovery"]["curve"]
+    ]
     assert curve[0] == [
         "step", "tokens", "learning rate", "training loss", "validation loss",
         "perplexity, validation", "perplexity, wikitext",
@@ -296,7 +331,9 @@ def test_the_page_loads_nothing_and_is_marked_up(page):
         assert svg["role"] == "img" and len(svg["aria-label"]) > 20
     ids = [attrs["id"] for _, attrs in parsed.tags if "id" in attrs]
     assert len(ids) == len(set(ids)) > 10
-    used = set(re.findall(r"url\(#([^)]+)\)", page)) | {a["href"][1:] for _, a in parsed.tags if "href" in a}
+    used = set(re.findall(r"url\(#([^)]+)\)", page)) | {
+        a["href"][1:] for _, a in parsed.tags if "href" in a
+    }
     assert used <= set(ids)
 
 
@@ -309,8 +346,12 @@ def test_every_svg_is_xml_with_colours_that_adapt(report, page, tmp_path):
     for text in [*inside, *files]:
         root = ElementTree.fromstring(text)
         assert {"viewBox", "role", "aria-label"} <= root.attrib.keys()
-        bare = re.sub(r"var\(--\w+,\s*#\w{6}\)", "", re.sub("<style>.*?</style>", "", text, flags=re.DOTALL))
-        assert not re.search(r"(?<!url\()#[0-9a-f]{6}", bare), "a colour that stays the same in the dark"
+        bare = re.sub(
+            r"var\(--\w+,\s*#\w{6}\)", "", re.sub("<style>.*?</style>", "", text, flags=re.DOTALL)
+        )
+        assert not re.search(r"(?<!url\()#[0-9a-f]{6}", bare), (
+            "a colour that stays the same in the dark"
+        )
     assert all("prefers-color-scheme:dark" in text for text in files)
 
 
@@ -319,16 +360,27 @@ def test_what_users_wrote_is_text(tmp_path, capsys):
     given["warnings"] = [NASTY]
     given["command"] = NASTY
     given["method"] = NASTY
-    given["samples"] = [{"prompt": NASTY, "mode": NASTY, "dense": NASTY, "pruned": "", "recovered": NASTY}]
-    given["tasks"] = {NASTY: {"dense": {"value": 0.5}, "recovered": {"value": 0.25}, "metric": NASTY}}
-    given["perplexity"] = {NASTY: {"dense": 1.0, "pruned": 2.0, "recovered": 3.0, "protocol": NASTY}}
+    given["samples"] = [
+        {"prompt": NASTY, "mode": NASTY, "dense": NASTY, "pruned": "", "recovered": NASTY}
+    ]
+    given["tasks"] = {
+        NASTY: {"dense": {"value": 0.5}, "recovered": {"value": 0.25}, "metric": NASTY}
+    }
+    given["perplexity"] = {
+        NASTY: {"dense": 1.0, "pruned": 2.0, "recovered": 3.0, "protocol": NASTY}
+    }
     given["layers"].append({"index": None, NASTY: {"kept": 3, "total": 4}})
     given["policy"]["shares"][NASTY] = 1.0
     given["recovery"]["settings"] = {NASTY: NASTY}
     given["recovery"]["curve"][0]["perplexity"] = {NASTY: 3.0}
     page = render_html(given)
     parsed = Page(page)
-    assert not parsed.all("script") and not parsed.all("a") and "\x1b" not in page and "\x00" not in page
+    assert (
+        not parsed.all("script")
+        and not parsed.all("a")
+        and "\x1b" not in page
+        and "\x00" not in page
+    )
     shown = NASTY.replace("\x1b", "�").replace("\x00", "�")
     assert "".join(parsed.text).count(shown) >= 10
     for text in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
@@ -338,7 +390,11 @@ def test_what_users_wrote_is_text(tmp_path, capsys):
     html = "".join(token.content for token in tokens if token.type.startswith("html"))
     assert "script" not in html
     inline = [child for token in tokens for child in token.children or []]
-    assert not [child for child in inline if child.type in ("html_inline", "link_open", "em_open", "code_inline")]
+    assert not [
+        child
+        for child in inline
+        if child.type in ("html_inline", "link_open", "em_open", "code_inline")
+    ]
     one_line = " ".join(shown.split())
     assert any(row[0] == f"perplexity, {one_line}" for row in tables[0])
     assert all(len(row) == len(table[0]) for table in tables for row in table)
@@ -379,7 +435,9 @@ def test_any_depth_and_any_kinds(layers, kinds):
 
 def test_a_deep_model_s_page_stays_small():
     given = make(80, kinds=("attention", "mlp", "query_head", "expert"))
-    given["recovery"]["curve"] = [{"step": i, "tokens": i, "loss": 2 + math.sin(i)} for i in range(5000)]
+    given["recovery"]["curve"] = [
+        {"step": i, "tokens": i, "loss": 2 + math.sin(i)} for i in range(5000)
+    ]
     page = render_html(given)
     assert len(page.encode()) < 500_000
     curve = next(table for table in Page(page).tables if table[0][0] == "step")
@@ -391,13 +449,17 @@ def test_a_deep_model_s_page_stays_small():
 def test_groups_outside_of_layers(many, layers):
     given = make(layers or 1, recovered=False)
     names = [f"features.{i}.conv" for i in range(many)]
-    outside = {"index": None} | {name: {"kept": 60 - i, "total": 64} for i, name in enumerate(names)}
+    outside = {"index": None} | {
+        name: {"kept": 60 - i, "total": 64} for i, name in enumerate(names)
+    }
     given["layers"] = given["layers"][:layers] + [outside]
     given["policy"]["shares"] = dict.fromkeys(names, 1.0)
     svg = pictures(given)["layers"].svg()
     assert ("features.0.conv" in svg.split(">", 1)[1]) == (many == 2), "named where there is room"
     assert "ratio-0" in pictures(given)["ratio"].svg()
-    table = next(table for table in markdown_tables(render_markdown(given))[0] if table[0][0] == "layer")
+    table = next(
+        table for table in markdown_tables(render_markdown(given))[0] if table[0][0] == "layer"
+    )
     assert [row[1] for row in table if row[0] == "–"] == names
 
 
@@ -433,7 +495,9 @@ def test_a_curve_may_lack_any_of_its_figures():
     given["recovery"] = {"curve": [{"step": 0, "loss": None, "perplexity": {}}], "steps": 0}
     assert "curve" not in pictures(given)
     names = [f"a rather long name of corpus {i}" for i in range(6)]
-    given["recovery"]["curve"] += [{"step": s, "perplexity": dict.fromkeys(names, 9.0) | {"x": None}} for s in (10, 20)]
+    given["recovery"]["curve"] += [
+        {"step": s, "perplexity": dict.fromkeys(names, 9.0) | {"x": None}} for s in (10, 20)
+    ]
     picture = pictures(given)["curve"]
     assert "loss" not in picture.label and "perplexity on x" not in picture.label
     assert len(re.findall(r"a rather long name of corpus \d<", picture.svg())) == 6

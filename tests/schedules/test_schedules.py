@@ -6,7 +6,7 @@ from conftest import example, inputs_of, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
-from prunekit.compensation import walk as walking
+from prunekit.calibration import walk as walking
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import trace
 from prunekit.importance import Obs
@@ -63,7 +63,10 @@ def test_padding_does_not_count():
     mask[0, 5:] = 0
     padded = [{"input_ids": ids, "attention_mask": mask, "use_cache": False}]
     ((_, _, with_padding),) = walked(model, group, padded)
-    parts = [{"input_ids": ids[:1, :5], "use_cache": False}, {"input_ids": ids[1:], "use_cache": False}]
+    parts = [
+        {"input_ids": ids[:1, :5], "use_cache": False},
+        {"input_ids": ids[1:], "use_cache": False},
+    ]
     ((_, _, without),) = walked(model, group, parts)
     assert with_padding.tokens == without.tokens == 13
     torch.testing.assert_close(with_padding.hessian, without.hessian, rtol=1e-4, atol=1e-6)
@@ -80,7 +83,9 @@ def test_methods_end_to_end(method, kv_heads):
     assert abs(1 - pruned / dense - 0.3) < 145 / dense
     assert result.report["ratio"]["achieved"] == pytest.approx(1 - pruned / dense)
     assert torch.isfinite(model(input_ids=token_ids()).logits).all()
-    again = prunekit.prune(tiny_llama(kv_heads, layers=4), ratio=0.3, method=method, calibration=token_ids(8, 12))
+    again = prunekit.prune(
+        tiny_llama(kv_heads, layers=4), ratio=0.3, method=method, calibration=token_ids(8, 12)
+    )
     assert again.plan == result.plan
     for left, right in zip(model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -92,7 +97,9 @@ def test_compensation_brings_the_layers_output_nearer():
     for compensation in ("obs", "none"):
         model = tiny_llama(8)
         before = inputs_of(model, "lm_head", ids)
-        prunekit.prune(model, ratio=0.3, calibration=ids, overrides=[f"compensation={compensation}"])
+        prunekit.prune(
+            model, ratio=0.3, calibration=ids, overrides=[f"compensation={compensation}"]
+        )
         errors[compensation] = (inputs_of(model, "lm_head", ids) - before).square().mean().item()
     assert errors["obs"] < 0.8 * errors["none"]
 
@@ -101,9 +108,13 @@ def test_compensation_after_another_methods_choice():
     ids = token_ids(16, 12)
     plain, repaired = tiny_llama(), tiny_llama()
     one = prunekit.prune(plain, method="llm_pruner", calibration=ids)
-    two = prunekit.prune(repaired, method="llm_pruner", calibration=ids, overrides=["compensation=obs"])
+    two = prunekit.prune(
+        repaired, method="llm_pruner", calibration=ids, overrides=["compensation=obs"]
+    )
     assert one.plan == two.plan
-    assert not torch.equal(plain.model.layers[1].mlp.down_proj.weight, repaired.model.layers[1].mlp.down_proj.weight)
+    assert not torch.equal(
+        plain.model.layers[1].mlp.down_proj.weight, repaired.model.layers[1].mlp.down_proj.weight
+    )
 
 
 def test_obs_at_once_ranks_by_each_units_error_alone():
@@ -122,7 +133,9 @@ def test_obs_at_once_ranks_by_each_units_error_alone():
             solution = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution
             expected.append((x[:, kept] @ solution - x @ weight.T).square().sum() / len(x))
         torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-3, atol=1e-6)
-    result = prunekit.prune(tiny_llama(), calibration=token_ids(8, 12), overrides=["schedule=oneshot"])
+    result = prunekit.prune(
+        tiny_llama(), calibration=token_ids(8, 12), overrides=["schedule=oneshot"]
+    )
     assert abs(result.report["ratio"]["achieved"] - 0.2) < 0.01
 
 
@@ -144,10 +157,14 @@ def test_nan_is_an_error_and_the_model_stays_as_it_was(where):
 
 
 def test_five_lines_that_are_no_language_model():
-    net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+    net = nn.Sequential(
+        nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)
+    )
     x = torch.randn(400, 10)
     dense = copy.deepcopy(net)
-    result = prunekit.prune(net, ratio=0.5, method="slimgpt", calibration=[{"input": x}], overrides=["policy=uniform"])
+    result = prunekit.prune(
+        net, ratio=0.5, method="slimgpt", calibration=[{"input": x}], overrides=["policy=uniform"]
+    )
     assert result.report["ratio"]["achieved"] == pytest.approx(0.5, abs=0.02)
     plain = copy.deepcopy(dense)
     prunekit.prune(plain, ratio=0.5, method="random", calibration=[{"input": x}])
@@ -173,7 +190,9 @@ def test_calibration_that_cannot_be_used(calibration, match):
 
 def test_batches_that_would_keep_a_cache_give_the_same_plan():
     ids = token_ids(4, 12)
-    one = prunekit.prune(tiny_llama(), calibration=[{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    one = prunekit.prune(
+        tiny_llama(), calibration=[{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    )
     two = prunekit.prune(tiny_llama(), calibration=ids)
     assert one.plan == two.plan
 

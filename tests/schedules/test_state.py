@@ -27,7 +27,10 @@ COMMAND = [sys.executable, "-m", "prunekit", *QUICK]
 
 
 def equal(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("target", ["pruned", "residual"])
@@ -63,7 +66,9 @@ def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, mon
 @pytest.fixture
 def left(monkeypatch, tmp_path):
     """The state of a run that stopped before its end."""
-    monkeypatch.setattr("prunekit.pipeline.apply_plan", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "prunekit.pipeline.apply_plan", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         prunekit.prune(tiny_llama(), calibration=token_ids(), state=tmp_path / "state")
     monkeypatch.undo()
@@ -75,20 +80,29 @@ def left(monkeypatch, tmp_path):
     [
         (0, 4, [], "holds an unfinished run: resume=true"),
         (0, 4, ["resume=true", "ratio=0.3"], r"made with ratio=0\.2, this run has 0\.3"),
-        (0, 4, ["resume=true", "importance.heads=diagonal"], "made with importance.heads=exact, this run has diagonal"),
+        (
+            0,
+            4,
+            ["resume=true", "importance.heads=diagonal"],
+            "made with importance.heads=exact, this run has diagonal",
+        ),
         (0, 5, ["resume=true"], "made with calibration="),
         (1, 4, ["resume=true"], "made with model="),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(left, seed, ids, options, match):
     with pytest.raises(CheckpointError, match=match):
-        prunekit.prune(tiny_llama(seed=seed), calibration=token_ids(ids), overrides=options, state=left)
+        prunekit.prune(
+            tiny_llama(seed=seed), calibration=token_ids(ids), overrides=options, state=left
+        )
     assert (left / "state.json").exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="expected a new folder or the state of an unfinished run"):
+    with pytest.raises(
+        CheckpointError, match="expected a new folder or the state of an unfinished run"
+    ):
         prunekit.prune(tiny_llama(), calibration=token_ids(), state=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -119,8 +133,12 @@ def test_a_full_disk_keeps_what_was_finished(monkeypatch, tmp_path):
         prunekit.prune(model, calibration=token_ids(), state=tmp_path / "state")
     monkeypatch.undo()
     assert equal(model, before)
-    assert len(list((tmp_path / "state").iterdir())) == 4  # two groups, the facts, the counts: nothing half-written
-    result = prunekit.prune(model, calibration=token_ids(), overrides=["resume=true"], state=tmp_path / "state")
+    assert (
+        len(list((tmp_path / "state").iterdir())) == 4
+    )  # two groups, the facts, the counts: nothing half-written
+    result = prunekit.prune(
+        model, calibration=token_ids(), overrides=["resume=true"], state=tmp_path / "state"
+    )
     assert equal(model, prunekit.prune(tiny_llama(), calibration=token_ids()).model)
     assert result.plan
 
@@ -134,7 +152,9 @@ def whole(tmp_path_factory):
 
 
 def finish(command, folder, *more):
-    done = subprocess.run([*command, "output_dir=out", *more], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "output_dir=out", *more], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters;") == 1  # one process talks
     return folder / "out"
@@ -147,7 +167,10 @@ def test_killed_in_the_middle_of_a_layer(stream, whole, tmp_path):
         [*command, "output_dir=out"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     began = time.perf_counter()
-    while len(list((tmp_path / "out").glob(".state/*.safetensors"))) < 3 and time.perf_counter() - began < 120:
+    while (
+        len(list((tmp_path / "out").glob(".state/*.safetensors"))) < 3
+        and time.perf_counter() - began < 120
+    ):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -165,13 +188,17 @@ def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
     from prunekit.jobs import folder
 
     overrides = ["data.calibration.samples=4", "eval=none", "output_dir=out"]
-    monkeypatch.setattr(f"prunekit.jobs.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        f"prunekit.jobs.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     monkeypatch.setattr(folder, "clear_results", lambda _: None)  # no time for that
     with pytest.raises(KeyboardInterrupt):
         jobs.run(cfg.check(cfg.compose(overrides)), tmp_path / "out", {"config.yaml": "x"})
     monkeypatch.undo()
     (tmp_path / "out/.model.half").mkdir()
-    jobs.run(cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"})
+    jobs.run(
+        cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"}
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".hydra", "model", "plan.json", "report.json", "report.md", "report.html", "layers.svg", "ratio.svg"
     }  # fmt: skip
@@ -179,12 +206,25 @@ def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_two_processes_leave_what_one_does(stream, whole, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "prunekit", *QUICK]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "prunekit",
+        *QUICK,
+    ]
     out = finish(torchrun, tmp_path, f"memory.stream={stream}")
-    assert json.loads((out / "plan.json").read_text()) == json.loads((whole / "plan.json").read_text())
+    assert json.loads((out / "plan.json").read_text()) == json.loads(
+        (whole / "plan.json").read_text()
+    )
     one, two = (prunekit.from_pretrained(folder / "model").state_dict() for folder in (whole, out))
     for name in one:
-        torch.testing.assert_close(one[name].float(), two[name].float(), rtol=2e-2, atol=2e-3)  # float16 on disk
+        torch.testing.assert_close(
+            one[name].float(), two[name].float(), rtol=2e-2, atol=2e-3
+        )  # float16 on disk
 
 
 _FAILING = """
@@ -208,10 +248,14 @@ def test_an_error_in_one_process_ends_all_of_them(tmp_path):
     (tmp_path / "job.py").write_text(_FAILING.format(sample=3))  # the second process's
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "job.py"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment
+    )
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):  # each into a file of its own: lines of two processes can mix
-        expected = "model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3"
+        expected = (
+            "model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3"
+        )
         assert expected in (tmp_path / f"rank{rank}").read_text()
 
 
@@ -226,11 +270,15 @@ def test_one_sample_or_one_token_over_and_over(ids, ratio):
 def test_down_to_one_unit_and_groups_of_one():
     model = tiny_llama(kv_heads=2)
     everything = prunekit.trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
-    most = prunekit.prune(model, ratio=0.57, calibration=token_ids(8, 12), overrides=["policy=uniform"])
+    most = prunekit.prune(
+        model, ratio=0.57, calibration=token_ids(8, 12), overrides=["policy=uniform"]
+    )
     left = [everything[name].num_units - len(units) for name, units in most.plan.removed.items()]
     assert min(left) == 1
     assert torch.isfinite(model(input_ids=token_ids()).logits).all()
-    again = prunekit.prune(model, ratio=0.01, calibration=token_ids(8, 12), overrides=["policy=uniform"])
+    again = prunekit.prune(
+        model, ratio=0.01, calibration=token_ids(8, 12), overrides=["policy=uniform"]
+    )
     assert again.plan
 
 
@@ -244,7 +292,10 @@ def test_dead_inputs_go_first_and_all_dead_does_no_harm():
         model.model.layers[0].mlp.up_proj.bias[:10] = 0
         before = model(input_ids=token_ids()).logits
         result = prunekit.prune(
-            model, ratio=0.05, calibration=token_ids(8, 12), overrides=["groups=mlp", "policy=uniform"]
+            model,
+            ratio=0.05,
+            calibration=token_ids(8, 12),
+            overrides=["groups=mlp", "policy=uniform"],
         )
         after = model(input_ids=token_ids()).logits
     assert set(result.plan.removed["layers.0.mlp"]) <= set(range(10))

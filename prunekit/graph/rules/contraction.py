@@ -1,4 +1,6 @@
-"""Operators that sum weights against activations: products, convolutions, attention, embeddings, recurrent cells."""
+"""Operators that sum weights against activations: products, convolutions, attention, embeddings,
+recurrent cells.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def _product(call: Call, left: Value, right: Value) -> Value:
 
 @operator_rule("aten.addmm", "aten.baddbmm")
 def _addmm(call: Call) -> Value:
-    out = _product(call, call.get("mat1") or call.value("batch1"), call.get("mat2") or call.value("batch2"))
+    out = _product(
+        call, call.get("mat1") or call.value("batch1"), call.get("mat2") or call.value("batch2")
+    )
     bias = call.value("self")
     merged = call.elementwise(out, bias)
     return call.make(merged.axes)
@@ -83,9 +87,14 @@ def _einsum(call: Call) -> Value:
     operands = call.inputs()
     left, _, output = call.arguments["equation"].replace(" ", "").partition("->")
     terms = left.split(",")
-    hidden = max(len(v.axes) - len(t.replace("...", "")) for t, v in zip(terms, operands, strict=True))
+    hidden = max(
+        len(v.axes) - len(t.replace("...", "")) for t, v in zip(terms, operands, strict=True)
+    )
     spare = "".join(c for c in "ZYXWVUTS" if c not in left)[:hidden]  # what an ellipsis stands for
-    terms = [t.replace("...", spare[hidden - len(v.axes) + len(t) - 3 :]) for t, v in zip(terms, operands, strict=True)]
+    terms = [
+        t.replace("...", spare[hidden - len(v.axes) + len(t) - 3 :])
+        for t, v in zip(terms, operands, strict=True)
+    ]
     output = output.replace("...", spare)
     if "->" not in call.arguments["equation"]:
         output = "".join(sorted(c for c in set("".join(terms)) if "".join(terms).count(c) == 1))
@@ -95,7 +104,9 @@ def _einsum(call: Call) -> Value:
             if label in seen and ax.axis_size(axis) > 1:
                 other, other_axis = seen[label]
                 if label in output or ax.axis_size(other_axis) == 1:
-                    ax.unify(other_axis, axis) if ax.axis_size(other_axis) > 1 else seen.update({label: (value, axis)})
+                    ax.unify(other_axis, axis) if ax.axis_size(other_axis) > 1 else seen.update(
+                        {label: (value, axis)}
+                    )
                     continue
                 call.contract(other, other_axis, value, axis)
                 if other.data and value.data and not (other.softmax or value.softmax):
@@ -105,7 +116,13 @@ def _einsum(call: Call) -> Value:
                 seen.setdefault(label, (value, axis))
     joined = "".join(terms)
     if len(operands) == 2:
-        call.multiply_adds(*(axis for label, (_, axis) in seen.items() if joined.count(label) > 1 or label in output))
+        call.multiply_adds(
+            *(
+                axis
+                for label, (_, axis) in seen.items()
+                if joined.count(label) > 1 or label in output
+            )
+        )
     weighted = [labels[:-1] for labels, value in zip(terms, operands, strict=True) if value.softmax]
     for label, (_, axis) in seen.items():
         if joined.count(label) == 1 and label not in output:
@@ -139,7 +156,9 @@ def _attention(call: Call) -> Value:
 
 
 def _heads(query: Axis, key: Axis) -> Axis:
-    """Unify head axes; with `enable_gqa` a query head is (key head, repeat), like torch's repeat_interleave."""
+    """Unify head axes; with `enable_gqa` a query head is (key head, repeat), like torch's
+    repeat_interleave.
+    """
     heads, kv = ax.axis_size(query), ax.axis_size(key)
     if heads != kv and kv:
         repeats = ax.fresh(heads // kv)
@@ -163,14 +182,24 @@ def _embedding_bag(call: Call) -> tuple[Value, ...]:
     ax.pin(weight.axes[0], f"{call.where} looks its rows up (a vocabulary)")
     bags = call.make([ax.fresh(call.shape[0], "a bag of rows"), weight.axes[1]])
     return bags, *(
-        call.make([ax.fresh(size, "a bag of rows") for size in meta.shape]) for meta in call.node.meta["val"][1:]
+        call.make([ax.fresh(size, "a bag of rows") for size in meta.shape])
+        for meta in call.node.meta["val"][1:]
     )
 
 
-@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.conv_transpose1d",
-               "aten.conv_transpose2d", "aten.conv_transpose3d")  # fmt: skip
+@operator_rule(
+    "aten.conv1d",
+    "aten.conv2d",
+    "aten.conv3d",
+    "aten.convolution",
+    "aten.conv_transpose1d",
+    "aten.conv_transpose2d",
+    "aten.conv_transpose3d",
+)
 def _convolution(call: Call) -> Value:
-    """Weight [out, in / groups, …], transposed [in, out / groups, …]; the groups are an axis of input and output."""
+    """Weight [out, in / groups, …], transposed [in, out / groups, …]; the groups are an axis of
+    input and output.
+    """
     x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
     transposed = "transpose" in str(call.node.target) or call.get("transposed", False)
     groups, spatial = call.get("groups", 1), len(weight.axes) - 2
@@ -186,7 +215,11 @@ def _convolution(call: Call) -> Value:
         ax.pin(extent, f"it is the extent of a kernel of {call.where}")
     for axis in x.axes[len(x.axes) - spatial :]:
         ax.pin(axis, f"{call.where} goes along it")
-    for quantity, axis in (("groups", outer), ("in_channels", outer + into), ("out_channels", produced)):
+    for quantity, axis in (
+        ("groups", outer),
+        ("in_channels", outer + into),
+        ("out_channels", produced),
+    ):
         call.note(quantity, axis)
     space = call.space(spatial)
     kernel = [*(x.axes[len(x.axes) - spatial :] if transposed else space), *weight.axes[2:]]

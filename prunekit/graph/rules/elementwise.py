@@ -23,7 +23,9 @@ hypot"""
 
 
 @operator_rule(*aten(_BINARY, in_place=True))
-@operator_rule(*aten("maximum minimum max.other min.other fmax fmin where rsub logaddexp polar __and__ __or__"))
+@operator_rule(
+    *aten("maximum minimum max.other min.other fmax fmin where rsub logaddexp polar __and__ __or__")
+)
 def _elementwise(call: Call) -> Value:
     return call.elementwise(*call.inputs())
 
@@ -57,7 +59,9 @@ atan sinh cosh"""
 
 @operator_rule(*aten(_PLAIN, in_place=True))
 @operator_rule(
-    *aten("to _to_copy type_as float contiguous clone alias lift_fresh lift_fresh_copy isnan isinf isfinite")
+    *aten(
+        "to _to_copy type_as float contiguous clone alias lift_fresh lift_fresh_copy isnan isinf isfinite"
+    )
 )
 @operator_rule(*aten("zeros_like ones_like empty_like full_like bernoulli"))
 def _unary(call: Call) -> Value:
@@ -93,4 +97,6 @@ def _glu(call: Call) -> Value:
 
 @operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
 def _new(call: Call) -> Value:
-    return Value(axes=tuple(ax.fresh(size, f"its size is fixed by {call.where}") for size in call.shape))
+    return Value(
+        axes=tuple(ax.fresh(size, f"its size is fixed by {call.where}") for size in call.shape)
+    )

@@ -20,7 +20,10 @@ def _reshape(call: Call) -> Value:
 def _transpose(call: Call) -> Value:
     value = call.value("self")
     axes = list(value.axes)
-    i, j = dim_of(value, call.arguments.get("dim0", 0)), dim_of(value, call.arguments.get("dim1", 0))
+    i, j = (
+        dim_of(value, call.arguments.get("dim0", 0)),
+        dim_of(value, call.arguments.get("dim1", 0)),
+    )
     axes[i], axes[j] = axes[j], axes[i]
     return call.make(axes, value, softmax=value.softmax)
 
@@ -34,7 +37,9 @@ def _reverse(call: Call) -> Value:
 @operator_rule("aten.permute")
 def _permute(call: Call) -> Value:
     value = call.value("self")
-    return call.make([value.axes[dim_of(value, d)] for d in call.arguments["dims"]], value, softmax=value.softmax)
+    return call.make(
+        [value.axes[dim_of(value, d)] for d in call.arguments["dims"]], value, softmax=value.softmax
+    )
 
 
 @operator_rule("aten.unsqueeze")
@@ -107,7 +112,9 @@ def _between(axis: Axis, start: int, stop: int) -> Axis:
 
 
 def _every(axis: Axis, size: int, start: int, stop: int, step: int, call: Call) -> Axis:
-    """Every step-th position (interleaved rotary): the axis splits into (size / step, step), the inner one is fixed."""
+    """Every step-th position (interleaved rotary): the axis splits into (size / step, step), the
+    inner one is fixed.
+    """
     if size % step == 0 and start < step and stop > size - step + start:
         outer, inner = ax.regroup([axis], [size // step, step])
         ax.pin(inner, f"{call.where} takes every {step}-th position")
@@ -132,7 +139,9 @@ def _scatter(call: Call) -> Value:
     ax.pin(value.axes[dim], f"{call.where} writes into a part of it")
     others = [axis for i, axis in enumerate(value.axes) if i != dim]
     written = (
-        list(source.axes) if len(source.axes) < len(value.axes) else [a for i, a in enumerate(source.axes) if i != dim]
+        list(source.axes)
+        if len(source.axes) < len(value.axes)
+        else [a for i, a in enumerate(source.axes) if i != dim]
     )
     for axis, own in zip(others, written, strict=True):
         if ax.axis_size(own) == ax.axis_size(axis):
@@ -150,8 +159,11 @@ def _pad(call: Call) -> Value:
         axis = _between(axes[dim], max(-before, 0), ax.axis_size(axes[dim]) - max(-after, 0))
         reason = f"padded by {call.where}"
         if call.get("mode", "constant") == "constant":
-            axes[dim] = ax.concatenate([ax.fresh(n, reason) for n in (before,) if n > 0] + [axis]
-                                       + [ax.fresh(n, reason) for n in (after,) if n > 0])  # fmt: skip
+            axes[dim] = ax.concatenate(
+                [ax.fresh(n, reason) for n in (before,) if n > 0]
+                + [axis]
+                + [ax.fresh(n, reason) for n in (after,) if n > 0]
+            )
         elif before or after:
             ax.pin(axis, reason)
             axes[dim] = ax.fresh(call.shape[dim], reason)
@@ -163,7 +175,13 @@ def _pixel_shuffle(call: Call) -> Value:
     value, factor = call.value("self"), call.arguments["upscale_factor"]
     channels, inner = ax.regroup([value.axes[-3]], [value.shape[-3] // factor**2, factor**2])
     ax.pin(inner, f"{call.where} turns it into space")
-    return call.make([*value.axes[:-3], channels, *(ax.fresh(size, "a spatial axis") for size in call.shape[-2:])])
+    return call.make(
+        [
+            *value.axes[:-3],
+            channels,
+            *(ax.fresh(size, "a spatial axis") for size in call.shape[-2:]),
+        ]
+    )
 
 
 @operator_rule("aten.tril", "aten.triu")
@@ -200,7 +218,11 @@ def _split(call: Call) -> tuple[Value, ...]:
         head, rest = ax.cut(rest, size)
         outputs.append(head)
     outputs.append(rest)
-    by_number = str(call.node.target) in ("aten.chunk.default", "aten.split.Tensor", "aten.tensor_split.sections")
+    by_number = str(call.node.target) in (
+        "aten.chunk.default",
+        "aten.split.Tensor",
+        "aten.tensor_split.sections",
+    )
     for part in outputs[1:] if by_number and len(set(sizes)) == 1 else ():
         ax.unify(outputs[0], part)  # one number cuts it into equal parts, which must stay equal
     return tuple(call.make(replaced(value.axes, dim, ax.resolve(axis)), value) for axis in outputs)
@@ -233,8 +255,12 @@ def _shuffle(call: Call) -> Value:
     dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
     if str(call.node.target).startswith("aten.cum"):
         for dim in dims if isinstance(dims, list | tuple) else [dims]:
-            ax.mark_inexact(value.axes[dim_of(value, dim)], f"{call.where} adds them up one after another")
-        return call.make(value.axes, value)  # positions stay where they are; only their numbers depend on one another
+            ax.mark_inexact(
+                value.axes[dim_of(value, dim)], f"{call.where} adds them up one after another"
+            )
+        return call.make(
+            value.axes, value
+        )  # positions stay where they are; only their numbers depend on one another
     for dim in dims if isinstance(dims, list | tuple) else [dims]:
         ax.pin(value.axes[dim_of(value, dim)], f"{call.where} moves its positions")
     return call.make(value.axes, value)
@@ -258,10 +284,14 @@ def _index(call: Call) -> Value:
 def _movedim(call: Call) -> Value:
     value = call.value("self")
     places = [call.arguments[name] for name in ("source", "destination")]
-    source, target = ([dim_of(value, d) for d in (p if isinstance(p, list | tuple) else [p])] for p in places)
+    source, target = (
+        [dim_of(value, d) for d in (p if isinstance(p, list | tuple) else [p])] for p in places
+    )
     rest = iter(axis for i, axis in enumerate(value.axes) if i not in source)
     moved = {to: value.axes[at] for at, to in zip(source, target, strict=True)}
-    return call.make([moved[i] if i in moved else next(rest) for i in range(len(value.axes))], value)
+    return call.make(
+        [moved[i] if i in moved else next(rest) for i in range(len(value.axes))], value
+    )
 
 
 @operator_rule(*aten("scatter scatter_add index_add index_fill masked_scatter", in_place=True))

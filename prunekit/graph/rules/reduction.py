@@ -9,7 +9,9 @@ from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
 
 
 @operator_rule(
-    *aten("mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm logsumexp")
+    *aten(
+        "mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm logsumexp"
+    )
 )
 def _reduce(call: Call) -> Value:
     value = call.inputs()[0]
@@ -22,7 +24,14 @@ def _reduce(call: Call) -> Value:
     return call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
 
 
-@operator_rule("aten.max.dim", "aten.min.dim", "aten.var_mean", "aten.std_mean", "aten.median.dim", "aten.aminmax")
+@operator_rule(
+    "aten.max.dim",
+    "aten.min.dim",
+    "aten.var_mean",
+    "aten.std_mean",
+    "aten.median.dim",
+    "aten.aminmax",
+)
 def _reduce_twice(call: Call) -> tuple[Value, Value]:
     out = _reduce(call)
     return out, out
@@ -31,7 +40,9 @@ def _reduce_twice(call: Call) -> tuple[Value, Value]:
 @operator_rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax")
 def _softmax(call: Call) -> Value:
     value = call.value("self")
-    ax.mark_inexact(value.axes[dim_of(value, call.arguments["dim"])], f"{call.where} normalises over it")
+    ax.mark_inexact(
+        value.axes[dim_of(value, call.arguments["dim"])], f"{call.where} normalises over it"
+    )
     return call.make(value.axes, value, softmax=True)
 
 
@@ -74,7 +85,9 @@ def _batch_norm(call: Call) -> Value:
 
 @operator_rule("aten.group_norm")
 def _group_norm(call: Call) -> Value:
-    """A whole group leaves the others as they are; a channel inside each group changes the statistics."""
+    """A whole group leaves the others as they are; a channel inside each group changes the
+    statistics.
+    """
     value, groups = call.value("input"), call.arguments["num_groups"]
     for name in ("weight", "bias"):
         if (own := call.get(name)) is not None:
@@ -110,12 +123,18 @@ def _class_loss(call: Call) -> Value:
     return call.make(rest if call.get("reduction", 1) == 0 else [], value)
 
 
-_POOLS = [f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for rank in (1, 2, 3)]
+_POOLS = [
+    f"{kind}_pool{rank}d"
+    for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp")
+    for rank in (1, 2, 3)
+]
 _UPSAMPLES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
 upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa"""
 
 
-@operator_rule(*aten(" ".join(_POOLS)), *(f"aten.max_pool{rank}d_with_indices" for rank in (1, 2, 3)))
+@operator_rule(
+    *aten(" ".join(_POOLS)), *(f"aten.max_pool{rank}d_with_indices" for rank in (1, 2, 3))
+)
 def _pool(call: Call) -> Any:
     value, rank = call.inputs()[0], int(str(call.node.target).split("_pool")[1][0])
     for axis in value.axes[-rank:]:

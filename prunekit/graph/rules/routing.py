@@ -1,4 +1,6 @@
-"""Routing of mixtures of experts: who is chosen, how often, and the products of each expert's own rows."""
+"""Routing of mixtures of experts: who is chosen, how often, and the products of each expert's own
+rows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from prunekit.graph.operators import Call, Value, dim_of, operator_rule, replace
 
 @operator_rule("aten.topk", "aten.sort")
 def _ranked(call: Call) -> tuple[Value, Value]:
-    """Values and the positions they came from: of `topk`, positions of the axis chosen from (the experts)."""
+    """Values and the positions they came from: of `topk`, positions of the axis chosen from (the
+    experts).
+    """
     value = call.value("self")
     dim = dim_of(value, call.get("dim", -1))
     chosen_from = value.axes[dim]
@@ -18,7 +22,9 @@ def _ranked(call: Call) -> tuple[Value, Value]:
     if str(call.node.target).startswith("aten.topk"):
         ax.tag(chosen_from, "expert")
     axes = replaced(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
-    return replace(call.make(axes, value), indexes=value.indexes), replace(call.make(axes, value), indexes=chosen_from)
+    return replace(call.make(axes, value), indexes=value.indexes), replace(
+        call.make(axes, value), indexes=chosen_from
+    )
 
 
 @operator_rule("aten.histc", "aten.bincount")
@@ -27,7 +33,9 @@ def _counts(call: Call) -> Value:
     value = call.value("self")
     (size,) = call.shape
     known = value.indexes is not None and ax.axis_size(value.indexes) == size
-    return call.make([value.indexes if known and value.indexes else ax.fresh(size, "counted")], value)
+    return call.make(
+        [value.indexes if known and value.indexes else ax.fresh(size, "counted")], value
+    )
 
 
 @operator_rule("aten.index_put_", "aten.index_put")

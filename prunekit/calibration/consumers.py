@@ -1,0 +1,166 @@
+"""The matrices a group's units feed, whatever their layout, and what they are fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunekit.errors import TraceError
+from prunekit.graph import CoupledGroup, Member
+
+See = Callable[["Consumer", Tensor], None]
+_PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumer:
+    """A linear consumer: its weight as W [d_out, n] whatever its layout; of stacked experts one
+    expert's.
+    """
+
+    module: nn.Module
+    member: Member
+    name: str
+    expert: int | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored weight."""
+        parameter = getattr(self.module, self.member.parameter.rsplit(".", 1)[-1])
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def _stored(self) -> Tensor:
+        stored = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return stored if self.member.dim == self.parameter.ndim - 1 else stored.T
+
+    @property
+    def outputs(self) -> int:
+        """Number of output features d_out."""
+        return self.parameter.shape[
+            {1: 2, 2: 1}[self.member.dim] if self.expert is not None else 1 - self.member.dim
+        ]
+
+    def weight(self) -> Tensor:
+        """W [d_out, n], a copy in float32 at least."""
+        return self._stored.to(torch.promote_types(self.parameter.dtype, torch.float32), copy=True)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What the module adds to W x [d_out], if it does."""
+        bias = getattr(self.module, "bias", None) if self.expert is None else None
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    def store(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Write W [d_out, n] back; add `bias` [d_out] to the module's, which gets one where it has
+        none.
+        """
+        self._stored.copy_(weight)
+        if bias is not None:
+            self.set_bias(bias if self.bias is None else self.bias.data + bias.to(self.bias))
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Give the module this bias [d_out]."""
+        bias = bias.to(self.parameter)
+        if self.bias is None:
+            self.module.bias = nn.Parameter(bias, requires_grad=self.parameter.requires_grad)
+        else:
+            self.bias.data.copy_(bias)
+
+
+def consumers_of(model: nn.Module, group: CoupledGroup) -> list[Consumer]:
+    """The group's linear consumers; TraceError where it has none, or one that is no matrix.
+
+    A parameter that also makes the units (a tied embedding) is left out: it can't be repaired.
+    """
+    made = {member.parameter for member in group.members if member.role == "producer"}
+    found = []
+    for member in group.consumers:
+        shape = model.get_parameter(member.parameter).shape
+        path = member.parameter.rpartition(".")[0]
+        if len(shape) not in (2, 3) or (len(shape) == 3 and member.dim == 0):
+            raise TraceError(
+                f"{group.name}: layer-wise pruning expects matrices, {member.parameter} is none"
+            )
+        experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
+        if member.parameter not in made:
+            module = model.get_submodule(path)
+            found += [
+                Consumer(module=module, member=member, name=path, expert=expert)
+                for expert in experts
+            ]
+    if not found:
+        raise TraceError(f"{group.name}: layer-wise pruning expects a linear consumer, found none")
+    return found
+
+
+@contextmanager
+def watched(consumers: Sequence[Consumer], see: See) -> Iterator[None]:
+    """Call `see(consumer, inputs)` for all that the consumers are fed during a `with` block."""
+    with ExitStack() as stack:
+        for consumer in (c for c in consumers if c.expert is None):
+            stack.callback(consumer.module.register_forward_pre_hook(_hook(consumer, see)).remove)
+        if stacked := [c for c in consumers if c.expert is not None]:
+            stack.enter_context(_Products(stacked, see))
+        yield
+
+
+def _hook(consumer: Consumer, see: See) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda module, args: see(consumer, args[0])
+
+
+@contextmanager
+def experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> Iterator[None]:
+    """Let stacked experts multiply one by one, so that each one's inputs can be seen."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    key = "_experts_implementation_internal"
+    changed = (
+        [c for c in configs.values() if key in vars(c)]
+        if any(c.expert is not None for c in consumers)
+        else []
+    )
+    before = [vars(config)[key] for config in changed]
+    try:
+        for config in changed:
+            vars(config)[key] = "eager"
+        yield
+    finally:
+        for config, value in zip(changed, before, strict=True):
+            vars(config)[key] = value
+
+
+class _Products(TorchFunctionMode):
+    """Sees matrix products with a slice of a stacked parameter [experts, …] by where its memory
+    lies.
+    """
+
+    def __init__(self, consumers: Sequence[Consumer], see: See) -> None:
+        super().__init__()
+        self.see = see
+        self.places = {c.parameter.data_ptr() + (c.expert or 0) * _stride(c): c for c in consumers}
+        self.whole = {
+            c.parameter.data_ptr(): [o for o in consumers if o.parameter is c.parameter]
+            for c in consumers
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
+            inputs, weight = args[0], args[1]
+            if weight.ndim == 2 and (consumer := self.places.get(weight.data_ptr())):
+                self.see(consumer, inputs)
+            elif weight.ndim == inputs.ndim == 3 and (found := self.whole.get(weight.data_ptr())):
+                for consumer, own in zip(found, inputs, strict=True):
+                    self.see(consumer, own)
+        return func(*args, **(kwargs or {}))
+
+
+def _stride(consumer: Consumer) -> int:
+    return consumer.parameter.stride(0) * consumer.parameter.element_size()

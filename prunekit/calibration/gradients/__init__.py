@@ -1,0 +1,22 @@
+"""Gradients of the calibration loss, seen one matrix at a time and dropped as soon as they are
+reduced to scores.
+"""
+
+from prunekit.calibration.gradients.loss import Loss, mean_loss
+from prunekit.calibration.gradients.scores import FISHER, MEAN, Moments, position_scores
+from prunekit.calibration.gradients.state import checkpointed, undisturbed
+from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
+
+__all__ = [
+    "FISHER",
+    "MEAN",
+    "Loss",
+    "Moments",
+    "checkpointed",
+    "is_stock",
+    "is_transposed",
+    "mean_loss",
+    "position_scores",
+    "tap",
+    "undisturbed",
+]

@@ -1,0 +1,71 @@
+"""Taps: read the input and the output's gradient of a linear module in the backward pass, its
+weight left frozen.
+
+y = x Wᵀ + b  ⇒  ∂L/∂W = Σ_t δ_t x_tᵀ, ∂L/∂b = Σ_t δ_t, with δ = ∂L/∂y: whatever of it is wanted,
+and nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Keep = Callable[[Tensor], Tensor]
+Receive = Callable[[Tensor, Tensor], None]
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b (Linear) or x W + b (transformers' Conv1D) and nothing
+    else.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return "forward" not in vars(module) and type(module).forward in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a stock module's weight is stored [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
+    """In each backward pass, once a call: receive(keep(x), δ).
+
+    x [..., in] is the module's input, δ [..., out] its output's gradient. Only keep(x) is held
+    until then, and it is recomputed where gradient checkpointing recomputes the rest.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        x = next(iter((*args, *kwargs.values())))
+        with torch.no_grad():
+            kept = keep(x)
+        return _Tap.apply(
+            output, kept, torch.zeros((), device=output.device, requires_grad=True), receive
+        )
+
+    return module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; the scalar that requires a gradient makes the output require one."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, kept: Tensor, anchor: Tensor, receive: Receive) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.receive = receive
+        ctx.mark_dirty(output)  # not a view: the model may go on in place
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        ctx.receive(*ctx.saved_tensors, delta)
+        return delta, None, None, None

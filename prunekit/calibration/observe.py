@@ -1,0 +1,158 @@
+"""What a group's consumers are fed, gathered over the batches: one set of moments for those with
+the same inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prunekit.calibration.consumers import Consumer
+from prunekit.calibration.moments import Moments
+from prunekit.data.batches import Batch, positions_of
+from prunekit.runtime.console import say
+from prunekit.runtime.numbers import wide
+
+HELD_OUT = 8  # every eighth sample tells whether a new target generalises
+
+
+class Stop(Exception):
+    """Everything wanted of this forward pass has been seen."""
+
+
+@dataclass(eq=False)
+class Site:
+    """Consumers that are fed the same inputs x [n], their moments, and those of held-out samples
+    where a target is.
+    """
+
+    consumers: list[Consumer]
+    moments: Moments
+    held: Moments | None = None
+
+    def weight(self) -> Tensor:
+        """The consumers' weights below one another [d, n]."""
+        return torch.cat([consumer.weight() for consumer in self.consumers]).to(
+            self.moments.hessian.device
+        )
+
+    def energy(self) -> float:
+        """E‖W x‖²: what removing everything would cost."""
+        weight = self.weight()
+        return float(((weight @ self.moments.hessian.to(weight)) * weight).sum())
+
+
+@dataclass
+class Observation:
+    """Moments of a group's consumers, of all that they are fed in every batch."""
+
+    consumers: Sequence[Consumer]
+    targeted: bool = False
+    sites: dict[Consumer, Site] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, sample: int, batch: Batch, wanted: Tensor | None = None) -> Iterator[None]:
+        """One batch, whose first row is calibration sample number `sample`.
+
+        `wanted` [..., d]: what a lone consumer should give.
+        """
+        given = batch.get("attention_mask")
+        self._mask = (
+            given.bool()
+            if isinstance(given, Tensor) and given.ndim == 2 and not given.bool().all()
+            else None
+        )
+        self._sample, self._wanted, self._positions = sample, wanted, positions_of(batch)
+        self._fed: list[tuple[Tensor, Site]] = []
+        yield
+        self._fed.clear()
+
+    def see(self, consumer: Consumer, inputs: Tensor) -> None:
+        """Take in what a consumer is fed [..., n], and what its outputs lack [..., d]."""
+        site = self.sites.get(consumer) or self._site(consumer, inputs)
+        if site.consumers[0] is consumer:
+            self._fed.append((inputs, site))
+            if inputs.ndim == 2 and len(inputs) == math.prod(
+                self._positions
+            ):  # flattened, or no tokens at all
+                inputs = inputs.view(*self._positions, -1)
+            self._add(site, inputs)
+
+    def _add(self, site: Site, inputs: Tensor) -> None:
+        mask = (
+            self._mask if self._mask is not None and self._mask.shape == inputs.shape[:-1] else None
+        )
+        if self._wanted is None or site.held is None:
+            site.moments.add(inputs, mask, None, self._sample)
+            return
+        output = site.consumers[0].module.forward(inputs)
+        error = wide(self._wanted.reshape(output.shape)) - wide(output)
+        if mask is None:
+            mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
+        rows = (
+            torch.arange(len(inputs), device=inputs.device) + self._sample
+        ) % HELD_OUT == HELD_OUT - 1
+        rows = rows.view(-1, *[1] * (mask.ndim - 1))
+        site.moments.add(inputs, mask & ~rows, error, self._sample)
+        site.held.add(inputs, mask & rows, error, self._sample)
+
+    def _site(self, consumer: Consumer, inputs: Tensor) -> Site:
+        """The site of others that were fed this very tensor, or a new one."""
+        for fed, site in self._fed:
+            if fed is inputs and torch.equal(site.consumers[0].member.index, consumer.member.index):
+                site.consumers.append(consumer)
+                self.sites[consumer] = site
+                return site
+        return self._new_site(consumer)
+
+    def _new_site(self, consumer: Consumer) -> Site:
+        weight = consumer.parameter
+        size = weight.shape[consumer.member.dim]
+        outputs = consumer.outputs if self.targeted else None
+        moments = [
+            Moments(size, consumer.name, weight.device, weight.dtype, outputs)
+            for _ in range(1 + self.targeted)
+        ]
+        self.sites[consumer] = Site([consumer], moments[0], moments[1] if self.targeted else None)
+        return self.sites[consumer]
+
+    def finish(self) -> list[Site]:
+        """The sites with their moments over all processes, in the consumers' order.
+
+        Consumers that no process saw fed get moments of nothing; a stacked expert that saw fewer
+        tokens than it has inputs gets those of all experts together.
+        """
+        for consumer in self.consumers:
+            if consumer not in self.sites:
+                self._new_site(consumer)
+        sites = list(dict.fromkeys(self.sites[consumer] for consumer in self.consumers))
+        for site in sites:
+            site.moments.finish()
+            if site.held is not None:
+                site.held.finish()
+        _share(sites)
+        return sites
+
+
+def _share(sites: Sequence[Site]) -> None:
+    """Give stacked experts that saw too few tokens the moments of all of them."""
+    for module in {
+        site.consumers[0].module for site in sites if site.consumers[0].expert is not None
+    }:
+        own = [site for site in sites if site.consumers[0].module is module]
+        short = [s for s in own if s.moments.tokens < len(s.moments.hessian)]
+        if not short:
+            continue
+        shared = Moments.together([site.moments for site in own])
+        experts = ", ".join(f"{s.consumers[0].expert} ({s.moments.tokens})" for s in short)
+        say(
+            f"{own[0].moments.name}: experts that saw fewer tokens than they have inputs take the moments of all "
+            f"{shared.tokens:,} routed tokens: {experts}"
+        )
+        for site in short:
+            site.moments = shared

@@ -1,0 +1,156 @@
+"""A model that memory need not hold: layers come from the shards on disk one by one and are written
+before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
+from prunekit.errors import ConfigError, SurgeryError
+from prunekit.graph import CouplingGraph
+from prunekit.runtime.memory import return_freed
+from prunekit.runtime.processes import rank
+from prunekit.surgery.check import TOLERANCE
+from prunekit.surgery.cut import cut_layer
+
+
+class Streamed:
+    """A model on meta, its shards, and the folder its pruned layers go to.
+
+    Args:
+        source: the model's folder.
+        device: where layers are worked on.
+        stored: the type of the result; the checkpoint's by default. Half precision is computed in
+            float32 on a CPU.
+        trust_remote_code: as for `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        device: torch.device,
+        stored: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> None:
+        return_freed()
+        self.stored = stored or Shards.of_folder(Path(source)).dtype
+        half = self.stored in (torch.float16, torch.bfloat16)
+        self.dtype = torch.float32 if device.type == "cpu" and half else self.stored
+        self.device = device
+        self.model, self.shards = open_streamed(source, self.dtype, trust_remote_code)
+        self.weights = Weights(self.model, self.shards, device)
+        self.writer: LayerWriter | None = None
+
+    def write_to(self, folder: Path, resume: bool) -> None:
+        """Where the result goes; layers an unfinished run has left there are kept with `resume`."""
+        if rank():
+            return  # the first process writes
+        self.writer = LayerWriter(folder, self.stored, resume=True)
+        if not resume:
+            self.writer.abandon()
+            self.writer = LayerWriter(folder, self.stored)
+
+    def evaluated(self) -> AbstractContextManager[Weights]:
+        """The model can run inside the `with` block: the dense one before pruning, the pruned one
+        after.
+        """
+        written = self.writer is not None and bool(self.writer.parts)
+        return offloaded(
+            self.model, self.writer.shards if written and self.writer else self.shards, self.device
+        )
+
+    def layers(self, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> StreamedLayers:
+        """The layers, which lose the units of `removed` as soon as they are finished."""
+        return StreamedLayers(self, graph, removed)
+
+    def complete(self, path: str) -> None:
+        """Write what no group was cut in: the layers left, and everything outside them."""
+        for i in range(len(self.model.get_submodule(path))):  # type: ignore[arg-type]
+            if self.writer and not self.writer.has(f"{path}.{i}"):
+                with self.weights.enter(f"{path}.{i}"):
+                    self.writer.write(f"{path}.{i}", self.weights.state(f"{path}.{i}"))
+        if self.writer:
+            self.writer.copy(self.shards, self.weights.outside_names(path))
+
+
+class StreamedLayers:
+    """`compensation.stream.Layers` from shards: read, cut when finished, checked, written, let go
+    of.
+    """
+
+    def __init__(
+        self, streamed: Streamed, graph: CouplingGraph, removed: Mapping[str, list[int]]
+    ) -> None:
+        self.streamed, self.graph, self.removed = streamed, graph, removed
+        self.path = layers_path(graph)
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """Embeddings, the last norm, the head."""
+        return self.streamed.weights.outside(self.path)
+
+    def enter(self, layer: int) -> None:
+        """Read a layer."""
+        self.streamed.weights.load(f"{self.path}.{layer}")
+
+    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
+        """Cut a layer; its output must stay what it was; write it."""
+        key = f"{self.path}.{layer}"
+        units = {
+            name: gone
+            for name, gone in self.removed.items()
+            if self.graph[name].layer == layer and gone
+        }
+        if units:
+            self._cut(units, run)
+        writer = self.streamed.writer
+        if writer and not writer.has(key):
+            writer.write(key, self.streamed.weights.state(key))
+        self.streamed.weights.release(key)
+
+    def _cut(self, units: Mapping[str, list[int]], run: Callable[[], Tensor]) -> None:
+        expected = run()
+        exact = all(
+            self.graph[name].exact for name in units
+        )  # elsewhere a norm runs over what is left
+        problem = ""
+        for by_value in (None, "*"):
+            undo = cut_layer(self.streamed.model, self.graph, units, by_value)
+            try:
+                got = run()
+                if not exact and got.shape == expected.shape:
+                    return
+                error = (
+                    (expected - got).float().abs().max()
+                    / expected.float().abs().max().clamp_min(1e-30)
+                ).item()
+                if error <= TOLERANCE[expected.dtype]:
+                    return
+                problem = f"the cut layer's output differs from the masked one's by {error:.2g} of its size"
+            except Exception as reason:
+                problem = f"the cut layer doesn't run: {reason}"
+            undo()
+        raise SurgeryError(f"{', '.join(units)}: {problem}")
+
+
+def layers_path(graph: CouplingGraph) -> str:
+    """The module path of the list that the groups' layers are in.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    paths = set()
+    for group in (group for group in graph.groups if group.layer is not None):
+        parts = group.module.split(".")
+        paths.add(".".join(parts[: parts.index(str(group.layer))]))
+    if len(paths) != 1:
+        raise ConfigError(
+            f"memory.stream: expected one list of decoder layers, found {', '.join(paths) or 'none'}"
+        )
+    return paths.pop()

@@ -1,6 +1,0 @@
-"""What a forward pass costs as a function of the units removed: floating point operations counted, seconds measured."""
-
-from prunekit.costs.flops import flops_cost
-from prunekit.costs.latency import latency_cost
-
-__all__ = ["flops_cost", "latency_cost"]

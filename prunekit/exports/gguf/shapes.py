@@ -1,0 +1,227 @@
+"""What llama.cpp must know of a model's sizes, and which of its architectures can hold them.
+
+| architecture | layers differ | queries and keys normalised | biases | rotary frequencies |
+|---|---|---|---|---|
+| `llama` | no | no | any | any, as `rope_freqs` |
+| `qwen2` | no | no | on q, k and v | plain |
+| `qwen3` | no | yes | none | plain or stretched |
+| `deci` | yes | no | any | any, as `rope_freqs` |
+| `openelm` | yes | yes | none | plain or stretched; the output is the embedding |
+
+llama.cpp before its pull request 21245 (April 2026) reads query biases only where heads fill the
+hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import ExportError
+from prunekit.runtime.console import say
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+_UNIFORM = "prune with shapes=uniform, which gives every layer the same widths"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer's sizes: query heads, key-value heads, the feed-forward width."""
+
+    heads: int
+    kv_heads: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A model's sizes.
+
+    Attributes:
+        layers: each layer's own.
+        hidden, head_dim, vocabulary, context: the model's.
+        tied: whether the output is the embedding.
+        normalised: whether queries and keys are.
+        biases: the linears that have a bias in some layer, by their last name.
+        rope_base: of the rotary frequencies `base^(-2i / head_dim)`.
+        rope_stretch: positions are divided by it.
+        rope_factors: what the frequencies are divided by besides, [head_dim / 2]; None where all
+            are 1. score_scale: what the scores are multiplied by beyond `1 / sqrt(head_dim)`.
+    """
+
+    layers: tuple[Layer, ...]
+    hidden: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    tied: bool
+    normalised: bool
+    biases: frozenset[str]
+    rope_base: float
+    rope_stretch: float
+    rope_factors: Tensor | None
+    score_scale: tuple[float, ...]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are alike."""
+        return len(set(self.layers)) == 1
+
+
+def read_shapes(model: Any) -> Shapes:
+    """A model's sizes, from its weights.
+
+    Args:
+        model: a causal language model of transformers, dense or pruned.
+
+    Raises:
+        ExportError: a family that isn't known here, or one whose maths llama.cpp computes
+            otherwise.
+    """
+    config = model.config
+    check_family(model)
+    decoder = model.model
+    rotary = decoder.rotary_emb
+    head_dim = 2 * len(rotary.inv_freq)
+    base, stretch, factors = _rope(config, rotary.inv_freq)
+    linears = [(name, linear) for layer in decoder.layers for name, linear in _linears(layer)]
+    return Shapes(
+        layers=tuple(_layer(layer, head_dim) for layer in decoder.layers),
+        hidden=model.get_input_embeddings().weight.shape[1],
+        head_dim=head_dim,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        context=_context(config),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        normalised=hasattr(decoder.layers[0].self_attn, "q_norm"),
+        biases=frozenset(name for name, linear in linears if linear.bias is not None),
+        rope_base=base,
+        rope_stretch=stretch,
+        rope_factors=factors,
+        score_scale=tuple(
+            layer.self_attn.scaling * math.sqrt(head_dim) * rotary.attention_scaling**2
+            for layer in decoder.layers
+        ),
+    )
+
+
+def check_family(model: Any) -> None:
+    """Raise ExportError for a family that isn't known here, or one whose maths llama.cpp computes
+    otherwise.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        hint = ": merge its adapters first" if hasattr(model, "merge_and_unload") else ""
+        raise ExportError(
+            f"expected a causal language model of transformers, got {type(model).__name__}{hint}"
+        )
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        raise ExportError(
+            f"export=gguf writes {', '.join(FAMILIES)} models, got {config.model_type}: where its layers are alike "
+            "(shapes=uniform), llama.cpp's own script may convert the saved folder"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ExportError(
+            f"config.hidden_act: llama.cpp computes silu for this family, got {config.hidden_act}"
+        )
+
+
+def _linears(layer: Any) -> list[tuple[str, Any]]:
+    attention = [(name, layer.self_attn.get_submodule(name)) for name in ATTENTION]
+    return attention + [(name, layer.mlp.get_submodule(name)) for name in MLP]
+
+
+def _layer(layer: Any, head_dim: int) -> Layer:
+    q, k, width = (
+        len(linear.weight)
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj)
+    )
+    return Layer(heads=q // head_dim, kv_heads=k // head_dim, width=width)
+
+
+def _rope(config: Any, inv_freq: Tensor) -> tuple[float, float, Tensor | None]:
+    """(base, stretch, factors) of the rotary frequencies `base^(-i / n) / (stretch · factors[i])`,
+    n of them.
+    """
+    parameters = config.rope_parameters
+    kind, base = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ExportError(
+            f"rope_type {kind}: the rotary frequencies depend on the text's length, GGUF's are fixed"
+        )
+    plain = base ** (-torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq))
+    factors = plain / inv_freq.double().cpu()
+    rounding = max(
+        1e-5, torch.finfo(inv_freq.dtype).eps
+    )  # a model turned into half precision rounds its tables too
+    if torch.allclose(factors, factors[:1], rtol=rounding, atol=0):
+        stretch = float(factors[0])
+        return base, 1.0 if math.isclose(stretch, 1, rel_tol=rounding) else stretch, None
+    return base, 1.0, factors.float()
+
+
+def _context(config: Any) -> int:
+    """The longest text; where layers look at a window of it alone, the window: GGUF's `llama` has
+    none.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if (
+        window
+        and (kinds is None or "sliding_attention" in kinds)
+        and window < config.max_position_embeddings
+    ):
+        say(f"attention windows of {window} tokens can't be written: the file's context ends there")
+        return window
+    return config.max_position_embeddings
+
+
+def architecture_of(shapes: Shapes) -> str:
+    """llama.cpp's architecture for a model's sizes.
+
+    Raises:
+        ExportError: none can hold them; the message says why and what would.
+    """
+    if shapes.normalised:
+        return _normalised(shapes)
+    square = all(layer.heads * shapes.head_dim == shapes.hidden for layer in shapes.layers)
+    if "q_proj" in shapes.biases and not square:
+        say(
+            "query biases of heads that don't fill the hidden size: llama.cpp reads them since April 2026"
+        )
+    if not shapes.uniform:
+        return "deci"
+    stock = (
+        square
+        and shapes.rope_factors is None
+        and all(math.isclose(scale, 1) for scale in shapes.score_scale)
+    )
+    return "qwen2" if stock and shapes.biases == {"q_proj", "k_proj", "v_proj"} else "llama"
+
+
+def _normalised(shapes: Shapes) -> str:
+    """`qwen3`, or `openelm` for layers that differ."""
+    name = "qwen3" if shapes.uniform else "openelm"
+    if shapes.biases:
+        raise ExportError(
+            f"llama.cpp's {name} loads no biases, found some on {', '.join(sorted(shapes.biases))}: "
+            "those that pruning added go without compensation=bias"
+        )
+    if shapes.rope_factors is not None:
+        raise ExportError(
+            f"llama.cpp's {name} takes plain or stretched rotary frequencies, these are neither: "
+            "remove the scaling from rope_parameters, or widths of heads from what is pruned"
+        )
+    if not shapes.uniform and not shapes.tied:
+        raise ExportError(
+            "layers that differ need llama.cpp's openelm where queries and keys are normalised, and its output is the "
+            f"embedding, which this model has apart: {_UNIFORM}"
+        )
+    return name

@@ -1,0 +1,230 @@
+"""Loads a pruned model in transformers' own way: its stock class, every layer brought to its own
+sizes.
+
+Imports torch and transformers only, for it is copied beside models saved with remote code.
+`config.json` says what the class can't know: `per_layer_config`, every layer's values, as
+transformers has it; `dense_sizes`, values of the model before it was cut, which the class must be
+built with; `pruned_sizes`, the shapes of parameters and buffers and the numbers that modules keep,
+as far as the class would make others. One entry serves all layers: "model.layers.{}.mlp.n".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1  # of `pruned_sizes`
+
+
+class LayerConfig:
+    """One layer's view of a model's config: its own sizes, everything else live from the model's."""
+
+    def __init__(self, base: Any, overrides: dict[str, Any]) -> None:
+        self.__dict__.update(_base=base, _overrides=dict(overrides))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_base" not in self.__dict__:
+            raise AttributeError(name)
+        name = getattr(self._base, "attribute_map", {}).get(name, name)
+        return self._overrides[name] if name in self._overrides else _live(self._base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._overrides[name] = value
+
+
+def _live(config: Any, name: str) -> Any:
+    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return reader(name) if reader else getattr(config, name)
+
+
+def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """A copy of the config's per-layer values (transformers' `per_layer_config`), as plain
+    dictionaries.
+    """
+    stored = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(values) for layer, values in stored.items()}
+
+
+def layer_of(model: nn.Module, path: str) -> int | None:
+    """Index of the layer (the first `ModuleList` entry) the module path lies in, or None."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return int(part)
+    return None
+
+
+def give_views(model: nn.Module, overrides: Mapping[int, dict[str, Any]]) -> None:
+    """Let every module inside a layer see its layer's config; all see the model's where the layers
+    agree.
+    """
+    config: Any = model.config
+    for path, module in model.named_modules():
+        if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
+            module.config = (
+                LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
+            )
+
+
+@contextmanager
+def as_dense(config: Any) -> Iterator[None]:
+    """Let a config say what the dense model's class must be built with, for the duration of a
+    `with` block.
+    """
+    overrides, sizes = per_layer_overrides(config), getattr(config, "dense_sizes", None) or {}
+    config.per_layer_config = None
+    pruned = {name: getattr(config, name) for name in sizes}
+    try:
+        _set(config, sizes)
+        yield
+    finally:
+        _set(config, pruned)
+        config.per_layer_config = overrides or None
+
+
+def _set(config: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
+    """Bring a dense model to its pruned sizes.
+
+    Args:
+        model: built `as_dense`; weights, on meta or not, are cut to their first entries: they are
+            to be loaded.
+        sizes: the config's `pruned_sizes`.
+        prefix: of the paths there, where the
+            model is the body of the one they are for.
+
+    Raises:
+        ValueError: another version of prunekit wrote them, or they are of another dense model.
+    """
+    if (version := sizes.get("format", FORMAT)) != FORMAT:
+        raise ValueError(
+            f"pruned_sizes: expected format {FORMAT}, got {version!r:.40}: made by another version"
+        )
+    if not prefix and sizes.get("dense", found := checksum(model)) != found:
+        raise ValueError(
+            "pruned_sizes: the config makes another dense model than the one that was cut"
+        )
+    resized: dict[int, tuple[Any, nn.Parameter]] = {}  # tied parameters stay tied
+    for owner, name, shape in _entries(model, sizes["shapes"], prefix):
+        old = owner._parameters.get(name, owner._buffers.get(name))
+        if name in owner._buffers:  # it can't be made anew any more: it is in the file
+            owner._buffers[name] = _cut(old, shape, owner)
+            owner._non_persistent_buffers_set.discard(name)
+        else:
+            if old is None or id(old) not in resized:
+                resized[id(old)] = old, nn.Parameter(_cut(old, shape, owner))
+            setattr(owner, name, resized[id(old)][1])
+    for owner, name, value in _entries(model, sizes["attributes"], prefix):
+        setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+
+
+def checksum(model: nn.Module) -> str:
+    """Of the names and shapes of a model's parameters."""
+    shapes = sorted(
+        (name, *tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)
+    )
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def _cut(old: Tensor | None, shape: list[int], owner: nn.Module) -> Tensor:
+    if old is None:  # a bias that its class doesn't have
+        return torch.zeros_like(
+            next(owner.parameters(recurse=False)).detach().flatten()[: shape[0]]
+        )
+    return old.detach()[tuple(slice(size) for size in shape)].clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+def _entries(
+    model: nn.Module, packed: Mapping[str, str], prefix: str
+) -> Iterator[tuple[nn.Module, str, Any]]:
+    """What a record says of a model's modules: module, name in it, value; modules the model lacks
+    are left out.
+    """
+    modules = dict(model.named_modules())
+    for pattern, text in packed.items():
+        found = json.loads(text)
+        single = [(pattern, found)] if "{}" not in pattern else []
+        for path, value in single or ((pattern.format(i), v) for i, v in enumerate(found)):
+            owner, _, name = path.removeprefix(prefix).rpartition(".")
+            if value is not None and owner in modules:
+                yield modules[owner], name, value
+
+
+class _Config:
+    """Of transformers' class, but for its opinion on head counts and widths."""
+
+    def validate_architecture(self) -> None:
+        """Any head count is right, whether it divides the hidden size or not."""
+
+    def validate(self) -> None:
+        """Called before saving."""
+
+
+class _Model:
+    """Of transformers' class, with layers of their own sizes."""
+
+    stock_class: Any = None
+    path_prefix = ""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        with as_dense(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        fit(self, config.pruned_sizes, self.path_prefix)  # type: ignore[arg-type]
+        give_views(self, per_layer_overrides(config))  # type: ignore[arg-type]
+
+    def initialize_weights(self) -> None:
+        """Tables that no file holds are computed from the sizes of the dense model."""
+        with as_dense(self.config):  # type: ignore[attr-defined]
+            super().initialize_weights()  # type: ignore[misc]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:  # looks into the file of its class
+        return cls.stock_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.stock_class._can_set_experts_implementation()
+
+
+def pruned_classes(model_type: str, module: str) -> tuple[Any, Any, Any]:
+    """Classes for pruned models of a type that transformers knows: config, body and causal language
+    model.
+
+    Args:
+        model_type: as in `config.json`.
+        module: the name of the module that holds them.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    stock = CONFIG_MAPPING[model_type]
+    config = type(stock.__name__, (_Config, stock), {"__module__": module})
+    causal = _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock], config, module)
+    prefix = f"{causal.base_model_prefix}."
+    return config, _model_class(MODEL_MAPPING[stock], config, module, prefix), causal
+
+
+def _model_class(stock: Any, config: Any, module: str, prefix: str = "") -> Any:
+    from transformers import GenerationMixin
+
+    bases = (
+        (_Model, stock, GenerationMixin) if issubclass(stock, GenerationMixin) else (_Model, stock)
+    )
+    values = {
+        "__module__": module,
+        "config_class": config,
+        "stock_class": stock,
+        "path_prefix": prefix,
+    }
+    return type(f"Pruned{stock.__name__}", bases, values)

@@ -1,0 +1,153 @@
+"""Which units go (SlimGPT, section 4.2): heads one after another, columns one after another or in
+groups.
+
+With one consumer or several, the unit with the least Σ E(S) over them goes, then all are brought up
+to date.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunekit.obs.downdate import Downdate, vacancies
+from prunekit.obs.inverse import HeadScore, Problem, cholesky, unit_errors
+
+Groups = Literal["greedy", "dynamic_group", "released_group", "fixed_group"]
+_BLOCK = 256  # greedy steps between two folds
+_LARGEST, _SMALLEST, _SHARE = (
+    1024,
+    8,
+    4,
+)  # the paper's; its groups take a quarter of what is left to remove
+_RELEASED_OFFSET, _RELEASED_SMALLEST = 512, 64
+_FIXED = 128
+
+
+def choose_units(problems: Sequence[Problem], count: int, score: HeadScore) -> list[int]:
+    """Greedy order in which `count` whole units go, one at a time with an update of every W and A
+    after each.
+    """
+    work = [
+        replace(p, weight=p.weight.to(p.inverse.dtype, copy=True), inverse=p.inverse.clone())
+        for p in problems
+    ]
+    alive = list(range(len(problems[0].index)))
+    order: list[int] = []
+    while len(order) < count:
+        errors = unit_errors([replace(p, index=p.index[alive]) for p in work], score)
+        order.append(alive.pop(int(errors.argmin())))
+        if len(order) < count:
+            for problem in work:
+                _remove(problem.weight, problem.inverse, problem.index[order[-1]])
+    return order
+
+
+def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
+    """Remove `columns` [width] from W and A, in place."""
+    rows = inverse[columns]
+    gain = torch.cholesky_solve(rows, cholesky(rows[:, columns]))  # (A_SS)⁻¹ A_S:
+    weight.addmm_(weight[:, columns], gain, alpha=-1)
+    inverse.addmm_(rows.T, gain, alpha=-1)
+
+
+def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "greedy") -> list[int]:
+    """Order in which `count` units of width one go: the least Σ ‖w_p‖² / A_pp first, W and A
+    updated in between.
+
+    greedy: one at a time, exact; it folds them into A and WᵀW a block at a time. The others remove
+    the best k columns at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` say how many.
+    Beside A it takes one more [n, n] a problem, and some rows of it.
+    """
+    block = min(_BLOCK, count)
+    work = [Downdate(problem, block) for problem in problems]
+    shares = [d.unit / max(e.unit for e in work) for d in work]
+    alive = torch.arange(len(problems[0].index), device=problems[0].index.device)
+    order: list[Tensor] = []
+    for size in SIZES[groups](count):
+        picked = _greedy(work, shares, size) if groups == "greedy" else _at_once(work, shares, size)
+        order.append(alive[picked])
+        if sum(map(len, order)) < count:
+            holes, movers = vacancies(picked, len(alive))
+            for downdate in work:
+                downdate.settle(holes, movers)
+            alive[holes] = alive[movers]
+            alive = alive[: len(alive) - size]
+    return torch.cat(order).tolist() if order else []
+
+
+def _greedy(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Tensor:
+    """The next `size` columns, one after another; nothing waits for the device."""
+    picked = []
+    for _ in range(size):
+        picked.append(_total(work, shares).argmin(0, keepdim=True))
+        for downdate in work:
+            downdate.remove(picked[-1])
+    return torch.cat(picked)
+
+
+def _at_once(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Tensor:
+    """The `size` columns with the least errors now, the least first."""
+    picked = _total(work, shares).topk(size, largest=False).indices
+    for downdate in work:
+        downdate.remove_group(picked)
+    return picked
+
+
+def _total(work: Sequence[Downdate], shares: Sequence[float]) -> Tensor:
+    errors = work[0].errors()
+    if len(work) == 1:
+        return errors
+    rest = (share * downdate.errors() for share, downdate in zip(shares[1:], work[1:], strict=True))
+    return sum(rest, shares[0] * errors.double())
+
+
+def _capped(sizes: Iterator[int], count: int) -> Iterator[int]:
+    """`sizes` until they add up to `count`, the last one cut to fit."""
+    while count > 0:
+        size = min(next(sizes), count)
+        yield size
+        count -= size
+
+
+def greedy_sizes(count: int) -> Iterator[int]:
+    """Steps between two folds of the greedy choice."""
+    return _capped(repeat(_BLOCK), count)
+
+
+def dynamic_sizes(count: int) -> Iterator[int]:
+    """SlimGPT's Dynamic Group Size: from 1,024 at most shrinking to 8.
+
+    The paper does not say how it shrinks. Here each group is a quarter of what is left to remove,
+    so that the first is no more than a quarter of `count`, and the last, most expensive columns go
+    8 at a time.
+    """
+    while count > 0:
+        size = min(max(min(count // _SHARE, _LARGEST), _SMALLEST), count)
+        yield size
+        count -= size
+
+
+def released_sizes(count: int) -> Iterator[int]:
+    """The released code's: k₁ = (count − 512) / 2, then k ← (k − 512) / 2; never under 64, 1,024 at
+    most.
+    """
+    return _capped(_released(count), count)
+
+
+def _released(k: int) -> Iterator[int]:
+    while True:
+        k = (k - _RELEASED_OFFSET) // 2
+        yield min(max(k, _RELEASED_SMALLEST), _LARGEST)
+
+
+def fixed_sizes(count: int) -> Iterator[int]:
+    """The paper's "−DGS" ablation: 128 at a time."""
+    return _capped(repeat(_FIXED), count)
+
+
+SIZES = {"greedy": greedy_sizes, "dynamic_group": dynamic_sizes, "released_group": released_sizes}
+SIZES |= {"fixed_group": fixed_sizes}

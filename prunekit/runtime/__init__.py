@@ -1,0 +1,3 @@
+"""The machine and the process: devices, memory, files, processes, the console, modes of a model
+that runs.
+"""

@@ -1,0 +1,22 @@
+"""Number types: half precision is widened before it is summed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def along(scores: Tensor, dim: int) -> Tensor:
+    """Sum elementwise scores over all dims but one: float64 [size of that dim]."""
+    others = [d for d in range(scores.ndim) if d != dim]
+    return scores.sum(others, dtype=torch.float64) if others else scores.double()
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: differences of half precision are exact there."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

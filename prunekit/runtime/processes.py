@@ -1,0 +1,73 @@
+"""Several processes on one job: `torchrun --nproc-per-node N -m prunekit …` shares the calibration
+set among them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+
+T = TypeVar("T")
+_PATIENCE = datetime.timedelta(days=1)  # the first process evaluates while the others wait
+
+
+def world_size() -> int:
+    """Number of processes; 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes torchrun started for the duration of a `with` block; nothing where there
+    is only one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or world_size() > 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def own_part(items: Sequence[T]) -> list[T]:
+    """The items this process works on: every N-th."""
+    return list(items[rank() :: world_size()])
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Sum a tensor over the processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that every process runs on its part: a user's error in one of them is raised in all."""
+    error: PrunekitError | None = None
+    try:
+        yield
+    except PrunekitError as own:
+        error = own
+    if world_size() > 1:
+        errors: list[PrunekitError | None] = [None] * world_size()
+        dist.all_gather_object(errors, error)
+        error = next((found for found in errors if found), None)
+    if error is not None:
+        raise error

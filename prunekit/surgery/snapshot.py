@@ -1,0 +1,55 @@
+"""Copies of the weights that choosing and repairing may change, to put them back after a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunekit.graph import CoupledGroup
+from prunekit.runtime.console import say
+
+
+def snapshot(
+    model: nn.Module, groups: Sequence[CoupledGroup], everything: bool, copies: bool = True
+) -> dict[str, Tensor | None]:
+    """Copies of what choosing may change: the consumers and their biases (None where there is
+    none), or all members.
+
+    They are in host memory. Without `copies` only which biases there are not.
+    """
+    names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
+    parameters = dict(model.named_parameters())
+    held = [name for name in names if name in parameters and copies]
+    found: dict[str, Tensor | None] = {
+        name: parameters[name].detach().to("cpu", copy=True) for name in held
+    }
+    for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if "bias" in module._parameters:
+            if (bias := module._parameters["bias"]) is None:
+                found[name] = None
+            elif copies:
+                found[name] = bias.detach().to("cpu", copy=True)
+    return found
+
+
+def restore(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Put copies back; a bias that was not there goes."""
+    for name, weight in before.items():
+        if weight is None:
+            model.get_submodule(name.rpartition(".")[0])._parameters["bias"] = None
+        else:
+            model.get_parameter(name).data.copy_(weight)
+
+
+def note_biases(model: nn.Module, given: Sequence[nn.Module]) -> None:
+    """Tell the config which modules were given a bias, so that a saved model is loaded with it."""
+    config: Any = getattr(model, "config", None)
+    paths = [path for path, module in model.named_modules() if module in set(given)]
+    if paths and config is not None:
+        config.extra_biases = sorted({*paths, *(getattr(config, "extra_biases", None) or ())})
+        say(
+            f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, other loaders leave it out"
+        )

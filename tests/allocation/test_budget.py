@@ -1,0 +1,276 @@
+import pytest
+import torch
+from conftest import example, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from prunekit.allocation.budget import Budget
+from prunekit.allocation.costs.base import weights_cost
+from prunekit.allocation.scope import Scope
+from prunekit.errors import ConfigError
+from prunekit.graph import trace
+from prunekit.importance import Random
+from prunekit.policies import (
+    LinearDecrease,
+    LinearIncrease,
+    LogDecrease,
+    LogIncrease,
+    Manual,
+    Setting,
+    Single,
+    Uniform,
+    Window,
+)
+from prunekit.policies.sensitivity import knapsack
+
+POLICIES = [Uniform(), Window(), LogIncrease(), LogDecrease(), LinearIncrease(), LinearDecrease()]
+GRAPH = trace(tiny_llama(kv_heads=4, layers=5), example())
+BLOCK = [group for group in GRAPH.groups if group.kind in ("attention", "mlp")]
+CHEAPEST = min(group.parameters_per_unit for group in BLOCK)
+RANDOM = Random()
+
+
+def budget(graph, groups, policy, ratio, scope=None, comparable=False):
+    scope, cost = scope or Scope(), weights_cost(graph)
+    groups = scope.included(groups, graph.groups)
+    limit = cost({}) * (1 - ratio)
+    setting = Setting(
+        model=nn.Identity(),
+        graph=graph,
+        groups=groups,
+        batches=[],
+        importance=RANDOM,
+        cost=cost,
+        limit=limit,
+    )
+    slots = scope.slots(groups, policy.group_shares(setting), {})
+    return Budget(slots=slots, cost=cost, limit=limit, ranking=scope.ranking, comparable=comparable)
+
+
+def allocate(graph, groups, policy, ratio, scope=None):
+    scores = RANDOM.score(nn.Identity(), graph, groups, [])
+    return budget(graph, groups, policy, ratio, scope).solve(scores)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(POLICIES), st.floats(0.005, 0.95))
+def test_every_policy_hits_its_target_within_half_a_unit(policy, ratio):
+    target = ratio * GRAPH.num_parameters()
+    try:
+        counts = allocate(GRAPH, BLOCK, policy, ratio)
+    except ConfigError as error:
+        reach = float(str(error).split("at most ")[1].split(" ")[0])
+        assert ratio > reach
+        return
+    removed = GRAPH.removed_parameters({name: list(range(count)) for name, count in counts.items()})
+    assert abs(removed - target) <= CHEAPEST / 2 + 1e-6
+    assert all(0 <= counts[g.name] < g.num_units for g in BLOCK)
+
+
+SCOPES = st.builds(
+    Scope,
+    ranking=st.sampled_from(["local", "layer", "model"]),
+    min_units=st.one_of(
+        st.integers(1, 6),
+        st.builds(lambda a, m: {"attention": a, "mlp": m}, st.integers(1, 4), st.integers(1, 40)),
+    ),
+    width_multiple=st.sampled_from([1, 3, 8]),
+    head_multiple=st.sampled_from([1, 2]),
+    exclude=st.sampled_from([(), ("layers.2",), ("*.self_attn",), ("layers.0", "layers.4.mlp")]),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(POLICIES), st.floats(0.005, 0.95), SCOPES)
+def test_every_scope_is_kept_to_and_the_target_met_within_half_a_step(policy, ratio, scope):
+    target = ratio * GRAPH.num_parameters()
+    try:
+        solver = budget(GRAPH, BLOCK, policy, ratio, scope)
+    except ConfigError as error:
+        assert "out of reach" in str(error)
+        return
+    counts = solver.solve(RANDOM.score(nn.Identity(), GRAPH, BLOCK, []))
+    excluded = [pattern.strip("*") for pattern in scope.exclude]
+    for group in BLOCK:
+        kept = group.num_units - counts.get(group.name, 0)
+        assert kept == group.num_units or kept >= scope.fewest(group)
+        multiple = scope.head_multiple if group.kind == "attention" else scope.width_multiple
+        assert kept == group.num_units or kept % multiple == 0
+        if any(pattern in group.name for pattern in excluded):
+            assert kept == group.num_units
+    removed = GRAPH.removed_parameters({name: list(range(count)) for name, count in counts.items()})
+    steps = [
+        (slot.removed[-1] - slot.removed[-2]) * slot.groups[0].parameters_per_unit
+        for slot in solver.slots
+        if len(slot.removed) > 1 and 0 < counts[slot.name] < slot.removed[-1]
+    ]
+    if steps:  # something can still go either way
+        assert abs(removed - target) <= min(steps) / 2 * (1 + 1e-6)
+
+
+def test_the_scale_of_scores_or_units_never_keeps_a_kind_out_of_a_global_ranking():
+    """Heads of 1,752 parameters and channels of 146 whose scores are in proportion: both kinds lose
+    units.
+    """
+    counts = allocate(GRAPH, BLOCK, Uniform(), 0.3, Scope(ranking="model"))
+    for kind in ("attention", "mlp"):
+        assert sum(counts[g.name] for g in BLOCK if g.kind == kind) > 0
+    scores = {g.name: torch.arange(1.0, g.num_units + 1).double() for g in BLOCK}
+    raw = budget(GRAPH, BLOCK, Uniform(), 0.3, Scope(ranking="model"), comparable=True).solve(
+        scores
+    )
+    assert min(raw[g.name] for g in BLOCK if g.kind == "attention") > 0
+
+
+def test_a_global_ranking_takes_the_least_score_per_parameter_first():
+    scores = RANDOM.score(nn.Identity(), GRAPH, BLOCK, [])
+    scores = {name: values**3 for name, values in scores.items()}
+    counts = budget(GRAPH, BLOCK, Uniform(), 0.3, Scope(ranking="model")).solve(scores)
+    density = {g.name: scores[g.name].sort().values / g.parameters_per_unit for g in BLOCK}
+    gone = [
+        density[g.name][: counts[g.name]] for g in BLOCK if g.kind == "mlp" and counts[g.name] > 1
+    ]
+    worst = max(d[-2].item() for d in gone)
+    for g in BLOCK:
+        kept = density[g.name][counts[g.name] :]
+        assert len(kept) == 1 or kept[1].item() >= worst or counts[g.name] == g.num_units - 1
+
+
+def test_competition_inside_layers_leaves_each_layer_its_share():
+    def per_layer(scope):
+        counts = allocate(GRAPH, BLOCK, LogIncrease(), 0.3, scope)
+        return [
+            GRAPH.removed_parameters(
+                {g.name: list(range(counts[g.name])) for g in BLOCK if g.layer == layer}
+            )
+            for layer in range(5)
+        ]
+
+    for local, ranked in zip(per_layer(Scope()), per_layer(Scope(ranking="layer")), strict=True):
+        assert abs(local - ranked) <= 1752 / 2 + CHEAPEST
+
+
+def test_heads_of_one_width_are_cut_in_step():
+    groups = [g for g in GRAPH.groups if g.kind == "head_dim"]
+    counts = allocate(GRAPH, groups, Uniform(), 0.1)
+    rotary = next(g for g in groups if g.layer is None)
+    assert counts[rotary.name] > 0
+    assert {counts[g.name] for g in groups if g.layer is not None} == {2 * counts[rotary.name]}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0, 3), min_size=3, max_size=3), min_size=3, max_size=3),
+    st.floats(0.05, 2.5),
+)
+def test_the_knapsack_is_no_worse_than_any_grid_point(steps, target):
+    """Convex curves (sorted slopes) of savings 1/3, 2/3, 1: against every combination on a fine
+    grid.
+    """
+    points = (0.0, 1 / 3, 2 / 3, 1.0)
+    curves, tables = {}, []
+    for k, slopes in enumerate(steps):
+        errors = [0.0, *torch.tensor(sorted(slopes)).cumsum(0).tolist()]
+        curves[str(k)] = list(zip(points, points, errors, strict=True))
+        tables.append(errors)
+
+    def error(k, ratio):
+        i = min(int(ratio * 3), 2)
+        return tables[k][i] + (tables[k][i + 1] - tables[k][i]) * (ratio * 3 - i)
+
+    best = knapsack(curves, target)
+    assert sum(best.values()) == pytest.approx(target)
+    mine = sum(error(int(k), min(ratio, 1)) for k, ratio in best.items())
+    grid = [i / 12 for i in range(13)]
+    for a in grid:
+        for b in grid:
+            c = target - a - b
+            if 0 <= c <= 1:
+                assert mine <= error(0, a) + error(1, b) + error(2, c) + 1e-6
+
+
+def test_bad_scopes():
+    with pytest.raises(
+        ConfigError, match=r"scope.exclude: 'layers.9' matches nothing: did you mean layers"
+    ):
+        allocate(GRAPH, BLOCK, Uniform(), 0.2, Scope(exclude=["layers.9"]))
+    with pytest.raises(ConfigError, match="leaves no group"):
+        allocate(GRAPH, BLOCK, Uniform(), 0.2, Scope(exclude="layers"))
+    with pytest.raises(ConfigError, match="scope can remove at most"):
+        allocate(GRAPH, BLOCK, Uniform(), 0.5, Scope(min_units=36))
+    with pytest.raises(
+        ConfigError, match=r"scope.min_units.mlp: expected a whole number ≥ 1, got 0"
+    ):
+        Scope(min_units={"mlp": 0})
+    with pytest.raises(ConfigError, match=r"scope.ranking: unknown 'globl'"):
+        Scope(ranking="globl")
+    with pytest.raises(ConfigError, match=r"policy.layer: expected a layer in \[0, 5\), got 5"):
+        allocate(GRAPH, BLOCK, Single(layer=5), 0.05)
+
+
+def test_out_of_reach_names_the_most_that_can_go():
+    with pytest.raises(ConfigError, match="at most 0.4") as caught:
+        allocate(GRAPH, BLOCK, Window(), 0.9)
+    reach = float(str(caught.value).split("at most ")[1].split(" ")[0])
+    allocate(GRAPH, BLOCK, Window(), reach)
+
+
+def test_counts_follow_the_shape():
+    counts = allocate(GRAPH, BLOCK, LogIncrease(), 0.3)
+    mlp = [counts[f"layers.{i}.mlp"] for i in range(5)]
+    assert mlp == sorted(mlp)
+    assert mlp[0] < mlp[-1] / 2
+    window = allocate(GRAPH, BLOCK, Window(), 0.2)
+    assert window["layers.0.mlp"] == window["layers.4.mlp"] == window["layers.0.self_attn"] == 0
+
+
+def test_matrices_cut_on_both_sides_are_counted_once():
+    net = nn.Sequential(nn.Linear(8, 50), nn.ReLU(), nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 2))
+    graph = trace(net, (torch.randn(3, 8),))
+    groups = [group for group in graph.groups if group.prunable]
+    counts = allocate(graph, groups, Uniform(), 0.5)
+    removed = graph.removed_parameters({name: list(range(count)) for name, count in counts.items()})
+    assert abs(removed / graph.num_parameters() - 0.5) < 0.01
+
+
+def test_shapes_are_those_of_the_papers():
+    log = LogIncrease().shares(32)
+    assert log[0] == 0.25
+    assert log[31] == 1
+    scale = 0.25  # SlimGPT's command: r_0 = 0.0625, r_31 = 0.25, the mean is 0.2004
+    assert sum(log) / 32 * scale == pytest.approx(0.2004, abs=5e-5)
+    window = Window().shares(32)
+    assert [i for i, share in enumerate(window) if share] == list(range(4, 30))
+    assert Window().shares(8) == [0, 1, 1, 1, 1, 1, 1, 0]
+    assert LogDecrease().shares(7) == pytest.approx(LogIncrease().shares(7)[::-1])
+    assert LinearIncrease().shares(4) == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert LinearIncrease().shares(1) == [1]
+
+
+def test_manual_shares():
+    assert Manual(values=[1, 2, 0]).shares(3) == [1, 2, 0]
+    with pytest.raises(ConfigError, match="expected 4 numbers, one a layer, got 3"):
+        Manual(values=[1, 2, 0]).shares(4)
+    with pytest.raises(ConfigError, match="≥ 0"):
+        Manual(values=[1, -2]).shares(2)
+    with pytest.raises(ConfigError, match=r"policy.values or policy.path"):
+        Manual()
+
+
+def test_manual_shares_from_a_csv(tmp_path):
+    path = tmp_path / "shares.csv"
+    path.write_text("layer,share\n0,0.5\n1,1\n\n2,0.25\n")
+    assert Manual(path=str(path)).shares(3) == [0.5, 1, 0.25]
+    with pytest.raises(ConfigError, match="expected 4 numbers, one a layer, got 3"):
+        Manual(path=str(path)).shares(4)
+    path.write_text("0.5\n1\nnan\n")
+    with pytest.raises(ConfigError, match="expected a number, got 'nan'"):
+        Manual(path=str(path)).shares(3)
+    with pytest.raises(ConfigError, match="No such file"):
+        Manual(path=str(tmp_path / "none.csv")).shares(3)
+
+
+def test_window_of_a_model_too_shallow():
+    with pytest.raises(ConfigError, match="use uniform"):
+        Window().shares(2)

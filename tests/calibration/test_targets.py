@@ -1,0 +1,176 @@
+"""What a layer must reproduce: least squares towards another target, as far as held-out samples
+bear it out.
+"""
+
+import pytest
+import torch
+from conftest import inputs_of, tiny_llama, token_ids
+from test_families import CASES, build
+
+import prunekit
+from prunekit.calibration.consumers import Consumer
+from prunekit.calibration.moments import Moments
+from prunekit.calibration.observe import Site
+from prunekit.calibration.statistics import Statistics
+from prunekit.compensation.obs import Obs
+from prunekit.errors import ConfigError
+from prunekit.graph import Member
+
+FIRST = dict(reversed(CASES))
+
+
+def site(x, errors, weight, bias=None):
+    """A linear layer's inputs [tokens, n] and what its outputs lack; every eighth token is held
+    out.
+    """
+    linear = torch.nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
+    linear.weight.data = weight.clone()
+    if bias is not None:
+        linear.bias.data = bias.clone()
+    index = torch.arange(weight.shape[1])[:, None]
+    member = Member(parameter="linear.weight", dim=1, role="consumer", index=index)
+    consumer = Consumer(module=linear, member=member, name="linear")
+    moments = [Moments(x.shape[1], "linear", outputs=len(weight)) for _ in range(2)]
+    held = torch.arange(len(x)) % 8 == 7
+    moments[0].add(x, ~held, errors)
+    moments[1].add(x, held, errors)
+    for part in moments:
+        part.finish()
+    return Site([consumer], moments[0], moments[1])
+
+
+def drawn(tokens, n=12, d=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=generator)
+    return (
+        torch.randn(tokens, n, generator=generator) @ mix,
+        torch.randn(d, n, generator=generator),
+        generator,
+    )
+
+
+def test_a_target_that_is_linear_is_met():
+    x, weight, generator = drawn(4000)
+    wanted = torch.randn(weight.shape, generator=generator)
+    statistics = Statistics(site=site(x, x @ (wanted - weight).T, weight), damping=0.0)
+    torch.testing.assert_close(statistics.weight(), wanted, rtol=1e-3, atol=1e-3)
+    assert statistics.share == pytest.approx(1, abs=1e-3)
+    assert statistics.moments.tokens == 4000
+
+
+def test_noise_is_not_followed():
+    x, weight, generator = drawn(40)
+    noise = 10 * torch.randn(40, len(weight), generator=generator)
+    statistics = Statistics(site=site(x, noise, weight), damping=0.0)
+    moved = (statistics.weight() - weight).norm()
+    free = torch.linalg.lstsq(x, noise).solution.norm()
+    assert statistics.share < 0.5
+    assert moved < 0.5 * free
+
+
+def test_the_share_is_the_best_on_what_was_held_out():
+    x, weight, generator = drawn(160)
+    true = 0.3 * torch.randn(weight.shape, generator=generator)
+    errors = x @ true.T + 4 * torch.randn(160, len(weight), generator=generator)
+    statistics = Statistics(site=site(x, errors, weight), damping=0.0)
+    statistics.weight()
+    held = torch.arange(160) % 8 == 7
+    step = torch.linalg.lstsq(x[~held], errors[~held]).solution.T
+
+    def loss(share):
+        return (errors[held] - share * x[held] @ step.T).square().sum().item()
+
+    best = min((k / 1000 for k in range(1001)), key=loss)
+    assert statistics.share == pytest.approx(best, abs=2e-3)
+    assert 0 < statistics.share < 1
+
+
+def test_a_bias_takes_up_the_mean():
+    """Against the affine least squares on the columns that stay."""
+    x, weight, _ = drawn(3000)
+    x += torch.linspace(-3, 3, 12)
+    bias = torch.zeros(len(weight))
+    place = site(x, torch.zeros(3000, len(weight)), weight, bias)
+    place.moments, place.held = Moments.together([place.moments, place.held]), None
+    repairs = Obs(bias=True)
+    statistics = Statistics(site=place, damping=0.0, centred=repairs.centred(place))
+    removed = torch.tensor([0, 3, 7])
+    repaired, added = repairs.repair(weight, statistics, removed)
+    kept = [i for i in range(12) if i not in removed.tolist()]
+    augmented = torch.cat([x[:, kept], torch.ones(3000, 1)], 1).double()
+    solution = torch.linalg.lstsq(augmented, (x @ weight.T).double()).solution.T
+    torch.testing.assert_close(repaired[:, kept].double(), solution[:, :-1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(added.double(), solution[:, -1], rtol=1e-2, atol=1e-2)
+    assert not Obs().centred(place)
+
+
+def test_a_target_with_biases_is_met_by_both():
+    x, weight, generator = drawn(4000)
+    x += torch.linspace(-3, 3, 12)
+    wanted, constant = (
+        torch.randn(weight.shape, generator=generator),
+        torch.randn(len(weight), generator=generator),
+    )
+    place = site(x, x @ (wanted - weight).T + constant, weight, torch.zeros(len(weight)))
+    statistics = Statistics(site=place, damping=0.0, centred=True)
+    moved = statistics.weight()
+    torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-3)
+    repaired, bias = Obs(bias=True).repair(moved, statistics, torch.tensor([1, 4]))
+    kept = [i for i in range(12) if i not in (1, 4)]
+    augmented = torch.cat([x[:, kept], torch.ones(4000, 1)], 1).double()
+    solution = torch.linalg.lstsq(augmented, (x @ wanted.T + constant).double()).solution.T
+    torch.testing.assert_close(repaired[:, kept].double(), solution[:, :-1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(bias.double(), solution[:, -1], rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_the_residual_target_brings_the_stream_nearer_to_the_dense_one(family):
+    calibration, fresh, errors = token_ids(200, 24), token_ids(40, 24, seed=1), {}
+    name = {"gpt2": "lm_head", "gpt_neox": "embed_out", "llama": "lm_head"}[family]
+    for target in ("pruned", "residual"):
+        model = build(family, FIRST[family], "sdpa", "eager")
+        name = name if name in dict(model.named_modules()) else "lm_head"
+        before = inputs_of(model, name, fresh)
+        options = [f"compensation.target={target}", "policy=uniform"]
+        prunekit.prune(model, ratio=0.2, calibration=calibration, overrides=options)
+        errors[target] = (inputs_of(model, name, fresh) - before).square().mean().item()
+    assert errors["residual"] < errors["pruned"]
+
+
+def test_where_the_residual_target_does_not_exist_the_next_best_is_taken(monkeypatch):
+    said = []
+    monkeypatch.setattr("prunekit.calibration.stream.say", said.append)
+    model = build(
+        "gemma2", FIRST["gemma2"], "sdpa", "eager"
+    )  # a norm lies between the block and the addition
+    prunekit.prune(
+        model,
+        calibration=token_ids(16, 12),
+        overrides=["compensation.target=residual", "policy=uniform"],
+    )
+    assert all("target=dense is taken" in line for line in said)
+    assert said
+    said.clear()
+    granite = build("granite", FIRST["granite"], "sdpa")
+    granite.config.residual_multiplier = 0.5
+    for layer in granite.model.layers:
+        layer.residual_multiplier = 0.5  # what is added is not what the consumer gives
+    granite.model.embed_tokens.weight.data[:, 3] *= (
+        1e3  # massive activations hide small differences
+    )
+    prunekit.prune(granite, calibration=token_ids(16, 12), overrides=["policy=uniform"])
+    assert "target=dense is taken" in said[0]
+    said.clear()
+    prunekit.prune(tiny_llama(), calibration=token_ids(4), overrides=["compensation.target=dense"])
+    assert "too few to hold some out" in said[0]
+
+
+def test_targets_by_kind_and_unknown_ones():
+    repairs = Obs(target="pruned", attention="residual")
+    assert [repairs.target_of(kind) for kind in ("attention", "query_head", "mlp")] == [
+        "residual"
+    ] * 2 + ["pruned"]
+    with pytest.raises(
+        ConfigError, match=r"compensation.mlp: unknown 'dens': did you mean dense\?"
+    ):
+        Obs(mlp="dens")

@@ -1,0 +1,333 @@
+"""Layers one by one, in one pass, against forward passes of the whole model."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import inputs_of, tiny_llama, token_ids
+from test_families import CASES, EXPERTS, build
+from torch import nn
+
+import prunekit
+from prunekit.calibration import walk as walking
+from prunekit.calibration.consumers import consumers_of
+from prunekit.calibration.store import Store
+from prunekit.errors import DataError
+from prunekit.graph import trace
+
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "gemma2",
+    "phi3",
+    "opt",
+    "falcon",
+    "bloom",
+    "cohere",
+    "qwen3_moe",
+    "mixtral",
+]
+FIRST = dict(reversed(CASES))
+
+
+def batches(ids, size=3):
+    return [{"input_ids": chunk, "use_cache": False} for chunk in ids.split(size)]
+
+
+def moments(model, groups, given, streamed, monkeypatch, **options):
+    """Every site's Hessian while the consumers change on the way; and whether layers ran one by
+    one.
+    """
+    said = []
+    monkeypatch.setattr(walking, "say", said.append)
+    if not streamed:
+        monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
+    found = []
+    for group, sites in walking.Walk(model=model, groups=groups, batches=given, **options):
+        for site in sites:
+            found.append((group.name, site.moments.hessian.clone(), site.moments.tokens))
+            for consumer in site.consumers:
+                consumer.store(consumer.weight() * 0.5)
+    monkeypatch.undo()
+    return found, not said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_gives_what_whole_models_give(family, monkeypatch):
+    model = build(family, FIRST[family], "sdpa", "eager")
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp") and g.prunable]
+    other = copy.deepcopy(model)
+    given = batches(token_ids(7, 9))
+    left, one_by_one = moments(model, groups, given, True, monkeypatch)
+    assert one_by_one
+    right, whole = moments(other, groups, given, False, monkeypatch)
+    assert not whole
+    assert [name for name, *_ in left] == [name for name, *_ in right]
+    for (_, one, count), (_, two, same) in zip(left, right, strict=True):
+        assert count == same
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-5 * float(two.abs().max()) + 1e-12)
+
+
+def test_no_pass_is_made_twice():
+    model = tiny_llama()
+    ran = Counter()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.update([name]))
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    ran.clear()
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    for _ in walking.Walk(model=model, groups=groups, batches=batches(token_ids(12, 9))):
+        pass
+    for layer in range(3):
+        found = {name.rsplit(".", 1)[1]: n for name, n in ran.items() if f"layers.{layer}." in name}
+        assert (
+            found["q_proj"] == found["k_proj"] == found["gate_proj"] == found["up_proj"] == 4
+        )  # batches
+        assert found["o_proj"] == 4 + 1  # the first batch also tells what the block's output is
+        assert found["down_proj"] == (4 + 1 if layer < 2 else 1)
+    assert not ran["lm_head"]
+
+
+@pytest.mark.parametrize("budget", [0, 20_000])
+def test_activations_in_files_change_nothing(budget, tmp_path):
+    ids = token_ids(12, 10)
+    plain, filed = tiny_llama(), tiny_llama()
+    one = prunekit.prune(plain, calibration=ids)
+    two = prunekit.prune(filed, calibration=ids, overrides=[f"memory.budget={budget}"])
+    assert one.plan == two.plan
+    for left, right in zip(plain.parameters(), filed.parameters(), strict=True):
+        assert torch.equal(left, right)
+    store = Store(budget=budget, folder=tmp_path / "activations")
+    kept = [store.put(torch.full((100, 10), float(i)).to(torch.bfloat16)) for i in range(20)]
+    assert store.used["device"] <= budget
+    assert all((tensor.get() == i).all() for i, tensor in enumerate(kept))
+    for tensor in kept:
+        tensor.free()
+    assert set(store.used.values()) == {0}
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_leaves_the_model_as_it_was(monkeypatch, tmp_path):
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(Store, "_write", _full)
+    with pytest.raises(DataError, match=r"memory.folder.*No space left"):
+        prunekit.prune(model, calibration=token_ids(), overrides=["memory.budget=0"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def _full(self, tensor):
+    raise DataError(
+        "memory.folder: x can't hold 1 more bytes of activations: No space left on device"
+    )
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_every_expert_has_the_moments_of_its_own_tokens(family, streamed, monkeypatch):
+    model = build(family, FIRST[family], "sdpa")
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    group = next(
+        g for g in graph.groups if any(len(graph.shapes[m.parameter]) == 3 for m in g.consumers)
+    )
+    ids = token_ids(40, 30)
+    consumers = consumers_of(model, group)
+    if not streamed:
+        monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
+    ((_, sites),) = walking.Walk(model=model, groups=[group], batches=batches(ids, 10))
+    assert len(sites) == len(consumers) == 4
+    experts = model.get_submodule(consumers[0].name)
+    routed = {}
+    handle = experts.register_forward_pre_hook(
+        lambda _, args, kwargs: routed.update(args=args), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    hidden, chosen = routed["args"][:2]
+    for e, site in enumerate(sites):
+        x = hidden[(chosen == e).any(-1)].double()
+        gate, up = (x @ experts.gate_up_proj[e].detach().double().T).chunk(2, -1)
+        fed = experts.act_fn(gate) * up
+        assert site.moments.tokens == len(fed)
+        torch.testing.assert_close(
+            site.moments.hessian.double(), fed.T @ fed / len(fed), rtol=1e-3, atol=1e-6
+        )
+
+
+def test_experts_are_repaired_and_those_that_saw_too_little_take_what_all_saw(monkeypatch):
+    said = []
+    monkeypatch.setattr("prunekit.calibration.observe.say", said.append)
+    results = {}
+    for compensation in ("obs", "none"):
+        model = build("mixtral", FIRST["mixtral"], "sdpa")
+        ids = token_ids(30, 20)
+        before = inputs_of(model, "lm_head", ids)
+        prunekit.prune(
+            model, calibration=ids, overrides=["groups=mlp", f"compensation={compensation}"]
+        )
+        results[compensation] = (inputs_of(model, "lm_head", ids) - before).square().mean().item()
+    assert results["obs"] < 0.9 * results["none"]
+    assert not said
+    prunekit.prune(
+        build("mixtral", FIRST["mixtral"], "sdpa"),
+        calibration=token_ids(1, 30),
+        overrides=["groups=mlp"],
+    )
+    assert said
+    assert "experts that saw fewer tokens" in said[0]
+
+
+def test_channels_feed_many_matrices_and_those_fed_the_same_share_a_site(monkeypatch):
+    model = tiny_llama()
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    channels = [g for g in graph.groups if g.kind == "channel"]
+    ((_, sites),) = walking.Walk(model=model, groups=channels, batches=batches(token_ids(6, 9)))
+    names = [[consumer.name.rpartition(".")[2] for consumer in site.consumers] for site in sites]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 3 + [["lm_head"]]
+    ids, errors = token_ids(40, 16), {}
+    for compensation in ("obs", "none"):
+        model = tiny_llama()
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+            prunekit.prune(
+                model, calibration=ids, overrides=["groups=channel", f"compensation={compensation}"]
+            )
+            errors[compensation] = (model(input_ids=ids).logits - before).square().mean().item()
+    assert errors["obs"] < 0.8 * errors["none"]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_sample_with_nan_is_named(streamed, monkeypatch):
+    model = tiny_llama()
+    if not streamed:
+        monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
+    embedded = model.get_input_embeddings()(token_ids(8, 9)).detach()
+    embedded[5, 3, 2] = torch.nan
+    given = [{"inputs_embeds": part, "use_cache": False} for part in embedded.split(3)]
+    match = r"layers\.0\.mlp\.down_proj: its inputs hold NaN or infinity in calibration sample 5"
+    with pytest.raises(DataError, match=match):
+        prunekit.prune(model, calibration=given)
+
+
+class Layer(nn.Module):
+    """An FFN with a residual connection, in one of several ways a layer may be written."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.ffn = nn.Sequential(self.up, nn.ReLU(), self.down)
+
+    def forward(self, x, *before):
+        if self.how == "writes its input":
+            x += self.ffn(x)
+            return x
+        if self.how == "writes its block's output":
+            h = self.ffn(x)
+            h += x
+            return h
+        return x + self.ffn(x) + sum(0.1 * other for other in before)
+
+
+class Stack(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.layers = nn.ModuleList(Layer(how) for _ in range(3))
+        if how == "shares weights":
+            for layer in self.layers[1:]:
+                layer.ffn = self.layers[0].ffn
+                layer.up, layer.down = layer.ffn[0], layer.ffn[2]
+
+    def forward(self, x):
+        first = before = x
+        for layer in self.layers:
+            extra = {
+                "given the layer before": (before,),
+                "given the first": (first,),
+                "given a function": (x.tanh(),),
+            }
+            x, before = layer(x, *extra.get(self.how, ())), x
+        return x
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["plain", "writes its input", "writes its block's output", "given the layer before", "given the first",
+     "given a function", "shares weights"],
+)  # fmt: skip
+def test_layers_however_they_are_written(how, monkeypatch):
+    torch.manual_seed(0)
+    dense = Stack(how)
+    x = torch.randn(40, 12)
+    given = [{"x": part} for part in x.split(16)]
+    results = []
+    for streamed in (True, False):
+        if not streamed:
+            monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
+        model = copy.deepcopy(dense)
+        options = ["policy=uniform", "compensation.target=pruned"]
+        results.append(
+            prunekit.prune(model, ratio=0.3, calibration=copy.deepcopy(given), overrides=options)
+        )
+    assert results[0].plan == results[1].plan
+    for left, right in zip(
+        results[0].model.parameters(), results[1].model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["dense", "residual"])
+@pytest.mark.parametrize("family", ["falcon", "opt", "gpt_neox"])
+def test_targets_do_not_depend_on_where_activations_wait(family, target):
+    found = []
+    for budget in ("null", "0"):
+        model = build(family, FIRST[family], "sdpa", "eager")
+        options = [f"compensation.target={target}", f"memory.budget={budget}", "policy=uniform"]
+        found.append(prunekit.prune(model, calibration=token_ids(24, 12), overrides=options))
+    assert found[0].plan == found[1].plan
+    for left, right in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "opt"])
+def test_padding_does_not_count_where_positions_are_regrouped(family):
+    model = build(family, FIRST[family], "sdpa", "eager")
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    groups = [g for g in graph.groups if g.kind == "mlp"]
+    ids = token_ids(6, 9)
+    mask = torch.ones_like(ids)
+    mask[::2, 5:] = 0
+    padded = [
+        {"input_ids": i, "attention_mask": m, "use_cache": False}
+        for i, m in zip(ids.split(3), mask.split(3), strict=True)
+    ]
+    plain = [
+        {"input_ids": row[None, keep.bool()], "use_cache": False}
+        for row, keep in zip(ids, mask, strict=True)
+    ]
+    for (_, left), (_, right) in zip(
+        walking.Walk(model=model, groups=groups, batches=padded),
+        walking.Walk(model=model, groups=groups, batches=plain),
+        strict=True,
+    ):
+        for one, two in zip(left, right, strict=True):
+            assert one.moments.tokens == two.moments.tokens
+            torch.testing.assert_close(
+                one.moments.hessian, two.moments.hessian, rtol=1e-3, atol=1e-5
+            )
+        if len(left) == 1:
+            assert left[0].moments.tokens == int(mask.sum())
+
+
+def test_a_sample_without_tokens_is_named_too():
+    net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(100, 10)
+    x[77] = torch.nan
+    with pytest.raises(DataError, match="calibration sample 77"):
+        prunekit.prune(net, calibration=[{"input": part} for part in x.split(50)])

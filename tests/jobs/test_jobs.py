@@ -1,0 +1,345 @@
+"""Prune, recover, evaluate: the three jobs of the command line on a small model, and what they
+share.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import command_line, example, tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import prunekit
+from prunekit.checkpoint import load_tokenizer
+from prunekit.evaluation import perplexity as perplexities
+from prunekit.jobs.recover import modules_by_kind
+from prunekit.pipeline import DEMO_MODEL
+
+TEXT = "\n\n".join(
+    f"Once upon a time there were {n} little numbers; {n + 1} came after {n}." for n in range(400)
+)
+SMALL = ["data.calibration.samples=8", "data.calibration.sequence_length=32", "data.calibration.path=text.txt",
+         "eval.corpora=[text.txt]", "eval.window=32", "eval.max_tokens=512", "eval.new_tokens=4",
+         "eval.latency.prompt=8", "eval.latency.new=2", "eval.latency.repeats=1", "eval.layer_tokens=64"]  # fmt: skip
+TRAIN = ["recovery.path=text.txt", "recovery.length=32", "recovery.batch_size=8", "recovery.samples=40",
+         "recovery.evaluations=2", "recovery.learning_rate=1e-2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a text and a model of 2,048 tokens, random, trained a little so that it has
+    something to lose.
+    """
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "text.txt").write_text(TEXT)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=2048, hidden_size=32, tie_word_embeddings=True, intermediate_size=384,
+                         num_hidden_layers=2, head_dim=8, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0,
+                         eos_token_id=0)  # fmt: skip
+    model, tokenizer = LlamaForCausalLM(config), load_tokenizer(DEMO_MODEL)
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 64 * 32]).view(64, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(40):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prunekit.save_pretrained(model, folder / "dense", tokenizer)
+    return folder
+
+
+def done(*arguments, cwd):
+    finished = command_line(*SMALL, *arguments, cwd=cwd)
+    assert finished.returncode == 0, finished.stderr
+    out = next(a.partition("=")[2] for a in arguments if a.startswith("output_dir="))
+    return json.loads((cwd / out / "report.json").read_text()), finished.stdout
+
+
+@pytest.fixture(scope="module")
+def recovered(place):
+    options = ["model.path=dense", "method=magnitude", "ratio=0.3", "recovery=distill", *TRAIN]
+    return done(*options, "output_dir=recovered", cwd=place)
+
+
+def test_prune_and_recover(place, recovered):
+    report, printed = recovered
+    assert report["models"] == ["dense", "pruned", "recovered"]
+    found = report["perplexity"]["text.txt"]
+    assert found["dense"] < found["recovered"] < found["pruned"]
+    assert (
+        report["parameters"]["recovered"]
+        == report["parameters"]["pruned"]
+        < report["parameters"]["dense"]
+    )
+    curve = report["recovery"]["curve"]
+    assert curve[0]["perplexity"]["text.txt"] == pytest.approx(found["pruned"], rel=1e-5)
+    assert curve[-1]["perplexity"]["text.txt"] == pytest.approx(found["recovered"], rel=1e-3)
+    assert "recovered" in printed and "python -m prunekit" in report["command"]
+    model = prunekit.from_pretrained(place / "recovered" / "model")
+    assert sum(p.numel() for p in model.parameters()) == report["parameters"]["recovered"]
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert [row["index"] for row in report["layer_error"]] == [0, 1]
+    assert {"dense", "recovered"} <= report["latency"]["decode_tokens_per_second"].keys()
+    assert not [path.name for path in (place / "recovered").iterdir() if path.name.startswith(".t")]
+
+
+def test_evaluate_any_folder_beside_another(place, recovered):
+    report, _ = done(
+        "task=evaluate",
+        "model.path=recovered",
+        "eval.baseline=dense",
+        "output_dir=evaluated",
+        cwd=place,
+    )
+    assert report["models"] == ["dense", "model"]
+    before = recovered[0]["perplexity"]["text.txt"]
+    assert report["perplexity"]["text.txt"]["model"] == before["recovered"]
+    assert report["perplexity"]["text.txt"]["dense"] == before["dense"]
+    assert not (place / "evaluated" / "model").exists()
+    alone, _ = done(
+        "task=evaluate", "model.path=dense", "output_dir=alone", "eval.stride=8", cwd=place
+    )
+    assert alone["models"] == ["model"]
+    assert alone["perplexity"]["text.txt"]["model"] != before["dense"]
+
+
+def test_recover_later_and_keep_the_adapter(place, recovered):
+    from peft import PeftModel
+
+    options = ["recovery=lora", "recovery.merge=false", "recovery.targets=attention", *TRAIN]
+    report, _ = done(
+        "task=recover", "model.path=recovered", *options, "output_dir=later", cwd=place
+    )
+    assert report["models"] == ["pruned", "recovered"]
+    assert report["layers"] == recovered[0]["layers"]
+    assert (place / "later/plan.json").read_text() == (place / "recovered/plan.json").read_text()
+    base = prunekit.from_pretrained(place / "later" / "model")
+    for name, tensor in prunekit.from_pretrained(place / "recovered/model").state_dict().items():
+        assert torch.equal(tensor, base.state_dict()[name])
+    adapted = PeftModel.from_pretrained(base, place / "later" / "adapter").eval()
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name, _ in adapted.named_parameters()
+        if "lora_" in name
+    }
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    ids = torch.tensor(load_tokenizer(DEMO_MODEL)(TEXT)["input_ids"][:512]).view(-1, 32)
+    assert perplexities.perplexity(adapted, ids) == pytest.approx(
+        report["perplexity"]["text.txt"]["recovered"], rel=1e-4
+    )
+
+
+def test_a_sweep_measures_its_dense_model_once(place, monkeypatch):
+    from prunekit.evaluation import measures as measure
+
+    measured = []
+
+    def noted(model, *rest):
+        measured.append(sum(p.numel() for p in model.parameters()))
+        return perplexities.perplexity(model, *rest)
+
+    monkeypatch.setattr(measure, "perplexity", noted)
+    dense = sum(p.numel() for p in prunekit.from_pretrained(place / "dense").parameters())
+
+    def runs(name, *more):
+        measured.clear()
+        chosen = [
+            "method=magnitude,random",
+            "ratio=0.2",
+            "eval=figures",
+            "eval.window=32",
+            "eval.max_tokens=512",
+        ]
+        places = ["model.path=dense", "data.calibration.path=text.txt", "eval.corpora=[text.txt]"]
+        kept = [f"eval.cache={place / 'cache'}", f"hydra.sweep.dir={name}"]
+        length = "data.calibration.sequence_length=32"
+        finished = command_line("-m", *chosen, *places, *kept, length, *more, cwd=place)
+        assert finished.returncode == 0, finished.stderr
+        return len(measured), measured.count(dense)
+
+    assert runs("first") == (3, 1)
+    assert runs("again") == (0, 0)
+    assert runs("other", "eval.stride=16") == (3, 1)
+    text = place / "text.txt"
+    text.write_text(TEXT.replace("little", "big"))
+    try:
+        assert runs("changed", "seed=0") == (3, 1)
+    finally:
+        text.write_text(TEXT)
+
+
+def test_a_recovery_that_broke_off_goes_on(place, monkeypatch, tmp_path):
+    from prunekit.recovery import trainer
+
+    train = place / "train.txt"
+    train.write_text(TEXT)
+    options = ["model.path=dense", "method=magnitude", "recovery=lora", *TRAIN[1:], "recovery.path=train.txt",
+               "recovery.checkpoints=1", "eval.speed=false", "eval.cache=null"]  # fmt: skip
+    whole, _ = done(*options, "output_dir=whole", cwd=place)
+    with monkeypatch.context() as patch:
+        name = next(
+            n for n in ("training_step", "compute_loss") if hasattr(trainer.RecoveryTrainer, n)
+        )
+        real, calls = getattr(trainer.RecoveryTrainer, name), []
+
+        def broken(self, *rest, **kwargs):
+            calls.append(1)
+            if len(calls) > 3:
+                raise KeyboardInterrupt
+            return real(self, *rest, **kwargs)
+
+        patch.setattr(trainer.RecoveryTrainer, name, broken)
+        stopped = command_line(*SMALL, *options, "output_dir=broken", cwd=place)
+    assert stopped.returncode == 130
+    assert "goes on from there" in stopped.stderr
+    assert not (place / "broken" / "model").exists()
+    refused = command_line(
+        *SMALL, *options, "recovery.rank=4", "resume=true", "output_dir=broken", cwd=place
+    )
+    assert refused.returncode == 2 and "recovery.rank=8, this run has 4" in refused.stderr
+    train.write_text(TEXT.replace("numbers", "digits"))
+    refused = command_line(*SMALL, *options, "resume=true", "output_dir=broken", cwd=place)
+    assert refused.returncode == 2 and "was made with data=" in refused.stderr
+    train.write_text(TEXT)
+    again, _ = done(*options, "resume=true", "output_dir=broken", cwd=place)
+    assert again["perplexity"] == whole["perplexity"]
+    one, two = (
+        prunekit.from_pretrained(place / run / "model").state_dict() for run in ("whole", "broken")
+    )
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_short_models_corpora_of_one_name_and_dropped_layers(place):
+    (place / "others").mkdir()
+    (place / "others" / "text.txt").write_text(TEXT.replace("little", "large"))
+    shutil.copy(place / "text.txt", place / "others" / "more.txt")
+    corpora = "eval.corpora=[./text.txt,others/text.txt,others/more.txt]"
+    options = [
+        "eval.macs=100",
+        "eval.latency.new=100",
+        "eval.new_tokens=100",
+        "eval.prompts=[Once]",
+        "eval.stride=8",
+    ]
+    report, _ = done(
+        "task=evaluate", "model.path=dense", corpora, *options, "output_dir=short", cwd=place
+    )
+    found = {name: row["model"] for name, row in report["perplexity"].items()}
+    assert list(found) == ["./text.txt", "others/text.txt", "more"]
+    assert found["more"] == found["./text.txt"] < found["others/text.txt"]
+    assert report["macs_protocol"] == "one forward pass of 64 tokens"
+    assert len(load_tokenizer(DEMO_MODEL)(report["samples"][0]["model"])["input_ids"]) <= 64
+    dropped, _ = done("model.path=dense", "groups=layer", "policy=uniform", "importance=similarity",
+                      "compensation=none", "schedule=oneshot", "ratio=0.3", "output_dir=dropped",
+                      cwd=place)  # fmt: skip
+    assert len(dropped["layer_error"]) == 1
+    assert dropped["layer_error"][0]["index"] in (0, 1)
+
+
+def test_two_processes_recover_as_one(place, recovered):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "prunekit",
+        *SMALL,
+    ]
+    options = ["task=recover", "model.path=recovered", "eval.baseline=dense", "recovery=distill", *TRAIN,
+               "recovery.patience=1", "recovery.stop_on=text.txt", "recovery.micro_batch=4"]  # fmt: skip
+    one, _ = done(*options, "output_dir=one", cwd=place)
+    two = subprocess.run(
+        [*command, *options, "output_dir=two"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert two.returncode == 0, two.stderr
+    two = json.loads((place / "two" / "report.json").read_text())
+    assert two["recovery"]["steps"] == one["recovery"]["steps"]
+    for column in one["models"]:
+        assert two["perplexity"]["text.txt"][column] == pytest.approx(
+            one["perplexity"]["text.txt"][column], rel=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (
+            ["eval.window=65"],
+            "eval.window: expected at most the 64 tokens the model was made for, got 65",
+        ),
+        (
+            ["data.calibration.sequence_length=65"],
+            "data.calibration.sequence_length: expected at most the 64 tokens",
+        ),
+        (
+            ["recovery=lora", "recovery.path=text.txt", "recovery.length=65"],
+            "recovery.length: expected at most the 64 tokens the model was made for",
+        ),
+        (["eval.tasks=[picqa]"], "the nearest: piqa"),
+        (["eval.corpora=[empty.txt]"], "empty.txt: it holds no text"),
+        (
+            [
+                "recovery=lora",
+                "recovery.path=half.json",
+                "recovery.format=alpaca",
+                "recovery.length=32",
+            ],
+            "output",
+        ),
+        (["recovery=lora", "memory.stream=true"], "memory.stream: can't go with a recovery"),
+        (["task=recover"], "task=recover: expected recovery=lora or another, got none"),
+        (
+            ["task=recover", "recovery=distill", *TRAIN],
+            "recovery=distill: expected the dense model",
+        ),
+        (["task=evaluate", "eval.baseline=nowhere"], "nowhere"),
+        (["eval.prompts=['']"], "eval.prompts: expected prompts of 1 to 63 tokens, got 0: ''"),
+        (["eval.batch_size=0"], "eval.batch_size: expected a whole number ≥ 1 or auto, got 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(place, arguments, match):
+    (place / "empty.txt").write_text(" \n")
+    (place / "half.json").write_text(json.dumps([{"instruction": "Say no.", "input": ""}]))
+    failed = command_line(*SMALL, "model.path=dense", *arguments, "output_dir=failed", cwd=place)
+    assert failed.returncode == 2, failed.stdout
+    lines = failed.stderr.strip().splitlines()
+    assert len(lines) == 1 and match in lines[0], failed.stderr
+    left = (
+        {path.name for path in (place / "failed").iterdir()}
+        if (place / "failed").exists()
+        else set()
+    )
+    shutil.rmtree(place / "failed", ignore_errors=True)
+    assert left <= {".state", ".training"}
+
+
+def test_modules_are_told_apart_by_their_groups():
+    model = tiny_llama()
+    found = modules_by_kind(model, prunekit.trace(model, example()))
+    lone = modules_by_kind(one := tiny_llama(kv_heads=1), prunekit.trace(one, example()))
+    assert {name.rpartition(".")[2] for name in lone["attention"]} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert {name.rpartition(".")[2] for name in found["mlp"]} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert {name.rpartition(".")[2] for name in found["attention"]} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
