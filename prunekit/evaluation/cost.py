@@ -76,9 +76,9 @@ def _kind(model: nn.Module, path: str) -> str | None:
             if inside[0] == len(parts) - 2 and len(inside) == 1
             else None
         )
-    holds = lambda name: any(
+    holds = lambda name: any(  # noqa: E731
         isinstance(m, nn.ModuleList) for m in model.get_submodule(name).modules()
-    )  # noqa: E731
+    )
     if holds(path) or (len(parts) > 1 and not holds(".".join(parts[:-1]))):
         return None
     return path

@@ -64,9 +64,9 @@ def recover(
             every process.
         modules: "mlp" and "attention" → names of their linears, for
             `recovery.targets`.
-        resume: go on from the newest checkpoint, if there is one. base:
-            what the adapter's config names as the model below it; `folder/model` where None. data:
-            what `prepare` gave, if it was called before.
+        resume: go on from the newest checkpoint, if there is one.
+        base: what the adapter's config names as the model below it; `folder/model` where None.
+        data: what `prepare` gave, if it was called before.
 
     Returns:
         Plain JSON: `curve` (step, tokens, learning_rate, loss or validation_loss and perplexity),

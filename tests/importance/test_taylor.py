@@ -309,9 +309,9 @@ def test_the_model_is_left_as_it_was(importance, error, checkpointing):
 
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
     was = state()
-    run = lambda: importance(checkpointing=checkpointing).score(
+    run = lambda: importance(checkpointing=checkpointing).score(  # noqa: E731
         model, graph, groups, batches(token_ids())
-    )  # noqa: E731
+    )
     if error:
         with pytest.raises(error):
             run()
