@@ -27,14 +27,15 @@ from prunekit.pipeline import DEMO_MODEL
 
 DRAWS, SAMPLES, WINDOW, EVAL_TOKENS = range(3), 128, 128, 16_384
 NOTE = (
-    "The first layer alone loses 25, 50 or 75 % of its weights, as in SlimGPT's figure 2, or all layers together 20 % "
-    "of all parameters; the squared difference between dense and pruned on held-out text, over the dense energy. "
-    "The paper shows the FFNs' error as it is: multiply by the dense energy, the first row. "
-    "Its error grows with depth, and faster than the cut; the second holds here. Contradiction: only the energy makes "
-    "it grow with depth. Relative to it, one cut layer's error in the FFNs falls on stories260K; on the embedded model "
-    "it grows at 75 % alone, from 35 to 61 %. In the stream it grows by 16 to 37 % on the one, not on the other. "
-    "With all layers cut, target=residual lowers the stream's error hardly in the first layers, by 8 to 18 % in the "
-    "last ones."
+    "The first layer alone loses 25, 50 or 75 % of its weights, as in SlimGPT's figure 2, or all "
+    "layers together 20 % of all parameters; the squared difference between dense and pruned on "
+    "held-out text, over the dense energy. The paper shows the FFNs' error as it is: multiply by "
+    "the dense energy, the first row. Its error grows with depth, and faster than the cut; the "
+    "second holds here. Contradiction: only the energy makes it grow with depth. Relative to it, "
+    "one cut layer's error in the FFNs falls on stories260K; on the embedded model it grows at 75 "
+    "% alone, from 35 to 61 %. In the stream it grows by 16 to 37 % on the one, not on the other. "
+    "With all layers cut, target=residual lowers the stream's error hardly in the first layers, by "
+    "8 to 18 % in the last ones."
 )
 
 

@@ -17,33 +17,38 @@ from typing import Any
 from page import HERE, environment, write
 
 NOTES = {
-    "importance": "LLM-Pruner's table 1: Taylor before L2 before random. Contradiction: on stories260K L2 is behind "
-    "random, and LoRA's rank-8 estimate no better at 20 %: with 172 columns a matrix it is mostly noise.",
-    "aggregation": "Its table 7: max is the best for perplexity. Here max and last are before sum, by less than 2 %.",
-    "scope": "Its table 14: global before local at 20 %. Contradiction: here local is before global, but for 43.7 % of "
-    "stories260K; several rounds of scoring are before local everywhere.",
-    "groups": "Its tables 2 and 6: block before channel; without dependencies nothing is left of the model. Whole "
-    "layers remove what the nearest number of layers holds, not the ratio asked for.",
-    "depth": "Its window spares the ends; SlimGPT's ramps spare the beginning. Sensitivity is measured "
-    "without compensation.",
-    "rates": "Its figure 4: L2 collapses at smaller ratios than Taylor. LLM-Pruner's window leaves no way beyond "
-    "48.5 % of stories260K.",
-    "layers": "Its figure 3: one layer alone loses 5 % of all parameters; the first layer matters most. "
-    "Contradiction: the last doesn't stand out in either model.",
-    "whole_layers": "Its table 8 (every other layer). Few layers, so the rows are coarse: the ratio reached is that of "
-    "whole layers. Contradiction: Taylor sums over a layer's weights drop the first layer of stories260K, which it "
-    "can least do without.",
-    "solver": "SlimGPT's table 5, at 50 %: 38.83 (grouped_cholesky, dynamic_group), 39.73 (fixed_group), 54.94 "
-    "(diagonal too). Contradiction: diagonal heads cost about 5 % at 50 %, no more; on stories260K fixed groups of 128 "
-    "channels, of 172, cost more.",
-    "strategies": "SlimGPT's table 6, at 50 %: log increase 38.83, linear increase 46.57, uniform 123.05, log decrease "
-    "380.69, linear decrease 932.64: the embedded model's order. Contradiction: on stories260K, with 5 layers, uniform "
-    "is as good as log increase, and at 20 % all five are within 4 %.",
-    "calibration": "SlimGPT's figure 3, at 50 %: more sequences and longer ones are better, without end. "
-    "Contradiction: beyond 128 sequences more hardly help, and from 32 on, 256 tokens are worse than 64.",
-    "corpora": "SlimGPT's table 14, at 50 %, perplexity on WikiText2: C4 42.06, Alpaca 48.26. Here on TinyStories, 128 "
-    "sequences of 128 tokens from local files: the model's own kind of text first, then C4 before Alpaca as in the "
-    "paper; embedded is mostly code.",
+    "importance": "LLM-Pruner's table 1: Taylor before L2 before random. Contradiction: on "
+    "stories260K L2 is behind random, and LoRA's rank-8 estimate no better at 20 %: with 172 "
+    "columns a matrix it is mostly noise.",
+    "aggregation": "Its table 7: max is the best for perplexity. Here max and last are before sum, "
+    "by less than 2 %.",
+    "scope": "Its table 14: global before local at 20 %. Contradiction: here local is before "
+    "global, but for 43.7 % of stories260K; several rounds of scoring are before local everywhere.",
+    "groups": "Its tables 2 and 6: block before channel; without dependencies nothing is left of "
+    "the model. Whole layers remove what the nearest number of layers holds, not the ratio asked "
+    "for.",
+    "depth": "Its window spares the ends; SlimGPT's ramps spare the beginning. Sensitivity is "
+    "measured without compensation.",
+    "rates": "Its figure 4: L2 collapses at smaller ratios than Taylor. LLM-Pruner's window leaves "
+    "no way beyond 48.5 % of stories260K.",
+    "layers": "Its figure 3: one layer alone loses 5 % of all parameters; the first layer matters "
+    "most. Contradiction: the last doesn't stand out in either model.",
+    "whole_layers": "Its table 8 (every other layer). Few layers, so the rows are coarse: the "
+    "ratio reached is that of whole layers. Contradiction: Taylor sums over a layer's weights drop "
+    "the first layer of stories260K, which it can least do without.",
+    "solver": "SlimGPT's table 5, at 50 %: 38.83 (grouped_cholesky, dynamic_group), 39.73 "
+    "(fixed_group), 54.94 (diagonal too). Contradiction: diagonal heads cost about 5 % at 50 %, no "
+    "more; on stories260K fixed groups of 128 channels, of 172, cost more.",
+    "strategies": "SlimGPT's table 6, at 50 %: log increase 38.83, linear increase 46.57, uniform "
+    "123.05, log decrease 380.69, linear decrease 932.64: the embedded model's order. "
+    "Contradiction: on stories260K, with 5 layers, uniform is as good as log increase, and at 20 % "
+    "all five are within 4 %.",
+    "calibration": "SlimGPT's figure 3, at 50 %: more sequences and longer ones are better, "
+    "without end. Contradiction: beyond 128 sequences more hardly help, and from 32 on, 256 tokens "
+    "are worse than 64.",
+    "corpora": "SlimGPT's table 14, at 50 %, perplexity on WikiText2: C4 42.06, Alpaca 48.26. Here "
+    "on TinyStories, 128 sequences of 128 tokens from local files: the model's own kind of text "
+    "first, then C4 before Alpaca as in the paper; embedded is mostly code.",
 }
 HIDDEN = ("eval.", "ratio=", "data.calibration.seed=")
 BY_LAYER = "policy=log_increase"  # whose ratios by layer are kept: SlimGPT's figure 4

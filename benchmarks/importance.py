@@ -38,8 +38,9 @@ SCORES = {
     "magnitude": Magnitude(),
 }
 NOTE = (
-    "Every group of attention heads and of FFN channels is scored. A forward and backward pass adds the gradients of "
-    "all the model's weights up in `.grad`, as training does; a forward pass keeps nothing. Memory: above the model."
+    "Every group of attention heads and of FFN channels is scored. A forward and backward pass "
+    "adds the gradients of all the model's weights up in `.grad`, as training does; a forward pass "
+    "keeps nothing. Memory: above the model."
 )
 
 

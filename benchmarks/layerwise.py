@@ -29,11 +29,12 @@ from prunekit.schedules import base as schedules
 
 BATCH = 16
 NOTE = (
-    "Floor: the decoder layers once over all batches in a plain loop, and x.T @ x of what every o_proj and down_proj "
-    "is fed. Layer-wise: the schedule of `prune`, from the embeddings to the last repaired layer; prune: with tracing, "
-    "allocation and the checked cut as well. Forward is what is neither products nor solver. target=residual, the "
-    "default, takes a dense stream through the layers beside the pruned one, and products of errors with inputs; the "
-    "floor is that of target=pruned, SlimGPT's."
+    "Floor: the decoder layers once over all batches in a plain loop, and x.T @ x of what every "
+    "o_proj and down_proj is fed. Layer-wise: the schedule of `prune`, from the embeddings to the "
+    "last repaired layer; prune: with tracing, allocation and the checked cut as well. Forward is "
+    "what is neither products nor solver. target=residual, the default, takes a dense stream "
+    "through the layers beside the pruned one, and products of errors with inputs; the floor is "
+    "that of target=pruned, SlimGPT's."
 )
 
 

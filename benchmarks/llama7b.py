@@ -38,9 +38,10 @@ RUNS = (
     (128, 0),
 )  # samples; bytes of activations on the device, half of what is free if None
 NOTE = (
-    "Seconds, and the device's peak in MB of 10⁶ allocated bytes. The model lies there whole, so its weights are in "
-    "every peak; where activations have no room they wait in pinned host memory. Schedule: forward, products, solver; "
-    "whole: `prune` with tracing and the checked cut as well, which holds dense and cut weights side by side."
+    "Seconds, and the device's peak in MB of 10⁶ allocated bytes. The model lies there whole, so "
+    "its weights are in every peak; where activations have no room they wait in pinned host "
+    "memory. Schedule: forward, products, solver; whole: `prune` with tracing and the checked cut "
+    "as well, which holds dense and cut weights side by side."
 )
 
 

@@ -103,8 +103,9 @@ def solver(result: dict) -> list[str]:
     ]
     return [
         *head("Choosing columns against inverting the Hessian they belong to", "solver", result),
-        "Inversion: Cholesky and cholesky_inverse. The rest in units of it, of the same run; invert is the solver's, "
-        "with its scaling and its checks. The released schedule with an inversion for every group is timed once.",
+        "Inversion: Cholesky and cholesky_inverse. The rest in units of it, of the same run; "
+        "invert is the solver's, with its scaling and its checks. The released schedule with an "
+        "inversion for every group is timed once.",
         "",
         *table(
             "W | dtype | >removed | >inversion, s | "
@@ -150,8 +151,8 @@ def tracer(result: dict) -> list[str]:
         result["costs_note"],
         "",
         *table(
-            "model | >layers | >prunekit, s | >torch-pruning's graph, s | >its graph and groups, s | >ratio "
-            "| >prunekit, ms a layer | >prunekit, MB | >torch-pruning, MB | >repeats",
+            "model | >layers | >prunekit, s | >torch-pruning's graph, s | >its graph and groups, s "
+            "| >ratio | >prunekit, ms a layer | >prunekit, MB | >torch-pruning, MB | >repeats",
             rows,
         ),
         "",
@@ -169,9 +170,9 @@ def importance(result: dict) -> list[str]:
         for r in result["rows"]
     ]
     model = (
-        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
-        f"{setup['weights_mb']:.0f} MB of random float32 weights; {setup['batches']} batches of "
-        f"{setup['batch'][0]} × {setup['batch'][1]} tokens"
+        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, "
+        f"{setup['num_hidden_layers']} layers, {setup['weights_mb']:.0f} MB of random float32 "
+        f"weights; {setup['batches']} batches of {setup['batch'][0]} × {setup['batch'][1]} tokens"
     )
     return [
         *head(
@@ -183,7 +184,8 @@ def importance(result: dict) -> list[str]:
         result["note"],
         "",
         *table(
-            "pass or importance | >CPU seconds | >/ forward | >/ forward and backward | >peak memory, MB",
+            "pass or importance | >CPU seconds | >/ forward | >/ forward and backward | >peak "
+            "memory, MB",
             rows,
         ),
     ]
@@ -211,9 +213,8 @@ def experiments(result: dict) -> list[str]:
         draws = max((row.get("runs", 1) for row in found["rows"]), default=1)
         drawn = f", {draws} calibration draws" if draws > 1 else ""
         lines += [f"## {found['model']}: experiment={found['experiment']}", ""]
-        lines += [
-            f"Held-out perplexity{drawn}; dense {dense:.2f}; revision `{found['revision']}`. {found['note']}".rstrip()
-        ]
+        about = f"Held-out perplexity{drawn}; dense {dense:.2f}; revision `{found['revision']}`."
+        lines += [f"{about} {found['note']}".rstrip()]
         cells = [[name, *(_measured(at.get((name, ratio))) for ratio in ratios)] for name in order]
         lines += ["", *table(columns, cells), ""]
         if layered := [row for row in found["rows"] if "removed" in row]:
@@ -278,8 +279,9 @@ def accumulation(result: dict) -> list[str]:
 def layerwise(result: dict) -> list[str]:
     setup = result["setup"]
     model = (
-        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, {setup['num_hidden_layers']} layers, "
-        f"float32; {setup['tokens'][0]} × {setup['tokens'][1]} tokens; 20 % of the parameters go"
+        f"hidden {setup['hidden_size']}, FFN {setup['intermediate_size']}, "
+        f"{setup['num_hidden_layers']} layers, float32; {setup['tokens'][0]} × "
+        f"{setup['tokens'][1]} tokens; 20 % of the parameters go"
     )
     whole = [
         (f"prune, target={t}", {"run": result[t]["whole"]}, result[t]["whole_to_floor"])
@@ -344,10 +346,10 @@ def streamed(result: dict) -> list[str]:
     )
     return [
         *head("The memory of a streamed run", "streamed", result, model),
-        f"{result['note']} Its stages' peaks: {stages}. 35 % of the weights and the activation budget of {budget} MiB "
-        f"are {allowed:,.0f} MiB: the streamed run takes {above:,.0f} above the opened process, {peak:,.0f} with what "
-        f"that holds, Python and its libraries. {result['cpu_seconds']:.0f} CPU seconds; "
-        f"`{' '.join(result['options'])}`.",
+        f"{result['note']} Its stages' peaks: {stages}. 35 % of the weights and the activation "
+        f"budget of {budget} MiB are {allowed:,.0f} MiB: the streamed run takes {above:,.0f} above "
+        f"the opened process, {peak:,.0f} with what that holds, Python and its libraries. "
+        f"{result['cpu_seconds']:.0f} CPU seconds; `{' '.join(result['options'])}`.",
         "",
         *table("process | >peak | >of the weights | >above opened | >of the weights", rows),
     ]
@@ -357,7 +359,8 @@ def llama7b(result: dict) -> list[str]:
     keys = ("trace", "forward", "products", "solver", "schedule", "whole")
     rows = [
         [
-            f"{row['samples']} × 2,048, {'activations in host memory' if row['budget'] == 0 else 'all on the device'}"
+            f"{row['samples']} × 2,048, "
+            f"{'activations in host memory' if row['budget'] == 0 else 'all on the device'}"
         ]
         + [f"{row['seconds'][key]:.1f}" for key in keys]
         + [f"{row['peak_mb'][key]:,.0f}" for key in ("schedule", "whole")]
@@ -417,22 +420,28 @@ def recovery(result: dict) -> list[str]:
     lines = [*head("What recovery gives back", "recovery", result), result["note"], ""]
     rows = [
         [
-            row["model"], row["method"], f"{row['ratio']:.0%}", row["recovery"], f"{row['perplexity']:.2f}",
+            row["model"],
+            row["method"],
+            f"{row['ratio']:.0%}",
+            row["recovery"],
+            f"{row['perplexity']:.2f}",
             f"{row['tokens']:,}" if "tokens" in row else "–",
         ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     return lines + table("model | method | removed | recovery | >perplexity | >tokens", rows)
 
 
 def quantize(result: dict) -> list[str]:
     rows = [
         [
-            row["model"], row["weights"], f"{row['parameters']:,}",
+            row["model"],
+            row["weights"],
+            f"{row['parameters']:,}",
             *(f"{row[key]:{form}}" if row.get(key) else "–" for key, form in QUANTIZED.items()),
         ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     columns = ">perplexity | >bytes | >at 4 bits | >prefill, tokens/s | >decode, tokens/s"
     return [
         *head("Quantizing a pruned model", "quantize", result, f"torchao {result['torchao']}"),

@@ -35,11 +35,12 @@ from prunekit.pipeline import DEMO_MODEL
 
 NOTE = (
     "Mean ± spread over five draws of the calibration windows. demo: the "
-    "embedded model, gpt2: `benchmarks/small_gpt2.py`, both on the standard library's text, stories260K TinyStories. "
-    "Layer errors: E(S) / E‖W x‖² on the dense model's inputs, mean over the layers. target=residual, the default, is "
-    "the best nearly everywhere, more so with more tokens; target=dense alone is hardly better than pruned, often "
-    "worse. refine=swap lowers every layer's error and hardly the perplexity: not the default. But for the rows on "
-    "targets, target=pruned."
+    "embedded model, gpt2: `benchmarks/small_gpt2.py`, both on the standard library's text, "
+    "stories260K TinyStories. Layer errors: E(S) / E‖W x‖² on the dense model's inputs, mean over "
+    "the layers. target=residual, the default, is the best nearly everywhere, more so with more "
+    "tokens; target=dense alone is hardly better than pruned, often worse. refine=swap lowers "
+    "every layer's error and hardly the perplexity: not the default. But for the rows on targets, "
+    "target=pruned."
 )
 FOLDER = Path(__file__).parent / "quality"
 SEEDS, WINDOW, EVAL_TOKENS = range(5), 128, 16_384

@@ -31,15 +31,17 @@ KINDS: dict[str, Any] = {
     "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)),
 }
 NOTE = (
-    "LLM-Pruner's table 13 on the embedded model, 20 % of the parameters gone by SlimGPT. All linears but the head, "
-    "which is tied to the embedding and stays float32: int8 with a scale for each row, int4 with one for every 32 "
-    "numbers of a row. torchao 0.18 has no packed 4 bits for CPUs: its IntxWeightOnlyConfig rounds to 4 bits and holds "
-    "each number in a byte; the next column is what they would take packed. Where there are no figures, torchao "
-    "refuses widths that 32 doesn't divide; shapes=aligned scope.width_multiple=32 makes others, for 0.06 of "
-    "perplexity. int8 costs 0.01 of perplexity at most and leaves a third of the bytes; int4 costs 2 %, on the pruned "
-    "model as on the dense one. In bytes alone quantizing gives more than pruning: dense in packed 4 bits is better "
-    "than pruned in 8, and smaller. int8 is about as fast as float32 and int4 decodes slower: each call makes floats "
-    "of the weights. Other programs shared the two CPUs: a run before gave twice the tokens/s, in about these ratios."
+    "LLM-Pruner's table 13 on the embedded model, 20 % of the parameters gone by SlimGPT. All "
+    "linears but the head, which is tied to the embedding and stays float32: int8 with a scale for "
+    "each row, int4 with one for every 32 numbers of a row. torchao 0.18 has no packed 4 bits for "
+    "CPUs: its IntxWeightOnlyConfig rounds to 4 bits and holds each number in a byte; the next "
+    "column is what they would take packed. Where there are no figures, torchao refuses widths "
+    "that 32 doesn't divide; shapes=aligned scope.width_multiple=32 makes others, for 0.06 of "
+    "perplexity. int8 costs 0.01 of perplexity at most and leaves a third of the bytes; int4 costs "
+    "2 %, on the pruned model as on the dense one. In bytes alone quantizing gives more than "
+    "pruning: dense in packed 4 bits is better than pruned in 8, and smaller. int8 is about as "
+    "fast as float32 and int4 decodes slower: each call makes floats of the weights. Other "
+    "programs shared the two CPUs: a run before gave twice the tokens/s, in about these ratios."
 )
 
 

@@ -29,9 +29,10 @@ from prunekit.pipeline import DEMO_MODEL
 from prunekit.recovery import Recovery, recover
 
 NOTE = (
-    "Held-out perplexity, one calibration draw, one seed. Rows of 128 tokens of plain text (the embedded corpus, "
-    "TinyStories), batches of 16, cosine; LoRA of rank 8 on every linear at 5e-4, distillation (KL towards the dense "
-    "model, the same adapters) at 1e-3. Nothing is chosen on the held-out text."
+    "Held-out perplexity, one calibration draw, one seed. Rows of 128 tokens of plain text (the "
+    "embedded corpus, TinyStories), batches of 16, cosine; LoRA of rank 8 on every linear at 5e-4, "
+    "distillation (KL towards the dense model, the same adapters) at 1e-3. Nothing is chosen on "
+    "the held-out text."
 )
 WINDOW = 128
 ROWS = {"demo": 400}  # the larger model takes longer; 1,200 elsewhere

@@ -73,7 +73,7 @@ def naive(weight: Tensor, inverse: Tensor, count: int) -> None:
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each, taken in turn so that a busy moment is everybody's; the first turn warms up."""
+    """Median seconds of each function; they take turns, so that a busy moment is everybody's."""
     turns = [
         {name: timed(function) for name, function in functions.items()} for _ in range(repeats + 1)
     ]

@@ -35,22 +35,26 @@ CONFIG = {
 }
 MIB = 2**20
 OPENED = """
-import sys, torch, prunekit.checkpoint, prunekit.pipeline as p
-from prunekit.streaming import Streamed
+import sys, torch, prunekit, prunekit.checkpoint
+from prunekit.checkpoint.streamed import Streamed
+from prunekit.graph.example import example_of
 streamed = Streamed(sys.argv[1], torch.device("cpu"), None, False)
 prunekit.checkpoint.load_tokenizer(sys.argv[1])
 """
-TRACED = f"{OPENED}p.trace(streamed.model, p.example_of({{'input_ids': torch.zeros(2, 8, dtype=int)}}))\n"
+TRACED = f"""{OPENED}
+batch = {{"input_ids": torch.zeros(2, 8, dtype=int)}}
+prunekit.trace(streamed.model, example_of(batch))
+"""
 LOADED = """
 import sys, prunekit, prunekit.pipeline as p
 p.check_finite(prunekit.from_pretrained(sys.argv[1]))
 """
 BESIDE = {"opened": OPENED, "traced": TRACED, "loaded": LOADED}
 NOTE = (
-    "Peak resident memory, MiB; the three processes beside it are medians of three. Opened: prunekit imported, the "
-    "skeleton without weights, the tokenizer; traced: its groups found too; loaded: every weight in memory as it is "
-    "stored, and no pruning. Streamed: the command, from start to the finished folder; activations wait in memory up "
-    "to the budget, the rest in files."
+    "Peak resident memory, MiB; the three processes beside it are medians of three. Opened: "
+    "prunekit imported, the skeleton without weights, the tokenizer; traced: its groups found too; "
+    "loaded: every weight in memory as it is stored, and no pruning. Streamed: the command, from "
+    "start to the finished folder; activations wait in memory up to the budget, the rest in files."
 )
 
 

@@ -53,18 +53,20 @@ COSTS = [  # model, shape, layers, repeats
     ("LLaMA-70B", LLAMA_70B, 80, 1),
 ]
 COSTS_NOTE = (
-    "From a model on the meta device to its groups; 2 × 8 tokens, with position ids and a 4-D attention mask given, "
-    "without which torch-pruning's pass through the model stops on the meta device. prunekit's time is `trace`, groups "
-    "included; torch-pruning's is `build_dependency`, then `get_all_groups`; the ratio is of the two sums. MB: the "
-    "process's peak resident memory, of which {imports:.0f} MB are imports and the model, before tracing."
+    "From a model on the meta device to its groups; 2 × 8 tokens, with position ids and a 4-D "
+    "attention mask given, without which torch-pruning's pass through the model stops on the meta "
+    "device. prunekit's time is `trace`, groups included; torch-pruning's is `build_dependency`, "
+    "then `get_all_groups`; the ratio is of the two sums. MB: the process's peak resident memory, "
+    "of which {imports:.0f} MB are imports and the model, before tracing."
 )
 VERDICTS_NOTE = (
-    "One unit (of experts' channels four, as their kernel wants) is cut from a random model with one layer. Right: the "
-    "outputs equal, to 1e-4 of their size, the dense model's with that unit's consumer columns zeroed; wrong by x: "
-    "they differ by x of their size. torch-pruning is given all of the unit's positions in one layer as the root of "
-    "`get_pruning_group`; where it matters which layer, they are named. Head counts that modules or the config keep "
-    "are set for it as prunekit's surgery sets them. Never ends: the search was given up at two thousand entries, its "
-    "channel numbers growing beyond any layer's."
+    "One unit (of experts' channels four, as their kernel wants) is cut from a random model with "
+    "one layer. Right: the outputs equal, to 1e-4 of their size, the dense model's with that "
+    "unit's consumer columns zeroed; wrong by x: they differ by x of their size. torch-pruning is "
+    "given all of the unit's positions in one layer as the root of `get_pruning_group`; where it "
+    "matters which layer, they are named. Head counts that modules or the config keep are set for "
+    "it as prunekit's surgery sets them. Never ends: the search was given up at two thousand "
+    "entries, its channel numbers growing beyond any layer's."
 )
 
 

@@ -229,7 +229,7 @@ def test_two_processes_leave_what_one_does(stream, whole, tmp_path):
 
 _FAILING = """
 import os, torch, prunekit
-from prunekit.parallel import process_group
+from prunekit.runtime.processes import process_group
 from prunekit.errors import DataError
 from conftest import tiny_llama, token_ids
 model = tiny_llama()
