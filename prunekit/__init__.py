@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from prunekit.checkpoint import from_pretrained, save_pretrained
     from prunekit.checkpoint.register import register_with_transformers
     from prunekit.errors import PrunekitError
-    from prunekit.graph import CoupledGroup, CouplingGraph, Member, trace
+    from prunekit.graph import CoupledGroup, CouplingGraph, LayerStack, Member, trace
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
     from prunekit.surgery.check import apply_plan
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "CoupledGroup": "graph",
     "CouplingGraph": "graph",
+    "LayerStack": "graph",
     "Member": "graph",
     "PruningPlan": "plan",
     "PrunekitError": "errors",
@@ -29,6 +30,7 @@ _PUBLIC = {
 __all__ = [
     "CoupledGroup",
     "CouplingGraph",
+    "LayerStack",
     "Member",
     "PrunekitError",
     "PruningPlan",

@@ -28,7 +28,7 @@ from prunekit.compensation.bias import Bias
 from prunekit.config import RunConfig
 from prunekit.data.batches import batches as token_batches
 from prunekit.errors import ConfigError, DataError, TraceError
-from prunekit.graph import CoupledGroup, CouplingGraph, trace
+from prunekit.graph import CouplingGraph, Group, trace
 from prunekit.graph.example import example_of
 from prunekit.model.inputs import without_cache
 from prunekit.plan import PruningPlan
@@ -360,7 +360,7 @@ class Allocation:
 
     schedule: Schedule
     task: Assignment
-    groups: Sequence[CoupledGroup]
+    groups: Sequence[Group]
     shares: Mapping[str, float]
     notes: Mapping[str, Any]
 
@@ -435,7 +435,7 @@ def allocate(
     )
 
 
-def check_repairable(option: str, model: nn.Module, groups: Sequence[CoupledGroup]) -> None:
+def check_repairable(option: str, model: nn.Module, groups: Sequence[Group]) -> None:
     """Raise ConfigError where groups have no linear consumers whose inputs could be looked at."""
     for group in groups:
         try:

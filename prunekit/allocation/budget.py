@@ -21,7 +21,7 @@ from torch import Tensor
 from prunekit.allocation.costs.base import Cost
 from prunekit.allocation.scope import Ranking, Slot
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 
 Steps = dict[str, int]
 
@@ -257,7 +257,7 @@ def _take(queue: Sequence[tuple[float, int, int]], slots: Sequence[Slot], steps:
 
 
 def lowest(
-    groups: Sequence[CoupledGroup], scores: Mapping[str, Tensor], counts: Mapping[str, int]
+    groups: Sequence[Group], scores: Mapping[str, Tensor], counts: Mapping[str, int]
 ) -> dict[str, list[int]]:
     """The units with the lowest scores of each group, `counts` of them; ties go to the lower index."""
     return {

@@ -6,20 +6,20 @@ from typing import Any
 
 from prunekit import config as cfg
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 
 
-def chosen_groups(graph: CouplingGraph, choice: Any) -> list[CoupledGroup]:
+def chosen_groups(graph: CouplingGraph, choice: Any) -> list[Group]:
     """The prunable groups of the kinds a choice (one or a list) names; each kind must have one.
 
     For `block` of a model without any, every exact group.
     """
-    found: list[CoupledGroup] = []
-    prunable = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
+    found: list[Group] = []
+    prunable: list[Group] = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
     for name in cfg.kinds_of(choice):
-        groups = [group for group in prunable if group.kind in cfg.KINDS[name]]
+        groups: list[Group] = [group for group in prunable if group.kind in cfg.KINDS[name]]
         if not groups and name == "block":
-            groups = [group for group in prunable if group.exact and group.kind != "layer"]
+            groups = [group for group in graph.groups if group.prunable and group.exact]
         if not groups:
             kinds = ", ".join(sorted({group.kind for group in prunable})) or "none"
             raise ConfigError(

@@ -10,11 +10,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunekit.allocation.scope import Scope
 from prunekit.config import RunConfig
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.surgery import shapes
 
 
-def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
+def floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
     """Units that a model needs: as many experts as a token is sent to."""
     config = getattr(model, "config", None)
     names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
@@ -23,7 +23,7 @@ def floors(model: nn.Module, groups: Sequence[CoupledGroup]) -> dict[str, int]:
 
 
 def multiples(
-    model: nn.Module, groups: Sequence[CoupledGroup], config: RunConfig, scope: Scope
+    model: nn.Module, groups: Sequence[Group], config: RunConfig, scope: Scope
 ) -> dict[str, int]:
     """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16
     bytes, in bf16 too.
@@ -43,7 +43,7 @@ def multiples(
     return found
 
 
-def added_biases(model: nn.Module, groups: Sequence[CoupledGroup]) -> int:
+def added_biases(model: nn.Module, groups: Sequence[Group]) -> int:
     """How many parameters the biases have that consumers lack."""
     found = {}
     for member in (member for group in groups for member in group.consumers):

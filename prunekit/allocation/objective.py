@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from prunekit.allocation.costs.base import Cost, weights_cost
 from prunekit.config import RunConfig
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 
 
 def objective(
     model: nn.Module,
     graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
+    groups: Sequence[Group],
     batches: Sequence[Mapping[str, Any]],
     config: RunConfig,
     stored: torch.dtype | None,
@@ -28,7 +28,7 @@ def objective(
         from prunekit.allocation.costs.flops import flops_cost
         from prunekit.allocation.costs.latency import latency_cost
 
-        if any(group.kind == "layer" for group in groups):
+        if not all(group.multiply_adds_known for group in groups):
             raise ConfigError(
                 f"target.{name}: can't be told for whole layers; use target.parameters or ratio"
             )

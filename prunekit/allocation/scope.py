@@ -13,9 +13,8 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from prunekit.errors import ConfigError, suggest
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.graph.groups import Kind
-from prunekit.graph.structures import alike
 
 Ranking = Literal["local", "layer", "model"]
 RANKINGS = list(get_args(Ranking))
@@ -72,7 +71,7 @@ class Scope:
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", [self.exclude])
 
-    def fewest(self, group: CoupledGroup) -> int:
+    def fewest(self, group: Group) -> int:
         """How many units of a group must stay."""
         return (
             self.min_units.get(group.kind, 1)
@@ -80,46 +79,36 @@ class Scope:
             else self.min_units
         )
 
-    def included(
-        self, groups: Sequence[CoupledGroup], known: Sequence[CoupledGroup]
-    ) -> list[CoupledGroup]:
+    def included(self, groups: Sequence[Group], known: Sequence[Group]) -> list[Group]:
         """The groups no pattern matches; ConfigError for a pattern that matches none of `known`, or
         all of `groups`.
         """
+        names = sorted({name for group in known for name in group.pattern_names})
         for pattern in self.exclude:
-            if not any(
-                fnmatch.fnmatchcase(name, pattern) for group in known for name in _names(group)
-            ):
-                names = sorted({name for group in known for name in _names(group)})
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
                     f"scope.exclude: {pattern!r} matches nothing: {suggest(pattern, names)}"
                 )
+        # A pattern may name single units of a group: they are protected, and the group stays.
         left = [
-            group for group in groups if group.kind == "layer" or not self._excludes(_names(group))
+            group
+            for group in groups
+            if group.unit_names() or not self._excludes(group.pattern_names)
         ]
         if not left:
             raise ConfigError(f"scope.exclude: {', '.join(self.exclude)} leaves no group to prune")
         return left
 
-    def protected(self, group: CoupledGroup) -> list[int]:
+    def protected(self, group: Group) -> list[int]:
         """The units of a group that stay whatever they score: layers that a pattern names."""
-        if group.kind != "layer":
-            return []
-        short = group.name.rpartition(".")[0]
-        return [
-            unit
-            for unit in range(group.num_units)
-            if self._excludes(
-                {f"{group.module}.{unit}", f"{group.name}.{unit}", f"{short}.{unit}".lstrip(".")}
-            )
-        ]
+        return [unit for unit, names in group.unit_names().items() if self._excludes(names)]
 
     def _excludes(self, names: set[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude)
 
     def slots(
         self,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         shares: Mapping[str, float],
         floors: Mapping[str, int] = MappingProxyType({}),
         multiples: Mapping[str, int] = MappingProxyType({}),
@@ -147,7 +136,7 @@ class Scope:
             )
             fewest = max(fewest, 1, len(self.protected(coarse)))
             multiple = math.lcm(
-                self._multiple(coarse.kind, ratio), *(multiples.get(g.name, 1) for g in bundle)
+                self._multiple(coarse, ratio), *(multiples.get(g.name, 1) for g in bundle)
             )
             allowed = [k for k in range(n, min(fewest, n) - 1, -1) if k == n or k % multiple == 0]
             allowed = [
@@ -166,10 +155,10 @@ class Scope:
             )
         return found
 
-    def _multiple(self, kind: str, ratio: int) -> int:
-        if kind in ("attention", "query_head"):
+    def _multiple(self, group: Group, ratio: int) -> int:
+        if group.kind in ("attention", "query_head"):
             return self.head_multiple
-        if kind in ("layer", "expert"):
+        if not group.sets_width:
             return 1
         return max(self.width_multiple // ratio, 1)
 
@@ -180,7 +169,7 @@ class Slot:
     of the others.
     """
 
-    groups: tuple[CoupledGroup, ...]
+    groups: tuple[Group, ...]
     removed: tuple[int, ...]
     factors: Mapping[str, int]
     share: float
@@ -199,31 +188,17 @@ class Slot:
         return {name: factor * units for name, factor in self.factors.items()}
 
 
-def _bundles(groups: Sequence[CoupledGroup], uniform: bool) -> Iterator[list[CoupledGroup]]:
+def _bundles(groups: Sequence[Group], uniform: bool) -> Iterator[list[Group]]:
     """Groups cut in step: the head widths that one module reads as one number; every other group is
     alone.
 
     Unless they are to be `uniform`: then those that are alike are cut in step.
     """
     together = uniform or any(group.kind == "head_dim" and group.layer is None for group in groups)
-    bundles: dict[Hashable, list[CoupledGroup]] = defaultdict(list)
+    bundles: dict[Hashable, list[Group]] = defaultdict(list)
     for group in groups:
         if group.kind == "head_dim":
             bundles[None if together else group.layer].append(group)
         else:
-            bundles[alike(group) if uniform else group.name].append(group)
+            bundles[group.likeness if uniform else group.name].append(group)
     yield from bundles.values()
-
-
-def _names(group: CoupledGroup) -> set[str]:
-    """What a pattern may mean a group by: name, module, what they lie in, its parameters and their
-    modules.
-    """
-    names = {member.parameter for member in group.members}
-    names |= {name.rpartition(".")[0] for name in names}
-    if group.kind == "layer":
-        names |= {f"{group.module}.{unit}" for unit in range(group.num_units)}
-    for path in (group.name, group.module):
-        parts = path.split(".")
-        names |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-    return names - {""}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
-from prunekit.graph import CoupledGroup, Member
+from prunekit.graph import Group, Member
 
 See = Callable[["Consumer", Tensor], None]
 _PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -76,7 +76,7 @@ class Consumer:
             self.bias.data.copy_(bias)
 
 
-def consumers_of(model: nn.Module, group: CoupledGroup) -> list[Consumer]:
+def consumers_of(model: nn.Module, group: Group) -> list[Consumer]:
     """The group's linear consumers; TraceError where it has none, or one that is no matrix.
 
     A parameter that also makes the units (a tied embedding) is left out: it can't be repaired.

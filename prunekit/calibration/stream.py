@@ -23,12 +23,12 @@ from prunekit.calibration.observe import HELD_OUT, Observation, Site, Stop
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Batch, Numbered, fresh, positions_of
 from prunekit.errors import DataError
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import wide
 from prunekit.runtime.processes import add_up, together
 
-Found = tuple[CoupledGroup, list[Site]]
+Found = tuple[Group, list[Site]]
 
 
 class Layers(Protocol):
@@ -60,7 +60,7 @@ class Stream:
     """The layers, what they are called with, and the hidden states before the layer in turn."""
 
     layers: nn.ModuleList
-    groups: Sequence[CoupledGroup]
+    groups: Sequence[Group]
     consumers: Mapping[str, list[Consumer]]
     batches: Sequence[Numbered]
     store: Store
@@ -74,7 +74,7 @@ class Stream:
     def open(
         cls,
         model: nn.Module,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         consumers: Mapping[str, list[Consumer]],
         batches: Sequence[Numbered],
         store: Store,
@@ -238,7 +238,7 @@ class Stream:
         return after
 
     def _observe(
-        self, i: int, group: CoupledGroup, finder: Finder, target: str, done: bool
+        self, i: int, group: Group, finder: Finder, target: str, done: bool
     ) -> Observation | None:
         """Feed the group's consumers, put their inputs aside where that saves running their module
         again.
@@ -279,7 +279,7 @@ class Stream:
                     kept.free()
         return None if done else observation
 
-    def _say_once(self, reason: str, group: CoupledGroup) -> None:
+    def _say_once(self, reason: str, group: Group) -> None:
         if reason not in self.said:
             self.said.add(reason)
             say(f"{group.name}, and others like it: {reason}")
@@ -401,6 +401,6 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _path_of_layers(group: CoupledGroup) -> str:
+def _path_of_layers(group: Group) -> str:
     parts = group.module.split(".")
     return ".".join(parts[: parts.index(str(group.layer))] if group.layer is not None else parts)

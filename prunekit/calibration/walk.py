@@ -21,7 +21,7 @@ from prunekit.calibration.store import Store
 from prunekit.calibration.stream import Layers, Stream
 from prunekit.data.batches import Batch, Numbered, fresh, positions_of, unpadded
 from prunekit.errors import DataError, TraceError
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.runtime.console import say
 from prunekit.runtime.modes import evaluating
 from prunekit.runtime.processes import own_part, together, world_size
@@ -40,14 +40,14 @@ class Walk:
     """
 
     model: nn.Module
-    groups: Sequence[CoupledGroup]
+    groups: Sequence[Group]
     batches: Sequence[Batch]
     targets: Mapping[str, str] = field(default_factory=dict)
     done: Container[str] = ()
     store: Store | None = None
     layers: Layers | None = None
 
-    def __iter__(self) -> Iterator[tuple[CoupledGroup, list[Site]]]:
+    def __iter__(self) -> Iterator[tuple[Group, list[Site]]]:
         """Yield (group, sites) in execution order; the caller may change the consumers before going
         on.
 

@@ -18,7 +18,8 @@ from prunekit.errors import TraceError
 from prunekit.model.ties import tensor_places
 
 if TYPE_CHECKING:
-    from torch_pruning.dependency import Dependency, DependencyGraph, Group, Node
+    from torch_pruning.dependency import Dependency, DependencyGraph, Node
+    from torch_pruning.dependency import Group as TorchPruningGroup
 
     from prunekit.graph.groups import CoupledGroup
 
@@ -58,7 +59,7 @@ Item = tuple[
 
 def to_torch_pruning(
     group: CoupledGroup, model: nn.Module, units: Sequence[int] | None = None
-) -> Group:
+) -> TorchPruningGroup:
     """The torch-pruning group that cuts these units of `group` out of `model`.
 
     Its `prune()` cuts them in place; `prune(idxs)` cuts, as wholes, the units that own these
@@ -82,8 +83,6 @@ def to_torch_pruning(
 
     if not group.prunable:
         raise TraceError(f"{group.name} can't be pruned: {group.reason}")
-    if group.kind == "layer":
-        raise TraceError(f"{group.name}: torch-pruning cuts channels, no whole layers")
     units = range(group.num_units) if units is None else units
     if not len(units) or not all(0 <= unit < group.num_units for unit in units):
         raise TraceError(

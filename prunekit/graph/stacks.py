@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunekit.graph.groups import LayerStack
 from prunekit.model.stack import (
     _INDEX,
     _first_index,
@@ -74,9 +75,15 @@ def find_stacks(
     taken: Iterable[str],
     aliases: Mapping[str, Sequence[str]],
     watch: Watch,
-) -> list[dict[str, Any]]:
-    """What the coupled groups of the model's stacks are made of: of the lists that hold any of
-    these tensors.
+) -> tuple[LayerStack, ...]:
+    """Find the lists of layers that run one after another.
+
+    Args:
+        model: the model that was traced.
+        tensors: names of its parameters and traced buffers; lists without any of them are left out.
+        taken: names that coupled groups have.
+        aliases: canonical name of a shared tensor → all its names.
+        watch: what was seen while the model was captured.
     """
     tensors = list(tensors)
     lists = {
@@ -91,20 +98,17 @@ def find_stacks(
         name = name if short[name] == 1 and name not in taken else path
         reason = watch.problem(path, len(stack)) or _misfit(model, path, stack)
         stacks.append(
-            {
-                "name": name if name not in taken else f"{name}.layer",
-                "kind": "layer",
-                "layer": None,
-                "module": path,
-                "num_units": len(stack),
-                "members": (),
-                "prunable": reason is None,
-                "exact": reason is None,
-                "reason": reason,
-                "parameters_per_unit": _mean_parameters(model, path, stack, aliases),
-            }
+            LayerStack(
+                name=name if name not in taken else f"{name}.layer",
+                module=path,
+                num_units=len(stack),
+                prunable=reason is None,
+                exact=reason is None,
+                reason=reason,
+                parameters_per_unit=_mean_parameters(model, path, stack, aliases),
+            )
         )
-    return stacks
+    return tuple(stacks)
 
 
 def _holds(path: str, tensors: list[str]) -> bool:

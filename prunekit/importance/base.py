@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, suggest
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.aggregation import Aggregation, Normalisation, aggregate, normalise
 from prunekit.obs.inverse import Problem
 
@@ -51,7 +51,7 @@ class ScoreImportance(Importance, ABC):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """Group name → float64 scores [structures ≥ 1, num_units] ≥ 0, in execution order."""
@@ -60,14 +60,14 @@ class ScoreImportance(Importance, ABC):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """Group name → float64 scores [num_units]."""
         found = self.structures(model, graph, groups, batches)
         return {group.name: self.combine(group, found[group.name]) for group in groups}
 
-    def combine(self, group: CoupledGroup, structures: Tensor) -> Tensor:
+    def combine(self, group: Group, structures: Tensor) -> Tensor:
         """Scores [structures, num_units] → [num_units]."""
         combined = aggregate(structures, self.aggregation).clone()
         return normalise(combined, self.normalisation, group.parameters_per_unit)

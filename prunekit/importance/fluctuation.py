@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunekit.calibration.activations import input_statistics
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph, Member
+from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import by_structure
 from prunekit.runtime.numbers import along, at_least_float32
@@ -26,7 +26,7 @@ class Fluctuation(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""

@@ -16,7 +16,7 @@ from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.state import undisturbed
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group, LayerStack
 from prunekit.importance.base import ScoreImportance
 from prunekit.model.inputs import without_cache
 from prunekit.model.stack import hidden_of_call, hidden_of_output
@@ -34,13 +34,13 @@ class Similarity(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
-        _expect_layers("similarity", groups)
+        stacks = _expect_stacks("similarity", groups)
         sums = {
-            group.name: torch.zeros(2, group.num_units, dtype=torch.float64) for group in groups
+            group.name: torch.zeros(2, group.num_units, dtype=torch.float64) for group in stacks
         }
         mask: Tensor | None = None
 
@@ -55,7 +55,7 @@ class Similarity(ScoreImportance):
             total[:, unit] += torch.tensor([(1 - kept.double()).sum().item(), kept.numel()])
 
         with undisturbed(model), ExitStack() as stack, torch.no_grad():
-            for group in groups:
+            for group in stacks:
                 for unit in range(group.num_units):
                     layer = model.get_submodule(f"{group.module}.{unit}")
                     see = partial(hook, sums[group.name], unit)
@@ -79,7 +79,7 @@ class Ablation(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """What the mean loss rises by with one unit masked."""
@@ -103,12 +103,12 @@ class Alternate(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """The place in the order in which layers go; needs no data."""
-        _expect_layers("alternate", groups)
-        return {group.name: _order(group.num_units)[None] for group in groups}
+        stacks = _expect_stacks("alternate", groups)
+        return {stack.name: _order(stack.num_units)[None] for stack in stacks}
 
 
 def calibration_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -132,9 +132,12 @@ def _order(size: int) -> Tensor:
     return ranks
 
 
-def _expect_layers(name: str, groups: Sequence[CoupledGroup]) -> None:
+def _expect_stacks(name: str, groups: Sequence[Group]) -> list[LayerStack]:
+    stacks = []
     for group in groups:
-        if group.kind != "layer":
+        if not isinstance(group, LayerStack):
             raise ConfigError(
                 f"importance={name} scores whole layers (groups=layer), not {group.name}"
             )
+        stacks.append(group)
+    return stacks

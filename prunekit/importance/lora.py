@@ -22,8 +22,7 @@ from prunekit.calibration.gradients.state import checkpointed, undisturbed
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
-from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.graph.structures import members_of
+from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import by_structure
 from prunekit.model.ties import tensor_places
@@ -56,11 +55,11 @@ class LoraGradient(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One backward pass a batch, for the adapters alone; the model is left as it was."""
-        names = dict.fromkeys(m.parameter for group in groups for m in members_of(graph, group))
+        names = dict.fromkeys(m.parameter for group in groups for m in group.scored_members(graph))
         places = tensor_places(model)
         adapters = {
             name: self._adapter(model, name, places[name])
@@ -68,7 +67,7 @@ class LoraGradient(ScoreImportance):
             if _adaptable(places[name])
         }
         for group in groups:
-            if not any(member.parameter in adapters for member in members_of(graph, group)):
+            if not any(member.parameter in adapters for member in group.scored_members(graph)):
                 raise ConfigError(
                     f"{group.name}: lora_gradient scores linear modules' weights, and it has none"
                 )

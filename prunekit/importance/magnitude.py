@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph, Member
+from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import by_structure
 from prunekit.runtime.numbers import along, at_least_float32
@@ -28,7 +28,7 @@ class Magnitude(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """Σ_k |w_k|^p."""

@@ -13,7 +13,7 @@ from prunekit.calibration.statistics import Statistics
 from prunekit.calibration.walk import Walk
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, suggest
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import LayerImportance, ScoreImportance
 from prunekit.obs.choose import Groups, choose_columns, choose_units
 from prunekit.obs.inverse import HeadScore, Problem, unit_errors
@@ -60,7 +60,7 @@ class Obs(ScoreImportance, LayerImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """E(S) of each unit alone on the model's own activations."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.data.batches import Batch
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
 
 
@@ -22,7 +22,7 @@ class Random(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """Uniform in [0, 1), times the parameters a unit frees: so that no kind goes first where
@@ -33,7 +33,7 @@ class Random(ScoreImportance):
             for group in groups
         }
 
-    def _draw(self, group: CoupledGroup) -> Tensor:
+    def _draw(self, group: Group) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.rand(group.num_units, generator=generator, dtype=torch.float64)

@@ -21,7 +21,7 @@ from prunekit.calibration.gradients import FISHER, MEAN, Moments
 from prunekit.calibration.gradients.scores import position_scores
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import by_structure
 
@@ -58,7 +58,7 @@ class _Taylor(ScoreImportance, ABC):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """The model's own gradients, flags and hooks are left as they were."""

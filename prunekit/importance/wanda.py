@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from prunekit.calibration.activations import input_statistics
 from prunekit.calibration.gradients.taps import is_transposed
 from prunekit.data.batches import Batch
-from prunekit.graph import CoupledGroup, CouplingGraph, Member
-from prunekit.graph.structures import members_of
+from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import by_structure
 from prunekit.runtime.numbers import along, at_least_float32
@@ -25,11 +24,11 @@ class Wanda(ScoreImportance):
         self,
         model: nn.Module,
         graph: CouplingGraph,
-        groups: Sequence[CoupledGroup],
+        groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
-        names = {m.parameter for g in groups for m in members_of(graph, g)} - graph.buffers
+        names = {m.parameter for g in groups for m in g.scored_members(graph)}
         inputs = input_statistics(model, names, batches)
 
         def positions(member: Member) -> Tensor | None:

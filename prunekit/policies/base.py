@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from prunekit.allocation.costs.base import Cost
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import Importance
 
 
@@ -26,7 +26,7 @@ class Setting:
 
     model: nn.Module
     graph: CouplingGraph
-    groups: Sequence[CoupledGroup]
+    groups: Sequence[Group]
     batches: Sequence[Mapping[str, Any]]
     importance: Importance
     cost: Cost
@@ -61,9 +61,7 @@ class DepthPolicy(Policy):
         """
         layers = {group.layer for group in setting.graph.groups if group.layer is not None}
         inside = [group for group in setting.groups if group.layer is not None]
-        if layers and (
-            inside or any(group.kind in ("channel", "layer") for group in setting.groups)
-        ):
+        if layers and (inside or any(group.spans_depth for group in setting.groups)):
             shares = self.shares(max(layers) + 1)
             mean = sum(shares) / len(shares)
             return {g.name: mean if g.layer is None else shares[g.layer] for g in setting.groups}

@@ -16,7 +16,7 @@ from prunekit.calibration.gradients.state import undisturbed
 from prunekit.calibration.statistics import Statistics
 from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, suggest
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.importance.base import LayerImportance, ScoreImportance
 from prunekit.importance.layers import calibration_loss
 from prunekit.obs.inverse import removal_error
@@ -63,7 +63,7 @@ class Sensitivity(Policy):
         """A knapsack over the lower convex hulls of the measured curves, linear in between: its
         exact optimum.
         """
-        parts: dict[str, list[CoupledGroup]] = defaultdict(list)
+        parts: dict[str, list[Group]] = defaultdict(list)
         for group in setting.groups:
             whole = self.by == "layer" and group.layer is not None
             parts[f"layer {group.layer}" if whole else group.name].append(group)
@@ -87,7 +87,7 @@ class Sensitivity(Policy):
             group.name: max(best[key], 1e-6) for key, groups in parts.items() for group in groups
         }
 
-    def _counts(self, groups: Sequence[CoupledGroup]) -> list[dict[str, int]]:
+    def _counts(self, groups: Sequence[Group]) -> list[dict[str, int]]:
         """For each ratio, by rising ones, whole units of each group; one at least stays."""
         return [
             {g.name: min(round(r * g.num_units), g.num_units - 1) for g in groups}
@@ -97,7 +97,7 @@ class Sensitivity(Policy):
     def _by_loss(
         self,
         setting: Setting,
-        parts: Mapping[str, list[CoupledGroup]],
+        parts: Mapping[str, list[Group]],
         counts: Mapping[str, list[dict[str, int]]],
     ) -> dict[str, list[float]]:
         if not isinstance(setting.importance, ScoreImportance):
@@ -120,7 +120,7 @@ class Sensitivity(Policy):
     def _by_obs(
         self,
         setting: Setting,
-        parts: Mapping[str, list[CoupledGroup]],
+        parts: Mapping[str, list[Group]],
         counts: Mapping[str, list[dict[str, int]]],
     ) -> dict[str, list[float]]:
         if not isinstance(setting.importance, LayerImportance):

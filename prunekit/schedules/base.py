@@ -18,7 +18,7 @@ from prunekit.calibration.stream import Layers
 from prunekit.compensation.base import Compensation
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import Importance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.state import State
@@ -35,7 +35,7 @@ class Assignment:
 
     model: nn.Module
     graph: CouplingGraph
-    groups: Sequence[CoupledGroup]
+    groups: Sequence[Group]
     budget: Budget
     batches: Sequence[Batch]
     importance: Importance

@@ -6,14 +6,13 @@ their slices are moved to where the plan keeps units, so that an ordinary cut fo
 meanings don't.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
-from prunekit.graph import CoupledGroup, CouplingGraph, Member
+from prunekit.graph import CouplingGraph, Member
 
 
 def scatter(
@@ -29,35 +28,17 @@ def scatter(
         ConfigError: an importance that doesn't score every structure of a group.
     """
     for name, units in removed.items():
-        members = _structures(graph, graph[name])
-        if len(members) != len(structures[name]):
+        matrices = graph[name].structures(graph)
+        if len(matrices) != len(structures[name]):
             raise ConfigError(
-                f"groups=independent: expected an importance that scores each of the {len(members)} matrices of "
+                f"groups=independent: expected an importance that scores each of the {len(matrices)} matrices of "
                 f"{name}, this one scores {len(structures[name])}"
             )
         kept = _kept(len(structures[name][0]), units)
-        for scores, inside in zip(structures[name], members, strict=True):
+        for scores, parts in zip(structures[name], matrices, strict=True):
             own = _kept(len(scores), scores.argsort(stable=True)[: len(units)].tolist())
-            for member in inside:
-                _move(model.get_parameter(member.parameter), member, own, kept)
-
-
-def _structures(graph: CouplingGraph, group: CoupledGroup) -> list[list[Member]]:
-    """The members that are scored together: a matrix along one dim, the vectors of its module with
-    it.
-    """
-    members = [m for m in group.members if m.parameter not in graph.buffers]
-    found: dict[tuple[str, int], list[Member]] = defaultdict(list)
-    for member in sorted(members, key=lambda m: len(graph.shapes[m.parameter]) == 1):
-        module = member.parameter.rpartition(".")[0]
-        beside = [
-            place
-            for place in found
-            if place[0].rpartition(".")[0] == module and place[1] == member.dim
-        ]
-        alone = len(graph.shapes[member.parameter]) > 1 or not beside
-        found[(member.parameter, member.dim) if alone else beside[0]].append(member)
-    return list(found.values())
+            for part in parts:
+                _move(model.get_parameter(part.member.parameter), part.member, own, kept)
 
 
 def _move(parameter: Tensor, member: Member, own: Tensor, kept: Tensor) -> None:

@@ -12,7 +12,7 @@ from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.observe import Site
 from prunekit.calibration.statistics import Statistics
 from prunekit.calibration.walk import Walk
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.importance.base import LayerImportance
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
@@ -56,7 +56,7 @@ def _repair(
 def _cut(
     task: Assignment,
     damping: float,
-    group: CoupledGroup,
+    group: Group,
     sites: Sequence[Site],
     units: list[int] | None,
     counts: Mapping[str, int],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import SurgeryError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.model.modeling_prunekit import layer_of, per_layer_overrides
 from prunekit.model.sizes import (
     Sizes,
@@ -184,7 +184,7 @@ class _Surgery:
                     own.update(values)
             set_per_layer(self.model, overrides, self._set)
 
-    def _around(self, group: CoupledGroup) -> list[nn.Module]:
+    def _around(self, group: Group) -> list[nn.Module]:
         """The modules that may read a group's size: its members' modules, those around them and
         those beside them.
         """
@@ -278,11 +278,11 @@ def _kept(size: int, removed: Tensor) -> Tensor:
 
 
 def group_sizes(
-    graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str, list[int]], config: Any
+    graph: CouplingGraph, group: Group, removed: Mapping[str, list[int]], config: Any
 ) -> Sizes:
     """The sizes a cut of this group changes: quantity → (old, new)."""
 
-    def both(which: CoupledGroup | None) -> tuple[int, int]:
+    def both(which: Group | None) -> tuple[int, int]:
         return (
             (which.num_units, which.num_units - len(removed.get(which.name, ())))
             if which
@@ -317,7 +317,7 @@ def group_sizes(
 
 
 def _attention_width(
-    graph: CouplingGraph, group: CoupledGroup, removed: Mapping[str, list[int]]
+    graph: CouplingGraph, group: Group, removed: Mapping[str, list[int]]
 ) -> tuple[int, int]:
     """Width of what all heads hold together: of the axis the output projection reads."""
     member = group.consumers[0] if group.consumers else group.members[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.model.modeling_prunekit import per_layer_overrides
 from prunekit.model.sizes import Setter, drop_layers, resize, set_per_layer
 from prunekit.model.stack import config_around, hidden_of_call, hidden_of_output, index_attributes
@@ -63,7 +63,7 @@ def _pass_over(layer: nn.Module) -> tuple[Any, Any]:
 
 def drop(
     model: nn.Module,
-    stack: CoupledGroup,
+    stack: Group,
     removed: list[int],
     setter: Setter,
     remember: Callable[[Any], None],

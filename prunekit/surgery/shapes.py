@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
-from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.graph.structures import alike
+from prunekit.graph import CouplingGraph, Group
 from prunekit.model.verify import record
 from prunekit.plan import PruningPlan
 from prunekit.surgery.check import apply_plan
@@ -22,40 +21,40 @@ _HEADS = ("attention", "query_head")
 _COUNTED = (*_HEADS, "expert")  # kinds whose numbers a class may refuse one by one
 
 
-def alignments(groups: Sequence[CoupledGroup], to: int) -> dict[str, int]:
+def alignments(groups: Sequence[Group], to: int) -> dict[str, int]:
     """Group → what its kept units must be a multiple of so that each of its sides is a multiple of
     `to`.
     """
     found = {}
     for group in groups:
-        if group.kind not in ("layer", "expert"):
+        if group.sets_width:
             widths = {member.index.shape[1] for member in group.members}
             found[group.name] = math.lcm(*(to // math.gcd(to, width) for width in widths))
     return found
 
 
-def shared(shares: Mapping[str, float], groups: Sequence[CoupledGroup]) -> dict[str, float]:
+def shared(shares: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
     """The policy's shares, with the mean of them for groups that are alike but for their layer."""
     classes = _classes(groups)
     means = {
         key: sum(shares[group.name] for group in members) / len(members)
         for key, members in classes.items()
     }
-    return {group.name: means[alike(group)] for group in groups}
+    return {group.name: means[group.likeness] for group in groups}
 
 
-def check_all_there(groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
+def check_all_there(groups: Sequence[Group], graph: CouplingGraph) -> None:
     """Raise ConfigError where a group is left alone whose likes in other layers are cut."""
     names, classes = {group.name for group in groups}, _classes(groups)
     for group in graph.groups:
-        if group.layer is not None and group.name not in names and alike(group) in classes:
+        if group.layer is not None and group.name not in names and group.likeness in classes:
             raise ConfigError(
                 f"shapes=uniform: {group.name} stays whole ({group.reason or 'scope.exclude'}), others like it don't"
             )
 
 
 def stock_counts(
-    model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup]
+    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
 ) -> dict[str, Container[int]]:
     """Group → how many units may stay in it, and in all like it, so that the model's own class can
     hold the result.
@@ -71,7 +70,7 @@ def stock_counts(
     found: dict[str, Container[int]] = {}
     for members in _classes(groups).values():
         n, kind = members[0].num_units, members[0].kind
-        if kind == "layer" or not hasattr(model, "config"):
+        if not members[0].members or not hasattr(model, "config"):
             continue
         each = kind in _COUNTED
         step = _heads(model) if kind == "channel" else 1  # which many a config wants to divide them
@@ -86,9 +85,7 @@ def stock_counts(
     return found
 
 
-def _is_stock(
-    model: nn.Module, graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: int
-) -> bool:
+def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], kept: int) -> bool:
     """Whether the class of the model would build it from its config alone with `kept` units in each
     of the groups.
     """
@@ -115,8 +112,8 @@ def _heads(model: nn.Module) -> int:
     return int(getattr(config, "num_attention_heads", None) or 1)
 
 
-def _classes(groups: Sequence[CoupledGroup]) -> dict[Hashable, list[CoupledGroup]]:
-    found: dict[Hashable, list[CoupledGroup]] = {}
+def _classes(groups: Sequence[Group]) -> dict[Hashable, list[Group]]:
+    found: dict[Hashable, list[Group]] = {}
     for group in groups:
-        found.setdefault(alike(group), []).append(group)
+        found.setdefault(group.likeness, []).append(group)
     return found

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunekit.graph import CoupledGroup
+from prunekit.graph import Group
 from prunekit.runtime.console import say
 
 
 def snapshot(
-    model: nn.Module, groups: Sequence[CoupledGroup], everything: bool, copies: bool = True
+    model: nn.Module, groups: Sequence[Group], everything: bool, copies: bool = True
 ) -> dict[str, Tensor | None]:
     """Copies of what choosing may change: the consumers and their biases (None where there is
     none), or all members.

@@ -14,7 +14,7 @@ from torch import nn
 from prunekit.allocation.costs.base import Cost, Term
 from prunekit.allocation.costs.timing import Call, Inputs, filled, median_seconds, moved, record
 from prunekit.errors import SurgeryError
-from prunekit.graph import CoupledGroup, CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import meta_copy
 from prunekit.model.inputs import without_cache
 from prunekit.plan import PruningPlan
@@ -30,7 +30,7 @@ _ALIGNMENT = (
 def latency_cost(
     model: nn.Module,
     graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
+    groups: Sequence[Group],
     example: Inputs,
     widths: int = 5,
     repeats: int = 5,
@@ -55,7 +55,7 @@ def latency_cost(
     """
     example = without_cache(model, example)
     device = next(model.parameters()).device
-    alike: dict[Any, list[CoupledGroup]] = {}
+    alike: dict[Any, list[Group]] = {}
     for group in groups:
         alike.setdefault(_likeness(model, group), []).append(group)
     curves: dict[str, _Curve] = {}
@@ -119,7 +119,7 @@ class _Stopwatch:
     device: torch.device
     repeats: int
 
-    def curve(self, group: CoupledGroup, widths: int) -> _Curve:
+    def curve(self, group: Group, widths: int) -> _Curve:
         """The seconds at some widths; of the whole model where the layer, cut, doesn't run on what
         it gets.
         """
@@ -187,7 +187,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [mean for mean, count in blocks for _ in range(count)]
 
 
-def _place(group: CoupledGroup) -> str:
+def _place(group: Group) -> str:
     """Path of the layer a group lies in; empty, the whole model, where it lies in none."""
     if group.layer is None:
         return ""
@@ -195,7 +195,7 @@ def _place(group: CoupledGroup) -> str:
     return ".".join(parts[: parts.index(str(group.layer)) + 1])
 
 
-def _likeness(model: nn.Module, group: CoupledGroup) -> Any:
+def _likeness(model: nn.Module, group: Group) -> Any:
     """Equal for groups that cut equal layers equally."""
     place = _place(group)
     if not place:

@@ -20,8 +20,8 @@ from prunekit.calibration.gradients.state import checkpointed, undisturbed
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import DataError
-from prunekit.graph import CoupledGroup, CouplingGraph
-from prunekit.graph.structures import Place, members_of
+from prunekit.graph import CouplingGraph, Group
+from prunekit.graph.groups import Place
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.console import say, track
@@ -35,7 +35,7 @@ Elements = Callable[[Tensor, Moments], Tensor]
 def position_scores(
     model: nn.Module,
     graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
+    groups: Sequence[Group],
     batches: Sequence[Batch],
     elements: Elements,
     *,
@@ -68,12 +68,7 @@ def position_scores(
     Raises:
         DataError: the model has no loss, the data no target, or a gradient is not finite.
     """
-    places = [
-        (m.parameter, m.dim)
-        for g in groups
-        for m in members_of(graph, g)
-        if m.parameter not in graph.buffers
-    ]
+    places = [(m.parameter, m.dim) for g in groups for m in g.scored_members(graph)]
     dims: dict[str, list[int]] = {name: [] for name, _ in places}
     for name, dim in dict.fromkeys(places):
         dims[name].append(dim)
