@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit.errors import CheckpointError, SurgeryError, TraceError
-from prunekit.surgery import cut as surgery
+from prunekit.surgery import check
+from prunekit.surgery.masking import masked as masking
+from prunekit.surgery.masking import run_example
 
 LAYERS = 5
 SLIDING = {"sliding_window": 4}
@@ -250,10 +252,10 @@ def test_an_interruption_leaves_the_model_whole(at, monkeypatch):
         runs.append(arguments)
         if len(runs) == at:
             raise KeyboardInterrupt
-        return surgery_run(*arguments)
+        return run_example(*arguments)
 
-    surgery_run = surgery.run_example
-    monkeypatch.setattr("prunekit.surgery.masking.run_example", run)
+    monkeypatch.setattr("prunekit.surgery.masking.run_example", run)  # of the masked model
+    monkeypatch.setattr("prunekit.surgery.check.run_example", run)  # of the cut one
     with pytest.raises(KeyboardInterrupt):
         prunekit.apply_plan(
             model, graph, prunekit.PruningPlan({"layers": [1], "layers.0.mlp": [2]})
@@ -266,7 +268,7 @@ def test_a_failed_cut_leaves_the_model_whole(monkeypatch):
     model = deep("cohere2")
     graph = prunekit.trace(model, example())
     before = snapshot(model)
-    monkeypatch.setattr(surgery, "_difference", lambda *args: surgery._Problem(text="differs"))
+    monkeypatch.setattr(check, "_difference", lambda *args: check._Problem(text="differs"))
     with pytest.raises(SurgeryError, match="layers: differs; the model was put back"):
         prunekit.apply_plan(
             model, graph, prunekit.PruningPlan({"layers": [1, 4], "layers.0.mlp": [1]})
@@ -278,7 +280,7 @@ def test_masking_passes_layers_over_and_stops():
     model = tiny_llama()
     graph = prunekit.trace(model, example())
     logits = ask(model, token_ids())
-    with surgery.masked(model, graph, {"layers": [1], "layers.0.mlp": [2]}):
+    with masking(model, graph, {"layers": [1], "layers.0.mlp": [2]}):
         masked = ask(model, token_ids())
         loss = model(input_ids=token_ids(), labels=token_ids()).loss
         loss.backward()
@@ -445,7 +447,7 @@ def test_adapters_and_device_hooks_go_with_their_layers():
     ids = token_ids(3, 9, seed=5)
     for model, graph in zip((wrapped, hooked), graphs, strict=True):
         removed = {"layers": [1], "layers.0.mlp": [2]}
-        with surgery.masked(model, graph, removed):
+        with masking(model, graph, removed):
             expected = ask(model, ids)
         prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
         torch.testing.assert_close(ask(model, ids), expected, rtol=1e-4, atol=1e-4)
