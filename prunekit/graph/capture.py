@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
@@ -79,7 +80,9 @@ def capture(
     watch(skeleton)
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     try:
-        with _ListsAsSlices(), warnings.catch_warnings():
+        # The graph is read and never run: writing Python code for it, as torch.export does after
+        # each of its passes, would take a third of the time.
+        with _ListsAsSlices(), _use_lazy_graph_module(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
