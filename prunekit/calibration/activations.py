@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients.state import undisturbed
 from prunekit.calibration.gradients.taps import is_stock
 from prunekit.data.batches import Batch
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.console import track
+from prunekit.runtime.modes import undisturbed
 
 
 @dataclass

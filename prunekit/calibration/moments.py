@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import DataError
+from prunekit.runtime.numbers import is_half
 from prunekit.runtime.processes import add_up, world_size
 
 _PANEL = 1024  # columns of H that are updated at once: only blocks on and below the diagonal are
@@ -128,7 +129,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: 
     """Total ← old·total + share·leftᵀ right; products of half precision are exact and summed in
     float32.
     """
-    half = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+    half = left.dtype == right.dtype and is_half(left.dtype)
     if half and left.is_cuda:
         total.mul_(old).add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=share)
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
 from prunekit.errors import ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph
+from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
 from prunekit.runtime.processes import rank
 from prunekit.surgery.check import TOLERANCE
@@ -41,8 +42,7 @@ class Streamed:
     ) -> None:
         return_freed()
         self.stored = stored or Shards.of_folder(Path(source)).dtype
-        half = self.stored in (torch.float16, torch.bfloat16)
-        self.dtype = torch.float32 if device.type == "cpu" and half else self.stored
+        self.dtype = compute_dtype(self.stored, device)
         self.device = device
         self.model, self.shards = open_streamed(source, self.dtype, trust_remote_code)
         self.weights = Weights(self.model, self.shards, device)

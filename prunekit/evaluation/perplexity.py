@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunekit.errors import ConfigError, DataError
 from prunekit.model.inputs import input_device
 from prunekit.runtime.console import say, track
-from prunekit.runtime.memory import out_of_memory
+from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
 
 BATCH = 32  # windows in a forward pass to begin with
@@ -45,26 +45,23 @@ def perplexity(
         DataError: the loss is not finite.
         ConfigError: memory doesn't suffice for the batch size asked for, or for one window.
     """
-    size = batch_size or BATCH
+    device = device or input_device(model)
+
+    def shrink(size: int, error: Exception) -> int:
+        if batch_size or size == 1:
+            halves = f"eval.batch_size={size // 2}" if size > 1 else "a shorter eval.window"
+            raise ConfigError(
+                f"out of memory at eval.batch_size={size}: {halves} halves it"
+            ) from error
+        return size // 2
+
     with evaluating(model):
-        while True:
-            try:
-                total = _total(model, windows, size, name, device or input_device(model), stride)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if batch_size or size == 1:
-                    halves = (
-                        f"eval.batch_size={max(size // 2, 1)}"
-                        if size > 1
-                        else "a shorter eval.window"
-                    )
-                    raise ConfigError(
-                        f"out of memory at eval.batch_size={size}: {halves} halves it"
-                    ) from error
-            size //= 2
-            say(f"out of memory: {size} windows at a time now")
+        total = run_within_memory(
+            lambda size: _total(model, windows, size, name, device, stride),
+            batch_size or BATCH,
+            shrink,
+            lambda _, size: say(f"out of memory: {size} windows at a time now"),
+        )
     mean = total / predicted(windows, stride)
     if not math.isfinite(mean):
         raise DataError(

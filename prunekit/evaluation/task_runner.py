@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import io
 import logging
 import random
@@ -16,7 +15,7 @@ import torch
 from prunekit.errors import ConfigError, DataError
 from prunekit.evaluation.task_files import first_line, say_once
 from prunekit.runtime.console import say
-from prunekit.runtime.memory import out_of_memory
+from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
 
 BOOTSTRAP = 1000  # draws for the error of metrics that are no mean
@@ -54,29 +53,29 @@ class Runner:
                 f"{name}: requests have up to {longest} tokens, the model's window {window}: their beginnings are cut"
             )
         size = self._fitting(min(longest, window)) if self.auto else int(self.batch_size)
-        while True:
-            try:
-                return self._attempt(task, size, limit)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if size == 1 or not self.auto:
-                    halved = (
-                        f"set eval.batch_size={size // 2} or auto"
-                        if size > 1
-                        else "nothing left to halve"
-                    )
-                    raise DataError(
-                        f"task {name}: out of memory with eval.batch_size={size}: {halved}"
-                    ) from error
-            except AssertionError as error:  # so lm-eval says that an answer doesn't fit
-                reason = first_line(error)
-                raise DataError(
-                    f"task {name}: too long for the model's window of {window} tokens: {reason}"
-                ) from error
-            size //= 2
-            _free_memory()
-            say(f"{name}: out of memory, again with batch size {size}")
+
+        def shrink(size: int, error: Exception) -> int:
+            if size > 1 and self.auto:
+                return size // 2
+            halved = (
+                f"set eval.batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
+            )
+            raise DataError(
+                f"task {name}: out of memory with eval.batch_size={size}: {halved}"
+            ) from error
+
+        try:
+            return run_within_memory(
+                lambda size: self._attempt(task, size, limit),
+                size,
+                shrink,
+                lambda _, size: say(f"{name}: out of memory, again with batch size {size}"),
+            )
+        except AssertionError as error:  # so lm-eval says that an answer doesn't fit
+            reason = first_line(error)
+            raise DataError(
+                f"task {name}: too long for the model's window of {window} tokens: {reason}"
+            ) from error
 
     def _attempt(self, task: Any, size: int, limit: int | None) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
@@ -125,12 +124,6 @@ class Runner:
         device = torch.device(self.device or self.model.device)
         free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
         return max(1, min(_LARGEST_BATCH, free // (12 * length * len(self.tokenizer))))
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
-from prunekit.calibration.gradients.state import undisturbed
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group, LayerStack
@@ -21,6 +20,7 @@ from prunekit.importance.base import ScoreImportance
 from prunekit.model.inputs import without_cache
 from prunekit.model.stack import hidden_of_call, hidden_of_output
 from prunekit.runtime.console import track
+from prunekit.runtime.modes import undisturbed
 from prunekit.surgery.masking import masked
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
-from prunekit.calibration.gradients.state import checkpointed, undisturbed
+from prunekit.calibration.gradients.state import checkpointed
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
@@ -27,6 +27,7 @@ from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import by_structure
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.console import track
+from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import along, at_least_float32
 
 

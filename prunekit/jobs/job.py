@@ -21,7 +21,7 @@ from prunekit.pipeline import DEMO_MODEL
 from prunekit.plan import PruningPlan
 from prunekit.recovery import detach
 from prunekit.report import model_card
-from prunekit.runtime.devices import pick_dtype
+from prunekit.runtime.devices import compute_dtype, pick_dtype
 from prunekit.runtime.files import checksum, digest, write_text
 from prunekit.runtime.memory import free_bytes
 from prunekit.runtime.stages import Stages
@@ -95,12 +95,7 @@ def load(
     """
     model = from_pretrained(source, trust_remote_code=trust_remote_code)
     stored = stored or next(model.parameters()).dtype
-    compute = (
-        torch.float32
-        if device.type == "cpu" and stored in (torch.float16, torch.bfloat16)
-        else stored
-    )
-    to_type(model, compute)
+    to_type(model, compute_dtype(stored, device))
     return model.to(device), stored
 
 

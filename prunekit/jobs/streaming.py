@@ -11,6 +11,7 @@ from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig, build
 from prunekit.errors import CheckpointError, ConfigError
 from prunekit.runtime.console import say
+from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import free_bytes
 from prunekit.runtime.processes import add_up
 
@@ -73,6 +74,6 @@ def stream(
 def _short(folder: Path, device: torch.device) -> bool:
     """Whether any process's memory is; half precision becomes float32 on a CPU."""
     shards = Shards.of_folder(folder)
-    wide = 2 if device.type == "cpu" and shards.dtype.itemsize == 2 else 1
-    short = shards.num_bytes * wide > _SHARE * free_bytes(device)
+    wider = compute_dtype(shards.dtype, device).itemsize // shards.dtype.itemsize
+    short = shards.num_bytes * wider > _SHARE * free_bytes(device)
     return add_up(torch.tensor([float(short)], device=device)).item() > 0

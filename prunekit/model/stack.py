@@ -37,6 +37,11 @@ def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
+def all_layers(model: nn.Module) -> list[nn.Module]:
+    """The entries of all outermost `ModuleList`s, each once, in the model's order."""
+    return list(dict.fromkeys(layer for stack in module_lists(model).values() for layer in stack))
+
+
 def _first_index(values: Mapping[int, Any]) -> int | None:
     """0 or 1 where every layer's value is its own index, counted from there."""
     firsts = {value - index if type(value) is int else None for index, value in values.items()}

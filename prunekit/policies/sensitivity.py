@@ -12,7 +12,6 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from prunekit.calibration.gradients.state import undisturbed
 from prunekit.calibration.statistics import Statistics
 from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, suggest
@@ -22,6 +21,7 @@ from prunekit.importance.layers import calibration_loss
 from prunekit.obs.inverse import removal_error
 from prunekit.policies.base import Policy, Setting
 from prunekit.runtime.console import track
+from prunekit.runtime.modes import undisturbed
 from prunekit.surgery.masking import masked
 
 Measure = Literal["loss", "obs"]

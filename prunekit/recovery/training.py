@@ -19,7 +19,7 @@ from prunekit.recovery import adapters
 from prunekit.recovery.data import Data, collate, load_data, pad_token
 from prunekit.recovery.settings import VALIDATION, Recovery
 from prunekit.runtime.console import say
-from prunekit.runtime.memory import out_of_memory
+from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
 
 _LARGEST_MICRO_BATCH = 16
@@ -175,24 +175,19 @@ class _Run:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             own.save_trained(self.trained, start := self.folder / "start.safetensors")
+
+        def attempt(micro: int) -> Any:
+            trainer = self.trainer(micro, checkpoint is None)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return trainer
+
+        def begin_again(before: int, micro: int) -> None:
+            say(f"recovery: out of memory with micro_batch={before}: once more with {micro}")
+            own.load_trained(self.trained, start)
+            self.trained.zero_grad()
+
         try:
-            while True:
-                trainer = self.trainer(micro, checkpoint is None)
-                try:
-                    trainer.train(
-                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                    )
-                    return trainer
-                except Exception as error:
-                    if not out_of_memory(error):
-                        raise
-                    micro, before = self.smaller(micro, error), micro
-                del trainer
-                say(f"recovery: out of memory with micro_batch={before}: once more with {micro}")
-                own.load_trained(self.trained, start)
-                self.trained.zero_grad()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            return run_within_memory(attempt, micro, self.smaller, begin_again)
         finally:
             if _rank() == 0:
                 start.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The machine a run is on: devices and number types by name, seconds and peak memory of its stages."""
+"""Devices and number types by name, and the type that a device computes in."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import os
 import torch
 
 from prunekit.errors import ConfigError
+from prunekit.runtime.numbers import is_half
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a name stands for; `auto` takes a GPU where there is one."""
+    """The device a name stands for; `auto` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: torch knows no such device, or can't use it on this machine.
+    """
     if name == "auto":
         name = (
             "cuda"
@@ -32,7 +37,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
-    """The type a name stands for; None for `auto`."""
+    """The number type a name stands for; None for `auto`.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
     known = {
         "auto": None,
         "float32": torch.float32,
@@ -42,3 +51,8 @@ def pick_dtype(name: str) -> torch.dtype | None:
     if name not in known:
         raise ConfigError(f"dtype: unknown {name!r}; available: {', '.join(known)}")
     return known[name]
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that weights stored as `stored` compute in: float32 for half precision on a CPU."""
+    return torch.float32 if device.type == "cpu" and is_half(stored) else stored

@@ -1,16 +1,18 @@
-"""Memory of the machine: what is free, what a stage took at its peak, whether an error means there
-is too little.
-"""
+"""Memory of the machine: what is free, the peak of a stage, batches halved until they fit."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-_MMAP_THRESHOLD = -3  # mallopt's number of it
+T = TypeVar("T")
+_MMAP_THRESHOLD = -3  # the number that mallopt gives to M_MMAP_THRESHOLD
 
 
 def return_freed() -> None:
@@ -23,8 +25,46 @@ def return_freed() -> None:
         pass  # another C library
 
 
+def run_within_memory(
+    attempt: Callable[[int], T],
+    size: int,
+    shrink: Callable[[int, Exception], int],
+    announce: Callable[[int, int], None],
+) -> T:
+    """What `attempt(size)` returns for the first size, from the given one down, that memory allows.
+
+    Args:
+        attempt: does the work in batches of a size.
+        size: the size to begin with.
+        shrink: takes the size that memory was too small for, and the error; returns a smaller size
+            to go on with, or raises an error that tells the user what to do.
+        announce: takes the size that failed and the next one, before the next attempt; the tensors
+            of the attempt that failed are freed by then.
+
+    Raises:
+        Exception: any error of `attempt` that does not say that memory ran out, as it is.
+    """
+    while True:
+        try:
+            return attempt(size)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            smaller = shrink(size, error)
+        free_cached()  # here the error, and with it the frames that hold tensors, is gone
+        announce(size, smaller)
+        size = smaller
+
+
+def free_cached() -> None:
+    """Collect garbage, and return to the GPU what torch's allocator keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says, on any device."""
+    """Whether an error says that memory ran out, on any device."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     known = isinstance(
@@ -45,8 +85,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: allocated on a GPU, resident elsewhere (ever, where the system
-    can't reset).
+    """Peak bytes since `reset_peak`: allocated on a GPU, resident in the host's memory elsewhere.
+
+    Where the system can't reset its count, it is the peak since the process began.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -62,7 +103,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that is free on a device."""
+    """Bytes that are free on a device; on the host not more than the limit of its container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     limits = [float("inf")]

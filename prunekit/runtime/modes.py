@@ -1,32 +1,108 @@
-"""Contexts that lend a model out and leave every module, flag and buffer as it was."""
+"""Contexts that lend a model out and leave every module, flag, gradient and buffer as it was.
+
+A function `keep_…` notes one part of a state and returns what puts it back. `restoring` calls what
+they return at the end of a `with` block, whatever happens in it; the contexts below compose these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], None]
+_ABSENT = object()  # an instance without an attribute of its own uses that of its class
+
+
+@contextmanager
+def restoring(*restores: Restore) -> Iterator[None]:
+    """Call every function at the end of a `with` block, the last one first, after an error too."""
+    with ExitStack() as stack:
+        for restore in restores:
+            stack.callback(restore)
+        yield
+
+
+def keep_attributes(objects: Iterable[object], name: str) -> Restore:
+    """Note an attribute that each object has, or lacks, in its own `__dict__`.
+
+    Neither noting nor restoring calls a `__setattr__` or a property of the objects.
+    """
+    kept = [(vars(one), vars(one).get(name, _ABSENT)) for one in objects]
+
+    def restore() -> None:
+        for attributes, value in kept:
+            if value is _ABSENT:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
+
+    return restore
+
+
+def keep_modes(model: nn.Module) -> Restore:
+    """Note which modules are in training mode and which in evaluation mode."""
+    kept = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, training in kept:
+            module.training = training
+
+    return restore
+
+
+def keep_tensors(tensors: Iterable[Tensor]) -> Restore:
+    """Copy tensors; restoring writes the copies back in place, the last one first.
+
+    In that order a tensor that comes twice, changed in between, gets its first value back.
+    """
+    kept = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, before in reversed(kept):
+            tensor.copy_(before)
+
+    return restore
+
+
+def keep_gradients(model: nn.Module) -> Restore:
+    """Note which parameters want a gradient, and the gradients that they hold."""
+    kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+    def restore() -> None:
+        for parameter, flag, gradient in kept:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+    return restore
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode during a `with` block; afterwards every module's mode is what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with restoring(keep_modes(model)):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """As `evaluating`; buffers are put back as well, for a forward pass may count its calls."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with evaluating(model):
+    with restoring(keep_tensors(model.buffers())), evaluating(model):
+        yield
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients on, where no parameter wants a gradient or holds one.
+
+    Who needs a parameter's gradient turns it on inside the `with` block.
+    """
+    with restoring(keep_gradients(model)):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        with evaluating(model), torch.enable_grad():
             yield
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)

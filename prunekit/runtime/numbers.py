@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a type is half precision: float16 or bfloat16."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def along(scores: Tensor, dim: int) -> Tensor:
     """Sum elementwise scores over all dims but one: float64 [size of that dim]."""
     others = [d for d in range(scores.ndim) if d != dim]
@@ -14,7 +19,7 @@ def along(scores: Tensor, dim: int) -> Tensor:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; float64 stays."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if is_half(tensor.dtype) else tensor
 
 
 def wide(tensor: Tensor) -> Tensor:

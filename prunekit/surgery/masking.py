@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.graph import CouplingGraph
-from prunekit.runtime.modes import at_rest
+from prunekit.runtime.modes import at_rest, keep_tensors
 from prunekit.surgery.layers import passed_over
 
 
@@ -46,8 +46,7 @@ def masked(
 ) -> Iterator[None]:
     """Zero the slices, and pass whole layers over, for the duration of a `with` block."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    saved: list[tuple[Tensor, Tensor]] = []
-    try:
+    with ExitStack() as stack:
         for name, units in removed.items():
             group = graph[name]
             compared = (
@@ -57,10 +56,7 @@ def masked(
                 if compared and member.parameter in graph.buffers:
                     continue
                 tensor = tensors[member.parameter].data
-                saved.append((tensor, tensor.clone()))
+                stack.callback(keep_tensors([tensor]))
                 tensor.index_fill_(member.dim, member.index[units].flatten().to(tensor.device), 0)
-        with passed_over(model, graph, removed):
-            yield
-    finally:
-        for tensor, original in reversed(saved):
-            tensor.copy_(original)
+        stack.enter_context(passed_over(model, graph, removed))
+        yield

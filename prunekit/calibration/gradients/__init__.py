@@ -4,7 +4,7 @@ reduced to scores.
 
 from prunekit.calibration.gradients.loss import Loss, mean_loss
 from prunekit.calibration.gradients.scores import FISHER, MEAN, Moments, position_scores
-from prunekit.calibration.gradients.state import checkpointed, undisturbed
+from prunekit.calibration.gradients.state import checkpointed
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "mean_loss",
     "position_scores",
     "tap",
-    "undisturbed",
 ]

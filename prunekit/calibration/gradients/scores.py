@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import is_language_model, mean_loss, split
-from prunekit.calibration.gradients.state import checkpointed, undisturbed
+from prunekit.calibration.gradients.state import checkpointed
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import DataError
@@ -25,6 +25,7 @@ from prunekit.graph.groups import Place
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.console import say, track
+from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import along, at_least_float32
 
 MEAN, FISHER = "mean", "fisher"
