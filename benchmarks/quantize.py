@@ -16,8 +16,8 @@ import prunekit
 import prunekit.checkpoint
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows, evaluation_windows
-from prunekit.evaluation.cost import speed
 from prunekit.evaluation.perplexity import perplexity
+from prunekit.evaluation.speed import measure_speed
 from prunekit.pipeline import DEMO_MODEL
 
 RATIO, GROUP, REPEATS = 0.2, 32, 5
@@ -99,14 +99,15 @@ def main() -> None:
             row |= {"perplexity": perplexity(found, windows, 32, "embedded"), "bytes": held(found)}
             rows.append(row | ({"packed": held(found, 4)} if kind == "int4" else {}))
             print(rows[-1], flush=True)
-    measured = speed(
+    measured = measure_speed(
         {f"{name} {kind}": found for (name, kind), found in quantized.items()}, repeats=REPEATS
     )
     for row in rows:
         for key in ("prefill", "decode"):
-            row[key] = measured[f"{key}_tokens_per_second"].get(f"{row['model']} {row['weights']}")
+            figures = getattr(measured, f"{key}_tokens_per_second")
+            row[key] = figures.get(f"{row['model']} {row['weights']}")
     header = {**environment("quantize"), "torchao": torchao.__version__, "repeats": REPEATS}
-    write("quantize", {**header, "protocol": measured["protocol"], "note": NOTE, "rows": rows})
+    write("quantize", {**header, "protocol": measured.protocol, "note": NOTE, "rows": rows})
 
 
 if __name__ == "__main__":

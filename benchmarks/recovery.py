@@ -93,7 +93,7 @@ class Setting:
                 teacher=teacher,
             )
         seconds = time.perf_counter() - began
-        return {"perplexity": self.perplexity(model), "tokens": found["tokens"], "seconds": seconds}
+        return {"perplexity": self.perplexity(model), "tokens": found.tokens, "seconds": seconds}
 
 
 def rows(setting: Setting) -> list[dict[str, Any]]:

@@ -1,43 +1,65 @@
-"""Size, arithmetic, memory and speed of a model."""
+"""Size, arithmetic and widths of a model."""
 
 from __future__ import annotations
 
 import re
-import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.model.inputs import input_device
-from prunekit.runtime.console import track
-from prunekit.runtime.memory import peak_memory, reset_peak
 from prunekit.runtime.modes import evaluating
 
 
-def size(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """`parameters` and `weight_bytes` (as stored in `dtype`, or in their own types); tied tensors
-    count once.
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Numbers in a model's weights, and bytes that they take where they are stored."""
+
+    parameters: int
+    weight_bytes: int
+
+
+def measure_size(model: nn.Module, dtype: torch.dtype | None = None) -> Size:
+    """The size of a model that is stored in `dtype`, or in the types its weights have now.
+
+    Tied weights count once.
     """
-    parameters = list(model.parameters())
-    count = sum(p.numel() for p in parameters)
-    stored = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
-    return {"parameters": count, "weight_bytes": stored}
+    weights = list(model.parameters())
+    return Size(
+        parameters=sum(weight.numel() for weight in weights),
+        weight_bytes=sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Macs:
+    """Multiply-adds of one forward pass: of all, and of each kind of module.
+
+    A kind is a module's path with the layer's number left out ("model.layers.*.mlp"). The kinds are
+    the parts that each layer, or the model outside of its layers, is made of.
+    """
+
+    total: int
+    by_module: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts in JSON's types."""
+        return {"total": self.total, "by_module": dict(self.by_module)}
 
 
 @torch.inference_mode()
-def macs(
+def count_macs(
     model: nn.Module, tokens: int = 64, device: torch.device | str | None = None
-) -> dict[str, int]:
-    """Multiply-adds of one forward pass of `tokens` tokens: of each kind of module, and "total".
+) -> Macs:
+    """Multiply-adds of one forward pass of `tokens` tokens of one sequence.
 
-    torch's `FlopCounterMode` counts, two operations a multiply-add, every product spelled out:
-    attention as two of full width, causal or not; a mixture's chosen experts one by one. A kind is
-    a path with its layers' numbers left out ("model.layers.*.mlp"), down to what each layer, or the
-    model, is made of.
+    torch's `FlopCounterMode` counts, two operations a multiply-add, with every product spelled out:
+    attention is two products of full width, causal or not, and the experts that a mixture chooses
+    are computed one by one.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -50,42 +72,44 @@ def macs(
         evaluating(model),
     ):
         model(input_ids=ids, use_cache=False)
+    operations = counter.get_flop_counts()
     kinds: dict[str, int] = {}
-    for path in dict(model.named_modules()):
-        if not (parts := _kind(model, path)):
-            continue
-        counted = sum(counter.get_flop_counts().get(f"{type(model).__name__}.{path}", {}).values())
-        kinds[parts] = kinds.get(parts, 0) + counted // 2
-    return {
-        **{kind: count for kind, count in kinds.items() if count},
-        "total": counter.get_total_flops() // 2,
-    }
+    for path, _ in model.named_modules():
+        if (kind := _kind_of(model, path)) is not None:
+            own = sum(operations.get(f"{type(model).__name__}.{path}", {}).values())
+            kinds[kind] = kinds.get(kind, 0) + own // 2
+    return Macs(
+        total=counter.get_total_flops() // 2,
+        by_module={kind: count for kind, count in kinds.items() if count},
+    )
 
 
-def _kind(model: nn.Module, path: str) -> str | None:
-    """The kind a module is counted as: a layer's child, or one of the model that holds no layers;
-    else None.
+def _kind_of(model: nn.Module, path: str) -> str | None:
+    """The kind that a module is counted as; None where it is counted as a part of another one.
+
+    Counted are the children of layers, and modules outside that hold no layers, unless another such
+    module holds them.
     """
     if not path:
         return None
     parts = path.split(".")
-    inside = [i for i, part in enumerate(parts) if part.isdigit()]
-    if inside:
-        return (
-            re.sub(r"\.\d+\.", ".*.", path)
-            if inside[0] == len(parts) - 2 and len(inside) == 1
-            else None
-        )
-    holds = lambda name: any(  # noqa: E731
-        isinstance(m, nn.ModuleList) for m in model.get_submodule(name).modules()
-    )
-    if holds(path) or (len(parts) > 1 and not holds(".".join(parts[:-1]))):
+    numbers = [at for at, part in enumerate(parts) if part.isdigit()]
+    if numbers:
+        is_child = numbers == [len(parts) - 2]
+        return re.sub(r"\.\d+\.", ".*.", path) if is_child else None
+    if _holds_layers(model, path):
         return None
-    return path
+    parent = ".".join(parts[:-1])
+    return path if not parent or _holds_layers(model, parent) else None
+
+
+def _holds_layers(model: nn.Module, path: str) -> bool:
+    modules = model.get_submodule(path).modules()
+    return any(isinstance(module, nn.ModuleList) for module in modules)
 
 
 @contextmanager
-def _experts_apart(model: Any) -> Iterator[None]:
+def _experts_apart(model: nn.Module) -> Iterator[None]:
     """Experts computed one by one during a `with` block, where transformers would group them."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "_experts_implementation", None)
@@ -99,83 +123,13 @@ def _experts_apart(model: Any) -> Iterator[None]:
         config._experts_implementation = before
 
 
-@torch.inference_mode()
-def speed(
-    models: Mapping[str, nn.Module],
-    batch: int = 1,
-    prompt: int = 128,
-    new: int = 32,
-    repeats: int = 5,
-) -> dict[str, Any]:
-    """Tokens/s of prefill and of decode, and bytes of memory at the peak, of models that take turns
-    after a warm-up.
+def odd_widths(model: nn.Module, divisor: int = 8) -> frozenset[str]:
+    """Names of the matrices with a side that `divisor` does not divide.
 
-    Args:
-        models: name → causal language model, each on its device.
-        batch: sequences at a time.
-        prompt: tokens each has to begin with: one forward pass, which fills the cache.
-        new: tokens that follow, one forward pass each, with the cache.
-        repeats: turns that are timed; their median counts.
-
-    Returns:
-        `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_bytes` (a model's weights and
-        what its passes took beyond what was there before), each name → figure; and `protocol`.
+    Tensor cores run matrices fast whose sides are multiples of 8, and faster with multiples of 64.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    peaks: dict[str, int] = dict.fromkeys(models, 0)
-    turns = [(turn, name) for turn in range(repeats + 1) for name in models]
-    for turn, name in track(turns, "tokens/s", len(turns)):
-        device = input_device(models[name])
-        reset_peak(device)
-        before = _held(device)
-        with evaluating(models[name]):
-            times = _once(
-                models[name], torch.zeros(batch, prompt, dtype=torch.long, device=device), new
-            )
-        if turn:
-            seconds[name].append(times)
-            own = size(models[name])["weight_bytes"]
-            peaks[name] = max(peaks[name], peak_memory(device) - before + own)
-    median = {
-        name: [statistics.median(each) for each in zip(*own, strict=True)]
-        for name, own in seconds.items()
-    }
-    return {
-        "prefill_tokens_per_second": {
-            name: batch * prompt / first for name, (first, _) in median.items()
-        },
-        "decode_tokens_per_second": {
-            name: batch * new / second for name, (_, second) in median.items()
-        },
-        "peak_bytes": peaks,
-        "protocol": f"batch {batch}, {prompt} tokens, then {new} one by one with the cache; median of {repeats} turns",
-    }
-
-
-def _once(model: Any, ids: Tensor, new: int) -> tuple[float, float]:
-    """Seconds of filling the cache, and of `new` steps."""
-    began = _now(ids.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    filled = _now(ids.device)
-    for _ in range(new):
-        cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
-    return filled - began, _now(ids.device) - filled
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
-def _held(device: torch.device) -> int:
-    """Bytes in use now, as `peak_memory` counts them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
-
-
-def odd_widths(model: nn.Module, of: int = 8) -> set[str]:
-    """Names of the matrices with a side that is no multiple of `of`, which tensor cores want."""
-    weights = ((name, p) for name, p in model.named_parameters() if p.ndim >= 2)
-    return {name for name, weight in weights if any(side % of for side in weight.shape[-2:])}
+    return frozenset(
+        name
+        for name, weight in model.named_parameters()
+        if weight.ndim >= 2 and any(side % divisor for side in weight.shape[-2:])
+    )

@@ -19,8 +19,8 @@ from prunekit.errors import DataError
 from prunekit.evaluation import task_data
 from prunekit.evaluation.cache import Cache
 from prunekit.evaluation.task_files import first_line
-from prunekit.evaluation.task_rows import rows_of
 from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, quiet, unchanged
+from prunekit.evaluation.task_scores import Metrics, TaskScore, score_tasks
 from prunekit.runtime.console import track
 from prunekit.runtime.files import digest
 
@@ -54,7 +54,7 @@ def evaluate_tasks(
     seed: int = 0,
     cache: Cache | None = None,
     device: torch.device | str | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TaskScore]:
     """Run lm-eval's tasks in this process on a causal language model, which is left as it was.
 
     Args:
@@ -76,15 +76,14 @@ def evaluate_tasks(
             default.
 
     Returns:
-        Task → `value`, `metric`, `stderr` (or None), `samples`, `fewshot`; members of a group have
-        `of`, its name; `average` where several tasks with accuracies were asked for.
+        Task or group → score; "average" where several tasks with accuracies were asked for.
 
     Raises:
         ConfigError,
         DataError: see `check_tasks`; rows that can't be turned into requests, a window
             that is too small for a task, memory that doesn't suffice.
     """
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Metrics] = {}
     cache = cache or Cache()
     with quiet(), unchanged(model):
         loaded = task_data.load(names, tasks_dir, fewshot, seed)
@@ -94,7 +93,7 @@ def evaluate_tasks(
             results[member.name] = cache.remember(
                 key, partial(runner.run, member.name, task, limit)
             )
-        return rows_of(loaded, results)
+        return score_tasks(loaded, results)
 
 
 def _requests(member: task_data.Member, task: Any, limit: int | None) -> Any:

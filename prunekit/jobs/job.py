@@ -15,6 +15,7 @@ from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
 from prunekit.checkpoint.files import read_config
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig
+from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
 from prunekit.model.build import only_ours
 from prunekit.pipeline import DEMO_MODEL
@@ -47,6 +48,18 @@ class Job:
     def tokenizer(self, source: str | Path) -> Any:
         """The model's."""
         return load_tokenizer(source, self.config.model.trust_remote_code)
+
+    def measures(self, tokenizer: Any, model: Any, stored: torch.dtype) -> Measures:
+        """What the configuration measures on this model and on others with its tokenizer."""
+        return Measures(
+            self.config.eval,
+            corpora=self.config.corpora,
+            seed=self.config.seed,
+            tokenizer=tokenizer,
+            device=self.stages.device,
+            model=model,
+            stored=stored,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +161,9 @@ def content_of(source: str | Path) -> str:
 def speeds(
     job: Job,
     measures: Measures,
-    columns: Mapping[str, dict[str, Any]],
+    columns: Mapping[str, Evaluation],
     sources: Mapping[str, str | Path],
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Tokens/s of the models, and of those that `sources` still have if there is room for them
     beside.
@@ -160,7 +173,7 @@ def speeds(
     width = max(p.dtype.itemsize for model in models.values() for p in model.parameters())
     beside = {}
     for name, source in sources.items():
-        if columns[name]["parameters"] * width <= _SHARE * free_bytes(job.stages.device):
+        if columns[name].parameters * width <= _SHARE * free_bytes(job.stages.device):
             beside[name] = job.load(source)[0]
     with job.stages("speed"):
-        return measures.speed({**beside, **models})
+        return measures.speed({**beside, **models}).to_json()

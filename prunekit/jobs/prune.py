@@ -11,8 +11,8 @@ from prunekit.config import RunConfig, build
 from prunekit.data.batches import batches as token_batches
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows
-from prunekit.evaluation.cost import size
-from prunekit.evaluation.measures import Measures
+from prunekit.evaluation.cost import measure_size
+from prunekit.evaluation.evaluation import Evaluation
 from prunekit.jobs.export import Export
 from prunekit.jobs.job import (
     Finished,
@@ -58,16 +58,16 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         windows = calibration_windows(
             documents, tokenizer, text.samples, text.sequence_length, text.seed
         )
-        measures = Measures(config, tokenizer, device, model, stored)
+        measures = job.measures(tokenizer, model, stored)
         data = prepared(job, recovery, measures, model, source)
     if streamed is None:
         check_finite(model)
-    dense = size(model, stored)
+    dense = measure_size(model, stored)
     say(
-        f"{config.model.path or 'the embedded model'}: {dense['parameters']:,} parameters; {config.method_name}, "
+        f"{config.model.path or 'the embedded model'}: {dense.parameters:,} parameters; {config.method_name}, "
         f"{aim(config)}; {windows.numel():,} calibration tokens"
     )
-    columns = {}
+    columns: dict[str, Evaluation] = {}
     with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
         columns["dense"] = measures.of(model, key=partial(content_of, source) if streamed else None)
     places = Places(
@@ -87,9 +87,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     if streamed is None:
         round_to(model, stored)
     dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
-    columns["dense"]["outputs"] = {
-        i: o for i, o in columns["dense"]["outputs"].items() if i not in dropped
-    }
+    columns["dense"] = columns["dense"].without_layers(dropped)
     with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
         columns["pruned"] = measures.of(model, key=(lambda: None) if streamed else None)
     if recovery is not None:
@@ -97,12 +95,12 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         found, adapter = recovered(
             job, recovery, data, model, stored, measures, facts, source, result.graph
         )
-        report["recovery"] = found
+        report["recovery"] = found.to_json()
         with stages("evaluate_recovered"):
             columns["recovered"] = measures.of(model)
     if rank():
         return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan)
-    report |= measures.report(columns)
+    report |= measures.compare(columns).to_json()
     if streamed is None:
         report |= speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
         to_type(model, stored)

@@ -13,13 +13,14 @@ from torch import nn
 
 from prunekit.config import build, flat
 from prunekit.errors import CheckpointError, ConfigError
+from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
 from prunekit.graph import CouplingGraph, trace
 from prunekit.jobs.export import Export
 from prunekit.jobs.job import Finished, Job, identity_of, round_to, source_of, speeds, to_type
 from prunekit.pipeline import check_finite
 from prunekit.plan import PruningPlan
-from prunekit.recovery import Recovery, prepare, recover
+from prunekit.recovery import Recovery, RecoveryResult, prepare, recover
 from prunekit.runtime.files import write_text
 from prunekit.runtime.processes import add_up, rank, together
 
@@ -37,10 +38,10 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
         model, stored = job.load(source)
         Export.of(config.export).check(model)
         tokenizer = job.tokenizer(source)
-        measures = Measures(config, tokenizer, stages.device, model, stored)
+        measures = job.measures(tokenizer, model, stored)
         data = prepared(job, recovery, measures, model, config.eval.baseline)
     check_finite(model)
-    columns = {}
+    columns: dict[str, Evaluation] = {}
     if config.eval.baseline:
         with stages("evaluate_dense"):
             columns["dense"] = measures.of(job.load(config.eval.baseline, stored)[0])
@@ -54,7 +55,11 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
         columns["recovered"] = measures.of(model)
     if rank():
         return {}, Finished(model=model, tokenizer=tokenizer, plan=None)
-    report = {**_before(Path(source)), "recovery": found, **measures.report(columns)}
+    report = {
+        **_before(Path(source)),
+        "recovery": found.to_json(),
+        **measures.compare(columns).to_json(),
+    }
     others = {"dense": config.eval.baseline} if config.eval.baseline else {}
     report |= speeds(job, measures, columns, others, {"recovered": model})
     to_type(model, stored)
@@ -108,8 +113,8 @@ def recovered(
     facts: Mapping[str, Any],
     dense: str | Path | None,
     graph: CouplingGraph | None = None,
-) -> tuple[dict[str, Any], Path | None]:
-    """Fine-tune the model in place; the report's part, and the adapter's folder where it was not
+) -> tuple[RecoveryResult, Path | None]:
+    """Fine-tune the model in place; what came of it, and the adapter's folder where it was not
     merged.
     """
     config, folder = job.config, job.output / TRAINING

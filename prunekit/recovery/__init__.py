@@ -3,7 +3,8 @@ dense model.
 """
 
 from prunekit.recovery.adapters import detach
+from prunekit.recovery.result import RecoveryResult
 from prunekit.recovery.settings import Recovery
 from prunekit.recovery.training import prepare, recover
 
-__all__ = ["Recovery", "detach", "prepare", "recover"]
+__all__ = ["Recovery", "RecoveryResult", "detach", "prepare", "recover"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
@@ -17,13 +16,13 @@ from prunekit.errors import ConfigError, DataError, suggest
 from prunekit.model.inputs import check_length
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data, collate, load_data, pad_token
+from prunekit.recovery.result import RecoveryResult, trace_curve
 from prunekit.recovery.settings import VALIDATION, Recovery
 from prunekit.runtime.console import say
 from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
 
 _LARGEST_MICRO_BATCH = 16
-_CURVE_POINTS = 200
 
 
 def recover(
@@ -40,7 +39,7 @@ def recover(
     resume: bool = False,
     base: str | None = None,
     data: Data | None = None,
-) -> dict[str, Any]:
+) -> RecoveryResult:
     """Fine-tune a causal language model in place, on the device where its weights are.
 
     With `recovery.merge` the model is an ordinary one again: the same parameters, no adapter left.
@@ -69,9 +68,7 @@ def recover(
         data: what `prepare` gave, if it was called before.
 
     Returns:
-        Plain JSON: `curve` (step, tokens, learning_rate, loss or validation_loss and perplexity),
-            `steps`, `stopped_early`, `best_step`, `trainable_parameters`, `examples`, `tokens`,
-            `seconds`, `settings`.
+        How the training went, for the report.
 
     Raises:
         ConfigError: settings that don't fit the model or each other.
@@ -110,7 +107,7 @@ def recover(
         run.finish()
     if _rank() == 0:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return _report(trainer, run, best, time.perf_counter() - began)
+    return _result(trainer, run, best, time.perf_counter() - began)
 
 
 class _Run:
@@ -307,42 +304,22 @@ def prepare(
     return load_data(recovery, tokenizer, known, seed if recovery.seed is None else recovery.seed)
 
 
-def _report(trainer: Any, run: _Run, best: int, seconds: float) -> dict[str, Any]:
+def _result(trainer: Any, run: _Run, best: int, seconds: float) -> RecoveryResult:
     state = trainer.state
-    settings = dataclasses.asdict(run.recovery)
-    settings |= {
-        "seed": run.seed,
-        "micro_batch": trainer.args.per_device_train_batch_size,
-        "bf16": trainer.args.bf16,
-    }
-    return {
-        "curve": _curve(state.log_history, state.max_steps),
-        "steps": state.global_step,
-        "stopped_early": state.global_step < state.max_steps,
-        "best_step": best,
-        "trainable_parameters": run.trainable,
-        "examples": run.data.examples,
-        "tokens": state.num_input_tokens_seen,
-        "seconds": seconds,
-        "settings": settings,
-    }
-
-
-def _curve(history: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """One point a step: every evaluated one, and of the others at most about 200."""
-    keys = ("step", "tokens", "loss", "learning_rate", "validation_loss", "perplexity")
-    points: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        if "loss" in entry or "perplexity" in entry:
-            points.setdefault(entry["step"], {}).update(
-                {key: entry[key] for key in keys if key in entry}
-            )
-    every = max(steps // _CURVE_POINTS, 1)
-    return [
-        point
-        for step, point in sorted(points.items())
-        if step % every == 0 or "perplexity" in point
-    ]
+    return RecoveryResult(
+        curve=trace_curve(state.log_history, state.max_steps),
+        steps=state.global_step,
+        stopped_early=state.global_step < state.max_steps,
+        best_step=best,
+        trainable_parameters=run.trainable,
+        examples=run.data.examples,
+        tokens=state.num_input_tokens_seen,
+        seconds=seconds,
+        recovery=run.recovery,
+        seed=run.seed,
+        micro_batch=trainer.args.per_device_train_batch_size,
+        bf16=trainer.args.bf16,
+    )
 
 
 def _divisor(number: int, most: int) -> int:

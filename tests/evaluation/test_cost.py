@@ -12,11 +12,12 @@ from test_families import build, configured
 
 import prunekit
 from prunekit.allocation.costs.flops import flops_cost
-from prunekit.evaluation import cost
+from prunekit.evaluation import speed as speeds
 from prunekit.evaluation.cache import Cache, model_key
-from prunekit.evaluation.cost import macs, odd_widths, size, speed
-from prunekit.evaluation.generation import PAPERS, continuation, prompts_of
+from prunekit.evaluation.cost import count_macs, measure_size, odd_widths
+from prunekit.evaluation.generation import PAPERS, Drawing, continue_prompt, expand_prompts
 from prunekit.evaluation.outputs import layer_outputs, relative_errors
+from prunekit.evaluation.speed import measure_speed
 from prunekit.plan import PruningPlan
 
 TOKENS = 11
@@ -46,11 +47,10 @@ def test_macs_of_a_llama_by_its_formula(attention):
         "model.layers.*.mlp": sum(3 * TOKENS * hidden * c for c in channels),
         "lm_head": TOKENS * hidden * vocabulary,
     }
-    found = macs(model, TOKENS)
-    total = found.pop("total")
-    assert {name: count for name, count in found.items() if count > 1000} == expected
+    counts = count_macs(model, TOKENS)
+    assert {name: n for name, n in counts.by_module.items() if n > 1000} == expected
     rotary = TOKENS * width // 2  # frequencies × positions
-    assert total - sum(expected.values()) in (0, rotary)
+    assert counts.total - sum(expected.values()) in (0, rotary)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "mixtral", "qwen2_moe", "phi3"])
@@ -60,9 +60,9 @@ def test_macs_are_those_of_the_traced_axes(family):
         pytest.fail(f"{family} can't be built")
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     counted = flops_cost(model, graph, {"input_ids": token_ids(1, TOKENS), "use_cache": False})({})
-    found = macs(model, TOKENS)
-    assert 2 * found.pop("total") == counted
-    assert 2 * sum(found.values()) == pytest.approx(counted, rel=0.01)
+    counts = count_macs(model, TOKENS)
+    assert 2 * counts.total == counted
+    assert 2 * sum(counts.by_module.values()) == pytest.approx(counted, rel=0.01)
 
 
 def test_models_take_turns(monkeypatch):
@@ -72,26 +72,24 @@ def test_models_take_turns(monkeypatch):
         turns.append((model, tuple(ids.shape), new))
         return float(next(clock)), 2.0
 
-    monkeypatch.setattr(cost, "_once", once)
+    monkeypatch.setattr(speeds, "_time_passes", once)
     one, two = tiny_llama(), tiny_llama(layers=1)
-    found = speed({"dense": one, "pruned": two}, batch=3, prompt=7, new=4, repeats=3)
+    found = measure_speed({"dense": one, "pruned": two}, batch=3, prompt=7, new=4, repeats=3)
     assert [model is one for model, *_ in turns] == [True, False] * 4
     assert turns[0][1:] == ((3, 7), 4)
-    assert found["prefill_tokens_per_second"] == {
+    assert found.prefill_tokens_per_second == {
         "dense": 21 / 4,
         "pruned": 21 / 5,
     }  # the first turn warms up
-    assert found["decode_tokens_per_second"]["dense"] == 6
-    assert "median of 3" in found["protocol"]
+    assert found.decode_tokens_per_second["dense"] == 6
+    assert "median of 3" in found.protocol
 
 
 def test_speed_and_peak_are_measured():
     model = tiny_llama()
-    found = speed({"dense": model}, prompt=16, new=4, repeats=2)
-    assert (
-        found["prefill_tokens_per_second"]["dense"] > found["decode_tokens_per_second"]["dense"] > 1
-    )
-    assert found["peak_bytes"]["dense"] >= size(model)["weight_bytes"]
+    found = measure_speed({"dense": model}, prompt=16, new=4, repeats=2)
+    assert found.prefill_tokens_per_second["dense"] > found.decode_tokens_per_second["dense"] > 1
+    assert found.peak_bytes["dense"] >= measure_size(model).weight_bytes
 
 
 def test_odd_widths_are_those_that_pruning_made():
@@ -135,17 +133,18 @@ class Tokenizer:
 def test_samples_are_the_seeds():
     model, before = tiny_llama(), torch.get_rng_state()
     drawn = [
-        continuation(model, Tokenizer(), "abc", 8, temperature=1.5, seed=seed) for seed in (0, 0, 1)
+        continue_prompt(model, Tokenizer(), "abc", 8, drawing=Drawing(temperature=1.5, seed=seed))
+        for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    greedy = continuation(model, Tokenizer(), "abc", 4).split()
+    greedy = continue_prompt(model, Tokenizer(), "abc", 4).split()
     ids = torch.tensor([[int(i) for i in greedy[:3]]])
     for token in greedy[3:]:
         with torch.no_grad():
             assert int(token) == model(input_ids=ids).logits[0, -1].argmax()
         ids = torch.cat([ids, torch.tensor([[int(token)]])], 1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert prompts_of(["a", "papers"]) == ["a", *PAPERS]
+    assert expand_prompts(["a", "papers"]) == ["a", *PAPERS]
 
 
 def test_results_are_kept_by_content(tmp_path):

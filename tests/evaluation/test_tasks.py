@@ -107,9 +107,9 @@ def test_accuracy_is_the_hand_written_one(tmp_path, model, characters):
     (kept,) = (json.loads(value) for value in cache.kept.values())
     assert acc != acc_norm
     assert kept["acc,none"] == pytest.approx(acc)
-    assert row["value"] == pytest.approx(acc_norm)
-    assert row["stderr"] == pytest.approx((acc_norm * (1 - acc_norm) / 11) ** 0.5)
-    assert (row["metric"], row["samples"], row["fewshot"]) == ("acc_norm", 12, 0)
+    assert row.value == pytest.approx(acc_norm)
+    assert row.stderr == pytest.approx((acc_norm * (1 - acc_norm) / 11) ** 0.5)
+    assert (row.metric, row.samples, row.fewshot) == ("acc_norm", 12, 0)
 
 
 def test_seven_tasks_from_local_files(data):
@@ -122,15 +122,15 @@ def test_seven_tasks_from_local_files(data):
     cache = Memory()
     rows = evaluate_tasks(model, tokenizer, SEVEN, tasks_dir=data / "tasks", limit=20, cache=cache)
     assert list(rows) == [*SEVEN, "average"]
-    assert {name for name in SEVEN if rows[name]["metric"] == "acc_norm"} == {
+    assert {name for name in SEVEN if rows[name].metric == "acc_norm"} == {
         "piqa",
         "hellaswag",
         "arc_challenge",
         "openbookqa",
     }
-    assert rows["average"]["value"] == pytest.approx(sum(rows[name]["value"] for name in SEVEN) / 7)
-    assert rows["average"]["metric"] == "mean of acc and acc_norm"
-    assert all(rows[name]["samples"] == 20 for name in SEVEN)
+    assert rows["average"].value == pytest.approx(sum(rows[name].value for name in SEVEN) / 7)
+    assert rows["average"].metric == "mean of acc and acc_norm"
+    assert all(rows[name].samples == 20 for name in SEVEN)
     import pyarrow.parquet
 
     piqa = pyarrow.parquet.read_table(data / "tasks" / "piqa" / "validation.parquet").to_pylist()[
@@ -157,12 +157,10 @@ def test_a_group_is_weighted_by_size_and_runs_the_members_that_are_there(
     assert "mmlu_anatomy" in said
     assert list(rows) == ["mmlu", "mmlu_anatomy", "mmlu_virology"]
     anatomy, virology = rows["mmlu_anatomy"], rows["mmlu_virology"]
-    assert (anatomy["samples"], virology["samples"], rows["mmlu"]["samples"]) == (6, 2, 8)
-    assert rows["mmlu"]["value"] == pytest.approx(
-        (6 * anatomy["value"] + 2 * virology["value"]) / 8
-    )
-    assert anatomy["of"] == virology["of"] == "mmlu"
-    assert rows["mmlu"]["fewshot"] == 2
+    assert (anatomy.samples, virology.samples, rows["mmlu"].samples) == (6, 2, 8)
+    assert rows["mmlu"].value == pytest.approx((6 * anatomy.value + 2 * virology.value) / 8)
+    assert anatomy.group == virology.group == "mmlu"
+    assert rows["mmlu"].fewshot == 2
     shots = load(["mmlu_anatomy"], tmp_path, fewshot=2)[0][1]
     shots.build_all_requests(limit=1)
     assert shots.instances[0].args[0].count("Answer:") == 3
@@ -192,7 +190,7 @@ def test_known_results_are_not_computed_again(tmp_path, model, characters):
     write(tmp_path, rows=PIQA[:5])
     again = evaluate_tasks(model, characters, ["mmlu", "piqa"], **options)
     assert calls
-    assert again["piqa"]["samples"] == 5
+    assert again["piqa"].samples == 5
     assert again["mmlu"] == first["mmlu"]
 
 
@@ -378,9 +376,9 @@ def test_longbench_generates_and_names_its_metric(tmp_path, model, characters, m
             monkeypatch.setitem(sys.modules, name, stub)
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
     rows = evaluate_tasks(model, characters, ["longbench"], tasks_dir=tmp_path)
-    assert rows["longbench_2wikimqa"]["metric"] == "qa_f1_score"
-    assert rows["longbench"]["metric"] == "score"
-    assert 0 <= rows["longbench"]["value"] == rows["longbench_2wikimqa"]["value"] <= 1
+    assert rows["longbench_2wikimqa"].metric == "qa_f1_score"
+    assert rows["longbench"].metric == "score"
+    assert 0 <= rows["longbench"].value == rows["longbench_2wikimqa"].value <= 1
     calls = count_calls(model)
     for task, rows, message in [
         (

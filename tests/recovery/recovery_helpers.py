@@ -71,7 +71,8 @@ def settings(path, **kwargs):
 
 def run(model, recovery, folder, **kwargs):
     folder.mkdir(parents=True, exist_ok=True)
-    return recover(model, Letters(), recovery, known={}, seed=0, folder=folder, **kwargs)
+    result = recover(model, Letters(), recovery, known={}, seed=0, folder=folder, **kwargs)
+    return result.to_json()
 
 
 def clone(model):
