@@ -19,6 +19,7 @@ GROUPS = (
     "importance",
     "policy",
     "scope",
+    "cost",
     "compensation",
     "schedule",
     "recovery",
@@ -64,19 +65,28 @@ class DataConfig:
 class TargetConfig:
     """What the pruned model may come to, instead of `ratio`; `tokens` × `batch` is what FLOPs and
     latency are for.
+
+    `limit` is in the units of the configured cost; each of the first four selects its own cost.
     """
 
     parameters: float | None = None
     bytes: float | None = None
     flops: float | None = None
     latency: float | None = None
+    limit: float | None = None
     tokens: int = 64
     batch: int = 1
 
     @property
-    def name(self) -> str | None:
-        """The measure that is set, if one is."""
-        return next((name for name in MEASURES if getattr(self, name) is not None), None)
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by name; one at most, once the configuration is checked."""
+        values = {name: getattr(self, name) for name in LIMITS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def measure(self) -> str | None:
+        """The measure that a limit is given in by its name, if one is."""
+        return next((name for name in self.given if name in MEASURES), None)
 
 
 @dataclass
@@ -91,6 +101,7 @@ class MemoryConfig:
 
 SHAPES = ("free", "uniform", "aligned")
 MEASURES = ("parameters", "bytes", "flops", "latency")
+LIMITS = (*MEASURES, "limit")
 
 
 @dataclass
@@ -151,6 +162,7 @@ class RunConfig:
     importance: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
     scope: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
     compensation: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -249,15 +261,9 @@ def check(config: DictConfig) -> RunConfig:
     for kind in kinds_of(run.groups):
         if kind not in KINDS:
             raise ConfigError(f"groups: unknown choice {kind!r}: {suggest(kind, list(KINDS))}")
-    given = {
-        name: getattr(run.target, name)
-        for name in MEASURES
-        if getattr(run.target, name) is not None
-    }
+    given = run.target.given
     if len(given) > 1:
-        raise ConfigError(
-            f"target: expected one of {', '.join(MEASURES)}, got {' and '.join(given)}"
-        )
+        raise ConfigError(f"target: expected one of {', '.join(LIMITS)}, got {' and '.join(given)}")
     for name, value in given.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"target.{name}: expected a number > 0, got {value:g}")

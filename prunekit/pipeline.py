@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from prunekit import config as cfg
 from prunekit.allocation.budget import Budget
+from prunekit.allocation.costs.base import CostSetting
 from prunekit.allocation.groups import chosen_groups
 from prunekit.allocation.limits import added_biases, floors, multiples
-from prunekit.allocation.objective import objective, timing_example
+from prunekit.allocation.objective import build_cost, set_objective
 from prunekit.allocation.scope import Scope
 from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.store import Store
@@ -216,10 +217,8 @@ def prune_model(
     report = figures(config, choice, plan, (total, num_parameters(model)), stages)
     if task.store and any(task.store.peak.values()):
         report["activation_bytes"] = task.store.peak
-    if config.target.name == "latency":
-        from prunekit.allocation.costs.timing import timed
-
-        report["target"]["measured"] = timed(model, timing_example(batches[0], config))
+    if remeasure := choice.task.budget.cost.remeasure:
+        report["target"]["measured"] = remeasure(model)
     if task.state and not places.keep:
         task.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
@@ -263,6 +262,7 @@ def open_state(
         "importance",
         "policy",
         "scope",
+        "cost",
         "compensation",
         "schedule",
         "data",
@@ -314,8 +314,8 @@ def figures(
     total, left = parameters
     groups, budget = choice.groups, choice.task.budget
     target = {}
-    if config.target.name:
-        exact = round if budget.cost.name in ("parameters", "bytes") else float
+    if stated := bool(config.target.given) or budget.cost.name != "parameters":
+        exact = round if budget.cost.stored else float
         achieved = exact(budget.cost({name: len(units) for name, units in plan.removed.items()}))
         measured = {
             "measure": budget.cost.name,
@@ -338,7 +338,7 @@ def figures(
         "seed": config.seed,
         "versions": versions(),
         "ratio": {
-            "target": None if config.target.name else config.ratio,
+            "target": None if stated else config.ratio,
             "achieved": 1 - left / total,
         },
         "parameters": {"dense": total, "pruned": left},
@@ -378,7 +378,12 @@ def allocate(
     importance = cfg.build(config.importance, "importance")
     compensation = cfg.build(config.compensation, "compensation")
     policy: Policy = cfg.build(config.policy, "policy")
-    cost, limit = objective(model, graph, groups, batches, config, stored)
+    objective = set_objective(
+        build_cost(config),
+        CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored),
+        config,
+    )
+    cost, limit = objective.cost, objective.limit
     setting = Setting(
         model=model,
         graph=graph,
@@ -400,7 +405,7 @@ def allocate(
         shapes.check_all_there(groups, graph)
         shares = shapes.shared(shares, groups)
     cut = [group for group in groups if shares[group.name] > 0] or groups
-    if isinstance(compensation, Bias) and cost.name in ("parameters", "bytes"):
+    if isinstance(compensation, Bias) and cost.stored:
         limit -= added_biases(model, cut) * cost({}) / graph.num_parameters()
     budget = Budget(
         slots=scope.slots(
@@ -415,7 +420,7 @@ def allocate(
         limit=limit,
         ranking=scope.ranking,
         comparable=getattr(importance, "normalisation", "none") != "none",
-        key=f"target.{config.target.name}" if config.target.name else "ratio",
+        key=objective.option,
         hint=_hint(config, scope),
     )
     task = Assignment(

@@ -26,7 +26,7 @@ STOREYS = {
     "surgery": {"errors", "graph", "model", "plan", "runtime"},
     "obs": {"errors"},
     "calibration": {"data", "errors", "graph", "model", "obs", "runtime"},
-    "allocation": {"config", "errors", "graph", "model", "plan", "runtime", "surgery"},
+    "allocation": {"config", "data", "errors", "graph", "model", "plan", "runtime", "surgery"},
     "importance": {"calibration", "data", "errors", "graph", "model", "obs", "runtime", "surgery"},
     "policies": {
         "allocation",
@@ -73,6 +73,7 @@ STOREYS = {
         "surgery",
     },
     "jobs": {
+        "allocation",
         "checkpoint",
         "config",
         "data",

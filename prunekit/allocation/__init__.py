@@ -3,7 +3,7 @@ exactly.
 """
 
 from prunekit.allocation.budget import Budget, lowest
-from prunekit.allocation.costs.base import Cost, Term, weights_cost
+from prunekit.allocation.costs.base import Cost, CostModel, CostSetting, Term
 from prunekit.allocation.scope import Scope
 
-__all__ = ["Budget", "Cost", "Scope", "Term", "lowest", "weights_cost"]
+__all__ = ["Budget", "Cost", "CostModel", "CostSetting", "Scope", "Term", "lowest"]

@@ -46,7 +46,7 @@ class Budget:
     def __post_init__(self) -> None:
         dense, least = self.cost({}), self.cost(self.counts(self._most))
         cheapest = min(self._costs.values(), default=0.0)
-        unit = {"latency": "seconds"}.get(self.cost.name, self.cost.name)
+        unit = self.cost.unit or self.cost.name
         if self.limit >= dense:
             raise ConfigError(
                 f"{self.key}: expected less than the dense model's {_plain(dense)} {unit}, got {_plain(self.limit)}"

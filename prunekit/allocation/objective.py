@@ -1,58 +1,70 @@
-"""The cost that counts, and what it must come down to."""
+"""What counts, and what it must come down to: from the options `cost`, `ratio` and `target`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from prunekit.allocation.costs.base import Cost, weights_cost
-from prunekit.config import RunConfig
+from prunekit.allocation.costs.base import Cost, CostModel, CostSetting
+from prunekit.allocation.costs.bytes import Bytes
+from prunekit.allocation.costs.flops import Flops
+from prunekit.allocation.costs.latency import Latency
+from prunekit.allocation.costs.parameters import Parameters
+from prunekit.config import RunConfig, TargetConfig, build
 from prunekit.errors import ConfigError
-from prunekit.graph import CouplingGraph, Group
 
 
-def objective(
-    model: nn.Module,
-    graph: CouplingGraph,
-    groups: Sequence[Group],
-    batches: Sequence[Mapping[str, Any]],
-    config: RunConfig,
-    stored: torch.dtype | None,
-) -> tuple[Cost, float]:
-    """What counts, and what it must come down to."""
-    name = config.target.name
-    if name in ("flops", "latency"):
-        from prunekit.allocation.costs.flops import flops_cost
-        from prunekit.allocation.costs.latency import latency_cost
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The `limit` that `cost` must come down to, and the `option` that sets it, for messages."""
 
-        if not all(group.multiply_adds_known for group in groups):
-            raise ConfigError(
-                f"target.{name}: can't be told for whole layers; use target.parameters or ratio"
-            )
-        example = timing_example(batches[0], config)
-        cost = (
-            flops_cost(model, graph, example)
-            if name == "flops"
-            else latency_cost(model, graph, groups, example)
-        )
-    elif name == "bytes":
-        sizes = {n: (stored or p.dtype).itemsize for n, p in model.named_parameters()}
-        cost = weights_cost(graph, "bytes", sizes)
-    else:
-        cost = weights_cost(graph)
-    return cost, getattr(config.target, name) if name else cost({}) * (1 - config.ratio)
+    cost: Cost
+    limit: float
+    option: str
 
 
-def timing_example(batch: Mapping[str, Any], config: RunConfig) -> Mapping[str, Any]:
-    """What FLOPs and latency are for: `target.batch` rows of `target.tokens` token ids, or any
-    other model's batch.
+def build_cost(config: RunConfig) -> CostModel:
+    """The cost that counts: the one that `cost` names, or that a limit such as `target.flops` does.
+
+    Raises:
+        ConfigError: `cost` names another measure than the limit is given in.
     """
-    if not isinstance(ids := batch.get("input_ids"), Tensor) or ids.ndim != 2:
-        return batch
-    rows, tokens = config.target.batch, config.target.tokens
-    repeated = ids[:1].repeat(rows, -(-tokens // ids.shape[1]))[:, :tokens]
-    kept = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
-    return {**kept, "input_ids": repeated}
+    return select_cost(build(config.cost, "cost") or Parameters(), config.target)
+
+
+def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:
+    """The `cost` that is configured, unless the measure that a limit is given in says otherwise.
+
+    Raises:
+        ConfigError: a limit in one measure, and a cost that counts another one.
+    """
+    measure = target.measure
+    if measure is None or measure == cost.name:
+        return cost
+    if not isinstance(cost, Parameters):  # the default: whoever sets a limit need not change it
+        raise ConfigError(
+            f"target.{measure}: expected cost={measure}, or a target.limit in the units of "
+            f"cost={cost.name}"
+        )
+    if measure == Flops.name:
+        return Flops(tokens=target.tokens, batch=target.batch)
+    if measure == Latency.name:
+        return Latency(tokens=target.tokens, batch=target.batch)
+    return Bytes()
+
+
+def set_objective(model: CostModel, setting: CostSetting, config: RunConfig) -> Objective:
+    """Measure the dense model; the limit is the one that is given, or leaves a share of that.
+
+    Raises:
+        ConfigError: whole layers are to go, and the cost can't count them.
+    """
+    whole_layers = not all(group.multiply_adds_known for group in setting.groups)
+    if whole_layers and not model.counts_layers:
+        raise ConfigError(
+            f"cost={model.name}: it can't be told for whole layers (groups=layer): expected "
+            "cost=parameters or cost=bytes"
+        )
+    cost = model.measure(setting)
+    for name, limit in config.target.given.items():
+        return Objective(cost=cost, limit=limit, option=f"target.{name}")
+    return Objective(cost=cost, limit=cost({}) * (1 - config.ratio), option="ratio")

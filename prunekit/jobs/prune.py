@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunekit.allocation.objective import build_cost
 from prunekit.config import RunConfig, build
 from prunekit.data.batches import batches as token_batches
 from prunekit.data.corpora import load_corpus
@@ -120,6 +121,8 @@ def calibration(config: RunConfig) -> dict[str, Any]:
 
 def aim(config: RunConfig) -> str:
     """The target in words."""
-    if name := config.target.name:
-        return f"down to {getattr(config.target, name):,g} {name}"
-    return f"{config.ratio:.0%} of them to go"
+    measure = build_cost(config).name
+    for limit in config.target.given.values():
+        return f"down to {limit:,g} {measure}"
+    counted = "of them" if measure == "parameters" else f"of its {measure}"
+    return f"{config.ratio:.0%} {counted} to go"

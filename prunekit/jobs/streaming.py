@@ -20,6 +20,7 @@ _SHARE = 0.6  # of the free memory that a whole model may take before it is stre
 
 def obstacle(config: RunConfig) -> str | None:
     """What of the configuration needs the whole model in memory."""
+    from prunekit.allocation.objective import build_cost
     from prunekit.importance import LayerImportance
     from prunekit.schedules import Layerwise
 
@@ -33,7 +34,8 @@ def obstacle(config: RunConfig) -> str | None:
         return "a policy that measures the model; expected one of shapes over the depth"
     if config.scope.get("ranking", "local") != "local" or config.scope.get("rounds", 1) != 1:
         return "groups that compete; expected scope.ranking=local and one round"
-    return "target.latency" if config.target.name == "latency" else None
+    cost = build_cost(config)
+    return f"cost={cost.name}, which measures the model" if cost.measures else None
 
 
 def stream(

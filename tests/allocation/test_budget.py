@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prunekit.allocation.budget import Budget
-from prunekit.allocation.costs.base import weights_cost
+from prunekit.allocation.costs.weights import weights_cost
 from prunekit.allocation.scope import Scope
 from prunekit.errors import ConfigError
 from prunekit.graph import trace

@@ -15,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit
-from prunekit.allocation.costs.base import weights_cost
+from prunekit.allocation.costs.curves import Curve, fit_isotonic, spread_widths
 from prunekit.allocation.costs.flops import flops_cost
-from prunekit.allocation.costs.latency import _Curve, _Stopwatch, isotonic, latency_cost, spread
-from prunekit.allocation.costs.timing import filled, median_seconds, record
+from prunekit.allocation.costs.latency import Stopwatch, latency_cost
+from prunekit.allocation.costs.timing import fill_skeleton, median_seconds, record_calls
+from prunekit.allocation.costs.weights import weights_cost
 from prunekit.errors import TraceError
 from prunekit.graph.capture import meta_copy
 
@@ -228,9 +229,9 @@ def assert_untouched(model, before):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])
 def test_latency_of_decoders(family, monkeypatch):
-    timed, seconds = [], _Stopwatch.seconds
+    timed, seconds = [], Stopwatch.seconds
     monkeypatch.setattr(
-        _Stopwatch, "seconds", lambda *a: timed.append((a[1], seconds(*a))) or timed[-1][1]
+        Stopwatch, "seconds", lambda *a: timed.append((a[1], seconds(*a))) or timed[-1][1]
     )
     model = build(family, configured(family)).train()
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
@@ -286,9 +287,11 @@ def test_latency_sees_what_is_slow():
 
 def test_a_layer_put_together_again_computes_the_same():
     model = tiny_llama(kv_heads=2, layers=2)
-    calls = record(model, {"model.layers.1"}, {"input_ids": token_ids(2, 7), "use_cache": False})
+    calls = record_calls(
+        model, {"model.layers.1"}, {"input_ids": token_ids(2, 7), "use_cache": False}
+    )
     layer = model.model.layers[1]
-    again = filled(meta_copy(model).eval().model.layers[1], layer)
+    again = fill_skeleton(meta_copy(model).eval().model.layers[1], layer)
     with torch.no_grad():
         assert torch.equal(calls["model.layers.1"](again), calls["model.layers.1"](layer))
     assert not {id(p) for p in again.parameters()} & {id(p) for p in layer.parameters()}
@@ -296,10 +299,10 @@ def test_a_layer_put_together_again_computes_the_same():
 
 
 def test_curves():
-    assert isotonic([3.0, 1.0, 2.0, 5.0, 4.0]) == [2.0, 2.0, 2.0, 4.5, 4.5]
-    assert _Curve([2, 4], [1.0, 3.0]).table() == [0.0, 0.0, 0.0, 1.0, 2.0]
-    assert _Curve([3], [5.0]).table() == [0.0, 0.0, 0.0, 0.0]
-    assert spread(8, 5) == [1, 2, 4, 6, 8]
-    assert spread(11008, 5) == [1, 2752, 5504, 8256, 11008]
-    assert spread(2, 5) == [1, 2]
-    assert spread(7, 1) == [1, 7]
+    assert fit_isotonic([3.0, 1.0, 2.0, 5.0, 4.0]) == [2.0, 2.0, 2.0, 4.5, 4.5]
+    assert Curve([2, 4], [1.0, 3.0]).table() == [0.0, 0.0, 0.0, 1.0, 2.0]
+    assert Curve([3], [5.0]).table() == [0.0, 0.0, 0.0, 0.0]
+    assert spread_widths(8, 5) == [1, 2, 4, 6, 8]
+    assert spread_widths(11008, 5) == [1, 2752, 5504, 8256, 11008]
+    assert spread_widths(2, 5) == [1, 2]
+    assert spread_widths(7, 1) == [1, 7]

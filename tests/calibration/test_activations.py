@@ -5,7 +5,7 @@ import torch
 from conftest import example, inputs_of, tiny_llama, token_ids
 from torch import nn
 
-from prunekit.allocation.costs.base import weights_cost
+from prunekit.allocation.costs.weights import weights_cost
 from prunekit.calibration.activations import input_statistics
 from prunekit.errors import ConfigError
 from prunekit.graph import trace

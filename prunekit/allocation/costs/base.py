@@ -1,28 +1,31 @@
-"""What a model costs as a function of how many units of each group are gone: the measure a target
-is stated in.
+"""The base of every cost: what a model costs as a function of how many units of each group are gone.
+
+A cost is a backend: a frozen dataclass with its own options, derived from `CostModel`, that looks
+at the dense model once and answers with a `Cost`. From then on no model is run: the budget calls
+the `Cost` thousands of times.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from typing import ClassVar
 
 import torch
+from torch import nn
 
-from prunekit.graph import CouplingGraph, Member
-
-Monomials = Mapping[
-    tuple[str, ...], float
-]  # names of groups, sorted → coefficient of the product of their kept units
+from prunekit.data.batches import Batch
+from prunekit.graph import CouplingGraph, Group
 
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """coefficient · Π_i (sizes[i] − Σ over (group, i, width) of `cuts` of width · units removed
-    from the group).
+    """One product of a cost: coefficient · Π_i kept_i.
+
+    kept_i = sizes[i] − Σ width · (units removed from the group), summed over the (group, i, width)
+    of `cuts` that name the factor i.
     """
 
     coefficient: float
@@ -30,7 +33,7 @@ class Term:
     cuts: tuple[tuple[str, int, int], ...]
 
     def __call__(self, removed: Mapping[str, float]) -> float:
-        """Its value once so many (fractional) units of each group are gone."""
+        """The value of the term once so many (fractional) units of each group are gone."""
         kept = [float(size) for size in self.sizes]
         for name, i, width in self.cuts:
             kept[i] -= width * removed.get(name, 0.0)
@@ -39,16 +42,27 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """A sum of terms, and of a table per group: its cost with 0, 1, … num_units units kept, linear
-    in between.
+    """What a model costs: a sum of terms, and of one table per group.
 
-    `name` says what is counted: parameters, bytes, flops (of one forward pass) or latency (seconds
-    of it). It must not rise when units go.
+    A cost must not rise when units go.
+
+    Args:
+        name: the measure, as reports call it: parameters, bytes, flops, latency, …
+        terms: products of numbers of units kept; exact however groups overlap.
+        tables: group → its cost with 0, 1, … num_units units kept, linear in between.
+        unit: what the numbers count, in messages; the name of the measure where empty.
+        stored: the numbers that a checkpoint stores are counted, so that the values are whole
+            numbers, and a parameter that a repair adds counts like any other.
+        remeasure: given the cut model, measures the cost again: where terms and tables only
+            estimate what the cut model will cost.
     """
 
     name: str
-    terms: tuple[Term, ...]
+    terms: tuple[Term, ...] = ()
     tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    unit: str = ""
+    stored: bool = False
+    remeasure: Callable[[nn.Module], float] | None = None
 
     def __call__(self, removed: Mapping[str, float]) -> float:
         """What is left to pay once so many (fractional) units of each group are gone."""
@@ -58,63 +72,42 @@ class Cost:
         )
 
 
-def terms_of(graph: CouplingGraph, monomials: Monomials) -> tuple[Term, ...]:
-    """A polynomial in the units kept as terms; groups that can't be pruned are constants in it."""
-    constants = {group.name for group in graph.by_name.values() if not group.prunable}
-    merged: dict[tuple[str, ...], float] = defaultdict(float)
-    for names, coefficient in monomials.items():
-        fixed = math.prod(graph[name].num_units for name in names if name in constants)
-        merged[tuple(name for name in names if name not in constants)] += coefficient * fixed
-    return tuple(
-        Term(
-            coefficient=coefficient,
-            sizes=tuple(graph[name].num_units for name in names),
-            cuts=tuple((name, i, 1) for i, name in enumerate(names)),
-        )
-        for names, coefficient in merged.items()
-        if coefficient
-    )
+@dataclass(frozen=True, kw_only=True)
+class CostSetting:
+    """What a cost may look at.
 
-
-def weights_cost(
-    graph: CouplingGraph, name: str = "parameters", each: Mapping[str, float] | None = None
-) -> Cost:
-    """Number of parameters, tied ones once; `each` (parameter → factor) turns it into bytes or
-    another weighted count.
-
-    Exact however groups overlap: rows of queries owned by a key-value head and by a query head of
-    each go once. A layer of a stack counts as the mean one.
+    Args:
+        model: the dense model, to be left as it is.
+        graph: its coupled groups.
+        groups: those of them that may be cut.
+        batches: the calibration set, keyword arguments of forward calls.
+        stored: the dtype that the result is stored in; the dtype of each parameter where None.
     """
-    members: dict[tuple[str, int], list[tuple[str, Member]]] = defaultdict(list)
-    for group in graph.groups:
-        for member in group.members:
-            members[member.parameter, member.dim].append((group.name, member))
-    monomials: dict[tuple[str, ...], float] = defaultdict(float)
-    for parameter, shape in graph.shapes.items():
-        factor = 1.0 if each is None else each.get(parameter, 0.0)
-        if parameter not in graph.buffers and factor:
-            dims = [_kept(size, members[parameter, dim]).items() for dim, size in enumerate(shape)]
-            stacks = [stack for stack in graph.stacks if parameter.startswith(f"{stack.module}.")]
-            dims += [{(stack.name,): 1 / stack.num_units}.items() for stack in stacks]
-            for combination in product(*dims):
-                names = tuple(sorted(name for owners, _ in combination for name in owners))
-                monomials[names] += factor * math.prod(count for _, count in combination)
-    return Cost(name=name, terms=terms_of(graph, monomials))
+
+    model: nn.Module
+    graph: CouplingGraph
+    groups: Sequence[Group]
+    batches: Sequence[Batch]
+    stored: torch.dtype | None = None
 
 
-def _kept(size: int, members: list[tuple[str, Member]]) -> Monomials:
-    """How many positions of a dim stay: those of one set of owners stay as the product of the
-    owners' shares kept.
+@dataclass(frozen=True, kw_only=True)
+class CostModel(ABC):
+    """A way of counting what a model costs: what `ratio` is a share of and `target.limit` is in.
+
+    Attributes:
+        name: the measure, as reports and the options `target.NAME` call it.
+        counts_layers: whole layers can be counted, not only units inside of them.
+        measures: the model is run for it, so that its weights must be in memory.
     """
-    owned = torch.zeros(size, dtype=torch.int64)
-    for bit, (_, member) in enumerate(members):
-        owned[member.index.flatten()] += 1 << bit
-    kept: dict[tuple[str, ...], float] = defaultdict(float)
-    for owners, count in zip(*(t.tolist() for t in owned.unique(return_counts=True)), strict=True):
-        here = [(name, member) for bit, (name, member) in enumerate(members) if owners >> bit & 1]
-        units = math.prod(len(member.index) for _, member in here)
-        kept[tuple(name for name, _ in here)] += count / units
-    return kept
+
+    name: ClassVar[str]
+    counts_layers: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(self, setting: CostSetting) -> Cost:
+        """The cost of the dense model and of all that can be left of it; never rises as units go."""
 
 
 def _interpolate(table: tuple[float, ...], kept: float) -> float:

@@ -1,19 +1,34 @@
-"""Seconds of a forward pass: layers cut to some widths and timed, the whole model as the yardstick."""
+"""Seconds of a forward pass: layers are cut to some widths and timed, the whole model is the scale.
+
+Each group gets a table, and the tables add up: what one group gains is taken not to depend on what
+is left of the others. They are scaled so that the sum is what the whole model takes, both dense and
+with every group at its narrowest.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from prunekit.allocation.costs.base import Cost, Term
-from prunekit.allocation.costs.timing import Call, Inputs, filled, median_seconds, moved, record
-from prunekit.errors import SurgeryError
+from prunekit.allocation.costs.base import Cost, CostSetting, Term
+from prunekit.allocation.costs.curves import Curve, fit_isotonic, spread_widths
+from prunekit.allocation.costs.forward import ForwardCost
+from prunekit.allocation.costs.timing import (
+    Call,
+    Inputs,
+    fill_skeleton,
+    median_seconds,
+    move_inputs,
+    record_calls,
+    time_model,
+)
+from prunekit.errors import ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import meta_copy
 from prunekit.model.inputs import without_cache
@@ -22,9 +37,32 @@ from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import at_rest
 from prunekit.surgery.check import apply_plan
 
-_ALIGNMENT = (
-    64  # widths are measured at multiples of up to this: odd ones run slower than those around them
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Latency(ForwardCost):
+    """Seconds of one forward pass, measured on the device that the model is on.
+
+    `widths`: numbers of units that each class of equal groups is measured at, the dense one
+    included; `repeats`: timings at each width, of which the median counts.
+    """
+
+    name: ClassVar[str] = "latency"
+    measures: ClassVar[bool] = True
+    widths: int = 5
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, value, least in (("widths", self.widths, 2), ("repeats", self.repeats, 1)):
+            if type(value) is not int or value < least:
+                raise ConfigError(f"cost.{key}: expected a whole number ≥ {least}, got {value}")
+
+    def measure(self, setting: CostSetting) -> Cost:
+        """Time the layers of the groups; the cut model is timed whole at the end."""
+        example = self.example(setting)
+        return latency_cost(
+            setting.model, setting.graph, setting.groups, example, self.widths, self.repeats
+        )
 
 
 def latency_cost(
@@ -35,15 +73,12 @@ def latency_cost(
     widths: int = 5,
     repeats: int = 5,
 ) -> Cost:
-    """Seconds of one forward pass on `example`, measured on the model's device: a table per group,
-    and a constant.
+    """Seconds of one forward pass on `example`: a table per group, and a constant.
 
-    A group's layer (the whole model where it lies in none) is timed alone, cut to each of `widths`
-    numbers of units and given the inputs it gets in the dense model; in between the seconds are
-    interpolated, and they never rise as units go. Groups whose layers have equal shapes are
-    measured once. Below the narrowest width that could be cut nothing is gained. The tables add up,
-    what one group gains taken not to depend on what is left of the others, and are scaled so that
-    the sum is what the whole model takes both dense and with every group at its narrowest.
+    The layer that a group lies in (the whole model where it lies in none) is timed alone, cut to
+    each of `widths` numbers of units and given the inputs that it gets in the dense model. Between
+    them the seconds are interpolated, and they never rise as units go. Groups whose layers have
+    equal shapes are measured once. Below the narrowest width that could be cut nothing is gained.
 
     Args:
         model: on its device, with its weights; left as it is.
@@ -53,32 +88,38 @@ def latency_cost(
         widths: numbers of units to measure each class of groups at, the dense one included.
         repeats: timings at each width; their median counts.
     """
-    example = without_cache(model, example)
+    inputs = without_cache(model, example)
     device = next(model.parameters()).device
-    alike: dict[Any, list[Group]] = {}
+    classes: dict[Hashable, list[Group]] = {}
     for group in groups:
-        alike.setdefault(_likeness(model, group), []).append(group)
-    curves: dict[str, _Curve] = {}
+        classes.setdefault(_likeness(model, group), []).append(group)
+    places = {_place(alike[0]) for alike in classes.values()}
     with at_rest(model):
-        calls = record(model, {_place(same[0]) for same in alike.values()}, moved(example, device))
-        watch = _Stopwatch(model, graph, calls, device, repeats)
-        for same in track(alike.values(), "Timing layers", len(alike)):
-            curve = watch.curve(same[0], widths)
-            curves |= {group.name: curve for group in same}
+        calls = record_calls(model, places, move_inputs(inputs, device))
+        watch = Stopwatch(model, graph, calls, device, repeats)
+        curves: dict[str, Curve] = {}
+        for alike in track(classes.values(), "Timing layers", len(classes)):
+            curves |= dict.fromkeys((g.name for g in alike), watch.measure_curve(alike[0], widths))
         total = median_seconds(lambda: calls[""](model), device, repeats)
-        least = watch.seconds("", {group.name: curves[group.name].kept[0] for group in groups})
+        least = watch.seconds("", {name: curve.kept[0] for name, curve in curves.items()})
     gains = math.fsum(curve.gain for curve in curves.values())
     share = _share(total, least, gains)
-    tables = {
-        name: tuple(share * seconds for seconds in curve.table()) for name, curve in curves.items()
-    }
-    rest = Term(coefficient=total - share * gains, sizes=(), cuts=())
-    return Cost(name="latency", terms=(rest,), tables=tables)
+    return Cost(
+        name=Latency.name,
+        unit="seconds",
+        terms=(Term(coefficient=total - share * gains, sizes=(), cuts=()),),
+        tables={
+            name: tuple(share * seconds for seconds in curve.table())
+            for name, curve in curves.items()
+        },
+        remeasure=partial(time_model, example=example),
+    )
 
 
 def _share(total: float, least: float | None, gains: float) -> float:
-    """Of the gains measured apart, those that the whole model has; all there can be where it was
-    not measured.
+    """The share of the gains, measured apart, that the whole model has.
+
+    All that there can be where the narrowest model could not be measured (`least` is None).
     """
     if not gains:
         return 0.0
@@ -86,32 +127,8 @@ def _share(total: float, least: float | None, gains: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """Seconds measured at numbers of units kept, both rising; the last number is the dense one."""
-
-    kept: Sequence[int]
-    seconds: Sequence[float]
-
-    @property
-    def gain(self) -> float:
-        """Seconds between the dense and the narrowest."""
-        return self.seconds[-1] - self.seconds[0]
-
-    def table(self) -> list[float]:
-        """Seconds above the narrowest with 0, 1, … units kept, linear between those measured, flat
-        below them.
-        """
-        table = [0.0] * (self.kept[0] + 1)
-        for i in range(1, len(self.kept)):
-            low, high = self.seconds[i - 1] - self.seconds[0], self.seconds[i] - self.seconds[0]
-            span = self.kept[i] - self.kept[i - 1]
-            table += [low + (high - low) * step / span for step in range(1, span + 1)]
-        return list(accumulate(table, max))  # rounding must not break the order
-
-
-@dataclass(frozen=True)
-class _Stopwatch:
-    """Times a group's layer, or the whole model, cut to a number of units."""
+class Stopwatch:
+    """Times the layer of a group, or the whole model, cut to a number of units."""
 
     model: nn.Module
     graph: CouplingGraph
@@ -119,26 +136,26 @@ class _Stopwatch:
     device: torch.device
     repeats: int
 
-    def curve(self, group: Group, widths: int) -> _Curve:
-        """The seconds at some widths; of the whole model where the layer, cut, doesn't run on what
-        it gets.
+    def measure_curve(self, group: Group, widths: int) -> Curve:
+        """The seconds of the layer of a group at some widths.
+
+        They are the whole model's where the layer, cut, does not run on its recorded arguments.
         """
         for place in dict.fromkeys((_place(group), "")):
             measured = {
                 units: self.seconds(place, {group.name: units})
-                for units in spread(group.num_units, widths)
+                for units in spread_widths(group.num_units, widths)
             }
             points = {units: seconds for units, seconds in measured.items() if seconds is not None}
             if len(points) > 1 and group.num_units in points:
-                return _Curve(list(points), isotonic(list(points.values())))
-        say(
-            f"{group.name}: can't be timed at fewer units than it has: cutting it counts as no gain"
-        )
-        return _Curve([group.num_units], [0.0])
+                return Curve(list(points), fit_isotonic(list(points.values())))
+        say(f"{group.name}: can't be timed at fewer units: cutting it counts as no gain")
+        return Curve([group.num_units], [0.0])
 
     def seconds(self, place: str, kept: Mapping[str, int]) -> float | None:
-        """Of one call of the module at `place` with so many units kept; None where it can't be cut
-        so or run alone.
+        """Seconds of one call of the module at `place` with so many units of each group kept.
+
+        None where the model can't be cut so, or the module can't be run alone.
         """
         skeleton = meta_copy(self.model).eval()
         plan = PruningPlan(
@@ -148,54 +165,24 @@ class _Stopwatch:
             apply_plan(skeleton, self.graph, plan)
         except SurgeryError:
             return None
-        module = filled(skeleton.get_submodule(place), self.model.get_submodule(place))
+        module = fill_skeleton(skeleton.get_submodule(place), self.model.get_submodule(place))
         try:
             return median_seconds(lambda: self.calls[place](module), self.device, self.repeats)
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-        ):  # alone it got the arguments of the dense model
-            return None
-
-
-def spread(units: int, widths: int) -> list[int]:
-    """Numbers of units to measure, rising to all of them: evenly spread, at multiples of a power of
-    two.
-    """
-    step = 1
-    while step < _ALIGNMENT and units // (2 * step) >= 2 * widths:
-        step *= 2
-    places = (round(i * units / max(widths - 1, 1) / step) * step for i in range(widths))
-    return sorted({*(min(max(place, 1), units) for place in places), units})
-
-
-def isotonic(values: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values`: neighbours in the wrong order are pooled
-    into their mean.
-    """
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, count = value, 1
-        while blocks and blocks[-1][0] > mean:
-            before, size = blocks.pop()
-            mean, count = (mean * count + before * size) / (count + size), count + size
-        blocks.append((mean, count))
-    return [mean for mean, count in blocks for _ in range(count)]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None  # the recorded arguments are the dense model's: they may not fit
 
 
 def _place(group: Group) -> str:
-    """Path of the layer a group lies in; empty, the whole model, where it lies in none."""
+    """Path of the layer that a group lies in; empty, the whole model, where it lies in none."""
     if group.layer is None:
         return ""
     parts = group.module.split(".")
     return ".".join(parts[: parts.index(str(group.layer)) + 1])
 
 
-def _likeness(model: nn.Module, group: Group) -> Any:
+def _likeness(model: nn.Module, group: Group) -> Hashable:
     """Equal for groups that cut equal layers equally."""
     place = _place(group)
     if not place:

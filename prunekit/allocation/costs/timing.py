@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunekit.runtime.modes import evaluating
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
-_MOMENT = 5e-3  # a timing takes this many seconds or more: quicker calls are repeated
+_MOMENT = 5e-3  # seconds that a timing takes at least: quicker calls are repeated
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,16 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def __call__(self, module: nn.Module) -> Any:
-        """What a module answers to them."""
+        """Call a module with these arguments; its answer."""
         return module(*self.args, **self.kwargs)
 
 
 @torch.inference_mode()
-def record(model: nn.Module, places: set[str], example: Inputs) -> dict[str, Call]:
-    """What the modules at these places are (first) called with in a forward pass on the example."""
+def record_calls(model: nn.Module, places: set[str], example: Inputs) -> dict[str, Call]:
+    """The arguments of the first call of each of these modules in a forward pass on the example.
+
+    `places` are paths of modules; the answer also has the model itself, at the empty path.
+    """
     whole = Call((), example) if isinstance(example, Mapping) else Call(example, {})
     calls = {"": whole}
 
@@ -53,26 +56,30 @@ def record(model: nn.Module, places: set[str], example: Inputs) -> dict[str, Cal
     return calls
 
 
-def moved(example: Inputs, device: torch.device) -> Any:
-    """The example's tensors on a device."""
+def move_inputs(example: Inputs, device: torch.device) -> Inputs:
+    """The example with its tensors, however nested, on a device."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), example)
 
 
-def filled(skeleton: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of a (cut) meta module, on the dense one's device and with its first numbers."""
+def fill_skeleton(skeleton: nn.Module, dense: nn.Module) -> nn.Module:
+    """A copy of a (cut) meta module with numbers, on the device of the dense module.
+
+    Each tensor holds the first rows, columns, … of the dense one: seconds depend on shapes alone.
+    """
     memo: dict[int, Any] = {}
     for (_, empty), (_, full) in zip(skeleton.named_modules(), dense.named_modules(), strict=True):
         for kind in ("_parameters", "_buffers"):
             for name, tensor in getattr(empty, kind).items():
                 if tensor is not None:
-                    memo.setdefault(id(tensor), _first(getattr(full, name), tensor))
+                    memo.setdefault(id(tensor), _take_first(getattr(full, name), tensor))
         for name, value in vars(full).items():
             if isinstance(value, Tensor) and id(vars(empty)[name]) not in memo:
                 memo[id(vars(empty)[name])] = value.detach().clone()
     return copy.deepcopy(skeleton, memo)
 
 
-def _first(full: Tensor, cut: Tensor) -> Tensor:
+def _take_first(full: Tensor, cut: Tensor) -> Tensor:
+    """The corner of a dense tensor that has the shape of its cut counterpart."""
     part = full.detach()[tuple(slice(size) for size in cut.shape)].clone(
         memory_format=torch.contiguous_format
     )
@@ -85,7 +92,7 @@ def _first(full: Tensor, cut: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median over `repeats` of the seconds a run takes, after two to warm up."""
+    """Median over `repeats` timings of the seconds that a run takes, after two runs to warm up."""
     run()
     once = _elapsed(run, 1, device)
     calls = min(max(math.ceil(_MOMENT / max(once, 1e-9)), 1), 100)
@@ -93,7 +100,7 @@ def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -
 
 
 @torch.inference_mode()
-def timed(model: nn.Module, example: Inputs, repeats: int = 9) -> float:
+def time_model(model: nn.Module, example: Inputs, repeats: int = 9) -> float:
     """Median seconds of one forward pass on the example, in evaluation mode."""
     whole = Call((), example) if isinstance(example, Mapping) else Call(example, {})
     with evaluating(model):
