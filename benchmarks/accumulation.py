@@ -22,8 +22,8 @@ import prunekit.checkpoint
 from prunekit import config as cfg
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.perplexity import perplexity
-from prunekit.pipeline import DEMO_MODEL
 
 DRAWS, SAMPLES, WINDOW, EVAL_TOKENS = range(3), 128, 128, 16_384
 NOTE = (

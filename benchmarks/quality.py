@@ -26,12 +26,12 @@ from prunekit.calibration.walk import Walk
 from prunekit.data.batches import batches
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.perplexity import perplexity
 from prunekit.graph import trace
 from prunekit.obs.choose import choose_columns, choose_units
 from prunekit.obs.inverse import removal_error
 from prunekit.obs.swap import swap
-from prunekit.pipeline import DEMO_MODEL
 
 NOTE = (
     "Mean ± spread over five draws of the calibration windows. demo: the "

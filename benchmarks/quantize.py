@@ -16,9 +16,9 @@ import prunekit
 import prunekit.checkpoint
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.perplexity import perplexity
 from prunekit.evaluation.speed import measure_speed
-from prunekit.pipeline import DEMO_MODEL
 
 RATIO, GROUP, REPEATS = 0.2, 32, 5
 SHAPES = {

@@ -24,8 +24,8 @@ import prunekit.checkpoint
 from prunekit import config as cfg
 from prunekit.data.corpora import load_corpus, read_file
 from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.perplexity import perplexity
-from prunekit.pipeline import DEMO_MODEL
 from prunekit.recovery import Recovery, recover
 
 NOTE = (

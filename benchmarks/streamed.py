@@ -23,7 +23,7 @@ from page import environment, write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunekit.checkpoint import LayerWriter, load_tokenizer
-from prunekit.pipeline import DEMO_MODEL
+from prunekit.demo import DEMO_MODEL
 
 CONFIG = {
     "hidden_size": 2048,
@@ -46,8 +46,9 @@ batch = {{"input_ids": torch.zeros(2, 8, dtype=int)}}
 prunekit.trace(streamed.model, example_of(batch))
 """
 LOADED = """
-import sys, prunekit, prunekit.pipeline as p
-p.check_finite(prunekit.from_pretrained(sys.argv[1]))
+import sys, prunekit
+from prunekit.model.weights import check_finite
+check_finite(prunekit.from_pretrained(sys.argv[1]))
 """
 BESIDE = {"opened": OPENED, "traced": TRACED, "loaded": LOADED}
 NOTE = (

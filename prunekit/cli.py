@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prunekit.config import check, check_choices, config_dir, one_line
+from prunekit.config import check, check_choices, config_dir, drop_presets, one_line
 from prunekit.errors import CheckpointError, PrunekitError
 
 _failures: list[PrunekitError] = []
@@ -46,6 +46,8 @@ def _kept(folder: Path, error: Exception | None = None) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _job(config: DictConfig) -> None:
+    drop_presets(config, HydraConfig.get().overrides.task)
+    drop_presets(config, HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     provenance = {
         "config.yaml": OmegaConf.to_yaml(config),
@@ -97,7 +99,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     _failures.clear()
     try:
-        check_choices(sys.argv[1:])
+        check_choices(sys.argv[1:], config_dir())
         _job()
     except (PrunekitError, HydraException, OmegaConfBaseException) as error:
         _complain(error)

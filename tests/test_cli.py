@@ -13,7 +13,7 @@ import torch
 from conftest import DATA, command_line
 
 import prunekit
-from prunekit.pipeline import DEMO_MODEL
+from prunekit.demo import DEMO_MODEL
 
 QUICK = [
     "data.calibration.samples=8",

@@ -12,6 +12,7 @@ from prunekit import config as cfg
 from prunekit.graph import trace
 from prunekit.importance import ScoreImportance
 from prunekit.pipeline import allocate
+from prunekit.schedules.method import Method
 from prunekit.surgery.check import apply_plan
 
 LAYERS_ONLY = ("alternate", "similarity")
@@ -136,8 +137,8 @@ def test_every_combination_plans_within_its_budget_and_leaves_the_model_alone(im
         if combination[0] != importance:
             continue
         config = configured(*combination)
-        choice = allocate(model, graph, config, batches)
-        plan = choice.schedule.run(choice.task)
+        method = Method.build(config)
+        plan = method.schedule.run(allocate(model, graph, config, method, batches).task)
         plan.check(graph)
         off = abs(graph.removed_parameters(plan.removed) - 0.08 * graph.num_parameters())
         assert off <= cheapest / 2 + 1e-6, combination

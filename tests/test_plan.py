@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer
+from prunekit.demo import DEMO_MODEL
 from prunekit.errors import TraceError
-from prunekit.pipeline import DEMO_MODEL
 
 RUNS = {
     "slimgpt": [],

@@ -9,7 +9,7 @@ from prunekit.allocation.costs.bytes import Bytes
 from prunekit.allocation.costs.flops import Flops
 from prunekit.allocation.costs.latency import Latency
 from prunekit.allocation.costs.parameters import Parameters
-from prunekit.config import RunConfig, TargetConfig, build
+from prunekit.config import RunConfig, TargetConfig
 from prunekit.errors import ConfigError
 
 
@@ -20,15 +20,6 @@ class Objective:
     cost: Cost
     limit: float
     option: str
-
-
-def build_cost(config: RunConfig) -> CostModel:
-    """The cost that counts: the one that `cost` names, or that a limit such as `target.flops` does.
-
-    Raises:
-        ConfigError: `cost` names another measure than the limit is given in.
-    """
-    return select_cost(build(config.cost, "cost") or Parameters(), config.target)
 
 
 def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:

@@ -20,12 +20,12 @@ from prunekit.jobs.folder import PARTIAL, clear_results, ensure_empty, write_run
 from prunekit.jobs.job import Finished, Job, source_of
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import TRAINING, run_recover
-from prunekit.pipeline import STATE
 from prunekit.report.couplings import write_couplings
 from prunekit.runtime.devices import pick_device
 from prunekit.runtime.processes import process_group, rank
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
+from prunekit.schedules.places import STATE
 
 __all__ = ["run", "run_diff", "run_export", "run_trace"]
 

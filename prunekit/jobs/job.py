@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
 from prunekit.checkpoint.files import read_config
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig
+from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
 from prunekit.model.build import only_ours
-from prunekit.pipeline import DEMO_MODEL
+from prunekit.model.weights import cast_weights
 from prunekit.plan import PruningPlan
 from prunekit.recovery import detach
 from prunekit.report import model_card
@@ -108,21 +108,8 @@ def load(
     """
     model = from_pretrained(source, trust_remote_code=trust_remote_code)
     stored = stored or next(model.parameters()).dtype
-    to_type(model, compute_dtype(stored, device))
+    cast_weights(model, compute_dtype(stored, device))
     return model.to(device), stored
-
-
-def to_type(model: Any, dtype: torch.dtype) -> None:
-    """Every weight, in place."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-
-
-def round_to(model: nn.Module, stored: torch.dtype) -> None:
-    """Round the weights to the type they will be stored in: what is measured is what is saved."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored).to(parameter.dtype)
 
 
 def source_of(config: RunConfig) -> str | Path:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunekit.allocation.objective import build_cost
 from prunekit.config import RunConfig, build
 from prunekit.data.batches import batches as token_batches
 from prunekit.data.corpora import load_corpus
@@ -21,20 +20,21 @@ from prunekit.jobs.job import (
     base_of,
     content_of,
     identity_of,
-    round_to,
     source_of,
     speeds,
-    to_type,
 )
 from prunekit.jobs.recover import prepared, recovered
 from prunekit.jobs.streaming import stream
 from prunekit.model.inputs import check_length
-from prunekit.pipeline import STATE, Places, activations_folder, check_finite, prune_model
+from prunekit.model.weights import cast_weights, check_finite, round_weights
+from prunekit.pipeline import prune_model
 from prunekit.recovery import Recovery
 from prunekit.runtime.console import say
 from prunekit.runtime.devices import pick_dtype
 from prunekit.runtime.files import digest
 from prunekit.runtime.processes import rank, world_size
+from prunekit.schedules.method import Method
+from prunekit.schedules.places import STATE, Places, activations_folder
 
 
 def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
@@ -45,9 +45,10 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         job.stages.device,
         source_of(job.config),
     )
+    method = Method.build(config)
     recovery: Recovery | None = build(config.recovery, "recovery")
     with stages("load"):
-        if streamed := stream(config, source, device, pick_dtype(config.dtype)):
+        if streamed := stream(config, method, source, device, pick_dtype(config.dtype)):
             model, stored = streamed.model, streamed.stored
         else:
             model, stored = job.load(source)
@@ -66,7 +67,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     dense = measure_size(model, stored)
     say(
         f"{config.model.path or 'the embedded model'}: {dense.parameters:,} parameters; {config.method_name}, "
-        f"{aim(config)}; {windows.numel():,} calibration tokens"
+        f"{aim(config, method)}; {windows.numel():,} calibration tokens"
     )
     columns: dict[str, Evaluation] = {}
     with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
@@ -80,13 +81,15 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         keep=True,
     )
     batches = token_batches(windows, min(text.batch_size, -(-len(windows) // world_size())), device)
-    result = prune_model(model, config, batches, stages, stored, places, streamed)
+    result = prune_model(
+        model, config, method, batches, stages, stored=stored, places=places, streamed=streamed
+    )
     report, adapter = (
         dict(result.report) | {"base": base_of(config), "calibration": calibration(config)},
         None,
     )
     if streamed is None:
-        round_to(model, stored)
+        round_weights(model, stored)
     dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
     columns["dense"] = columns["dense"].without_layers(dropped)
     with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
@@ -104,7 +107,7 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
     report |= measures.compare(columns).to_json()
     if streamed is None:
         report |= speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
-        to_type(model, stored)
+        cast_weights(model, stored)
     return report, Finished(
         model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter
     )
@@ -119,9 +122,9 @@ def calibration(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def aim(config: RunConfig) -> str:
+def aim(config: RunConfig, method: Method) -> str:
     """The target in words."""
-    measure = build_cost(config).name
+    measure = method.cost.name
     for limit in config.target.given.values():
         return f"down to {limit:,g} {measure}"
     counted = "of them" if measure == "parameters" else f"of its {measure}"

@@ -17,8 +17,8 @@ from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
 from prunekit.graph import CouplingGraph, trace
 from prunekit.jobs.export import Export
-from prunekit.jobs.job import Finished, Job, identity_of, round_to, source_of, speeds, to_type
-from prunekit.pipeline import check_finite
+from prunekit.jobs.job import Finished, Job, identity_of, source_of, speeds
+from prunekit.model.weights import cast_weights, check_finite, round_weights
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, RecoveryResult, prepare, recover
 from prunekit.runtime.files import write_text
@@ -62,7 +62,7 @@ def run_recover(job: Job) -> tuple[dict[str, Any], Finished]:
     }
     others = {"dense": config.eval.baseline} if config.eval.baseline else {}
     report |= speeds(job, measures, columns, others, {"recovered": model})
-    to_type(model, stored)
+    cast_weights(model, stored)
     path = Path(source).parent / "plan.json"
     plan = PruningPlan.load(path) if _before(Path(source)) and path.exists() else None
     return report, Finished(model=model, tokenizer=tokenizer, plan=plan, adapter=adapter)
@@ -151,7 +151,7 @@ def recovered(
             data=data,
         )
     if recovery.merge:
-        round_to(model, stored)
+        round_weights(model, stored)
     return found, None if recovery.merge else folder / "adapter"
 
 

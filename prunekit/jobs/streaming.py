@@ -8,38 +8,42 @@ import torch
 
 from prunekit.checkpoint import Shards
 from prunekit.checkpoint.streamed import Streamed
-from prunekit.config import RunConfig, build
+from prunekit.config import RunConfig
 from prunekit.errors import CheckpointError, ConfigError
+from prunekit.importance import LayerImportance
 from prunekit.runtime.console import say
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import free_bytes
 from prunekit.runtime.processes import add_up
+from prunekit.schedules import Layerwise
+from prunekit.schedules.method import Method
 
 _SHARE = 0.6  # of the free memory that a whole model may take before it is streamed by itself
 
 
-def obstacle(config: RunConfig) -> str | None:
-    """What of the configuration needs the whole model in memory."""
-    from prunekit.allocation.objective import build_cost
-    from prunekit.importance import LayerImportance
-    from prunekit.schedules import Layerwise
-
-    if not isinstance(build(config.importance, "importance"), LayerImportance):
+def obstacle(config: RunConfig, method: Method) -> str | None:
+    """What of the configuration needs the whole model in memory; None: nothing."""
+    if not isinstance(method.importance, LayerImportance):
         return "an importance that scores all layers at once; expected importance=obs"
-    if not isinstance(build(config.schedule, "schedule"), Layerwise):
+    if not isinstance(method.schedule, Layerwise):
         return "schedule=oneshot; expected layerwise"
     if config.recovery.get("_target_"):
         return "a recovery; expected recovery=none, and task=recover on the result"
-    if build(config.policy, "policy").measures:
+    if method.policy.measures:
         return "a policy that measures the model; expected one of shapes over the depth"
-    if config.scope.get("ranking", "local") != "local" or config.scope.get("rounds", 1) != 1:
+    if method.scope.ranking != "local" or method.scope.rounds != 1:
         return "groups that compete; expected scope.ranking=local and one round"
-    cost = build_cost(config)
-    return f"cost={cost.name}, which measures the model" if cost.measures else None
+    if method.cost.measures:
+        return f"cost={method.cost.name}, which measures the model"
+    return None
 
 
 def stream(
-    config: RunConfig, source: str | Path, device: torch.device, stored: torch.dtype | None
+    config: RunConfig,
+    method: Method,
+    source: str | Path,
+    device: torch.device,
+    stored: torch.dtype | None,
 ) -> Streamed | None:
     """The model streamed: where that is asked for, or memory is short and nothing stands against
     it.
@@ -51,7 +55,9 @@ def stream(
     asked = config.memory.stream is True
     local = Path(source).is_dir()
     reason = (
-        "a hub name; expected model.path to be a local folder" if not local else obstacle(config)
+        "a hub name; expected model.path to be a local folder"
+        if not local
+        else obstacle(config, method)
     )
     if config.memory.stream is False or (reason and not asked):
         return None

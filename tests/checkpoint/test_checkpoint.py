@@ -227,7 +227,7 @@ def test_damaged_folders_without_a_manifest(folder, tmp_path, file, change, matc
 
 def test_the_tokenizer_of_a_pruned_folder(tmp_path):
     from prunekit.checkpoint import load_tokenizer
-    from prunekit.pipeline import DEMO_MODEL
+    from prunekit.demo import DEMO_MODEL
 
     tokenizer = load_tokenizer(DEMO_MODEL)
     prunekit.save_pretrained(pruned(), tmp_path / "model", tokenizer)

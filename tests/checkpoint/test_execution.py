@@ -12,8 +12,8 @@ from conftest import tiny_llama, token_ids
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer, open_streamed
+from prunekit.demo import DEMO_MODEL
 from prunekit.errors import CheckpointError, PrunekitError
-from prunekit.pipeline import DEMO_MODEL
 
 EVIL = "from pathlib import Path\nPath({marker!r}).write_text('it ran')\ndef generate(*_, **__): pass\n"
 CLASSES = """

@@ -218,7 +218,7 @@ torch.save(found, "registered")
 
 def test_registered_classes_load_pruned_folders_and_leave_stock_ones_alone(tmp_path):
     from prunekit.checkpoint import load_tokenizer
-    from prunekit.pipeline import DEMO_MODEL
+    from prunekit.demo import DEMO_MODEL
 
     model, tokenizer, ids = pruned("llama"), load_tokenizer(DEMO_MODEL), token_ids(3, 9, seed=2)
     torch.save(ids, tmp_path / "ids")

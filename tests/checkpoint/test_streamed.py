@@ -10,8 +10,10 @@ import prunekit
 from prunekit import config as cfg
 from prunekit.checkpoint import LayerWriter, Shards
 from prunekit.checkpoint.streamed import Streamed
-from prunekit.pipeline import Places, prune_model
+from prunekit.pipeline import prune_model
 from prunekit.runtime.stages import Stages
+from prunekit.schedules.method import Method
+from prunekit.schedules.places import Places
 
 FIRST = dict(reversed(CASES))
 ONE_BY_ONE = {  # families whose checkpoints hold experts one by one
@@ -30,7 +32,10 @@ def stream(folder, *overrides):
     config = cfg.check(cfg.compose(["output_dir=none", *overrides]))
     streamed = Streamed(folder / "dense", CPU, None, False)
     places = Places(model=folder / "pruned", state=folder / "state")
-    result = prune_model(streamed.model, config, BATCHES, Stages(CPU), None, places, streamed)
+    method = Method.build(config)
+    result = prune_model(
+        streamed.model, config, method, BATCHES, Stages(CPU), places=places, streamed=streamed
+    )
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
     streamed.writer.finish(streamed.model)
     return result
@@ -41,7 +46,9 @@ def assert_equals_whole(folder, *overrides):
     result = stream(folder, *overrides)
     whole = prunekit.from_pretrained(folder / "dense")
     config = cfg.check(cfg.compose(["output_dir=none", *overrides]))
-    assert prune_model(whole, config, BATCHES, Stages(CPU)).plan == result.plan
+    assert (
+        prune_model(whole, config, Method.build(config), BATCHES, Stages(CPU)).plan == result.plan
+    )
     assert_same(prunekit.from_pretrained(folder / "pruned"), whole)
     return whole
 

@@ -13,9 +13,9 @@ import prunekit
 from prunekit.checkpoint import load_tokenizer
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.demo import DEMO_MODEL
 from prunekit.demo import train as training
 from prunekit.evaluation.perplexity import perplexity
-from prunekit.pipeline import DEMO_MODEL
 
 
 def test_it_is_small_and_says_what_it_is():

@@ -9,11 +9,11 @@ from gguf_helpers import LlamaCpp
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import prunekit
+from prunekit.demo import DEMO_MODEL
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.exports.gguf.pretokenizer import _WAYS, _build
 from prunekit.exports.gguf.tensors import rotary_order
 from prunekit.exports.gguf.writer import Gguf
-from prunekit.pipeline import DEMO_MODEL
 from prunekit.runtime import console
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is missing")

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
+from prunekit.demo import DEMO_MODEL
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.exports import onnx as target
 from prunekit.exports.onnx import Onnx
-from prunekit.pipeline import DEMO_MODEL
 
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)

@@ -9,7 +9,7 @@ from conftest import command_line, example, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
-from prunekit.pipeline import DEMO_MODEL
+from prunekit.demo import DEMO_MODEL
 
 torchao = pytest.importorskip("torchao.quantization", reason="the package torchao is missing")
 GROUP = 32

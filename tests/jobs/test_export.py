@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer
-from prunekit.pipeline import DEMO_MODEL
+from prunekit.demo import DEMO_MODEL
 from prunekit.report import model_card
 
 QUICK = [

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer
+from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation import perplexity as perplexities
 from prunekit.jobs.recover import modules_by_kind
-from prunekit.pipeline import DEMO_MODEL
 
 TEXT = "\n\n".join(
     f"Once upon a time there were {n} little numbers; {n + 1} came after {n}." for n in range(400)

@@ -1,0 +1,36 @@
+"""The configuration: its sections, how it is composed and checked, the objects that it names."""
+
+from prunekit.config.build import build, build_as, import_modules
+from prunekit.config.compose import check, compose, config_dir, flat
+from prunekit.config.overrides import (
+    BUILT,
+    GROUPS,
+    check_acted_on,
+    check_choices,
+    drop_presets,
+    one_line,
+    split_overrides,
+)
+from prunekit.config.sections import KINDS, EvalConfig, RunConfig, TargetConfig, kinds_of
+
+__all__ = [
+    "BUILT",
+    "EvalConfig",
+    "GROUPS",
+    "KINDS",
+    "RunConfig",
+    "TargetConfig",
+    "build",
+    "build_as",
+    "check",
+    "check_acted_on",
+    "check_choices",
+    "compose",
+    "config_dir",
+    "drop_presets",
+    "flat",
+    "import_modules",
+    "kinds_of",
+    "one_line",
+    "split_overrides",
+]

@@ -1,0 +1,80 @@
+"""Find `conf/`, compose it with Hydra, check it, all before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from prunekit.config.overrides import check_choices, drop_presets, one_line
+from prunekit.config.sections import RunConfig
+from prunekit.errors import ConfigError, suggest
+
+
+def config_dir() -> Path:
+    """The folder of the configuration: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration that the command line would compose from these overrides.
+
+    Raises:
+        ConfigError: an unknown key or choice, a value of the wrong type.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    check_choices(overrides, config_dir())
+    running = GlobalHydra.instance().is_initialized()
+    state = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = hydra.compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    finally:
+        if running:
+            GlobalHydra.instance().hydra = state
+    drop_presets(config, overrides)
+    return config
+
+
+def check(config: DictConfig) -> RunConfig:
+    """Check the configuration, and return it as typed dataclasses.
+
+    Raises:
+        ConfigError: names the key, what was expected and what came.
+    """
+    container: Any = OmegaConf.to_container(config, resolve=False)
+    plain = OmegaConf.create({key: value for key, value in container.items() if key != "hydra"})
+    for key in ("plans", "imports", "eval.corpora", "eval.tasks", "eval.prompts"):
+        if isinstance(value := OmegaConf.select(plain, key), str):  # one needs no brackets
+            OmegaConf.update(plain, key, [value])
+    known = {f.name for f in fields(RunConfig)}
+    if unknown := [str(key) for key in plain if key not in known]:
+        raise ConfigError(f"unknown key {unknown[0]!r}: {suggest(unknown[0], sorted(known))}")
+    try:
+        run: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: expected a value, e.g. {error.full_key}=…") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    return run
+
+
+def flat(section: object, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value, for all that lies in a section."""
+    if not isinstance(section, dict):
+        return {prefix: section}
+    flattened: dict[str, Any] = {}
+    for key, value in section.items():
+        flattened |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flattened

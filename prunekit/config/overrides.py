@@ -1,0 +1,119 @@
+"""What the strings on the command line mean: keys, choices, `_target_`s of one's own; and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
+
+from prunekit.config.sections import RunConfig
+from prunekit.errors import ConfigError, suggest
+
+GROUPS = (
+    "model",
+    "data",
+    "importance",
+    "policy",
+    "scope",
+    "cost",
+    "compensation",
+    "schedule",
+    "recovery",
+    "eval",
+    "export",
+    "method",
+    "experiment",
+)
+# Groups whose section names a class by `_target_`, and keys in it that are not the class's own.
+BUILT: Mapping[str, tuple[str, ...]] = {
+    "importance": (),
+    "policy": (),
+    "scope": (),
+    "cost": (),
+    "compensation": (),
+    "schedule": (),
+    "recovery": (),
+    "export": ("remote_code", "push_to_hub", "private"),
+}
+_FOLDERS = ("--config-dir", "-cd")  # flags of Hydra that add a folder to its search path
+
+
+def split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and value of each override: `+a.b=1` is `a.b` and `1`, `~a` is `a` and ``; no flags."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if not override.startswith("-") and (value or "=" in override or override[:1] == "~"):
+            yield key.lstrip("+~"), value
+
+
+def check_choices(overrides: Sequence[str], folder: Path) -> None:
+    """Raise ConfigError where an override names a key or a choice that `folder` doesn't have.
+
+    Where folders were added to Hydra's search path, choices are left to Hydra (see `one_line`).
+    """
+    known = {*GROUPS, "hydra", *(f.name for f in fields(RunConfig))}
+    elsewhere = any(override.split("=")[0] in _FOLDERS for override in overrides)
+    elsewhere |= any(key == "hydra.searchpath" for key, _ in split_overrides(overrides))
+    for key, value in split_overrides(overrides):
+        first = key.split(".")[0].split("/")[0].split("@")[0]
+        if first not in known:
+            raise ConfigError(f"unknown key {first!r}: {suggest(first, sorted(known))}")
+        if key not in GROUPS or not value or "(" in value or elsewhere:
+            continue
+        available = sorted(path.stem for path in (folder / key).glob("*.yaml"))
+        for choice in (part.strip() for part in value.strip("\"'").split(",")):
+            if choice not in (*available, "null"):
+                raise ConfigError(f"{key}: unknown choice {choice!r}: {suggest(choice, available)}")
+
+
+def drop_presets(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Where an override sets a `_target_`, drop what the preset says about the class it replaces.
+
+    `importance._target_=mypkg.Mine` begins with the defaults of that class: keys of the section
+    stay only where an override sets them, or where they do not belong to the class.
+    """
+    given = [key for key, _ in split_overrides(overrides)]
+    for name, common in BUILT.items():
+        if f"{name}._target_" not in given or name not in config:
+            continue
+        kept = {"_target_", *common}
+        kept |= {key.split(".")[1] for key in given if key.startswith(f"{name}.")}
+        with open_dict(config):
+            for key in [str(key) for key in config[name] if key not in kept]:
+                del config[name][key]
+
+
+def check_acted_on(
+    overrides: Sequence[str], call: str, acted: Collection[str], instead: Mapping[str, str]
+) -> None:
+    """Raise ConfigError where an override sets what a call of the Python API does not act on.
+
+    Args:
+        overrides: the strings that were given.
+        call: the name of the function, for the message.
+        acted: dotted keys that the function acts on, with all that lies below them.
+        instead: dotted key → what to do instead; the longest one that fits counts.
+    """
+    for key, value in split_overrides(overrides):
+        parts = key.split(".")
+        above = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        if not any(name in acted for name in above):
+            advice = next((instead[name] for name in above if name in instead), "leave it out")
+            raise ConfigError(f"{key}={value}: {call} does not act on it; {advice}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of Hydra or OmegaConf says, on one line."""
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}: unknown choice {choice!r}: {suggest(choice, list(error.options))}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__ if error.__cause__ is not error else None
+    text = "; ".join(lines[:2]).replace("Could not override", "can't set")
+    if cause and str(cause) and str(cause) not in text:
+        return f"{text}: {str(cause).splitlines()[0]}"
+    return text

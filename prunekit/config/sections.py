@@ -1,0 +1,224 @@
+"""The sections of the configuration as typed dataclasses; each checks its own values.
+
+A value that can't be meant raises a ConfigError of one line, which names the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from prunekit.errors import ConfigError, suggest
+
+TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff")
+SHAPES = ("free", "uniform", "aligned")
+MEASURES = ("parameters", "bytes", "flops", "latency")
+LIMITS = (*MEASURES, "limit")
+BLOCK = ("attention", "mlp")
+SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
+# A choice of `groups` → the kinds of groups that it stands for.
+KINDS = {"block": BLOCK, **{kind: (kind,) for kind in SINGLE}, "independent": BLOCK}
+
+
+def _check_least(section: str, values: dict[str, int | None], least: int) -> None:
+    """Raise ConfigError for a number below `least`; None is a number that was not given."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{section}.{name}: expected a whole number ≥ {least}, got {value}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model: a folder or a name on the hub (None: the embedded model)."""
+
+    path: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class CalibrationConfig:
+    """Which text the method is calibrated on, and how much of it."""
+
+    corpus: str = "embedded"
+    path: str | None = None
+    samples: int = 128
+    sequence_length: int = 128
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
+        counts: dict[str, int | None] = {"samples": self.samples, "batch_size": self.batch_size}
+        _check_least("data.calibration", counts, 1)
+        _check_least("data.calibration", {"sequence_length": self.sequence_length}, 2)
+
+
+@dataclass
+class DataConfig:
+    """The data that a method needs."""
+
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@dataclass
+class TargetConfig:
+    """What the pruned model may cost, instead of `ratio`: one of the first five.
+
+    Each of the first four selects the cost of its name; `limit` is in the units of the configured
+    cost. FLOPs and latency are those of a forward pass on `batch` rows of `tokens` tokens.
+    """
+
+    parameters: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    latency: float | None = None
+    limit: float | None = None
+    tokens: int = 64
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for two measures at once, or a number out of range."""
+        if len(self.given) > 1:
+            names = ", ".join(LIMITS)
+            raise ConfigError(f"target: expected one of {names}, got {' and '.join(self.given)}")
+        for name, value in self.given.items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"target.{name}: expected a number > 0, got {value:g}")
+        _check_least("target", {"tokens": self.tokens}, 2)
+        _check_least("target", {"batch": self.batch}, 1)
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by name; one at most, once the section is checked."""
+        values = {name: getattr(self, name) for name in LIMITS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def measure(self) -> str | None:
+        """The measure that a limit is given in by its name, if one is."""
+        return next((name for name in self.given if name in MEASURES), None)
+
+
+@dataclass
+class MemoryConfig:
+    """Where activations wait between passes, and whether layers come from disk one by one.
+
+    `budget` and `host` are bytes, on the device and in pinned memory beside it.
+    """
+
+    budget: float | None = None
+    host: float | None = None
+    folder: str | None = None
+    stream: Any = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range, or an unknown way of streaming."""
+        if not (isinstance(self.stream, bool) or self.stream == "auto"):
+            raise ConfigError(f"memory.stream: expected true, false or auto, got {self.stream!r}")
+        for name, value in (("budget", self.budget), ("host", self.host)):
+            if value is not None and not value >= 0:
+                raise ConfigError(f"memory.{name}: expected a number of bytes ≥ 0, got {value:g}")
+
+
+@dataclass
+class LatencyConfig:
+    """What tokens/s are measured on: rows, tokens of the prompt, new tokens; and how often."""
+
+    batch: int = 1
+    prompt: int = 128
+    new: int = 32
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
+        _check_least("eval.latency", vars(self), 1)
+
+
+@dataclass
+class EvalConfig:
+    """What is measured of every model: dense, pruned, recovered."""
+
+    corpora: list[str] = field(default_factory=list)
+    window: int = 128
+    stride: int | None = None
+    batch_size: Any = "auto"
+    max_tokens: int | None = None
+    tasks: list[str] = field(default_factory=list)
+    tasks_dir: str | None = None
+    task_limit: int | None = None
+    fewshot: int | None = None
+    prompts: list[str] = field(default_factory=list)
+    new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 0.95
+    layer_tokens: int = 1024
+    macs: int = 64
+    speed: bool = True
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    cache: Any = "auto"
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
+        batch = self.batch_size
+        if batch != "auto" and not (isinstance(batch, int) and batch > 0):
+            raise ConfigError(f"eval.batch_size: expected a whole number ≥ 1 or auto, got {batch}")
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            came = f"{self.temperature:g} and {self.top_p:g}"
+            raise ConfigError(f"eval: expected temperature ≥ 0 and top_p in (0, 1], got {came}")
+        _check_least("eval", {"window": self.window, "max_tokens": self.max_tokens}, 2)
+        counts = {"task_limit": self.task_limit, "stride": self.stride}
+        _check_least("eval", {**counts, "new_tokens": self.new_tokens}, 1)
+        counts = {"layer_tokens": self.layer_tokens, "macs": self.macs, "fewshot": self.fewshot}
+        _check_least("eval", counts, 0)
+
+
+@dataclass
+class RunConfig:
+    """The composed configuration; groups with a `_target_` are checked by the class they name."""
+
+    task: str = "prune"
+    plans: list[str] = field(default_factory=list)
+    ratio: float = 0.2
+    target: TargetConfig = field(default_factory=TargetConfig)
+    groups: Any = "block"
+    shapes: str = "free"
+    seed: int = 0
+    output_dir: str = MISSING
+    resume: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    imports: list[str] = field(default_factory=list)
+    method_name: str = "slimgpt"
+    corpora: dict[str, Any] = field(default_factory=dict)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    importance: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    scope: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    compensation: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for an unknown choice, or a ratio out of range."""
+        choices = [("task", self.task, TASKS), ("shapes", self.shapes, SHAPES)]
+        kinds = [("groups", kind, tuple(KINDS)) for kind in kinds_of(self.groups)]
+        for key, choice, known in [*choices, *kinds]:
+            if choice not in known:
+                raise ConfigError(
+                    f"{key}: unknown choice {choice!r}: {suggest(choice, list(known))}"
+                )
+        if not 0 < self.ratio < 1:
+            raise ConfigError(f"ratio: expected a number in (0, 1), got {self.ratio:g}")
+
+
+def kinds_of(groups: str | list[str] | tuple[str, ...]) -> list[str]:
+    """The choices that `groups` names, one or a list."""
+    return [str(kind) for kind in groups] if isinstance(groups, list | tuple) else [str(groups)]

@@ -1,0 +1,58 @@
+"""All the weights of a model at once: how many there are, whether they are numbers, their type."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from prunekit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise DataError where a weight is NaN or infinite; the message names its parameter."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DataError(f"{name}: the weights hold NaN or infinity")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell the weights of one model from those of another.
+
+    They are taken of the names, the shapes, the sums and the first 64 numbers of each parameter:
+    cheap enough for a model of any size, and no protection against somebody who wants a collision.
+    """
+    hashed = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sums = (
+            parameter.detach().double().sum().item(),
+            parameter.detach().flatten()[:64].double().tolist(),
+        )
+        hashed.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
+    return hashed.hexdigest()[:16]
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast every parameter in place; the config of the model then names that type."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def round_weights(model: nn.Module, stored: torch.dtype) -> None:
+    """Round the weights in place to what the type `stored` can hold; they keep their own type.
+
+    So that the model that is measured is the one that is saved.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).to(parameter.dtype)

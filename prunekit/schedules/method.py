@@ -1,0 +1,82 @@
+"""A method: the backends that choose units and repair what stays, built once for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from prunekit.allocation.costs.base import CostModel
+from prunekit.allocation.costs.parameters import Parameters
+from prunekit.allocation.objective import select_cost
+from prunekit.allocation.scope import Scope
+from prunekit.compensation.base import Compensation
+from prunekit.config import RunConfig, build_as
+from prunekit.errors import ConfigError
+from prunekit.importance.base import Importance
+from prunekit.policies.base import Policy
+from prunekit.schedules.base import Schedule
+
+Backend = Importance | Policy | Compensation | Schedule | CostModel
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What `method`, or the choices for its parts, stand for.
+
+    Attributes:
+        importance: tells which units matter least.
+        policy: says how much is cut where.
+        compensation: repairs the weights that stay; None: they are left as they are.
+        schedule: who is chosen when.
+        scope: what a cut may touch.
+        cost: what counts: parameters, bytes, FLOPs, …
+    """
+
+    importance: Importance
+    policy: Policy
+    compensation: Compensation | None
+    schedule: Schedule
+    scope: Scope
+    cost: CostModel
+
+    @classmethod
+    def build(cls, config: RunConfig, given: Mapping[str, Backend | None] | None = None) -> Method:
+        """Build the backends that a configuration names, but for those that are `given` as objects.
+
+        Raises:
+            ConfigError: a backend's option out of range, a class of another kind, none at all.
+        """
+        given = given or {}
+        return cls(
+            importance=_require(Importance, config, given, "importance"),
+            policy=_require(Policy, config, given, "policy"),
+            compensation=_find(Compensation, config, given, "compensation"),
+            schedule=_require(Schedule, config, given, "schedule"),
+            scope=build_as(Scope, config.scope, "scope") or Scope(),
+            cost=select_cost(
+                _find(CostModel, config, given, "cost") or Parameters(), config.target
+            ),
+        )
+
+
+def _find(
+    kind: type[T], config: RunConfig, given: Mapping[str, Backend | None], name: str
+) -> T | None:
+    if name not in given:
+        return build_as(kind, getattr(config, name), name)
+    backend = given[name]
+    if backend is not None and not isinstance(backend, kind):
+        raise ConfigError(
+            f"{name}: expected a name, or an object of a subclass of "
+            f"{kind.__module__}.{kind.__qualname__}, got {backend!r}"
+        )
+    return backend
+
+
+def _require(kind: type[T], config: RunConfig, given: Mapping[str, Backend | None], name: str) -> T:
+    backend = _find(kind, config, given, name)
+    if backend is None:
+        raise ConfigError(f"{name}: expected one, got none; {name}=… names one")
+    return backend
