@@ -47,11 +47,10 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Contraction:
-    """An axis of a weight summed over against activations."""
+    """An axis that weights (`sources`, by name) are summed over against activations."""
 
     sources: frozenset[str]
     axis: Axis
-    order: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +162,7 @@ class Call:
             return
         for value, axis in ((left, left_axis), (right, right_axis)):
             if value.sources:
-                self.contractions.append(Contraction(sources=value.sources, axis=axis, order=0))
+                self.contractions.append(Contraction(sources=value.sources, axis=axis))
 
 
 Rule = Callable[[Call], Any]
