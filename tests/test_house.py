@@ -57,7 +57,7 @@ STOREYS = {
     "exports": {"errors", "runtime"},
     "recovery": {"data", "errors", "model", "runtime"},
     "evaluation": {"config", "data", "errors", "model", "runtime"},
-    "report": {"graph"},
+    "report": {"errors", "graph"},
     "pipeline": {
         "allocation",
         "calibration",

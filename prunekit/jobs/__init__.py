@@ -20,6 +20,7 @@ from prunekit.jobs.folder import PARTIAL, clear_results, ensure_empty, write_run
 from prunekit.jobs.job import Finished, Job, source_of
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import TRAINING, run_recover
+from prunekit.report import Report
 from prunekit.report.couplings import write_couplings
 from prunekit.runtime.devices import pick_device
 from prunekit.runtime.processes import process_group, rank
@@ -41,7 +42,7 @@ def run(
     output: Path,
     provenance: Mapping[str, str] | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Do `config.task` (prune, evaluate or recover) and write the result.
 
     Args:
@@ -68,9 +69,9 @@ def run(
             ensure_empty(output, besides={STATE, PARTIAL, TRAINING})
         torch.manual_seed(config.seed)
         stages = Stages(device)
-        report, result = _JOBS[config.task](Job(config=config, output=output, stages=stages))
+        figures, result = _JOBS[config.task](Job(config=config, output=output, stages=stages))
         if rank():
-            return report
+            return Report.from_plain(figures)
         with stages("save"):
             about = {
                 "task": config.task,
@@ -79,7 +80,7 @@ def run(
                 "versions": versions(),
             }
             measured = {"seconds": stages.seconds, "peak_memory_bytes": stages.peak_memory_bytes}
-            report = about | report | measured
+            report = Report.from_plain(about | figures | measured)
             write_run(output, report, provenance or {}, result, export.remote_code)
         for left in (STATE, PARTIAL, TRAINING):
             shutil.rmtree(output / left, ignore_errors=True)

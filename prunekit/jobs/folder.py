@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunekit.errors import CheckpointError, PrunekitError
-from prunekit.report import render_html, render_markdown, to_json, write_pictures
+from prunekit.report import Report, render_html, render_markdown, write_pictures
 from prunekit.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def clear_results(output: Path) -> None:
 
 def write_run(
     output: Path,
-    report: Mapping[str, Any],
+    report: Report,
     provenance: Mapping[str, str],
     result: Finished | None = None,
     remote_code: bool = False,
@@ -62,7 +62,7 @@ def write_run(
         write_pictures(report, output)
         write_text(output / "report.md", render_markdown(report))
         write_text(output / "report.html", render_html(report))
-        write_text(output / "report.json", to_json(report))
+        write_text(output / "report.json", report.to_json())
     except BaseException as error:
         clear_results(output)
         if isinstance(error, OSError):

@@ -4,18 +4,16 @@ the terminal.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
-
 from prunekit.report.card import model_card
 from prunekit.report.markdown import render_markdown
 from prunekit.report.page import render_html
 from prunekit.report.pictures import pictures, write_pictures
+from prunekit.report.record import Report, schema
 from prunekit.report.tables import Row, header, rows
 from prunekit.report.terminal import print_summary
 
 __all__ = [
+    "Report",
     "Row",
     "header",
     "model_card",
@@ -24,11 +22,6 @@ __all__ = [
     "render_html",
     "render_markdown",
     "rows",
-    "to_json",
+    "schema",
     "write_pictures",
 ]
-
-
-def to_json(report: Mapping[str, Any]) -> str:
-    """`report.json`."""
-    return json.dumps(report, indent=1, allow_nan=False) + "\n"

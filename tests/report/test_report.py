@@ -2,7 +2,6 @@
 users wrote is text.
 """
 
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -12,13 +11,13 @@ import pytest
 from markdown_it import MarkdownIt
 
 from prunekit.report import (
+    Report,
     header,
     pictures,
     print_summary,
     render_html,
     render_markdown,
     rows,
-    to_json,
     write_pictures,
 )
 from prunekit.report.palette import DARK, HATCHES, LIGHT, MARKERS, SERIES, STYLES
@@ -72,25 +71,25 @@ def make(layers=6, recovered=True, kinds=("attention", "mlp")):
         "ratio": {"target": 0.2, "achieved": 0.1999},
         "parameters": each(6_738_415_616, 5_391_000_123, 5_391_000_123),
         "weight_bytes": each(13_476_831_232, 10_782_000_246, 10_782_000_246),
-        "macs": each(4.24e11, 3.39e11, 3.39e11),
+        "macs": each(424 * 10**9, 339 * 10**9, 339 * 10**9),
         "macs_protocol": "one forward pass of 64 tokens",
-        "macs_by_module": {m: {"attention": 1.4e11, "mlp": 2.7e11, "head": 8.4e9} for m in models},
+        "macs_by_module": {m: {"attention": 14 * 10**10, "mlp": 27 * 10**10, "head": 84 * 10**8} for m in models},
         "perplexity": {
             "wikitext": each(5.68, 9.41, 7.02) | {"protocol": "65,536 tokens, windows of 128"},
             "ptb": each(27.34, 41.5, 33.123) | {"protocol": "65,536 tokens, windows of 128"},
         },
         "tasks": {
-            "boolq": score(0.751, 0.66, 0.71) | {"metric": "acc", "samples": 500, "fewshot": 0},
-            "piqa": score(0.788, 0.742, 0.766) | {"metric": "acc_norm", "samples": 500, "fewshot": 0},
-            "arc_challenge": score(0.4, 0.33, 0.36) | {"metric": "acc_norm", "samples": 500, "fewshot": 0},
-            "mmlu": score(0.45, 0.31, 0.38) | {"metric": "acc", "samples": 900, "fewshot": 5},
-            "mmlu_law": score(0.41, 0.3, 0.35) | {"metric": "acc", "samples": 100, "fewshot": 5, "of": "mmlu"},
-            "average": score(0.597, 0.51, 0.554),
+            "boolq": {"metric": "acc", "samples": 500, "fewshot": 0} | score(0.751, 0.66, 0.71),
+            "piqa": {"metric": "acc_norm", "samples": 500, "fewshot": 0} | score(0.788, 0.742, 0.766),
+            "arc_challenge": {"metric": "acc_norm", "samples": 500, "fewshot": 0} | score(0.4, 0.33, 0.36),
+            "mmlu": {"metric": "acc", "samples": 900, "fewshot": 5} | score(0.45, 0.31, 0.38),
+            "mmlu_law": {"metric": "acc", "samples": 100, "fewshot": 5, "of": "mmlu"} | score(0.41, 0.3, 0.35),
+            "average": {"metric": "mean of acc and acc_norm", "samples": 1500, "fewshot": None} | score(0.597, 0.51, 0.554),
         },
         "latency": {
-            "protocol": "batch of 8 by 128 tokens, median of 5 in turn",
             "prefill_tokens_per_second": each(1200.0, 1400.0, 1400.0),
             "decode_tokens_per_second": each(21.5, 24.75, 24.7),
+            "protocol": "batch of 8 by 128 tokens, median of 5 in turn",
         },
         "evaluation_bytes": each(14 * 2**30, 12 * 2**30, 12 * 2**30),
         "warnings": ["layers.3.mlp: 683 channels are no multiple of 8"],
@@ -116,6 +115,10 @@ def make(layers=6, recovered=True, kinds=("attention", "mlp")):
             "steps": 200,
             "stopped_early": False,
             "best_step": 160,
+            "trainable_parameters": 19_988_480,
+            "examples": 50_000,
+            "tokens": 819_200,
+            "seconds": 321.5,
             "settings": settings,
         }
     return report
@@ -173,7 +176,7 @@ def markdown_tables(text):
 
 @pytest.fixture(scope="module")
 def report():
-    return make()
+    return Report.from_plain(make())
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def test_rows_are_the_figures_of_the_report(report):
     assert table["perplexity, ptb"] == ("27.34", "41.50", "33.12", "+21.2%")
     assert table["boolq, acc"] == ("75.1% ± 2.0", "66.0% ± 2.0", "71.0% ± 2.0", "-4.1 points")
     assert table["decode, tokens/s"] == ("21.50", "24.75", "24.70", "+14.9%")
-    assert list(table)[-1] == "average"
+    assert list(table)[-1] == "average, mean of acc and acc_norm"
     assert not any("mmlu_law" in name for name in table), "a member of a group is no row of its own"
 
 
@@ -410,7 +413,9 @@ def test_the_same_report_gives_the_same_bytes(report, page, tmp_path):
 
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"font.size": 30, "text.usetex": True, "axes.facecolor": "red"}):
-        assert render_html(json.loads(to_json(report))) == page, "whatever the user's own style is"
+        assert render_html(Report.from_json(report.to_json())) == page, (
+            "whatever the user's own style is"
+        )
     write_pictures(report, tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_pictures(report, tmp_path)

@@ -1,0 +1,229 @@
+"""What a report is made of, where it has a fixed shape; `prunekit.report.record` holds the whole.
+
+"Column" below is the name of a model in a report: dense, pruned, recovered, or model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prunekit.report.plain import flattened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """The share of all parameters that was removed.
+
+    Attributes:
+        target: what was asked for, in (0, 1); null where the target was another measure.
+        achieved: what was removed.
+    """
+
+    target: float | None
+    achieved: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A target other than a ratio of parameters, in units of its measure.
+
+    Attributes:
+        measure: parameters, bytes, flops or latency.
+        limit: what the model had to come down to.
+        dense: what the dense model takes.
+        achieved: what the pruned model takes by the same count.
+        measured: seconds of one forward pass of the pruned model; of a latency target only.
+    """
+
+    measure: str
+    limit: float
+    dense: float
+    achieved: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyShares:
+    """How the policy spread the ratio; beside it stands what the policy measured.
+
+    Attributes:
+        shares: group name → its share; only the proportions count.
+    """
+
+    shares: Mapping[str, float]
+    notes: Mapping[str, object] = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Units of one kind in one layer.
+
+    Attributes:
+        kept: how many stayed.
+        total: how many there were.
+    """
+
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKept:
+    """The units that one layer kept: kind of group → `Kept`.
+
+    Attributes:
+        index: the layer; null for groups outside of layers, which stand by their names.
+    """
+
+    index: int | None
+    kinds: Mapping[str, Kept] = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The text that the units were chosen by.
+
+    Attributes:
+        corpus: the name of the corpus or of its file.
+        samples: number of sequences.
+        sequence_length: tokens of each sequence.
+        seed: the seed that the sequences were drawn with.
+    """
+
+    corpus: str
+    samples: int
+    sequence_length: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One step of recovery; what was not measured at this step is left out.
+
+    Attributes:
+        step: optimizer steps so far.
+        tokens: tokens trained on so far.
+        loss: the training loss.
+        learning_rate: the learning rate of this step.
+        validation_loss: the loss on held-out examples.
+        perplexity: corpus → perplexity of the model at this step.
+    """
+
+    step: int
+    tokens: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    validation_loss: float | None = None
+    perplexity: Mapping[str, float | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryFigures:
+    """How the pruned model was fine-tuned.
+
+    Attributes:
+        curve: the logged steps, in order.
+        steps: optimizer steps in all.
+        stopped_early: whether patience ran out before the last step.
+        best_step: the step whose weights were kept.
+        trainable_parameters: number of parameters that were trained.
+        examples: number of training examples.
+        tokens: tokens trained on.
+        seconds: wall-clock time.
+        settings: the settings of the recovery, by name.
+    """
+
+    curve: tuple[CurvePoint, ...]
+    steps: int
+    stopped_early: bool
+    best_step: int
+    trainable_parameters: int
+    examples: int
+    tokens: int
+    seconds: float
+    settings: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Perplexity on one corpus: column → perplexity.
+
+    Attributes:
+        protocol: how it was measured, in words.
+    """
+
+    columns: Mapping[str, float] = flattened()
+    protocol: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One model's score in a task.
+
+    Attributes:
+        value: the score, in the unit of the task's metric.
+        stderr: its standard error; null where the task has none.
+    """
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """One of lm-eval's tasks, a group of tasks, or their average: column → `Score`.
+
+    Attributes:
+        metric: the name of the metric.
+        samples: number of questions.
+        fewshot: examples before each question; null where the tasks of an average differ.
+        of: the group that the task is a member of.
+    """
+
+    metric: str
+    samples: int
+    fewshot: int | None
+    of: str | None = None
+    columns: Mapping[str, Score] = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """‖output − dense‖² / ‖dense‖² of one layer: column → relative squared error.
+
+    Attributes:
+        index: the layer in the dense model.
+    """
+
+    index: int
+    columns: Mapping[str, float] = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuations:
+    """What the models made of one prompt: column → text.
+
+    Attributes:
+        prompt: the text that they began with.
+        mode: how tokens were chosen, in words.
+    """
+
+    prompt: str
+    mode: str
+    columns: Mapping[str, str] = flattened()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Tokens per second: column → median over the turns.
+
+    Attributes:
+        prefill_tokens_per_second: of reading the prompt.
+        decode_tokens_per_second: of writing, one token a sequence and pass.
+        protocol: how it was measured, in words.
+    """
+
+    prefill_tokens_per_second: Mapping[str, float]
+    decode_tokens_per_second: Mapping[str, float]
+    protocol: str
