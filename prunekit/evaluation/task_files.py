@@ -1,39 +1,44 @@
-"""Rows of lm-eval's tasks from local files instead of the hub:
-`<folder>/<task>/<split>.parquet|.jsonl|.json`.
-"""
+"""Rows of lm-eval's tasks from local files: `<folder>/<task>/<split>.parquet|.jsonl|.json`."""
 
 from __future__ import annotations
 
-import ast
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import DataError
-from prunekit.runtime.console import say
+from prunekit.evaluation.task_messages import first_line, list_folder, say_once
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SUFFIXES = (".parquet", ".jsonl", ".json")
-_SPELT = "|".join(_SUFFIXES)
+_ANY_SUFFIX = "|".join(_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The rows of each split that a task names, and the file of those it is evaluated on."""
+    """The rows that a task is given.
 
-    rows: Mapping[str, Any]
+    Attributes:
+        rows: split → its rows, for every split that the task's configuration names.
+        file: the file with the rows that the task is evaluated on.
+        columns: the columns of this file.
+    """
+
+    rows: Mapping[str, Dataset]
     file: Path
     columns: tuple[str, ...]
 
 
 class LocalFiles:
-    """A folder of task folders, in the columns of the hub's data sets.
+    """A folder with a folder for each task, in which a file has the columns of the hub's data set.
 
-    The parts of one data set (MMLU's subjects) may share a folder of its name; a column `subject`
-    tells them apart. Rows are held in memory and never cached on disk, so a changed file gives its
-    new rows.
+    The parts of one data set (the subjects of MMLU) may share a folder of its name, where a column
+    `subject` tells them apart. Rows are held in memory and never cached on disk, so that a changed
+    file gives its new rows.
 
     Raises:
         DataError: no such folder.
@@ -43,194 +48,132 @@ class LocalFiles:
         if not root.is_dir():
             raise DataError(f"eval.tasks_dir: no such folder: {root}")
         self.root = root
-        self._read: dict[Path, Any] = {}
+        self._datasets: dict[Path, Dataset] = {}
 
     def splits(self, config: Mapping[str, Any], shots: int) -> Splits | None:
-        """The rows for a task's configuration; None where the task has no folder or its subject no
-        rows.
+        """The rows for a task's configuration; None where the files hold no rows for the task.
 
-        A split that is only named for few-shot examples may be missing where `shots` is 0.
+        A split that is named for few-shot examples alone may be missing where `shots` is 0.
 
         Raises:
-            DataError: no rows to evaluate on, none for the few-shot examples, a file that can't be
+            DataError: no file to evaluate on, none for the few-shot examples, a file that can't be
                 read.
         """
         folder, subject = self._locate(config)
         if folder is None:
             return None
         files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
-        held_out, source = _evaluated(config, files, folder)
+        wanted, source = _choose_split(config, files, folder)
         rows = self._rows(files[source], subject)
         if not len(rows):
             return None
-        if source != held_out:
+        if source != wanted:
             say_once(
-                f"{config['task']}: {folder} has no split {held_out!r}, evaluating on {source!r}"
+                f"{config['task']}: {folder} has no split {wanted!r}, evaluating on {source!r}"
             )
         if shots:
-            _check_fewshot(config, files, held_out, source, folder)
-        given = {
-            split: self._rows(files[split], subject) for split in _named(config) & files.keys()
-        }
-        every = dict.fromkeys(_named(config), rows) | given | {held_out: rows}
-        return Splits(rows=every, file=files[source], columns=tuple(rows.column_names))
+            _check_fewshot(config, files, wanted, source, folder)
+        # lm-eval looks every named split up, also those it takes no row from.
+        named = dict.fromkeys(_named_splits(config), rows)
+        own = {split: self._rows(files[split], subject) for split in named if split in files}
+        return Splits(
+            rows=named | own | {wanted: rows},
+            file=files[source],
+            columns=tuple(rows.column_names),
+        )
 
     def _locate(self, config: Mapping[str, Any]) -> tuple[Path | None, str | None]:
+        """The folder of a task, and the subject whose rows in it are the task's; None: all rows."""
         name, part = config["task"], config.get("dataset_name")
-        shared = self.root / name.removesuffix(f"_{part}")
         if (self.root / name).is_dir():
             return self.root / name, None
+        shared = self.root / name.removesuffix(f"_{part}")
         return (shared, part) if part and shared.is_dir() else (None, None)
 
-    def _rows(self, path: Path, subject: str | None) -> Any:
-        if path not in self._read:
-            self._read[path] = read_rows(path)
-        rows = self._read[path]
+    def _rows(self, path: Path, subject: str | None) -> Dataset:
+        if path not in self._datasets:
+            self._datasets[path] = read_rows(path)
+        rows = self._datasets[path]
         if subject is None:
             return rows
         if "subject" not in rows.column_names:
-            raise DataError(f"{path}: missing column subject; found {', '.join(rows.column_names)}")
+            raise DataError(
+                f"{path}: expected a column subject, found {', '.join(rows.column_names)}"
+            )
         return rows.select([at for at, value in enumerate(rows["subject"]) if value == subject])
 
 
-def _named(config: Mapping[str, Any]) -> set[str]:
-    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
-    return {
-        split for split in (*(config.get(key) for key in keys), _fewshot_split(config)) if split
-    }
-
-
-def _evaluated(
+def _choose_split(
     config: Mapping[str, Any], files: Mapping[str, Path], folder: Path
 ) -> tuple[str, str]:
-    """The split that lm-eval evaluates on, and the one that is there for it."""
+    """The split that lm-eval evaluates on, and the split that is there for it."""
     named = [config[key] for key in ("test_split", "validation_split") if config.get(key)]
     for source in (*named, "test", "validation"):
         if source in files:
             return named[0], source
-    raise DataError(f"{folder}: expected {named[0]}{_SPELT}, found {listed(folder)}")
+    raise DataError(f"{folder}: expected {named[0]}{_ANY_SUFFIX}, found {list_folder(folder)}")
+
+
+def _named_splits(config: Mapping[str, Any]) -> set[str]:
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    splits = [*(config.get(key) for key in keys), _fewshot_split(config)]
+    return {split for split in splits if split}
 
 
 def _fewshot_split(config: Mapping[str, Any]) -> str | None:
-    """Where few-shot examples come from, by lm-eval's rule; None where the configuration spells
-    them out.
+    """Where few-shot examples come from, by lm-eval's rule.
+
+    None where the configuration spells the examples out.
     """
     own = config.get("fewshot_config") or {}
     named = own.get("split") or config.get("fewshot_split")
     if named or "samples" in own:
         return named
-    return (
-        config.get("training_split") or config.get("validation_split") or config.get("test_split")
-    )
+    splits = (config.get(f"{kind}_split") for kind in ("training", "validation", "test"))
+    return next((split for split in splits if split), None)
 
 
 def _check_fewshot(
-    config: Mapping[str, Any], files: Mapping[str, Path], held_out: str, source: str, folder: Path
+    config: Mapping[str, Any], files: Mapping[str, Path], wanted: str, source: str, folder: Path
 ) -> None:
     """Examples must not come from the very rows that stand in for the split to evaluate on."""
-    pool = _fewshot_split(config)
+    task, pool = config["task"], _fewshot_split(config)
     if pool and pool not in files:
         raise DataError(
-            f"{folder}: few-shot examples of {config['task']} need {pool}{_SPELT}, found {listed(folder)}"
+            f"{folder}: few-shot examples of {task} need {pool}{_ANY_SUFFIX}, "
+            f"found {list_folder(folder)}"
         )
-    if pool == source != held_out:
+    if pool == source != wanted:
         raise DataError(
-            f"{folder}: {config['task']} takes few-shot examples from {pool!r}, so it needs {held_out}{_SPELT} too"
+            f"{folder}: {task} takes few-shot examples from {pool!r}, so it needs "
+            f"{wanted}{_ANY_SUFFIX} too"
         )
 
 
-def read_rows(path: Path) -> Any:
-    """A parquet or JSON-lines file, or a JSON list of records, as a `datasets.Dataset` in memory.
+def read_rows(path: Path) -> Dataset:
+    """The rows of a parquet file, of JSON lines or of a JSON list of records, held in memory.
 
     Raises:
-        DataError: it can't be read, or holds no rows.
+        DataError: the file can't be read, or holds no rows.
     """
     import pyarrow.parquet
     from datasets import Dataset
 
     try:
-        rows = (
-            Dataset(pyarrow.parquet.read_table(path))
-            if path.suffix == ".parquet"
-            else Dataset.from_list(_records(path))
-        )
-    except Exception as error:  # pyarrow and datasets have many
+        if path.suffix == ".parquet":
+            rows = Dataset(pyarrow.parquet.read_table(path))
+        else:
+            rows = Dataset.from_list(_read_json(path))
+    except Exception as error:  # pyarrow and datasets have many kinds
         raise DataError(f"{path}: can't be read: {first_line(error)}") from error
     if not len(rows):
-        raise DataError(f"{path}: it holds no rows")
+        raise DataError(f"{path}: expected rows, found none")
     return rows
 
 
-def _records(path: Path) -> list[Any]:
+def _read_json(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         return json.loads(text)
+    # Not `splitlines`: a JSON string may hold other line breaks as they are, such as U+2028.
     return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def unreadable(config: Mapping[str, Any], splits: Splits, error: Exception) -> DataError:
-    """What keeps a task from reading its rows: columns that its prompt or code names, or else the
-    error itself.
-    """
-    fields = (
-        ("process_docs",)
-        if config.get("process_docs")
-        else ("doc_to_text", "doc_to_target", "doc_to_choice")
-    )
-    named = set().union(*(_columns_in(config.get(field)) for field in fields))
-    missing = sorted(named - set(splits.columns))
-    problem = (
-        f"missing {', '.join(missing)}"
-        if missing
-        else f"{type(error).__name__}: {first_line(error)}"
-    )
-    return DataError(
-        f"{splits.file}: task {config['task']}: {problem}; found columns {', '.join(splits.columns)}"
-    )
-
-
-def _columns_in(field: Any) -> set[str]:
-    """The columns in a field of a task: a column, a function `path/module.name` that reads `doc`, a
-    template.
-    """
-    if not isinstance(field, str):
-        return set()
-    module, _, name = field.rpartition(".")
-    if Path(module).is_absolute() and Path(f"{module}.py").is_file():
-        tree = ast.parse(Path(f"{module}.py").read_text(encoding="utf-8"))
-        bodies = [
-            node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
-        ]
-        return {column for body in bodies for node in ast.walk(body) for column in _subscript(node)}
-    from jinja2 import Environment, meta
-
-    return (
-        {field}
-        if field.isidentifier()
-        else meta.find_undeclared_variables(Environment().parse(field))
-    )
-
-
-def _subscript(node: ast.AST) -> list[str]:
-    match node:
-        case ast.Subscript(
-            value=ast.Name(id="doc"), slice=ast.Constant(value=str(column)), ctx=ast.Load()
-        ):
-            return [column]
-    return []
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """One line, the first time; the same tasks are checked before a run and run on several models."""
-    say(message)
-
-
-def listed(folder: Path) -> str:
-    """What a folder holds, for a message."""
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Runs one lm-eval task on the live model: as it is and where it is, in batches that fit."""
+"""Runs one of lm-eval's tasks on the live model, where and as the model is, in batches that fit."""
 
 from __future__ import annotations
 
@@ -8,118 +8,158 @@ import io
 import logging
 import random
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prunekit.errors import ConfigError, DataError
-from prunekit.evaluation.task_files import first_line, say_once
+from prunekit.evaluation.task_loading import LoadedTask, passing_on_errors
+from prunekit.evaluation.task_messages import first_line, say_once
+from prunekit.evaluation.task_scores import Metrics
 from prunekit.runtime.console import say
 from prunekit.runtime.memory import run_within_memory
-from prunekit.runtime.modes import evaluating
+from prunekit.runtime.modes import evaluating, restoring
 
-BOOTSTRAP = 1000  # draws for the error of metrics that are no mean
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BOOTSTRAP = 1000  # draws for the standard error of metrics that are no mean
 _LARGEST_BATCH = 64
 
 
 class Runner:
-    """lm-eval's wrapper around the live model, and the batch that fits."""
+    """lm-eval's wrapper around the live model, and the batch size that fits.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the tokenizer of the model; lm-eval gets a copy, for it changes it.
+        batch_size: requests at once, or "auto": halved until they fit in memory.
+        device: where inputs go; None: `model.device`.
+        seed: of what tasks draw.
+
+    Raises:
+        ConfigError: a batch size that is neither a positive number nor "auto".
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int | str, device: Any, seed: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | str,
+        device: torch.device | str | None,
+        seed: int,
     ) -> None:
-        self.model, self.tokenizer, self.device, self.seed = (
-            model,
-            copy.deepcopy(tokenizer),
-            device,
-            seed,
-        )
-        self.auto = batch_size == "auto"
-        if not self.auto and not (isinstance(batch_size, int) and batch_size > 0):
+        if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
             raise ConfigError(
                 f"eval.batch_size: expected a positive number or auto, got {batch_size!r}"
             )
-        self.batch_size = batch_size
+        self.model, self.tokenizer = model, copy.deepcopy(tokenizer)
+        self.batch_size, self.device, self.seed = batch_size, device, seed
 
-    def run(self, name: str, task: Any, limit: int | None) -> dict[str, Any]:
-        """The metrics of one task as lm-eval names them ("acc,none"), with `sample_len`.
+    def run(self, loaded: LoadedTask, limit: int | None) -> Metrics:
+        """The metrics of one task by lm-eval's names ("acc,none"), and `sample_len`.
+
+        Args:
+            loaded: the task, its requests built.
+            limit: questions to ask at most; None: all.
 
         Raises:
-            DataError: memory that doesn't suffice, a window that the task's answers don't fit in.
+            DataError: memory that does not suffice, a window that the task's answers don't fit in,
+                rows that the task's metric can't score.
         """
-        window, longest = self._wrap(1).max_length, self._longest(task)
-        if longest > window:
+        name, window, longest = loaded.member.name, self._window(), self._longest(loaded)
+        too_long = longest > window
+        if too_long:
             say_once(
-                f"{name}: requests have up to {longest} tokens, the model's window {window}: their beginnings are cut"
+                f"{name}: requests have up to {longest} tokens, the model's window {window}: "
+                "their beginnings are cut"
             )
-        size = self._fitting(min(longest, window)) if self.auto else int(self.batch_size)
+        size = self.batch_size
+        with passing_on_errors(loaded.member, loaded.splits):
+            try:
+                return run_within_memory(
+                    lambda size: self._attempt(loaded, size, limit),
+                    size if isinstance(size, int) else self._first_size(min(longest, window)),
+                    partial(self._shrink, name),
+                    lambda _, size: say(f"{name}: out of memory, again with batch size {size}"),
+                )
+            except AssertionError as error:  # of lm-eval, where an answer alone does not fit
+                if not too_long:
+                    raise
+                raise DataError(
+                    f"task {name}: too long for the model's window of {window} tokens: "
+                    f"{first_line(error)}"
+                ) from error
 
-        def shrink(size: int, error: Exception) -> int:
-            if size > 1 and self.auto:
-                return size // 2
-            halved = (
-                f"set eval.batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
-            )
-            raise DataError(
-                f"task {name}: out of memory with eval.batch_size={size}: {halved}"
-            ) from error
+    def _shrink(self, name: str, size: int, error: Exception) -> int:
+        if size > 1 and self.batch_size == "auto":
+            return size // 2
+        advice = f"set eval.batch_size={size // 2} or auto" if size > 1 else "nothing left to halve"
+        raise DataError(
+            f"task {name}: out of memory with eval.batch_size={size}: {advice}"
+        ) from error
 
-        try:
-            return run_within_memory(
-                lambda size: self._attempt(task, size, limit),
-                size,
-                shrink,
-                lambda _, size: say(f"{name}: out of memory, again with batch size {size}"),
-            )
-        except AssertionError as error:  # so lm-eval says that an answer doesn't fit
-            reason = first_line(error)
-            raise DataError(
-                f"task {name}: too long for the model's window of {window} tokens: {reason}"
-            ) from error
-
-    def _attempt(self, task: Any, size: int, limit: int | None) -> dict[str, Any]:
+    def _attempt(self, loaded: LoadedTask, size: int, limit: int | None) -> Metrics:
         from lm_eval.evaluator import evaluate
 
+        task: Any = loaded.task
         for instance in task.instances:
-            instance.resps = []
-        task.build_all_requests = lambda **_: None  # they are there
+            instance.resps = []  # of an attempt that memory ended
+        task.build_all_requests = lambda **_: None  # they are built already
         torch.manual_seed(self.seed)
-        tasks = {"tasks": {task.task_name: task}, "groups": {}}
-        found = evaluate(
-            self._wrap(size), tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
-        )["results"][task.task_name]
-        return {
+        results: Any = evaluate(
+            self._wrap(size),
+            {"tasks": {task.task_name: task}, "groups": {}},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
+        )
+        metrics = results["results"][task.task_name]
+        values = {
             key: value if isinstance(value, str) else float(value)
-            for key, value in found.items()
+            for key, value in metrics.items()
             if "," in key
-        } | {"sample_len": int(found["sample_len"])}
+        }
+        return values | {"sample_len": int(metrics["sample_len"])}
 
-    def _wrap(self, size: int) -> Any:
+    def _wrap(self, size: int) -> HFLM:
         from lm_eval.models.huggingface import HFLM
 
-        self.model.tie_weights = lambda *_, **__: (
-            None
-        )  # HFLM would call it; the weights are to stay
+        model: Any = self.model
+        # lm-eval ties the weights of any model, which would give them another storage.
+        model.tie_weights = lambda *_, **__: None
         try:
             wrapped = HFLM(
-                pretrained=self.model, tokenizer=self.tokenizer, backend="causal", batch_size=size
+                pretrained=model,
+                tokenizer=self.tokenizer,  # type: ignore[arg-type]
+                backend="causal",
+                batch_size=size,
             )
         finally:
-            del self.model.tie_weights
+            del model.tie_weights
         if self.device is not None:
             wrapped._device = torch.device(self.device)
         return wrapped
 
-    def _longest(self, task: Any) -> int:
+    def _window(self) -> int:
+        """Tokens that lm-eval takes the model to see at once."""
+        return self._wrap(1).max_length
+
+    def _longest(self, loaded: LoadedTask) -> int:
+        """Tokens of the longest request, the one with the most characters."""
         texts = (
             "".join(part for part in instance.args if isinstance(part, str))
-            for instance in task.instances
+            for instance in loaded.task.instances
         )
         return len(self.tokenizer(max(texts, key=len))["input_ids"])
 
-    def _fitting(self, length: int) -> int:
-        """Rows whose logits in float32, held three times, take half of the GPU's free memory, or 1
-        GiB elsewhere.
+    def _first_size(self, length: int) -> int:
+        """How many requests to try at once.
+
+        Their logits in float32 [size, length, vocabulary], held three times, take half of the GPU's
+        free memory, or 1 GiB elsewhere.
         """
         device = torch.device(self.device or self.model.device)
         free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
@@ -127,29 +167,24 @@ class Runner:
 
 
 @contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[None]:
+def leaving_unchanged(model: PreTrainedModel) -> Iterator[None]:
     """Put back the training mode of every module and the states of the random generators."""
     import numpy
 
-    states = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(), evaluating(model):
-            yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
+    generators = (
+        partial(random.setstate, random.getstate()),
+        partial(numpy.random.set_state, numpy.random.get_state()),
+    )
+    with restoring(*generators), torch.random.fork_rng(), evaluating(model):
+        yield
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the loggers and the progress bars (on standard error) of lm-eval and its libraries."""
+    """Hold back what lm-eval and its libraries log, and their progress bars on standard error."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    levels = [partial(logger.setLevel, logger.level) for logger in loggers]
+    with restoring(*levels), contextlib.redirect_stderr(io.StringIO()):
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prunekit.evaluation.task_data import Member, config_of
-
-if TYPE_CHECKING:
-    from lm_eval.api.task import Task
+from prunekit.evaluation.task_index import config_of
+from prunekit.evaluation.task_loading import LoadedTask
 
 # The papers give `acc_norm` for these tasks, `acc` for others.
 NORMALISED = ("piqa", "hellaswag", "arc_challenge", "openbookqa")
@@ -49,20 +47,20 @@ class TaskScore:
 
 
 def score_tasks(
-    loaded: Sequence[tuple[Member, Task]], results: Mapping[str, Metrics]
+    loaded: Sequence[LoadedTask], results: Mapping[str, Metrics]
 ) -> dict[str, TaskScore]:
     """Scores of groups, each before those of its members, and of tasks; then their average.
 
     The average is over groups and tasks without a group, where all have accuracies.
     """
     scores: dict[str, TaskScore] = {}
-    for member, task in loaded:
-        if member.group and member.group not in scores:
-            own = [task for other, task in loaded if other.group == member.group]
-            scores[member.group] = _score_group(member.group, own, results)
-        metrics = results[member.name]
-        metric = _choose_metric(member.name, metrics)
-        scores[member.name] = _score(metrics, metric, _shots(task), member.group)
+    for one in loaded:
+        name, group = one.member.name, one.member.group
+        if group and group not in scores:
+            own = [other for other in loaded if other.member.group == group]
+            scores[group] = _score_group(group, own, results)
+        metric = _choose_metric(name, results[name])
+        scores[name] = _score(results[name], metric, one.shots, group)
     top = [score for score in scores.values() if score.group is None]
     if len(top) > 1 and {score.metric for score in top} <= {"acc", "acc_norm"}:
         scores["average"] = _average(top)
@@ -81,7 +79,9 @@ def _average(scores: Sequence[TaskScore]) -> TaskScore:
     )
 
 
-def _score_group(name: str, tasks: Sequence[Task], results: Mapping[str, Metrics]) -> TaskScore:
+def _score_group(
+    name: str, members: Sequence[LoadedTask], results: Mapping[str, Metrics]
+) -> TaskScore:
     """lm-eval's own aggregate over the members that ran."""
     from dataclasses import fields
 
@@ -92,15 +92,11 @@ def _score_group(name: str, tasks: Sequence[Task], results: Mapping[str, Metrics
     group = Group.from_config(
         {key: value for key, value in config_of(name).items() if key in known}
     )
-    for task in tasks:
-        group.add(task)
-    metrics: Any = group.aggregate({task.task_name: results[task.task_name] for task in tasks})
-    return _score(metrics, _metric_names(metrics)[0], _shots(tasks[0]))
-
-
-def _shots(task: Task) -> int:
-    shots: Any = task.config.num_fewshot
-    return shots
+    for one in members:
+        group.add(one.task)
+    own: Any = {one.member.name: results[one.member.name] for one in members}
+    metrics: Any = group.aggregate(own)
+    return _score(metrics, _metric_names(metrics)[0], members[0].shots)
 
 
 def _metric_names(metrics: Metrics) -> list[str]:

@@ -1,8 +1,7 @@
-"""Accuracy on lm-eval's tasks: the live model answers the official prompts, scored by the official
-metrics.
+"""Accuracy on lm-eval's tasks: official prompts, answered by the live model, official metrics.
 
-The answer is argmax over choices of log p(choice | question): `acc`; of that divided by its
-characters: `acc_norm`.
+A model chooses the answer argmax over choices of log p(choice | question), which `acc` counts; for
+`acc_norm` the log-probability is divided by the number of the choice's characters.
 """
 
 from __future__ import annotations
@@ -11,23 +10,31 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prunekit.errors import DataError
-from prunekit.evaluation import task_data
 from prunekit.evaluation.cache import Cache
-from prunekit.evaluation.task_files import first_line
-from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, quiet, unchanged
+from prunekit.evaluation.task_index import find_members
+from prunekit.evaluation.task_loading import (
+    LoadedTask,
+    check_packages,
+    load_tasks,
+    passing_on_errors,
+)
+from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, leaving_unchanged, quiet
 from prunekit.evaluation.task_scores import Metrics, TaskScore, score_tasks
 from prunekit.runtime.console import track
 from prunekit.runtime.files import digest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def check_tasks(names: Sequence[str], tasks_dir: Path | None, fewshot: int | None = None) -> None:
-    """Whether the tasks exist and, with `tasks_dir`, whether their files can be read; the hub is
-    left alone.
+    """Whether the tasks exist, and with `tasks_dir`, whether they can read their first rows.
+
+    The hub is left alone.
 
     Raises:
         ConfigError: an unknown name (the nearest ones are named), a task asked for twice, a missing
@@ -36,15 +43,15 @@ def check_tasks(names: Sequence[str], tasks_dir: Path | None, fewshot: int | Non
     """
     with quiet():
         if tasks_dir is None:
-            for member in task_data.members(names):
-                task_data.check_packages(member)
+            for member in find_members(names):
+                check_packages(member)
         else:
-            task_data.load(names, tasks_dir, fewshot)
+            load_tasks(names, tasks_dir, fewshot)
 
 
 def evaluate_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     *,
     tasks_dir: Path | None = None,
@@ -59,85 +66,43 @@ def evaluate_tasks(
 
     Args:
         model: the live model, on any device or several, in any dtype.
-        tokenizer: its tokenizer.
+        tokenizer: the tokenizer of the model.
         names: tasks, groups or tags of lm-eval.
-        tasks_dir: a folder of `<task>/<split>.parquet|.jsonl|.json` in the hub's columns; None
-            reads the hub.
-        limit: questions of each task; None for all.
-        fewshot: examples before
-            each question; None for the task's own number.
-        batch_size: requests at once, or "auto":
-            what should fit, halved when memory runs out.
-        seed: of the few-shot examples, and of
-            sampling where a task samples.
-        cache: results of this model that are known; they aren't
-            computed again, new ones are put there.
-        device: where inputs go, `model.device` by
-            default.
+        tasks_dir: a folder of `<task>/<split>.parquet|.jsonl|.json` in the hub's columns; None: the
+            rows come from the hub.
+        limit: questions of each task; None: all.
+        fewshot: examples before each question; None: the task's own number.
+        batch_size: requests at once, or "auto": what should fit, halved when memory runs out.
+        seed: of the few-shot examples, and of what a task draws.
+        cache: known results of this model, which are not computed again; new ones are put there.
+        device: where inputs go, `model.device` by default.
 
     Returns:
         Task or group → score; "average" where several tasks with accuracies were asked for.
 
     Raises:
-        ConfigError,
-        DataError: see `check_tasks`; rows that can't be turned into requests, a window
-            that is too small for a task, memory that doesn't suffice.
+        ConfigError: see `check_tasks`.
+        DataError: see `check_tasks`; rows that a task can't turn into requests or can't score, a
+            window that is too small for a task, memory that does not suffice.
     """
-    results: dict[str, Metrics] = {}
+    metrics: dict[str, Metrics] = {}
     cache = cache or Cache()
-    with quiet(), unchanged(model):
-        loaded = task_data.load(names, tasks_dir, fewshot, seed)
-        for member, task in track(loaded, "lm-eval tasks", len(loaded)):
-            key = _key(_requests(member, task, limit), tokenizer, seed)
-            runner = Runner(model, tokenizer, batch_size, device, seed)
-            results[member.name] = cache.remember(
-                key, partial(runner.run, member.name, task, limit)
-            )
-        return score_tasks(loaded, results)
+    with quiet(), leaving_unchanged(model):
+        runner = Runner(model, tokenizer, batch_size, device, seed)
+        loaded = load_tasks(names, tasks_dir, fewshot, seed)
+        for one in track(loaded, "lm-eval tasks", len(loaded)):
+            with passing_on_errors(one.member, one.splits):
+                one.task.build_all_requests(limit=limit)
+            key = _key(one, tokenizer, seed)
+            metrics[one.member.name] = cache.remember(key, partial(runner.run, one, limit))
+        return score_tasks(loaded, metrics)
 
 
-def _requests(member: task_data.Member, task: Any, limit: int | None) -> Any:
-    """The task with its requests built, its metric tried on the first row."""
-    try:
-        task.build_all_requests(limit=limit)
-    except Exception as error:
-        raise DataError(
-            f"task {member.name}: its rows can't be turned into requests: {first_line(error)}"
-        ) from error
-    first = task.instances[0]
-    answers = {"generate_until": "a", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
-    asked = [instance for instance in task.instances if instance.doc_id == first.doc_id]
-    try:
-        task.process_results(first.doc, [answers[instance.request_type] for instance in asked])
-    except KeyError as error:
-        found = ", ".join(first.doc)
-        raise DataError(
-            f"task {member.name}: its metric reads a column {error}; found {found}"
-        ) from error
-    except Exception:  # the answer is made up; real ones are scored, or refused, below
-        pass
-    return _refusing(member, task)
-
-
-def _refusing(member: task_data.Member, task: Any) -> Any:
-    """A row that the metric can't score is the data's fault."""
-    score = task.process_results
-
-    def scored(doc: Any, results: Any) -> Any:
-        try:
-            return score(doc, results)
-        except Exception as error:
-            raise DataError(
-                f"task {member.name}: a row can't be scored: {first_line(error)}: {doc}"[:400]
-            ) from error
-
-    task.process_results = scored
-    return task
-
-
-def _key(task: Any, tokenizer: Any, seed: int) -> str:
+def _key(loaded: LoadedTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
+    """Tells all that decides a task's metrics, the model aside."""
     from importlib.metadata import version
 
+    task: Any = loaded.task
     config = {
         key: value
         for key, value in task.config.to_dict().items()
@@ -145,23 +110,21 @@ def _key(task: Any, tokenizer: Any, seed: int) -> str:
     }
     facts = (version("lm-eval"), task.VERSION, config, seed, BOOTSTRAP, _tokenizer_state(tokenizer))
     requests = ([instance.request_type, instance.args, instance.doc] for instance in task.instances)
-    return digest(_plain(part) for part in (*facts, *requests))
+    return digest(_to_text(part) for part in (*facts, *requests))
 
 
-def _plain(value: Any) -> str:
-    """JSON; functions by name, since lm-eval's version says what they do."""
+def _to_text(value: Any) -> str:
+    """The value as JSON; functions by name, since lm-eval's version says what they do."""
     return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", str(v)))
 
 
-def _tokenizer_state(tokenizer: Any) -> Any:
-    """What the tokenizer does with a text; padding and truncation aside, which every call sets
-    anew.
+def _tokenizer_state(tokenizer: Any) -> list[Any]:
+    """What the tokenizer does with a text.
+
+    Padding and truncation are left out, for every call sets them anew.
     """
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     if not tokenizer.is_fast:
         return [type(tokenizer).__name__, special, tokenizer.get_vocab()]
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [
-        special,
-        {key: value for key, value in state.items() if key not in ("padding", "truncation")},
-    ]
+    return [special, {key: state[key] for key in state if key not in ("padding", "truncation")}]
