@@ -1,12 +1,14 @@
-"""What matters least: a score per unit of a coupled group."""
+"""Importances: which units matter least. One backend a file; `base` says what one is."""
 
+from prunekit.importance.ablation import Ablation
+from prunekit.importance.alternate import Alternate
 from prunekit.importance.base import Importance, LayerImportance, ScoreImportance
 from prunekit.importance.fluctuation import Fluctuation
-from prunekit.importance.layers import Ablation, Alternate, Similarity
 from prunekit.importance.lora import LoraGradient
 from prunekit.importance.magnitude import Magnitude
 from prunekit.importance.obs import Obs
 from prunekit.importance.random import Random
+from prunekit.importance.similarity import Similarity
 from prunekit.importance.taylor import TaylorFirst, TaylorMixed, TaylorSecond, TaylorVector
 from prunekit.importance.wanda import Wanda
 

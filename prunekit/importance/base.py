@@ -1,11 +1,13 @@
-"""What an importance is: a score per unit from the whole model, or a choice per layer from its
-inputs' moments.
+"""The base of every importance: by what the units of a group are told apart that matter least.
 
-Units are scored structure by structure: a structure W_i of a group (LLM-Pruner, section 3.2) is one
-matrix's slice along one of its dims, its module's bias with it. The group's score aggregates the
-structures' scores.
+Units are scored structure by structure: a structure W_i of a group (LLM-Pruner, section 3.2) is the
+slice of one matrix along one of its dims, with the bias of its module. The score of a unit
+aggregates the scores of the structures it has a part in.
 """
 
+from __future__ import annotations
+
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,31 +22,58 @@ from prunekit.importance.aggregation import Aggregation, Normalisation, aggregat
 from prunekit.obs.inverse import Problem
 
 
-class Importance:
-    """A way of telling which units matter least."""
+class Importance(ABC):
+    """A way of telling which units matter least.
+
+    There are two ways, and an importance takes one of them or both:
+
+    - a `ScoreImportance` scores all units at once, on the model as it is (`structures`);
+    - a `LayerImportance` chooses the units of one group at a time, from the second moments of what
+      its consumers are fed once the layers before it are cut (`choose`).
+
+    Who needs one of the two asks `at_once` or `by_layer` for it.
+    """
+
+    @property
+    def name(self) -> str:
+        """How messages and the option `importance` call it: the name of its class, in snake case."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
+    def at_once(self) -> ScoreImportance | None:
+        """This importance, if it can score all units at once."""
+        return self if isinstance(self, ScoreImportance) else None
+
+    @property
+    def by_layer(self) -> LayerImportance | None:
+        """This importance, if it can choose the units of one group at a time."""
+        return self if isinstance(self, LayerImportance) else None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether scores of different groups compare as they are, instead of per unit of cost."""
+        return self.at_once is not None and self.at_once.normalisation != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreImportance(Importance, ABC):
     """Scores every unit on the model as it is; low scores go first.
 
-    `aggregation` over a group's structures: sum, mean, max, prod, first or last (in execution
-    order); `normalisation` of each group's scores: none, mean (by their mean), parameters (by the
-    parameters a unit's removal frees).
+    Backends implement `structures`.
+
+    Args:
+        aggregation: of the scores of a group's structures: sum, mean, max, prod, first or last (in
+            execution order).
+        normalisation: of the scores of each group: none, mean (over their mean), parameters (over
+            the parameters that go with one unit).
     """
 
     aggregation: Aggregation = "sum"
     normalisation: Normalisation = "none"
 
     def __post_init__(self) -> None:
-        for key, known in (
-            ("aggregation", get_args(Aggregation)),
-            ("normalisation", get_args(Normalisation)),
-        ):
-            if (value := getattr(self, key)) not in known:
-                raise ConfigError(
-                    f"importance.{key}: unknown {value!r}: {suggest(str(value), list(known))}"
-                )
+        expect_one_of("aggregation", self.aggregation, get_args(Aggregation))
+        expect_one_of("normalisation", self.normalisation, get_args(Normalisation))
 
     @abstractmethod
     def structures(
@@ -54,7 +83,12 @@ class ScoreImportance(Importance, ABC):
         groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """Group name → float64 scores [structures ≥ 1, num_units] ≥ 0, in execution order."""
+        """Score the structures of each group; the model is left as it was.
+
+        Returns:
+            Group name → float64 [structures ≥ 1, num_units] on the CPU, in execution order; scores
+            are ≥ 0 where there are several structures.
+        """
 
     def score(
         self,
@@ -63,23 +97,34 @@ class ScoreImportance(Importance, ABC):
         groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """Group name → float64 scores [num_units]."""
-        found = self.structures(model, graph, groups, batches)
-        return {group.name: self.combine(group, found[group.name]) for group in groups}
+        """Group name → the scores of its units, float64 [num_units]."""
+        structures = self.structures(model, graph, groups, batches)
+        return {group.name: self.combine(group, structures[group.name]) for group in groups}
 
     def combine(self, group: Group, structures: Tensor) -> Tensor:
-        """Scores [structures, num_units] → [num_units]."""
+        """Scores of structures [structures, num_units] → scores of units [num_units], a new one."""
         combined = aggregate(structures, self.aggregation).clone()
         return normalise(combined, self.normalisation, group.parameters_per_unit)
 
 
 class LayerImportance(Importance, ABC):
-    """Chooses a layer's units from the second moments of its consumer's inputs, after the layers
-    before it were cut.
+    """Chooses units layer by layer, on the inputs that the already cut layers give.
+
+    Backends implement `choose`.
     """
 
     @abstractmethod
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
-        """`count` units of a group to remove, given its consumers: W [d, n], A = (H + λI)⁻¹ [n, n]
-        and the columns.
+        """Choose `count` units of one group, given a problem for each site that reads them.
+
+        A problem holds the consumers' W [d, n], A = (H + λI)⁻¹ [n, n] of their inputs, and the
+        columns that each unit owns, int64 [num_units, width].
         """
+
+
+def expect_one_of(key: str, value: str, known: Sequence[str]) -> None:
+    """Raise ConfigError where an option of an importance is none of the known ones."""
+    if value not in known:
+        raise ConfigError(
+            f"importance.{key}: unknown {value!r}: {suggest(str(value), list(known))}"
+        )

@@ -24,7 +24,7 @@ from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
-from prunekit.importance.structures import by_structure
+from prunekit.importance.structures import sum_by_structure
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
@@ -80,7 +80,7 @@ class LoraGradient(ScoreImportance):
             weight = model.get_parameter(member.parameter).detach()
             return along(adapter.estimate().mul_(weight).abs_().pow_(self.p), member.dim)
 
-        return {group.name: by_structure(graph, group, positions) for group in groups}
+        return {group.name: sum_by_structure(graph, group, positions) for group in groups}
 
     def _adapter(
         self, model: nn.Module, name: str, places: Sequence[tuple[nn.Module, str]]

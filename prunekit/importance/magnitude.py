@@ -9,7 +9,7 @@ from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
-from prunekit.importance.structures import by_structure
+from prunekit.importance.structures import sum_by_structure
 from prunekit.runtime.numbers import along, at_least_float32
 
 
@@ -39,4 +39,4 @@ class Magnitude(ScoreImportance):
                 member.dim,
             )
 
-        return {group.name: by_structure(graph, group, positions) for group in groups}
+        return {group.name: sum_by_structure(graph, group, positions) for group in groups}

@@ -23,7 +23,7 @@ from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
-from prunekit.importance.structures import by_structure
+from prunekit.importance.structures import sum_by_structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class _Taylor(ScoreImportance, ABC):
             checkpointing=self.checkpointing,
         )
         return {
-            g.name: by_structure(graph, g, lambda m: scores[m.parameter, m.dim]) for g in groups
+            g.name: sum_by_structure(graph, g, lambda m: scores[m.parameter, m.dim]) for g in groups
         }
 
 

@@ -1,5 +1,6 @@
-"""Wanda (Sun et al. 2023, arXiv 2306.11695) over whole units: weights by the norm of what they are
-multiplied with.
+"""Wanda over whole units (Sun et al. 2023, arXiv 2306.11695): I_u = Σ_{ij ∈ u} |w_ij| ‖x_j‖₂.
+
+‖x_j‖₂ is the norm of input feature j over all tokens of the calibration set (equation 1).
 """
 
 from collections.abc import Sequence
@@ -8,17 +9,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prunekit.calibration.activations import input_statistics
-from prunekit.calibration.gradients.taps import is_transposed
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
-from prunekit.importance.structures import by_structure
-from prunekit.runtime.numbers import along, at_least_float32
+from prunekit.importance.structures import scale_by_inputs, sum_by_structure
+from prunekit.runtime.numbers import along
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(ScoreImportance):
-    """Σ |w_ij| ‖x_j‖₂ over a unit's part of linear modules' weights; other parameters don't count."""
+    """Weights of linear modules by the norm of what they are multiplied with.
+
+    Other parameters do not count.
+    """
 
     def structures(
         self,
@@ -34,16 +37,7 @@ class Wanda(ScoreImportance):
         def positions(member: Member) -> Tensor | None:
             if member.parameter not in inputs:
                 return None
-            return along(
-                products(model, member.parameter, inputs[member.parameter].norm()), member.dim
-            )
+            norm = inputs[member.parameter].norm()
+            return along(scale_by_inputs(model, member.parameter, norm), member.dim)
 
-        return {group.name: by_structure(graph, group, positions) for group in groups}
-
-
-def products(model: nn.Module, name: str, norm: Tensor) -> Tensor:
-    """|w| ‖x‖ elementwise, of the weight's shape, given ‖x‖ [in]."""
-    weight = at_least_float32(model.get_parameter(name).detach())
-    norm = norm.to(weight)
-    transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
-    return weight.abs() * (norm[:, None] if transposed else norm)
+        return {group.name: sum_by_structure(graph, group, positions) for group in groups}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from prunekit.calibration.activations import input_statistics
 from prunekit.errors import ConfigError
-from prunekit.importance.wanda import products
+from prunekit.importance.structures import scale_by_inputs
 from prunekit.policies.base import Policy, Setting
 
 
@@ -54,7 +54,9 @@ class Owl(Policy):
     def _outliers(self, setting: Setting, names: set[str], inputs: dict) -> float:
         if not names:
             raise ConfigError("policy=owl: expected linear modules in every layer that is cut")
-        found = [products(setting.model, name, inputs[name].norm()) for name in sorted(names)]
+        found = [
+            scale_by_inputs(setting.model, name, inputs[name].norm()) for name in sorted(names)
+        ]
         size = sum(p.numel() for p in found)
         mean = sum(p.double().sum().item() for p in found) / size
         return sum(int((p > self.multiple * mean).sum()) for p in found) / size

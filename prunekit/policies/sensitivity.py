@@ -12,12 +12,12 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from prunekit.calibration.gradients.loss import calibration_loss
 from prunekit.calibration.statistics import Statistics
 from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import Group
 from prunekit.importance.base import LayerImportance, ScoreImportance
-from prunekit.importance.layers import calibration_loss
 from prunekit.obs.inverse import removal_error
 from prunekit.policies.base import Policy, Setting
 from prunekit.runtime.console import track

@@ -7,10 +7,10 @@ from torch import nn
 
 from prunekit.allocation.costs.weights import weights_cost
 from prunekit.calibration.activations import input_statistics
+from prunekit.calibration.gradients.loss import calibration_loss
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
 from prunekit.importance import Ablation, Alternate, Fluctuation, Magnitude, Similarity, Wanda
-from prunekit.importance.layers import calibration_loss
 from prunekit.policies import Owl, Setting, Uniform
 
 IDS = token_ids(6, 9)

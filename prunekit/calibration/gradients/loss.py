@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,15 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
             f"{type(model).__name__}: the calibration loss takes a model that returns a scalar `loss`"
         )
     return Loss(value=value, counts=(num_samples(batch),))
+
+
+def calibration_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss over the calibration set, under the grad mode of the caller."""
+    losses = [mean_loss(model, batch) for batch in batches]
+    counts = [sum(loss.counts) for loss in losses]
+    values = torch.stack([loss.value.detach() for loss in losses]).tolist()
+    total = sum(value * count for value, count in zip(values, counts, strict=True))
+    return total / max(sum(counts), 1)
 
 
 def is_language_model(outputs: Any, batch: Batch) -> bool:

@@ -1,0 +1,94 @@
+"""Block influence of whole layers (Men et al. 2024, arXiv 2403.03853).
+
+BI_l = 1 − E_t [ cos(h_{l,t}, h_{l+1,t}) ]: how much layer l turns the hidden states h of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunekit.data.batches import Batch
+from prunekit.graph import CouplingGraph, Group
+from prunekit.importance.base import ScoreImportance
+from prunekit.importance.structures import expect_stacks
+from prunekit.model.inputs import without_cache
+from prunekit.model.stack import hidden_of_call, hidden_of_output
+from prunekit.runtime.console import track
+from prunekit.runtime.modes import undisturbed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity(ScoreImportance):
+    """1 − the mean cosine of the hidden states that a layer takes and returns."""
+
+    def structures(
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[Group],
+        batches: Sequence[Batch],
+    ) -> dict[str, Tensor]:
+        """One forward pass over the calibration set; padding does not count."""
+        stacks = expect_stacks(self.name, groups)
+        meters = {
+            (stack.name, unit): _Meter() for stack in stacks for unit in range(stack.num_units)
+        }
+        with undisturbed(model), ExitStack() as hooks, torch.no_grad():
+            for stack in stacks:
+                for unit in range(stack.num_units):
+                    layer = model.get_submodule(f"{stack.module}.{unit}")
+                    see = meters[stack.name, unit].see
+                    hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
+            for batch in track(batches, "similarity", len(batches)):
+                mask = batch.get("attention_mask")
+                padded = isinstance(mask, Tensor) and mask.ndim == 2
+                for meter in meters.values():
+                    meter.mask = mask.bool() if padded else None
+                model(**without_cache(model, batch))
+        return {
+            stack.name: torch.stack(
+                [meters[stack.name, unit].mean() for unit in range(stack.num_units)]
+            )[None]
+            for stack in stacks
+        }
+
+
+@dataclass
+class _Meter:
+    """The mean of 1 − cosine over the tokens that one layer has seen.
+
+    The sums stay on the device of the layer, so that no layer waits for it. `mask` [B, T] is true
+    where the tokens of the current batch are no padding.
+    """
+
+    mask: Tensor | None = None
+    sums: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor | int] = field(default_factory=list)
+
+    def see(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A forward hook: add the tokens of one call."""
+        before, after = hidden_of_call(args, kwargs), hidden_of_output(output)
+        assert before is not None
+        assert after is not None
+        cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        change = 1 - cosines.double()
+        if self.mask is None:
+            self.sums.append(change.sum())
+            self.counts.append(change.numel())
+        else:
+            mask = self.mask.to(change.device)
+            self.sums.append(change.masked_fill(~mask, 0).sum())
+            self.counts.append(mask.sum())
+
+    def mean(self) -> Tensor:
+        """The mean, float64 [] on the CPU; 0 where no token was seen."""
+        total = sum(float(part) for part in self.sums)
+        count = sum(int(part) for part in self.counts)
+        return torch.tensor(max(total / max(count, 1), 0.0), dtype=torch.float64)
