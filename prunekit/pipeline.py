@@ -243,7 +243,7 @@ def _make_budget(
         cost=objective.cost,
         limit=limit,
         ranking=method.scope.ranking,
-        comparable=getattr(method.importance, "normalisation", "none") != "none",
+        comparable=method.importance.comparable,
         key=objective.option,
         hint=_name_limits(config, method),
     )

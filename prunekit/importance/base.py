@@ -22,7 +22,7 @@ from prunekit.importance.aggregation import Aggregation, Normalisation, aggregat
 from prunekit.obs.inverse import Problem
 
 
-class Importance(ABC):
+class Importance(ABC):  # noqa: B024 - each of its two kinds below has an abstract method
     """A way of telling which units matter least.
 
     There are two ways, and an importance takes one of them or both:

@@ -47,10 +47,10 @@ class Similarity(ScoreImportance):
                     see = meters[stack.name, unit].see
                     hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
             for batch in track(batches, "similarity", len(batches)):
-                mask = batch.get("attention_mask")
-                padded = isinstance(mask, Tensor) and mask.ndim == 2
+                given = batch.get("attention_mask")
+                mask = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
                 for meter in meters.values():
-                    meter.mask = mask.bool() if padded else None
+                    meter.mask = mask
                 model(**without_cache(model, batch))
         return {
             stack.name: torch.stack(

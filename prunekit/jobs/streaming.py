@@ -10,7 +10,6 @@ from prunekit.checkpoint import Shards
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig
 from prunekit.errors import CheckpointError, ConfigError
-from prunekit.importance import LayerImportance
 from prunekit.runtime.console import say
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import free_bytes
@@ -23,7 +22,7 @@ _SHARE = 0.6  # of the free memory that a whole model may take before it is stre
 
 def obstacle(config: RunConfig, method: Method) -> str | None:
     """What of the configuration needs the whole model in memory; None: nothing."""
-    if not isinstance(method.importance, LayerImportance):
+    if method.importance.by_layer is None:
         return "an importance that scores all layers at once; expected importance=obs"
     if not isinstance(method.schedule, Layerwise):
         return "schedule=oneshot; expected layerwise"
