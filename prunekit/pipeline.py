@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from prunekit.allocation.objective import Objective, set_objective
 from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.store import Store
 from prunekit.checkpoint.streamed import Streamed, layers_path
-from prunekit.compensation.bias import Bias
 from prunekit.config import RunConfig
 from prunekit.data.batches import Batch
 from prunekit.data.batches import batches as token_batches
@@ -33,7 +31,7 @@ from prunekit.plan import PruningPlan
 from prunekit.policies import Setting
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
-from prunekit.schedules import Assignment, Layerwise
+from prunekit.schedules import Assignment
 from prunekit.schedules.method import Method
 from prunekit.schedules.places import NOWHERE, Places, activations_folder
 from prunekit.surgery import shapes
@@ -134,21 +132,21 @@ def prune_model(
     dense = num_parameters(model)
     with stages("prune"):
         allocation = allocate(model, graph, config, method, batches, stored)
-        task = replace(
-            allocation.task,
+        assignment = replace(
+            allocation.assignment,
             state=places.open_state(config, graph, batches),
             store=Store(
                 stages.device, config.memory.budget, config.memory.host, places.activations
             ),
         )
-        plan = choose_and_cut(task, method, places, streamed)
+        plan = choose_and_cut(assignment, method, places, streamed)
     report = figures(config, allocation, plan, (dense, num_parameters(model)), stages)
-    if task.store and any(task.store.peak.values()):
-        report["activation_bytes"] = task.store.peak
-    if remeasure := task.budget.cost.remeasure:
+    if assignment.store and any(assignment.store.peak.values()):
+        report["activation_bytes"] = assignment.store.peak
+    if remeasure := assignment.budget.cost.remeasure:
         report["target"]["measured"] = remeasure(model)
-    if task.state and not places.keep:
-        task.state.remove()
+    if assignment.state and not places.keep:
+        assignment.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
 
 
@@ -157,13 +155,13 @@ class Allocation:
     """Everything that is settled before units are chosen.
 
     Attributes:
-        task: what the schedule works on: the groups that are cut, and the budget.
+        assignment: what the schedule works on: the groups that are cut, and the budget.
         groups: the groups that may be cut; those that the policy leaves whole are among them.
         shares: group → the relative share of its units that the policy gives.
         notes: what the policy measured, for the report.
     """
 
-    task: Assignment
+    assignment: Assignment
     groups: Sequence[Group]
     shares: Mapping[str, float]
     notes: Mapping[str, Any]
@@ -186,7 +184,7 @@ def allocate(
     groups = method.scope.included(chosen_groups(graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
     objective = set_objective(method.cost, costs, config)
-    if method.compensation is not None or isinstance(method.schedule, Layerwise):
+    if method.compensation is not None or method.schedule.layerwise:
         _check_repairable(method, model, groups)
     setting = Setting(
         model=model,
@@ -202,7 +200,7 @@ def allocate(
         shapes.check_all_there(groups, graph)
         shares = shapes.shared(shares, groups)
     cut = [group for group in groups if shares[group.name] > 0] or groups
-    task = Assignment(
+    assignment = Assignment(
         model=model,
         graph=graph,
         groups=cut,
@@ -214,7 +212,7 @@ def allocate(
         protected={group.name: method.scope.protected(group) for group in cut},
         independent="independent" in cfg.kinds_of(config.groups),
     )
-    return Allocation(task=task, groups=groups, shares=shares, notes=setting.notes)
+    return Allocation(assignment=assignment, groups=groups, shares=shares, notes=setting.notes)
 
 
 def _make_budget(
@@ -227,7 +225,11 @@ def _make_budget(
 ) -> Budget:
     """Make the budget of the groups that are cut; biases that a repair adds are paid from it."""
     model, graph, limit = setting.model, setting.graph, objective.limit
-    if isinstance(method.compensation, Bias) and objective.cost.stored:
+    if (
+        method.compensation is not None
+        and method.compensation.adds_biases
+        and objective.cost.stored
+    ):
         limit -= added_biases(model, cut) * objective.cost({}) / graph.num_parameters()
     uniform = config.shapes == "uniform"
     slots = method.scope.slots(
@@ -250,18 +252,18 @@ def _make_budget(
 
 
 def choose_and_cut(
-    task: Assignment, method: Method, places: Places, streamed: Streamed | None
+    assignment: Assignment, method: Method, places: Places, streamed: Streamed | None
 ) -> PruningPlan:
     """Let the schedule choose and repair, then cut; after a failure the model is put back."""
-    model, graph = task.model, task.graph
+    model, graph = assignment.model, assignment.graph
     if streamed:
-        streamed.write_to(places.model, resume=bool(task.state and task.state.there))
-        task = replace(task, layers=partial(streamed.layers, graph))
+        streamed.write_to(places.model, resume=bool(assignment.state and assignment.state.there))
+        assignment = replace(assignment, layers=streamed.layers(graph))
     before: dict[str, Tensor | None] = {}
-    repairs = task.compensation is not None or isinstance(method.schedule, Layerwise)
-    if repairs or task.independent:
+    repairs = assignment.compensation is not None or method.schedule.layerwise
+    if repairs or assignment.independent:
         copies = places.undo and streamed is None
-        before = snapshot(model, task.groups, task.independent, copies=copies)
+        before = snapshot(model, assignment.groups, assignment.independent, copies=copies)
     # Modules, not names: where whole layers go, the names of those behind them change.
     without_bias = [
         model.get_submodule(name.rpartition(".")[0])
@@ -269,15 +271,15 @@ def choose_and_cut(
         if bias is None
     ]
     try:
-        plan = method.schedule.run(task)
+        plan = method.schedule.run(assignment)
         if streamed is None:
             apply_plan(model, graph, plan)
         else:
             streamed.complete(layers_path(graph))
     except BaseException:
         restore(model, before)
-        if task.state:
-            task.state.drop_if_empty()
+        if assignment.state:
+            assignment.state.drop_if_empty()
         raise
     note_biases(model, [module for module in without_bias if module.bias is not None])
     return plan
@@ -314,7 +316,7 @@ def figures(
 ) -> dict[str, Any]:
     """The report of pruning alone; `parameters` of the dense and of the pruned model."""
     total, left = parameters
-    stated = bool(config.target.given) or allocation.task.budget.cost.name != "parameters"
+    stated = bool(config.target.given) or allocation.assignment.budget.cost.name != "parameters"
     return {
         "method": config.method_name,
         "seed": config.seed,
@@ -334,7 +336,7 @@ def figures(
 
 def _count_target(allocation: Allocation, plan: PruningPlan) -> dict[str, Any]:
     """What the target's measure comes to in the dense model and in the pruned one."""
-    cost, limit = allocation.task.budget.cost, allocation.task.budget.limit
+    cost, limit = allocation.assignment.budget.cost, allocation.assignment.budget.limit
     exact = round if cost.stored else float
     achieved = cost({name: len(units) for name, units in plan.removed.items()})
     return {

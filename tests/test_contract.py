@@ -138,7 +138,7 @@ def test_every_combination_plans_within_its_budget_and_leaves_the_model_alone(im
             continue
         config = configured(*combination)
         method = Method.build(config)
-        plan = method.schedule.run(allocate(model, graph, config, method, batches).task)
+        plan = method.schedule.run(allocate(model, graph, config, method, batches).assignment)
         plan.check(graph)
         off = abs(graph.removed_parameters(plan.removed) - 0.08 * graph.num_parameters())
         assert off <= cheapest / 2 + 1e-6, combination

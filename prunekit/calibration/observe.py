@@ -41,6 +41,11 @@ class Site:
             self.moments.hessian.device
         )
 
+    def merge_held_out(self) -> None:
+        """Merge the moments of the held-out samples into the others, and let go of both parts."""
+        if self.held is not None:
+            self.moments, self.held = Moments.together([self.moments, self.held]), None
+
     def energy(self) -> float:
         """E‖W x‖²: what removing everything would cost."""
         weight = self.weight()

@@ -1,11 +1,14 @@
-"""What is known of the inputs of a site: their moments, and the damped inverse of the Hessian once
-it is asked for.
+"""From the moments of a site's inputs to the inverse its consumers are repaired by.
+
+With H = E[x xᵀ] over the inputs x [n] of a site: A = (H + λI)⁻¹ (SlimGPT, section 3). Where the
+consumers must reproduce a target t instead of their own outputs W x, W takes a step towards the
+least squares for t first. `prepare_site` calls the pure functions below it in an order that keeps
+as few matrices [n, n] alive as possible.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,78 +18,129 @@ from prunekit.calibration.observe import Site
 from prunekit.obs.inverse import Inverse, Problem, invert
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What is known of a site's inputs: their moments, and A = (H + λI)⁻¹ once it is asked for.
+    """The statistics of a site's inputs that a compensation may repair its consumers by.
 
-    `centred`: H is the inputs' covariance, for consumers whose bias can take up the mean.
+    `moments`: of the inputs; its Hessian may be gone already where `inverse` is there.
+    `inverse`: A = (H + λI)⁻¹ [n, n]; None where the compensation declares that it needs none.
+    `centred`: A is that of the inputs' covariance, for biases that can take up the mean.
+    `shift` [d]: the constant part of the step towards a target, which the biases take up.
+    """
+
+    moments: Moments
+    inverse: Inverse | None = None
+    centred: bool = False
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetStep:
+    """W [d, n] after its step towards a target, and the `shift` [d] that goes into the biases.
+
+    The shift is None where the biases take up nothing.
+    """
+
+    weight: Tensor
+    shift: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteWork:
+    """A site that is about to be cut.
+
+    `weight`: W [d, n] of its consumers, below one another, in float32 at least. `share`: how much
+    of the step towards a target W has taken, in [0, 1]; zero where there is no target.
     """
 
     site: Site
-    damping: float
-    centred: bool = False
-    share: float = field(default=0.0, init=False)
-    shift: Tensor | None = field(
-        default=None, init=False
-    )  # [d], what the biases take up of a target
+    weight: Tensor
+    statistics: Statistics
+    share: float = 0.0
 
-    @property
-    def moments(self) -> Moments:
-        """The inputs' moments."""
-        return self.site.moments
-
-    @cached_property
-    def inverse(self) -> Inverse:
-        """The damped inverse of the Hessian."""
-        return self._inverse(self.moments)
-
-    def _inverse(self, moments: Moments) -> Inverse:
-        if not self.centred:
-            return invert(moments.hessian, self.damping)
-        return invert(moments.hessian - torch.outer(moments.mean, moments.mean), self.damping)
-
-    def problem(self, weight: Tensor) -> Problem:
-        """What to choose units by: W [d, n], where a dead input costs nothing, and A."""
-        index = self.site.consumers[0].member.index.to(weight.device)
-        dead = self.inverse.dead
-        alive = weight.masked_fill(dead, 0) if dead.any() else weight
-        return Problem(weight=alive, inverse=self.inverse.matrix, index=index)
-
-    def weight(self) -> Tensor:
-        """W [d, n] to cut: the site's, or where it has a target, nearer to what gives the target on
-        these inputs.
-
-        With errors e = t − W x̂ and D = E[e x̂ᵀ] the least squares, ridge-regularised towards W,
-        are W + D(H + λI)⁻¹ (centred: of covariances, and E[e] − Δ E[x̂] goes into the bias). Only
-        the share of that step is taken that is best on the held-out samples: with Δ, c of the
-        others, argmin over α in [0, 1] of E‖e − α(Δx̂ + c)‖² there. Then the held-out samples join
-        in.
-        """
-        weight, held = self.site.weight(), self.site.held
-        if held is None or not held.tokens:
-            return weight
-        step, offset = self._step(self.moments, self._inverse(self.moments).matrix)
-        self.share = _best_share(step, offset, held)
-        self.site.moments, self.site.held = Moments.together([self.moments, held]), None
-        step, offset = self._step(self.moments, self.inverse.matrix)
-        self.shift = self.share * offset if self.centred else None
-        return weight + self.share * step.to(weight)
-
-    def _step(self, moments: Moments, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """Δ [d, n] and c [d] of the least squares for the errors."""
-        cross, error = moments.cross, moments.error
-        assert cross is not None and error is not None
-        if not self.centred:
-            return (cross.to(inverse) @ inverse).to(cross), torch.zeros_like(error)
-        step = ((cross - torch.outer(error, moments.mean)).to(inverse) @ inverse).to(cross)
-        return step, error - step @ moments.mean
+    def pose_problem(self) -> Problem:
+        """The problem of choosing units by W and the inverse, which must be there."""
+        assert self.statistics.inverse is not None
+        return pose_problem(self.site, self.weight, self.statistics.inverse)
 
 
-def _best_share(step: Tensor, offset: Tensor, held: Moments) -> float:
-    """Argmin over α in [0, 1] of E‖e − α(Δx + c)‖² = ⟨Δ, D⟩ + c·E[e] over ⟨ΔH, Δ⟩ + 2 c·ΔE[x] +
-    ‖c‖².
+def prepare_site(site: Site, damping: float, *, centred: bool, inverted: bool) -> SiteWork:
+    """Take a site's weights, move them towards their target where there is one, invert its moments.
+
+    Without `inverted` the moments are inverted only where a target needs it. The held-out moments
+    of the site are merged into its others, and let go of, before the second inversion: no more than
+    three matrices [n, n] are alive at once.
     """
-    assert held.cross is not None and held.error is not None
+    weight, held = site.weight(), site.held
+    if held is None or not held.tokens:
+        inverse = invert_moments(site.moments, damping, centred=centred) if inverted else None
+        known = Statistics(moments=site.moments, inverse=inverse, centred=centred)
+        return SiteWork(site=site, weight=weight, statistics=known)
+    share = measure_share(site.moments, held, damping, centred=centred)
+    del held
+    site.merge_held_out()
+    inverse = invert_moments(site.moments, damping, centred=centred)
+    step = step_towards_target(weight, site.moments, inverse, share, centred=centred)
+    known = Statistics(moments=site.moments, inverse=inverse, centred=centred, shift=step.shift)
+    return SiteWork(site=site, weight=step.weight, statistics=known, share=share)
+
+
+def invert_moments(moments: Moments, damping: float, *, centred: bool = False) -> Inverse:
+    """A = (H + λI)⁻¹ [n, n]; `centred`: of the covariance H − E[x] E[x]ᵀ instead of H.
+
+    `damping` is λ / mean(diag H) to start with; `prunekit.obs.inverse.invert` raises it where the
+    factorisation needs more.
+    """
+    if not centred:
+        return invert(moments.hessian, damping)
+    return invert(moments.hessian - torch.outer(moments.mean, moments.mean), damping)
+
+
+def pose_problem(site: Site, weight: Tensor, inverse: Inverse) -> Problem:
+    """The problem of choosing units by W [d, n] and A; weights on dead inputs cost nothing."""
+    index = site.consumers[0].member.index.to(weight.device)
+    alive = weight.masked_fill(inverse.dead, 0) if inverse.dead.any() else weight
+    return Problem(weight=alive, inverse=inverse.matrix, index=index)
+
+
+def measure_share(moments: Moments, held: Moments, damping: float, *, centred: bool) -> float:
+    """The share α in [0, 1] of the step towards a target that serves held-out samples best.
+
+    The step (Δ, c) is the least squares on `moments`; the share is the minimum over α of
+    E‖e − α(Δx + c)‖² on `held`, where e is what the outputs lack of their target:
+
+        α = (⟨Δ, E[e xᵀ]⟩ + c·E[e]) / (⟨ΔH, Δ⟩ + 2 c·ΔE[x] + ‖c‖²)
+    """
+    inverse = invert_moments(moments, damping, centred=centred).matrix
+    step, offset = solve_step(moments, inverse, centred=centred)
+    del inverse  # [n, n] is let go of before the products below
+    assert held.cross is not None
+    assert held.error is not None
     gain = (step * held.cross).sum() + offset @ held.error
     scale = ((step @ held.hessian) * step).sum() + 2 * offset @ (step @ held.mean) + offset @ offset
     return min(max((gain / scale).item(), 0.0), 1.0) if scale > 0 else 0.0
+
+
+def step_towards_target(
+    weight: Tensor, moments: Moments, inverse: Inverse, share: float, *, centred: bool
+) -> TargetStep:
+    """Move W [d, n] by the `share` of the step that gives the target on these inputs."""
+    step, offset = solve_step(moments, inverse.matrix, centred=centred)
+    return TargetStep(
+        weight=weight + share * step.to(weight), shift=share * offset if centred else None
+    )
+
+
+def solve_step(moments: Moments, inverse: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """The step Δ [d, n] and the constant c [d] of the least squares for the errors of the outputs.
+
+    With errors e = t − W x and D = E[e xᵀ], ridge-regularised towards W: Δ = D (H + λI)⁻¹ and
+    c = 0. Centred, D and H are covariances, and c = E[e] − Δ E[x] is for the biases.
+    """
+    cross, error = moments.cross, moments.error
+    assert cross is not None
+    assert error is not None
+    if not centred:
+        return (cross.to(inverse) @ inverse).to(cross), torch.zeros_like(error)
+    step = ((cross - torch.outer(error, moments.mean)).to(inverse) @ inverse).to(cross)
+    return step, error - step @ moments.mean

@@ -9,16 +9,17 @@ layer takes one forward pass, in pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.blocks import Block, Finder, constant, outputs_aside, replaced
 from prunekit.calibration.consumers import Consumer, See, watched
+from prunekit.calibration.layers import Layers
 from prunekit.calibration.observe import HELD_OUT, Observation, Site, Stop
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Batch, Numbered, fresh, positions_of
@@ -29,19 +30,6 @@ from prunekit.runtime.numbers import wide
 from prunekit.runtime.processes import add_up, together
 
 Found = tuple[Group, list[Site]]
-
-
-class Layers(Protocol):
-    """Where the weights of layers come from and go to, when they don't all stay in memory."""
-
-    def outside(self) -> AbstractContextManager[Any]:
-        """All weights but those of the layers are there during the `with` block."""
-
-    def enter(self, layer: int) -> None:
-        """The layer's weights are there from now on."""
-
-    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
-        """The layer is finished; `run` gives its output on one batch."""
 
 
 @dataclass

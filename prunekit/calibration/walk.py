@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from prunekit.calibration.consumers import Consumer, consumers_of, experts_in_turn, watched
+from prunekit.calibration.layers import Layers
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Observation, Site
 from prunekit.calibration.store import Store
-from prunekit.calibration.stream import Layers, Stream
+from prunekit.calibration.stream import Stream
 from prunekit.data.batches import Batch, Numbered, fresh, positions_of, unpadded
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import Group

@@ -4,7 +4,8 @@ before the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
 from prunekit.errors import ConfigError, SurgeryError
-from prunekit.graph import CouplingGraph
+from prunekit.graph import CouplingGraph, Group
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
 from prunekit.runtime.processes import rank
@@ -66,9 +67,9 @@ class Streamed:
             self.model, self.writer.shards if written and self.writer else self.shards, self.device
         )
 
-    def layers(self, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> StreamedLayers:
-        """The layers, which lose the units of `removed` as soon as they are finished."""
-        return StreamedLayers(self, graph, removed)
+    def layers(self, graph: CouplingGraph) -> StreamedLayers:
+        """The layers, read one by one; each is cut and written as soon as it is left."""
+        return StreamedLayers(self, graph)
 
     def complete(self, path: str) -> None:
         """Write what no group was cut in: the layers left, and everything outside them."""
@@ -81,15 +82,15 @@ class Streamed:
 
 
 class StreamedLayers:
-    """`compensation.stream.Layers` from shards: read, cut when finished, checked, written, let go
-    of.
+    """`prunekit.calibration.layers.Layers` over shards.
+
+    A layer is read when it is entered; when it is left it is cut, checked, written and let go of.
     """
 
-    def __init__(
-        self, streamed: Streamed, graph: CouplingGraph, removed: Mapping[str, list[int]]
-    ) -> None:
-        self.streamed, self.graph, self.removed = streamed, graph, removed
+    def __init__(self, streamed: Streamed, graph: CouplingGraph) -> None:
+        self.streamed, self.graph = streamed, graph
         self.path = layers_path(graph)
+        self.removed: dict[int, dict[str, list[int]]] = defaultdict(dict)  # [layer][group name]
 
     def outside(self) -> AbstractContextManager[Any]:
         """Embeddings, the last norm, the head."""
@@ -99,15 +100,20 @@ class StreamedLayers:
         """Read a layer."""
         self.streamed.weights.load(f"{self.path}.{layer}")
 
-    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
-        """Cut a layer; its output must stay what it was; write it."""
-        key = f"{self.path}.{layer}"
-        units = {
-            name: gone
-            for name, gone in self.removed.items()
-            if self.graph[name].layer == layer and gone
-        }
+    def remove(self, group: Group, units: Sequence[int]) -> None:
+        """Note the units that a group of the layer in turn has lost; `leave` cuts them."""
+        assert group.layer is not None
         if units:
+            self.removed[group.layer][group.name] = list(units)
+
+    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
+        """Cut a layer, check that `run` gives the output that it gave before, write the layer.
+
+        Raises:
+            SurgeryError: the layer that was cut gives another output.
+        """
+        key = f"{self.path}.{layer}"
+        if units := self.removed.pop(layer, {}):
             self._cut(units, run)
         writer = self.streamed.writer
         if writer and not writer.has(key):

@@ -1,4 +1,4 @@
-"""What happens to the weights that stay in a consumer when others leave."""
+"""Compensations: how the weights that stay in a consumer make up for those that leave."""
 
 from prunekit.compensation.base import Compensation, Target
 from prunekit.compensation.bias import Bias

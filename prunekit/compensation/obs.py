@@ -1,4 +1,7 @@
-"""The compensation of SlimGPT: what stays moves to the least-squares optimum (section 3)."""
+"""The compensation of SlimGPT (section 3): the columns that stay move to the least-squares optimum.
+
+W ← W − W_S (A_SS)⁻¹ A_S: for the removed columns S, with A = (H + λI)⁻¹ of `prunekit.obs.inverse`.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,19 @@ from prunekit.obs.inverse import remove_columns
 
 @dataclass(frozen=True, kw_only=True)
 class Obs(Compensation):
-    """The least-squares optimum of what stays.
+    """The least-squares optimum of the columns that stay.
 
-    `target`: what the consumers must reproduce from the inputs that the pruned layers before them
-    give. pruned: what they compute on these (SlimGPT); dense: what they compute in the dense model;
-    residual: what brings back the dense residual stream behind them (both take a dense stream
-    through the layers beside the pruned one). `attention`, `mlp`: the same for the groups of that
-    kind alone. `bias`: where a consumer has a bias, it takes up the mean of what is lost.
+    Args:
+        target: what the consumers must reproduce from the inputs that the pruned layers before them
+            give. pruned: what they compute on these inputs (SlimGPT); dense: what they compute in
+            the dense model; residual: what brings back the dense residual stream behind them. The
+            last two take a dense stream through the layers beside the pruned one.
+        attention: the target of attention groups alone.
+        mlp: the target of FFNs alone.
+        bias: whether the biases of consumers that have one take up the mean of the loss.
+
+    Raises:
+        ConfigError: an unknown target, or a `bias` that is neither true nor false.
     """
 
     target: Target = "residual"
@@ -33,25 +42,28 @@ class Obs(Compensation):
     def __post_init__(self) -> None:
         if not isinstance(self.bias, bool):
             raise ConfigError(f"compensation.bias: expected true or false, got {self.bias!r}")
-        for key in ("target", "attention", "mlp"):
-            value = getattr(self, key)
-            if value not in (*get_args(Target), *([] if key == "target" else [None])):
-                known = suggest(str(value), list(get_args(Target)))
-                raise ConfigError(f"compensation.{key}: unknown {value!r}: {known}")
+        known = list(get_args(Target))
+        targets = {"target": self.target, "attention": self.attention, "mlp": self.mlp}
+        for key, value in targets.items():
+            inherited = value is None and key != "target"
+            if value not in known and not inherited:
+                hint = suggest(str(value), known)
+                raise ConfigError(f"compensation.{key}: unknown {value!r}: {hint}")
 
     def target_of(self, kind: str) -> Target:
-        """The kind's own target, or that of all."""
+        """The target of groups of this kind: their own, or the one of all groups."""
         own = {"attention": self.attention, "query_head": self.attention, "mlp": self.mlp}.get(kind)
         return own or self.target
 
     def centred(self, site: Site) -> bool:
-        """Where asked for, and all the site's consumers have a bias."""
+        """Whether `bias` is asked for and all consumers of the site have a bias."""
         return self.bias and all(consumer.bias is not None for consumer in site.consumers)
 
     def repair(
         self, weight: Tensor, statistics: Statistics, removed: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """W − W_S (A_SS)⁻¹ A_S:."""
+        """W − W_S (A_SS)⁻¹ A_S:, and for centred statistics the mean of the loss for the bias."""
+        assert statistics.inverse is not None
         repaired = remove_columns(weight, statistics.inverse.matrix, removed)
         if not statistics.centred:
             return repaired, None

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, suggest
@@ -66,10 +66,11 @@ class Obs(ScoreImportance, LayerImportance):
         """E(S) of each unit alone on the model's own activations."""
         found = {}
         for group, sites in Walk(model=model, groups=groups, batches=batches):
-            known = (Statistics(site=site, damping=self.damping) for site in sites)
-            errors = [
-                unit_errors([statistics.problem(statistics.site.weight())], self.heads)
-                for statistics in known
-            ]
+            errors = []
+            for site in sites:
+                inverse = invert_moments(site.moments, self.damping)
+                problem = pose_problem(site, site.weight(), inverse)
+                errors.append(unit_errors([problem], self.heads))
+                del inverse, problem  # the next site's inverse takes their room
             found[group.name] = torch.stack(errors).cpu()
         return found

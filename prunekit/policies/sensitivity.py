@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from prunekit.calibration.gradients.loss import calibration_loss
-from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import Group
@@ -133,7 +133,8 @@ class Sensitivity(Policy):
             model=setting.model, groups=setting.groups, batches=setting.batches
         ):
             problems = [
-                Statistics(site=site, damping=0.0001).problem(site.weight()) for site in sites
+                pose_problem(site, site.weight(), invert_moments(site.moments, 0.0001))
+                for site in sites
             ]
             energy = sum(site.energy() for site in sites)
             for i, removed in enumerate(counts[places[group.name]]):

@@ -1,8 +1,8 @@
-"""Schedules: oneshot and layerwise."""
+"""Schedules: when units are chosen, at once (oneshot) or layer by layer (layerwise)."""
 
 from prunekit.schedules.base import Assignment, Schedule
 from prunekit.schedules.layerwise import Layerwise
 from prunekit.schedules.oneshot import OneShot
 from prunekit.schedules.state import State
 
-__all__ = ["Layerwise", "OneShot", "Schedule", "State", "Assignment"]
+__all__ = ["Assignment", "Layerwise", "OneShot", "Schedule", "State"]

@@ -1,5 +1,6 @@
-"""Who is chosen when: all units at once from the dense model, or layer by layer on the already
-pruned prefix.
+"""Schedules: when units are chosen, from the dense model at once or layer by layer.
+
+Layer by layer means: on the inputs that the layers before it give once they are pruned.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from prunekit.allocation.budget import Budget
+from prunekit.calibration.layers import Layers
 from prunekit.calibration.store import Store
-from prunekit.calibration.stream import Layers
 from prunekit.compensation.base import Compensation
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
@@ -26,11 +27,14 @@ from prunekit.schedules.state import State
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What a schedule works on; `protected` names the units of a group that must stay.
+    """The work of a schedule: a model, the groups to cut, how much of them, and by which methods.
 
-    `rounds`: score, remove a part, score again. `independent`: every matrix loses units of its own
-    choice. `state`: keeps what is finished; `store`: where activations wait; `layers`: where
-    layers' weights come from and, given the units removed so far, go to.
+    `rounds`: how many times units are scored, a part of them chosen each time.
+    `protected`: group name → units that must stay.
+    `independent`: every matrix loses units of its own choice (`prunekit.schedules.independent`).
+    `state`: keeps the groups that are finished on disk. `store`: keeps activations between two
+    layers. `layers`: reads the layers of a streamed model, cuts and writes them; None where the
+    whole model is in memory.
     """
 
     model: nn.Module
@@ -45,29 +49,42 @@ class Assignment:
     independent: bool = False
     state: State | None = None
     store: Store | None = None
-    layers: Callable[[Mapping[str, list[int]]], Layers] | None = None
+    layers: Layers | None = None
 
-    def remembered(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` gives, or gave before the run was broken off."""
-        return (
-            self.state.remember(name, compute) if self.state and not self.independent else compute()
-        )
+    def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `compute`, or the one from before the run was broken off.
+
+        Units that every matrix chooses for itself are not kept: the weights that they move are not
+        part of the state.
+        """
+        if self.state is None or self.independent:
+            return compute()
+        return self.state.remember(name, compute)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """Chooses the units, and leaves repaired consumers (their removed columns zero) where there is
-    a compensation.
+    """Chooses the units to remove, and has the consumers repaired where there is a compensation.
 
-    `damping`: λ / mean(diag H) to start with; raised where the factorisation needs it.
+    Args:
+        damping: λ / mean(diag H) to start with, raised where the factorisation needs more.
+
+    Raises:
+        ConfigError: `damping` is negative, infinite or no number.
     """
+
+    # Whether the consumers change group by group, so that every group needs linear consumers.
+    layerwise: ClassVar[bool] = False
 
     damping: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
-            raise ConfigError(f"schedule.damping: expected a number ≥ 0, got {self.damping}")
+            raise ConfigError(f"schedule.damping: expected a number ≥ 0, got {self.damping!r}")
 
     @abstractmethod
-    def run(self, task: Assignment) -> PruningPlan:
-        """The plan; the model's shapes are unchanged, its consumers may be repaired."""
+    def run(self, assignment: Assignment) -> PruningPlan:
+        """Choose the units; the removed columns of consumers that were repaired are zero.
+
+        The shapes of the model do not change.
+        """

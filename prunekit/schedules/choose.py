@@ -13,29 +13,31 @@ from prunekit.schedules.independent import scatter
 from prunekit.surgery.masking import masked
 
 
-def choose_by_score(task: Assignment, importance: ScoreImportance) -> dict[str, list[int]]:
+def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict[str, list[int]]:
     """Group → the units that go: the lowest scores, in `rounds` steps with the units already chosen
     masked.
     """
     removed: dict[str, list[int]] = {}
-    for r in range(1, task.rounds + 1):
-        with masked(task.model, task.graph, removed):
-            structures = importance.structures(task.model, task.graph, task.groups, task.batches)
-        scores = {g.name: importance.combine(g, structures[g.name]) for g in task.groups}
+    for r in range(1, assignment.rounds + 1):
+        with masked(assignment.model, assignment.graph, removed):
+            structures = importance.structures(
+                assignment.model, assignment.graph, assignment.groups, assignment.batches
+            )
+        scores = {g.name: importance.combine(g, structures[g.name]) for g in assignment.groups}
         for name, values in scores.items():
             if values.isnan().any():
                 raise DataError(f"{name}: its scores hold NaN")
             values[removed.get(name, [])] = -math.inf
-            values[task.protected.get(name, [])] = math.inf
-        counts = task.budget.solve(scores, r / task.rounds)
-        removed = lowest(task.groups, scores, counts)
-        if task.rounds > 1:
-            say(f"round {r} of {task.rounds}: {sum(counts.values())} units")
-    if task.independent:
-        if task.compensation is not None:
+            values[assignment.protected.get(name, [])] = math.inf
+        counts = assignment.budget.solve(scores, r / assignment.rounds)
+        removed = lowest(assignment.groups, scores, counts)
+        if assignment.rounds > 1:
+            say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
+    if assignment.independent:
+        if assignment.compensation is not None:
             raise ConfigError(
                 "groups=independent: nothing can be repaired when units don't belong together: "
                 "expected compensation=none"
             )
-        scatter(task.model, task.graph, structures, removed)
+        scatter(assignment.model, assignment.graph, structures, removed)
     return removed

@@ -1,53 +1,64 @@
-"""SlimGPT: layer by layer, each on the inputs it gets from the pruned layers before it."""
+"""The schedule of SlimGPT: each layer on the inputs that the pruned layers before it give."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prunekit.errors import ConfigError
 from prunekit.importance.base import LayerImportance, ScoreImportance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.base import Assignment, Schedule
 from prunekit.schedules.choose import choose_by_score
-from prunekit.schedules.repair import _repair
+from prunekit.schedules.repair import cut_groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise(Schedule):
-    """SlimGPT: each group on the inputs it gets from the pruned layers before it.
+    """Groups are cut in execution order, each on the inputs that the groups before it now give.
 
-    Where groups compete, scores of the dense model say how many units each of them loses.
+    An importance that only scores has chosen all units on the dense model before the first group
+    is cut. One that chooses from the moments of a layer's inputs chooses group by group; how many
+    units each group loses is settled before: by the shares of the policy, or, where groups compete,
+    by scores on the dense model.
     """
 
-    def run(self, task: Assignment) -> PruningPlan:
-        """Choose and repair group by group; scores that need no moments are taken from the dense
-        model first.
-        """
-        if isinstance(task.importance, LayerImportance):
-            removed = _repair(
-                task, self.damping, {}, task.remembered("counts", lambda: _counts(task))
-            )
+    layerwise: ClassVar[bool] = True
+
+    def run(self, assignment: Assignment) -> PruningPlan:
+        """Choose and repair group by group."""
+        importance = assignment.importance
+        if isinstance(importance, LayerImportance):
+            counts = assignment.remember("counts", lambda: count_units(assignment))
+            removed = cut_groups(assignment, self.damping, counts=counts)
         else:
-            assert isinstance(importance := task.importance, ScoreImportance)
-            chosen = task.remembered("chosen", lambda: choose_by_score(task, importance))
-            removed = _repair(task, self.damping, chosen, {})
-        return PruningPlan(removed, task.graph.fingerprint)
+            assert isinstance(importance, ScoreImportance)
+            chosen = assignment.remember("chosen", lambda: choose_by_score(assignment, importance))
+            removed = cut_groups(assignment, self.damping, chosen=chosen)
+        return PruningPlan(removed, assignment.graph.fingerprint)
 
 
-def _counts(task: Assignment) -> dict[str, int]:
-    """How many units each group loses where they are chosen layer by layer."""
-    if task.rounds > 1 or task.independent:
-        option = "groups=independent" if task.independent else f"scope.rounds={task.rounds}"
-        name = type(task.importance).__name__.lower()
+def count_units(assignment: Assignment) -> dict[str, int]:
+    """How many units each group loses, by group name, before any of them is chosen.
+
+    Raises:
+        ConfigError: rounds, or matrices with units of their own, which need scores of all layers at
+            once; groups that compete under an importance that gives no scores.
+    """
+    if assignment.rounds > 1 or assignment.independent:
+        rounds = f"scope.rounds={assignment.rounds}"
+        option = "groups=independent" if assignment.independent else rounds
+        name = type(assignment.importance).__name__.lower()
         raise ConfigError(
             f"{option}: importance={name} chooses layer by layer; use schedule=oneshot"
         )
-    if task.budget.ranking == "local":
-        return task.budget.solve()
-    if not isinstance(task.importance, ScoreImportance):
+    if assignment.budget.ranking == "local":
+        return assignment.budget.solve()
+    if not isinstance(assignment.importance, ScoreImportance):
         raise ConfigError(
             "scope.ranking: expected an importance that scores, for groups to compete"
         )
-    return task.budget.solve(
-        task.importance.score(task.model, task.graph, task.groups, task.batches)
+    scores = assignment.importance.score(
+        assignment.model, assignment.graph, assignment.groups, assignment.batches
     )
+    return assignment.budget.solve(scores)

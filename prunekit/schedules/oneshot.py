@@ -1,4 +1,4 @@
-"""All units are scored at once on the dense model."""
+"""The schedule of LLM-Pruner: all units are scored at once on the dense model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from prunekit.importance.base import ScoreImportance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.base import Assignment, Schedule
 from prunekit.schedules.choose import choose_by_score
-from prunekit.schedules.repair import _repair
+from prunekit.schedules.repair import cut_groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneShot(Schedule):
-    """Every unit is scored once on the dense model; the lowest go. A compensation follows layer by
-    layer.
+    """Every unit is scored on the dense model, and the lowest go.
+
+    Where there is a compensation, the consumers are repaired layer by layer afterwards.
     """
 
-    def run(self, task: Assignment) -> PruningPlan:
-        """Score, choose, and repair where asked to."""
-        if not isinstance(task.importance, ScoreImportance):
-            name = type(task.importance).__name__.lower()
+    def run(self, assignment: Assignment) -> PruningPlan:
+        """Score, choose, and repair where a compensation is given.
+
+        Raises:
+            ConfigError: an importance that gives no scores.
+        """
+        importance = assignment.importance
+        if not isinstance(importance, ScoreImportance):
+            name = type(importance).__name__.lower()
             raise ConfigError(f"importance={name} works layer by layer: use schedule=layerwise")
-        importance = task.importance
-        chosen = task.remembered("chosen", lambda: choose_by_score(task, importance))
-        if task.compensation is not None:
-            _repair(task, self.damping, chosen, {})
-        return PruningPlan(chosen, task.graph.fingerprint)
+        chosen = assignment.remember("chosen", lambda: choose_by_score(assignment, importance))
+        if assignment.compensation is not None:
+            cut_groups(assignment, self.damping, chosen=chosen)
+        return PruningPlan(chosen, assignment.graph.fingerprint)

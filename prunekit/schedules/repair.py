@@ -1,6 +1,4 @@
-"""Walk the groups in execution order, choose units where nothing is chosen yet, repair the
-consumers.
-"""
+"""Cut groups in execution order: choose units where none are chosen yet, repair the consumers."""
 
 from __future__ import annotations
 
@@ -10,83 +8,115 @@ import torch
 
 from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.observe import Site
-from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.statistics import SiteWork, prepare_site
 from prunekit.calibration.walk import Walk
+from prunekit.compensation.base import Compensation
 from prunekit.graph import Group
 from prunekit.importance.base import LayerImportance
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
 
 
-def _repair(
-    task: Assignment, damping: float, chosen: Mapping[str, Sequence[int]], counts: Mapping[str, int]
+def cut_groups(
+    assignment: Assignment,
+    damping: float,
+    *,
+    chosen: Mapping[str, Sequence[int]] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> dict[str, list[int]]:
-    """Walk the groups: choose `counts` units where nothing is chosen, repair the consumers; all the
-    units removed.
+    """Cut the groups in execution order; group name → the units removed.
+
+    The units are `chosen` already, or each group loses `counts` units that the importance chooses
+    from the moments of the consumers' inputs. Groups that an earlier run has finished get their
+    weights back from the state.
     """
-    removed = {name: list(units) for name, units in chosen.items()}
-    groups = [group for group in task.groups if counts.get(group.name) or removed.get(group.name)]
-    targets = (
-        {group.name: task.compensation.target_of(group.kind) for group in groups}
-        if task.compensation
-        else {}
-    )
-    walk = Walk(
-        model=task.model,
-        groups=groups,
-        batches=task.batches,
-        targets={name: target for name, target in targets.items() if target != "pruned"},
-        done=task.state.finished if task.state else (),
-        store=task.store,
-        layers=task.layers(removed) if task.layers else None,
-    )
+    removed = {name: list(units) for name, units in (chosen or {}).items()}
+    counts = counts or {}
+    groups = [g for g in assignment.groups if counts.get(g.name) or removed.get(g.name)]
+    walk = walk_through(assignment, groups)
     for group, sites in track(walk, "pruning layer by layer", len(groups)):
-        consumers = consumers_of(task.model, group)
-        if not sites:
-            assert task.state is not None
-            removed[group.name] = task.state.restore(group.name, consumers)
+        if sites:
+            units = removed.get(group.name)
+            count = counts.get(group.name, 0)
+            removed[group.name] = cut_group(assignment, damping, group, sites, units, count)
         else:
-            removed[group.name] = _cut(task, damping, group, sites, removed.get(group.name), counts)
-            if task.state:
-                task.state.record(group.name, removed[group.name], consumers)
-        say(f"{group.name}: {group.num_units} → {group.num_units - len(removed[group.name])} units")
+            removed[group.name] = restore_group(assignment, group)
+        if assignment.layers is not None:
+            assignment.layers.remove(group, removed[group.name])
+        left = group.num_units - len(removed[group.name])
+        say(f"{group.name}: {group.num_units} → {left} units")
     return removed
 
 
-def _cut(
-    task: Assignment,
+def walk_through(assignment: Assignment, groups: Sequence[Group]) -> Walk:
+    """The walk that shows these groups with the moments of their consumers' inputs."""
+    compensation, targets = assignment.compensation, {}
+    for group in groups if compensation else ():
+        assert compensation is not None
+        if (target := compensation.target_of(group.kind)) != "pruned":
+            targets[group.name] = target
+    return Walk(
+        model=assignment.model,
+        groups=groups,
+        batches=assignment.batches,
+        targets=targets,
+        done=assignment.state.finished if assignment.state else (),
+        store=assignment.store,
+        layers=assignment.layers,
+    )
+
+
+def restore_group(assignment: Assignment, group: Group) -> list[int]:
+    """Give the consumers of a group that is finished their weights; the units removed."""
+    assert assignment.state is not None
+    return assignment.state.restore(group.name, consumers_of(assignment.model, group))
+
+
+def cut_group(
+    assignment: Assignment,
     damping: float,
     group: Group,
     sites: Sequence[Site],
     units: list[int] | None,
-    counts: Mapping[str, int],
+    count: int,
 ) -> list[int]:
-    """Choose a group's units where none are given, repair its consumers; the units."""
-    repairs = task.compensation
-    found = [
-        Statistics(site=s, damping=damping, centred=bool(repairs and repairs.centred(s)))
-        for s in sites
-    ]
-    weights = [statistics.weight() for statistics in found]
-    if any(statistics.share for statistics in found):
-        say(f"{group.name}: {', '.join(f'{s.share:.0%}' for s in found)} of the way to its target")
+    """Remove the `units` of a group, or `count` of them chosen here where None; the units removed.
+
+    Afterwards the columns of these units are zero and the others repaired, in all its consumers.
+    """
+    compensation = assignment.compensation
+    inverted = units is None or (compensation is not None and compensation.needs_inverse)
+    work = []
+    for site in sites:
+        centred = compensation is not None and compensation.centred(site)
+        work.append(prepare_site(site, damping, centred=centred, inverted=inverted))
+    if any(part.share for part in work):
+        shares = ", ".join(f"{part.share:.0%}" for part in work)
+        say(f"{group.name}: {shares} of the way to its target")
+    # Choosing needs room for more matrices [n, n]. Sites may share their moments (experts that saw
+    # few tokens), so that no Hessian goes before the last site is inverted.
+    for site in sites if inverted else ():
+        site.moments.drop()
     if units is None:
-        assert isinstance(task.importance, LayerImportance)
-        problems = [
-            statistics.problem(weight) for statistics, weight in zip(found, weights, strict=True)
-        ]
-        for site in sites:
-            site.moments.drop()
-        units = task.importance.choose(problems, counts[group.name])
-    for site, statistics, weight in zip(sites, found, weights, strict=True):
-        columns = site.consumers[0].member.index[torch.tensor(units)].flatten().to(weight.device)
-        bias = None
-        if repairs is None:
-            repaired = weight.index_fill(1, columns, 0)
-        else:
-            repaired, bias = repairs.repair(weight, statistics, columns)
-        rows = [consumer.outputs for consumer in site.consumers]
-        biases = [None] * len(rows) if bias is None else bias.split(rows)
-        for consumer, part, own in zip(site.consumers, repaired.split(rows), biases, strict=True):
-            consumer.store(part, own)
+        assert isinstance(assignment.importance, LayerImportance)
+        units = assignment.importance.choose([part.pose_problem() for part in work], count)
+    for part in work:
+        repair_site(part, compensation, units)
+    if assignment.state:
+        assignment.state.record(group.name, units, consumers_of(assignment.model, group))
     return units
+
+
+def repair_site(work: SiteWork, compensation: Compensation | None, units: Sequence[int]) -> None:
+    """Zero the columns of the units in all consumers of a site, and repair the other columns."""
+    site, weight = work.site, work.weight
+    columns = site.consumers[0].member.index[torch.tensor(units)].flatten().to(weight.device)
+    bias = None
+    if compensation is None:
+        repaired = weight.index_fill(1, columns, 0)
+    else:
+        repaired, bias = compensation.repair(weight, work.statistics, columns)
+    rows = [consumer.outputs for consumer in site.consumers]
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    for consumer, part, own in zip(site.consumers, repaired.split(rows), biases, strict=True):
+        consumer.store(part, own)
