@@ -14,7 +14,6 @@ from prunekit.runtime.console import say
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import free_bytes
 from prunekit.runtime.processes import add_up
-from prunekit.schedules import Layerwise
 from prunekit.schedules.method import Method
 
 _SHARE = 0.6  # of the free memory that a whole model may take before it is streamed by itself
@@ -24,7 +23,7 @@ def obstacle(config: RunConfig, method: Method) -> str | None:
     """What of the configuration needs the whole model in memory; None: nothing."""
     if method.importance.by_layer is None:
         return "an importance that scores all layers at once; expected importance=obs"
-    if not isinstance(method.schedule, Layerwise):
+    if not method.schedule.layerwise:
         return "schedule=oneshot; expected layerwise"
     if config.recovery.get("_target_"):
         return "a recovery; expected recovery=none, and task=recover on the result"

@@ -1,8 +1,11 @@
-"""Choose units by their scores under the budget, at once or in rounds."""
+"""Choose units by their scores, as many as the budget asks for, at once or in rounds."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from prunekit.allocation.budget import lowest
 from prunekit.errors import ConfigError, DataError
@@ -14,30 +17,53 @@ from prunekit.surgery.masking import masked
 
 
 def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict[str, list[int]]:
-    """Group → the units that go: the lowest scores, in `rounds` steps with the units already chosen
-    masked.
+    """Choose the units with the lowest scores; group name → the units that go.
+
+    In each of the assignment's rounds the model is scored with the units chosen so far masked, and
+    a part of the units is chosen that grows in equal steps. Where every matrix loses units of its
+    own choice, its slices are moved (`scatter`).
+
+    Raises:
+        ConfigError: matrices with units of their own under a compensation.
+        DataError: a score is NaN.
     """
+    if assignment.independent and assignment.compensation is not None:
+        raise ConfigError(
+            "groups=independent: nothing can be repaired when units don't belong together: "
+            "expected compensation=none"
+        )
     removed: dict[str, list[int]] = {}
     for r in range(1, assignment.rounds + 1):
         with masked(assignment.model, assignment.graph, removed):
             structures = importance.structures(
                 assignment.model, assignment.graph, assignment.groups, assignment.batches
             )
-        scores = {g.name: importance.combine(g, structures[g.name]) for g in assignment.groups}
-        for name, values in scores.items():
-            if values.isnan().any():
-                raise DataError(f"{name}: its scores hold NaN")
-            values[removed.get(name, [])] = -math.inf
-            values[assignment.protected.get(name, [])] = math.inf
+        scores = combine_scores(assignment, importance, structures, removed)
         counts = assignment.budget.solve(scores, r / assignment.rounds)
         removed = lowest(assignment.groups, scores, counts)
         if assignment.rounds > 1:
             say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
     if assignment.independent:
-        if assignment.compensation is not None:
-            raise ConfigError(
-                "groups=independent: nothing can be repaired when units don't belong together: "
-                "expected compensation=none"
-            )
         scatter(assignment.model, assignment.graph, structures, removed)
     return removed
+
+
+def combine_scores(
+    assignment: Assignment,
+    importance: ScoreImportance,
+    structures: Mapping[str, Tensor],
+    removed: Mapping[str, list[int]],
+) -> dict[str, Tensor]:
+    """Combine the scores of a group's structures to scores of its units: float64 [num_units] each.
+
+    Units that are `removed` already score lowest, units that are protected highest.
+    """
+    scores = {}
+    for group in assignment.groups:
+        values = importance.combine(group, structures[group.name])
+        if values.isnan().any():
+            raise DataError(f"{group.name}: its scores hold NaN")
+        values[removed.get(group.name, [])] = -math.inf
+        values[assignment.protected.get(group.name, [])] = math.inf
+        scores[group.name] = values
+    return scores

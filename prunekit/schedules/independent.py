@@ -1,12 +1,11 @@
-"""The ablation of LLM-Pruner's table 6: each matrix loses the units that matter least to itself,
-dependencies ignored.
+"""Independent units, the ablation of LLM-Pruner's table 6: every matrix loses its own worst units.
 
-Every structure of a group keeps as many units as the group's plan says, but its own choice of them:
-their slices are moved to where the plan keeps units, so that an ordinary cut follows. Shapes fit,
-meanings don't.
+Every structure of a group keeps as many units as the plan of the group says, but chooses them by
+itself, whatever depends on them elsewhere. Its slices are moved to where the plan keeps units, so
+that an ordinary cut can follow: shapes fit, what the units mean does not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,13 @@ def scatter(
     structures: Mapping[str, Tensor],
     removed: Mapping[str, list[int]],
 ) -> None:
-    """Permute the groups' members in place, given the scores [structures, num_units] of each
-    structure.
+    """Move the slices of every structure in place, by its own scores.
+
+    Args:
+        model: changed in place.
+        graph: its coupling graph.
+        structures: group name → scores [structures, num_units].
+        removed: group name → the units that the plan removes.
 
     Raises:
         ConfigError: an importance that doesn't score every structure of a group.
@@ -31,23 +35,26 @@ def scatter(
         matrices = graph[name].structures(graph)
         if len(matrices) != len(structures[name]):
             raise ConfigError(
-                f"groups=independent: expected an importance that scores each of the {len(matrices)} matrices of "
-                f"{name}, this one scores {len(structures[name])}"
+                "groups=independent: expected an importance that scores each of the "
+                f"{len(matrices)} matrices of {name}, this one scores {len(structures[name])}"
             )
-        kept = _kept(len(structures[name][0]), units)
+        places = keep_units(len(structures[name][0]), units)
         for scores, parts in zip(structures[name], matrices, strict=True):
-            own = _kept(len(scores), scores.argsort(stable=True)[: len(units)].tolist())
+            worst = scores.argsort(stable=True)[: len(units)]
+            own = keep_units(len(scores), worst.tolist())
             for part in parts:
-                _move(model.get_parameter(part.member.parameter), part.member, own, kept)
+                move_slices(model.get_parameter(part.member.parameter), part.member, own, places)
 
 
-def _move(parameter: Tensor, member: Member, own: Tensor, kept: Tensor) -> None:
+def move_slices(parameter: Tensor, member: Member, units: Tensor, places: Tensor) -> None:
+    """Copy the slices of `units` [kept] to those of the units `places` [kept], in place."""
     index = member.index.to(parameter.device)
-    source = parameter.detach().index_select(member.dim, index[own].flatten())
-    parameter.data.index_copy_(member.dim, index[kept].flatten(), source)
+    source = parameter.detach().index_select(member.dim, index[units].flatten())
+    parameter.data.index_copy_(member.dim, index[places].flatten(), source)
 
 
-def _kept(size: int, removed: list[int]) -> Tensor:
+def keep_units(size: int, removed: Sequence[int]) -> Tensor:
+    """The units of `size` that are not removed: int64 [size − len(removed)], rising."""
     keep = torch.ones(size, dtype=torch.bool)
-    keep[removed] = False
+    keep[list(removed)] = False
     return keep.nonzero().flatten()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prunekit.errors import ConfigError
-from prunekit.importance.base import LayerImportance, ScoreImportance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.base import Assignment, Schedule
 from prunekit.schedules.choose import choose_by_score
@@ -27,12 +26,12 @@ class Layerwise(Schedule):
 
     def run(self, assignment: Assignment) -> PruningPlan:
         """Choose and repair group by group."""
-        importance = assignment.importance
-        if isinstance(importance, LayerImportance):
+        if assignment.importance.by_layer is not None:
             counts = assignment.remember("counts", lambda: count_units(assignment))
             removed = cut_groups(assignment, self.damping, counts=counts)
         else:
-            assert isinstance(importance, ScoreImportance)
+            importance = assignment.importance.at_once
+            assert importance is not None
             chosen = assignment.remember("chosen", lambda: choose_by_score(assignment, importance))
             removed = cut_groups(assignment, self.damping, chosen=chosen)
         return PruningPlan(removed, assignment.graph.fingerprint)
@@ -48,17 +47,18 @@ def count_units(assignment: Assignment) -> dict[str, int]:
     if assignment.rounds > 1 or assignment.independent:
         rounds = f"scope.rounds={assignment.rounds}"
         option = "groups=independent" if assignment.independent else rounds
-        name = type(assignment.importance).__name__.lower()
+        name = assignment.importance.name
         raise ConfigError(
             f"{option}: importance={name} chooses layer by layer; use schedule=oneshot"
         )
     if assignment.budget.ranking == "local":
         return assignment.budget.solve()
-    if not isinstance(assignment.importance, ScoreImportance):
+    importance = assignment.importance.at_once
+    if importance is None:
         raise ConfigError(
             "scope.ranking: expected an importance that scores, for groups to compete"
         )
-    scores = assignment.importance.score(
+    scores = importance.score(
         assignment.model, assignment.graph, assignment.groups, assignment.batches
     )
     return assignment.budget.solve(scores)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
-from prunekit.importance.base import ScoreImportance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.base import Assignment, Schedule
 from prunekit.schedules.choose import choose_by_score
@@ -25,9 +24,9 @@ class OneShot(Schedule):
         Raises:
             ConfigError: an importance that gives no scores.
         """
-        importance = assignment.importance
-        if not isinstance(importance, ScoreImportance):
-            name = type(importance).__name__.lower()
+        importance = assignment.importance.at_once
+        if importance is None:
+            name = assignment.importance.name
             raise ConfigError(f"importance={name} works layer by layer: use schedule=layerwise")
         chosen = assignment.remember("chosen", lambda: choose_by_score(assignment, importance))
         if assignment.compensation is not None:

@@ -12,7 +12,6 @@ from prunekit.calibration.statistics import SiteWork, prepare_site
 from prunekit.calibration.walk import Walk
 from prunekit.compensation.base import Compensation
 from prunekit.graph import Group
-from prunekit.importance.base import LayerImportance
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
 
@@ -98,8 +97,9 @@ def cut_group(
     for site in sites if inverted else ():
         site.moments.drop()
     if units is None:
-        assert isinstance(assignment.importance, LayerImportance)
-        units = assignment.importance.choose([part.pose_problem() for part in work], count)
+        importance = assignment.importance.by_layer
+        assert importance is not None
+        units = importance.choose([part.pose_problem() for part in work], count)
     for part in work:
         repair_site(part, compensation, units)
     if assignment.state:

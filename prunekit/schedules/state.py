@@ -1,8 +1,8 @@
-"""What a layer-wise run has finished, on disk: a run that was killed goes on from there, bit for
-bit the same.
+"""The state of a layer-wise run on disk: a run that was killed goes on, bit for bit the same.
 
-One safetensors file per group, with the units removed and the consumers' repaired weights;
-`state.json` says what the run was asked for. Every file is written beside its place and renamed.
+One safetensors file per finished group holds the units removed and the repaired weights of its
+consumers; `state.json` holds the facts that the result depends on. Every file is written beside its
+place and renamed, so that it is either whole or not there.
 """
 
 from __future__ import annotations
@@ -24,19 +24,24 @@ _HINT = "remove the folder, or choose another output_dir, to start anew"
 
 
 class State:
-    """The groups that are finished.
+    """The groups that a run has finished.
 
     Args:
-        folder: where they are kept; made when the first one is.
-        facts: what the run depends on, flat; a state made with others is refused.
-        resume: whether to go on with what is there.
+        folder: the place of the files; made when the first group is finished.
+        facts: everything that the result depends on, as a flat dict of JSON values.
+        resume: whether to go on with the state of an unfinished run.
+
+    Attributes:
+        there: whether the folder held the state of an unfinished run.
+        finished: the names of the groups that this run had finished.
 
     Raises:
-        CheckpointError: the folder holds other things, or a state and `resume` is not asked for, or
-            one with other facts; damage.
+        CheckpointError: the folder holds other files; or a state, and `resume` is not asked for; or
+            a state with other facts; or a damaged one.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], resume: bool = False) -> None:
+        # Through JSON, so that tuples compare equal to the lists that are read back.
         self.folder, self.facts = folder, json.loads(json.dumps(facts))
         self.there = there = (folder / "state.json").exists()
         if not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -48,10 +53,10 @@ class State:
                 f"{folder}: holds an unfinished run: resume=true goes on with it; {_HINT}"
             )
         if there:
-            self._compare()
+            self._refuse_other_facts()
         self.finished = {path.stem for path in folder.glob("*.safetensors")} if there else set()
 
-    def _compare(self) -> None:
+    def _refuse_other_facts(self) -> None:
         before = self._read(self.folder / "state.json")
         for key in sorted({*before, *self.facts}):
             if before.get(key) != self.facts.get(key):
@@ -67,32 +72,30 @@ class State:
             raise CheckpointError(f"{path}: damaged: {error}; {_HINT}") from error
 
     def remove(self) -> None:
-        """The run is finished: nothing of it is needed any more."""
+        """Remove the folder of a run that is finished."""
         if not rank():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def drop_if_empty(self) -> None:
-        """Remove the folder where no group was finished."""
+        """Remove the folder of a run that was broken off before its first group was finished."""
         if not rank() and not any(self.folder.glob("*.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A small JSON object that is computed once: the counts, or the units chosen at the
-        beginning.
-        """
+        """Compute a small JSON object once: the unit counts, or the units chosen beforehand."""
         path = self.folder / f"{name}.json"
         if path.exists():
             return self._read(path)
-        found = compute()
-        self._write(path, lambda target: target.write_text(json.dumps(found), encoding="utf-8"))
-        return found
+        value = compute()
+        self._write(path, lambda target: write_json(target, value))
+        return value
 
     def record(self, group: str, units: Sequence[int], consumers: Sequence[Consumer]) -> None:
-        """Write a finished group down."""
+        """Write the units removed from a finished group, and the weights of its consumers."""
         from safetensors.torch import save_file
 
         tensors = {"removed": torch.tensor(units, dtype=torch.long)}
-        for consumer in _stored_once(consumers):
+        for consumer in drop_repeats(consumers):
             name = consumer.member.parameter
             tensors[f"{name}.weight"] = consumer.parameter.detach().cpu().contiguous()
             if consumer.bias is not None:
@@ -100,14 +103,18 @@ class State:
         self._write(self.folder / f"{group}.safetensors", lambda path: save_file(tensors, path))
 
     def restore(self, group: str, consumers: Sequence[Consumer]) -> list[int]:
-        """Give the consumers of a finished group their weights; the units removed."""
+        """Give the consumers of a finished group their weights, and return the units removed.
+
+        Raises:
+            CheckpointError: the file of the group is damaged.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.folder / f"{group}.safetensors"
         try:
             tensors = load_file(path)
-            for consumer in _stored_once(consumers):
+            for consumer in drop_repeats(consumers):
                 name = consumer.member.parameter
                 consumer.parameter.data.copy_(tensors[f"{name}.weight"])
                 if (bias := tensors.get(f"{name}.bias")) is not None:
@@ -119,7 +126,10 @@ class State:
             ) from error
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """Atomically; only the first of several processes does."""
+        """Have `write` write a file, and put it in place whole; the first process alone does so.
+
+        The facts are written before the first other file: without them a state is refused.
+        """
         if rank():
             return
         temporary = path.with_name(f".{path.name}.tmp")
@@ -127,21 +137,23 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
             facts = self.folder / "state.json"
             if not facts.exists() and path != facts:
-                self._write(
-                    facts,
-                    lambda target: target.write_text(json.dumps(self.facts), encoding="utf-8"),
-                )
+                self._write(facts, lambda target: write_json(target, self.facts))
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except Exception as error:  # safetensors wraps the system's
+        except Exception as error:  # safetensors wraps the errors of the system in its own
             temporary.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{path}: can't be written: {str(error).splitlines()[0]}"
             ) from error
 
 
-def _stored_once(consumers: Sequence[Consumer]) -> list[Consumer]:
-    """One consumer for each stored weight: experts share theirs."""
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def drop_repeats(consumers: Sequence[Consumer]) -> list[Consumer]:
+    """One consumer for each stored weight: experts that are stacked share theirs."""
     return list({consumer.member.parameter: consumer for consumer in consumers}.values())
