@@ -1,6 +1,4 @@
-"""Results of evaluations by the content of what made them, so that a sweep measures its dense model
-once.
-"""
+"""Keeps figures by the content of all that decides them: a sweep measures its dense model once."""
 
 from __future__ import annotations
 
@@ -8,81 +6,79 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.runtime.files import digest
 
+T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
+# Of a config, what says where a model is from, and not what it computes.
+_ORIGIN = ("_name_or_path", "transformers_version")
 
 
 def default_folder() -> Path:
-    """Where results are kept unless the configuration says otherwise."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "prunekit"
-        / "evaluations"
-    )
+    """Where figures are kept unless the configuration says otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "prunekit" / "evaluations"
 
 
 class Cache:
-    """JSON values under a key of everything that decides them; one file each, written whole or not
-    at all.
+    """Values of JSON's types, one file each, which is written whole or not at all.
 
     Args:
         folder: of the files; None: nothing is kept.
-        model: the content of the model (`model_key`); None: of one whose results are not kept.
+        model: what tells the content of the model from others' (`model_key`); None: nothing is
+            kept.
     """
 
     def __init__(self, folder: Path | None = None, model: str | None = None) -> None:
         self.folder = folder if model else None
         self.model = model
 
-    def get(self, key: str) -> Any:
-        """What was kept under the key; None where nothing was, or it is damaged."""
+    def get(self, key: str) -> object:
+        """The value under the key; None where there is none, or its file is damaged."""
         if self.folder is None:
             return None
         try:
-            found = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return found["value"] if found["check"] == self._check(key, found["value"]) else None
+            entry = json.loads(self._path(key).read_text(encoding="utf-8"))
+            return entry["value"] if entry["check"] == self._check(key, entry["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _check(self, key: str, value: Any) -> str:
-        return digest([str(self.model), key, json.dumps(value, sort_keys=True)])
-
-    def put(self, key: str, value: Any) -> None:
-        """Keep a value of JSON's types; a folder that can't be written is no error."""
+    def put(self, key: str, value: object) -> None:
+        """Keep a value; a folder that can't be written is no error."""
         if self.folder is None:
             return
         path = self._path(key)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        entry = {"model": self.model, "key": key, "value": value, "check": self._check(key, value)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = {
-                "model": self.model,
-                "key": key,
-                "value": value,
-                "check": self._check(key, value),
-            }
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
+            temporary.write_text(json.dumps(entry), encoding="utf-8")
             temporary.replace(path)
         except OSError:
             with suppress(OSError):
                 temporary.unlink()
 
-    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The value under the key, computed where there is none."""
-        if (found := self.get(key)) is None:
-            found = compute()
-            self.put(key, found)
-        return found
+    def remember(self, key: str, compute: Callable[[], T]) -> T:
+        """The value under the key, computed and kept where there is none."""
+        kept = self.get(key)
+        if kept is not None:
+            return kept  # type: ignore[return-value]  # of JSON's types, as it was put
+        value = compute()
+        self.put(key, value)
+        return value
+
+    def _check(self, key: str, value: object) -> str:
+        return digest([str(self.model), key, json.dumps(value, sort_keys=True)])
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -90,25 +86,27 @@ class Cache:
 
 
 def surroundings() -> str:
-    """What beside model, data and protocol a result depends on: versions, the processor, this
-    package's own code.
+    """A digest of what a figure depends on beside model, data and protocol.
+
+    These are versions, the processor, the number of threads, and this package's own code.
     """
-    found = [platform.python_version(), platform.machine(), str(torch.get_num_threads())]
+    facts = [platform.python_version(), platform.machine(), str(torch.get_num_threads())]
     for name in _PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            facts.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(name)
-    found += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+            facts.append(name)
+    if torch.cuda.is_available():
+        facts.append(torch.cuda.get_device_name())
     own = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return digest([*found, *own])
+    return digest([*facts, *own])
 
 
 def model_key(model: nn.Module) -> str | None:
-    """The content of a model: its weights and buffers byte for byte, its classes, its config, its
-    device's type.
+    """A digest of a model's content; None where a weight is not in memory.
 
-    None where a weight is not in memory.
+    The content is its weights and buffers byte for byte, its classes, its config, and the type of
+    its device.
     """
     tensors = [
         *model.named_parameters(remove_duplicate=False),
@@ -116,31 +114,34 @@ def model_key(model: nn.Module) -> str | None:
     ]
     if any(tensor.is_meta for _, tensor in tensors):
         return None
-    parts: list[str | bytes | memoryview] = [
-        f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()
-    ]
-    parts += [
-        Path(file).read_bytes()
-        for file in sorted({file for m in model.modules() for file in _own_code(type(m))})
-    ]
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        facts = {
-            k: v
-            for k, v in config.to_dict().items()
-            if k not in ("_name_or_path", "transformers_version")
-        }
-        parts += [
-            json.dumps(facts, sort_keys=True, default=str),
-            str(getattr(config, "_attn_implementation", None)),
-        ]
+    return digest(chain(_code_of(model), _config_of(model), _content_of(tensors)))
+
+
+def _content_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str | bytes | memoryview]:
+    """Each tensor's name, form and bytes; one at a time, for on a GPU the bytes are a copy."""
     for name, tensor in tensors:
-        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}")
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}"
         flat = tensor.detach().cpu().contiguous().flatten()
-        parts.append(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest(parts)
+        yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def _own_code(of: type) -> list[str]:
-    """The file of a class that came with the checkpoint: no package's version stands for it."""
-    return [inspect.getfile(of)] if of.__module__.startswith("transformers_modules") else []
+def _code_of(model: nn.Module) -> list[str | bytes]:
+    """The names of the modules' classes, and the files that came with the checkpoint.
+
+    No package's version stands for the content of these files.
+    """
+    classes = [type(module) for module in model.modules()]
+    files = {
+        inspect.getfile(one) for one in classes if one.__module__.startswith("transformers_modules")
+    }
+    names = [f"{one.__module__}.{one.__qualname__}" for one in classes]
+    return [*names, *(Path(file).read_bytes() for file in sorted(files))]
+
+
+def _config_of(model: nn.Module) -> list[str]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    facts = {key: value for key, value in config.to_dict().items() if key not in _ORIGIN}
+    attention = str(getattr(config, "_attn_implementation", None))
+    return [json.dumps(facts, sort_keys=True, default=str), attention]

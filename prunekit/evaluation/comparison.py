@@ -71,7 +71,7 @@ class Comparison:
         return next(iter(self.columns)) == "dense" and len(self.columns) > 1
 
     def _layer_errors(self) -> list[dict[str, Any]]:
-        """One row for each layer that all models have: how far its output is from the dense one's."""
+        """How far each layer's output is from the dense model's: a row for a layer of all models."""
         dense, *others = self.columns.values()
         outputs = list(dense.outputs.values())
         errors = [relative_errors(outputs, list(other.outputs.values())) for other in others]
@@ -82,7 +82,7 @@ class Comparison:
         ]
 
     def _width_warnings(self) -> list[str]:
-        """What to say of matrices whose sides defeat the hardware, and did not in the first model."""
+        """A warning of matrices that GPUs run slowly, and that the first model did not have."""
         first, *others = self.columns.values()
         for side in TENSOR_CORES:
             if others:

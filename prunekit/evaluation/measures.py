@@ -27,7 +27,7 @@ from prunekit.evaluation.generation import (
     expand_prompts,
 )
 from prunekit.evaluation.outputs import layer_outputs
-from prunekit.evaluation.perplexity import perplexity, protocol
+from prunekit.evaluation.perplexity import describe_protocol, perplexity
 from prunekit.evaluation.speed import Speed, measure_speed
 from prunekit.evaluation.task_scores import TaskScore
 from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
@@ -194,7 +194,7 @@ class Measures:
             columns: the model's name → what `of` measured; the dense model comes first.
         """
         protocols = {
-            corpus: protocol(windows, self.settings.stride)
+            corpus: describe_protocol(windows, self.settings.stride)
             for corpus, windows in self.windows.items()
         }
         return Comparison(columns=columns, macs_tokens=self.macs_tokens, protocols=protocols)

@@ -1,9 +1,8 @@
-"""How far each layer's output is from the dense model's: ‖a − b‖² / ‖a‖² over some tokens of a
-text.
-"""
+r"""How far each layer's output is from the dense model's: $\|a - b\|^2 / \|a\|^2$ over tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,22 +15,34 @@ from prunekit.runtime.modes import evaluating
 def layers_of(model: nn.Module) -> nn.ModuleList | None:
     """The model's stack of layers: the module list with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
 
 
 @torch.inference_mode()
 def layer_outputs(
     model: nn.Module, windows: Tensor, device: torch.device | str | None = None
 ) -> list[Tensor]:
-    """What each layer leaves of the residual stream [N, T, hidden], in host memory, for token
-    windows [N, T].
+    """What each layer leaves of the residual stream, [N, T, hidden] in host memory.
+
+    Args:
+        model: a causal language model.
+        windows: int64 [N, T], one forward pass each.
+        device: where inputs go; by default where the model wants them.
     """
-    found: list[Tensor] = []
+    layers = list(layers_of(model) or ())
+    outputs: list[list[Tensor]] = [[] for _ in layers]
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output).detach().cpu())
+    def keep_in(outputs_of_layer: list[Tensor]) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            outputs_of_layer.append(hidden.detach().cpu())
 
-    hooks = [layer.register_forward_hook(keep) for layer in layers_of(model) or ()]
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(keep_in(own))
+        for layer, own in zip(layers, outputs, strict=True)
+    ]
     try:
         with evaluating(model):
             for window in windows:
@@ -39,12 +50,15 @@ def layer_outputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return [torch.cat(found[i :: len(hooks)]) for i in range(len(hooks))]
+    return [torch.cat(own) for own in outputs]
 
 
-def relative_errors(dense: list[Tensor], pruned: list[Tensor]) -> list[float]:
+def relative_errors(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
     """‖a − b‖² / ‖a‖² of each pair of outputs; none where layers or widths don't pair."""
     if [a.shape for a in dense] != [b.shape for b in pruned]:
         return []
-    pairs = ((a.double(), b.double()) for a, b in zip(dense, pruned, strict=True))
-    return [((a - b).square().sum() / a.square().sum().clamp_min(1e-300)).item() for a, b in pairs]
+    errors: list[float] = []
+    for a, b in zip(dense, pruned, strict=True):
+        energy = a.double().square().sum().clamp_min(1e-300)
+        errors.append(((a.double() - b.double()).square().sum() / energy).item())
+    return errors

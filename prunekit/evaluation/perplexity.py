@@ -1,9 +1,14 @@
-"""Perplexity: exp of the mean next-token loss over windows of a text, in float32."""
+r"""Perplexity over windows of a text: the exponential of the mean next-token loss.
+
+$$\mathrm{PPL} = \exp\left(-\frac1N \sum_t \log p(x_t \mid x_{<t})\right)$$
+
+The losses are computed in float32 and added up in float64; N counts the predicted tokens.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +20,39 @@ from prunekit.runtime.console import say, track
 from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
 
-BATCH = 32  # windows in a forward pass to begin with
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH = 32  # windows of the first forward pass, where none are asked for
+_LARGEST_LOSS = 700.0  # exp of more is no float64
+_IGNORED = -100  # the target that cross entropy leaves out
 
 
 def perplexity(
-    model: nn.Module,
+    model: PreTrainedModel | nn.Module,
     windows: Tensor,
     batch_size: int | None = None,
     name: str = "eval",
     device: torch.device | str | None = None,
     stride: int | None = None,
 ) -> float:
-    """Perplexity of a causal language model on token windows int64 [N, T]; losses in float32, their
-    sum in float64.
+    """Perplexity of a causal language model on token windows, int64 [N, T].
 
-    Windows cut without overlap predict T − 1 tokens each. Those cut every `stride` tokens predict
-    what no window before has, the first one all, the others their last `stride` tokens, with what
-    is before them as context.
+    Windows cut without overlap predict T − 1 tokens each. Of windows cut every `stride` tokens, the
+    first one predicts all its tokens but one, the others their last `stride` tokens, with the
+    tokens before as context: each token is predicted once.
 
     Args:
         model: on one device, or spread over several by accelerate.
         windows: consecutive windows of one text.
-        batch_size: windows in a forward pass; None: 32, halved while memory doesn't suffice.
-        name: of the text, in messages.
+        batch_size: windows in a forward pass; None: 32, halved while memory does not suffice.
+        name: the text's name in messages.
         device: where inputs go; by default where the model wants them.
         stride: tokens from the beginning of one window to that of the next; T by default.
 
     Raises:
         DataError: the loss is not finite.
-        ConfigError: memory doesn't suffice for the batch size asked for, or for one window.
+        ConfigError: memory does not suffice for the batch size asked for, or for one window.
     """
     device = device or input_device(model)
 
@@ -57,21 +66,21 @@ def perplexity(
 
     with evaluating(model):
         total = run_within_memory(
-            lambda size: _total(model, windows, size, name, device, stride),
+            lambda size: _sum_losses(model, windows, size, name, device, stride),
             batch_size or BATCH,
             shrink,
             lambda _, size: say(f"out of memory: {size} windows at a time now"),
         )
-    mean = total / predicted(windows, stride)
+    mean = total / count_predicted(windows, stride)
     if not math.isfinite(mean):
         raise DataError(
             f"the model's loss on {name} is {mean}: its weights or activations hold NaN or infinity"
         )
-    return math.exp(min(mean, 700.0))
+    return math.exp(min(mean, _LARGEST_LOSS))
 
 
 @torch.inference_mode()
-def _total(
+def _sum_losses(
     model: nn.Module,
     windows: Tensor,
     size: int,
@@ -79,33 +88,41 @@ def _total(
     device: torch.device | str,
     stride: int | None,
 ) -> float:
-    """The sum of the losses."""
-    total, first = torch.zeros((), dtype=torch.float64), True
+    """The losses of all predicted tokens, `size` windows in a forward pass."""
+    losses: list[Tensor] = []
     chunks = windows.split(size)
-    for chunk in track(chunks, f"perplexity on {name}", len(chunks)):
+    for number, chunk in enumerate(track(chunks, f"perplexity on {name}", len(chunks))):
         ids = chunk.to(device)
-        logits: Any = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
         targets = ids[:, 1:].to(logits.device, copy=True)
         if stride is not None and stride < ids.shape[1]:
-            targets[1 if first else 0 :, :-stride] = -100  # predicted by the window before
-        first = False
-        loss = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum"
+            overlapping = targets if number else targets[1:]  # nothing is before the first window
+            overlapping[:, :-stride] = _IGNORED
+        losses.append(
+            F.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum"
+            )
         )
-        total += loss.double().cpu()
-    return total.item()
+    # Fetched once: fetching each loss in the loop would wait for the GPU in every pass.
+    return float(sum(torch.stack(losses).tolist()))
 
 
-def predicted(windows: Tensor, stride: int | None = None) -> int:
+def count_predicted(windows: Tensor, stride: int | None = None) -> int:
     """How many tokens the windows [N, T] predict."""
     count, length = windows.shape
     return length - 1 + (count - 1) * min(stride or length, length - 1)
 
 
-def protocol(windows: Tensor, stride: int | None = None) -> str:
-    """What was measured, for the report."""
+def describe_protocol(windows: Tensor, stride: int | None = None) -> str:
+    """How perplexity is measured on the windows [N, T], for the report."""
     length = windows.shape[1]
     if stride is None or stride >= length:
-        return f"{windows.numel():,} tokens, windows of {length} without overlap, no context between them"
-    tokens = predicted(windows, stride) + 1
-    return f"{tokens:,} tokens, windows of {length} every {stride}, each predicting what those before it have not"
+        return (
+            f"{windows.numel():,} tokens, windows of {length} without overlap, no context between "
+            "them"
+        )
+    tokens = count_predicted(windows, stride) + 1
+    return (
+        f"{tokens:,} tokens, windows of {length} every {stride}, each predicting what those before "
+        "it have not"
+    )

@@ -52,7 +52,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What one turn of one model took: seconds of the prefill and of the decoding, bytes of memory."""
+    """Seconds that one turn of one model took to prefill and to decode, and bytes of memory."""
 
     prefill: float
     decode: float

@@ -95,10 +95,9 @@ def test_speed_and_peak_are_measured():
 def test_odd_widths_are_those_that_pruning_made():
     dense, pruned = tiny_llama(), pruned_llama()
     new = odd_widths(pruned) - odd_widths(dense)
-    assert new == {f"model.layers.{i}.mlp.{n}_proj.weight" for i in (1, 2) for n in ("up", "gate", "down")} | {
-        "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight",
-    }  # fmt: skip
+    names = [f"layers.{i}.mlp.{kind}" for i in (1, 2) for kind in ("up", "gate", "down")]
+    names += [f"layers.0.self_attn.{kind}" for kind in "qkvo"]
+    assert new == {f"model.{name}_proj.weight" for name in names}
 
 
 def test_errors_of_layers_are_those_of_hidden_states():

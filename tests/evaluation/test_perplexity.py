@@ -10,7 +10,7 @@ from conftest import tiny_llama, token_ids
 
 from prunekit.data.tokens import evaluation_windows
 from prunekit.errors import ConfigError
-from prunekit.evaluation.perplexity import perplexity, protocol
+from prunekit.evaluation.perplexity import describe_protocol, perplexity
 
 
 class Characters:
@@ -45,7 +45,7 @@ def test_equals_a_loop_over_single_tokens(length, stride):
         assert count == windows.numel() - len(windows)
     for batch in (None, 1, 3):
         assert perplexity(model, windows, batch, stride=stride) == pytest.approx(expected, rel=1e-5)
-    assert f"windows of {length}" in protocol(windows, stride)
+    assert f"windows of {length}" in describe_protocol(windows, stride)
 
 
 def test_half_on_another_device():
@@ -58,8 +58,9 @@ def test_half_on_another_device():
     expected = perplexity(tiny_llama(), windows)
     assert perplexity(cpu_offload(tiny_llama()), windows) == expected
     model = tiny_llama()
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
-              "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"lm_head": "disk"}
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
