@@ -71,7 +71,7 @@ class Comparison:
         return next(iter(self.columns)) == "dense" and len(self.columns) > 1
 
     def _layer_errors(self) -> list[dict[str, Any]]:
-        """How far each layer's output is from the dense model's: a row for a layer of all models."""
+        """How far each layer's output is from the dense model's; a row for each common layer."""
         dense, *others = self.columns.values()
         outputs = list(dense.outputs.values())
         errors = [relative_errors(outputs, list(other.outputs.values())) for other in others]

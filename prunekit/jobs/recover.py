@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,8 +21,12 @@ from prunekit.jobs.job import Finished, Job, identity_of, source_of, speeds
 from prunekit.model.weights import cast_weights, check_finite, round_weights
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, RecoveryResult, prepare, recover
+from prunekit.recovery.data import Data
 from prunekit.runtime.files import write_text
 from prunekit.runtime.processes import add_up, rank, together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRAINING = ".training"  # what an unfinished recovery leaves in its output folder
 
@@ -106,8 +110,8 @@ def prepared(
 def recovered(
     job: Job,
     recovery: Recovery,
-    data: Any,
-    model: nn.Module,
+    data: Data,
+    model: PreTrainedModel,
     stored: torch.dtype,
     measures: Measures,
     facts: Mapping[str, Any],

@@ -1,5 +1,8 @@
-"""LoRA adapters on a model's linears, with peft: W' = W + (α / r) · B A, attached, merged or taken
-off in place.
+r"""LoRA adapters on a model's linears, with peft, put on and taken off in place.
+
+$$W' = W + \frac{\alpha}{r} B A$$
+
+with W [out, in] of a linear, A [r, in] and B [out, r] of its adapter.
 """
 
 from __future__ import annotations
@@ -8,64 +11,72 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from prunekit.errors import ConfigError
 from prunekit.recovery.settings import Recovery
 from prunekit.runtime.console import say
+from prunekit.runtime.modes import keep_attributes, restoring
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
-def linears(model: Any) -> dict[str, nn.Module]:
-    """Every linear (`nn.Linear`, transformers' `Conv1D`) that holds weights, but the output head,
-    by its name.
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → linear (`nn.Linear`, transformers' `Conv1D`), in the model's order.
+
+    The output head is left out, and so are linears that pruning left without weights.
     """
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
+    of_model: Any = getattr(model, "get_output_embeddings", None)
+    head = of_model() if of_model else None
     return {
         name: module
-        for name, module in found.items()
-        if module is not head and module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and module.weight.numel()
     }
 
 
 def target_names(
     model: nn.Module, kinds: Sequence[str], modules: Mapping[str, Collection[str]] | None
 ) -> list[str]:
-    """The names of the linears that `kinds` ("all", "mlp", "attention") mean, in the model's order.
+    """The names of the linears that `kinds` mean, in the model's order.
 
     Args:
-        model: the model.
-        kinds: which linears.
-        modules: "mlp" and "attention" → names of their linears; where None, those under a module
+        model: the model to train.
+        kinds: "all", "mlp" or "attention".
+        modules: "mlp" and "attention" → names of their linears; where None, linears under a module
             whose class is called an attention are the attention's, all others the mlp's.
 
     Raises:
         ConfigError: the model has no such linear.
     """
-    known = list(linears(model))
-    sorts = _by_owner(model, known) if modules is None else modules
-    wanted = {name for kind in kinds for name in (known if kind == "all" else sorts.get(kind, ()))}
-    if not (found := [name for name in known if name in wanted]):
+    known = list(find_linears(model))
+    by_kind = {**(_sort_by_owner(model, known) if modules is None else modules), "all": known}
+    wanted = {name for kind in kinds for name in by_kind.get(kind, ())}
+    names = [name for name in known if name in wanted]
+    if not names:
         raise ConfigError(
-            f"recovery.targets={','.join(kinds)}: the model has no such linear among its {len(known)}"
+            f"recovery.targets={','.join(kinds)}: the model has no such linear among its "
+            f"{len(known)}"
         )
-    return found
+    return names
 
 
-def attach(model: Any, names: Sequence[str], recovery: Recovery, base: str) -> Any:
-    """Put fresh adapters on the linears of these names, in place; peft's wrapper of the model comes
-    back.
+def attach(model: PreTrainedModel, names: Sequence[str], recovery: Recovery, base: str) -> Any:
+    """Put fresh adapters on the linears of these names, in place; returned is peft's wrapper.
 
-    Only the adapters are trainable then; they are float32. `base` is what their config names as the
-    model below.
+    Only the adapters are trainable then; they are float32.
+
+    Args:
+        model: the model to train.
+        names: of linears.
+        recovery: its `rank`, `alpha` and `dropout` are used.
+        base: what the adapters' config names as the model below them.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -82,32 +93,35 @@ def attach(model: Any, names: Sequence[str], recovery: Recovery, base: str) -> A
     stacked = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
     if stacked:
         say(
-            f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: they get no adapter"
+            f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: "
+            "they get no adapter"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a deprecated name; that some linears' weights lie the other way round
+        # peft warns of a deprecated name, and where only some linears are a `Conv1D`, whose weights
+        # lie the other way round: it corrects these itself.
+        warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold the adapters into the weights in float32 (rounded once, to the weights' own type) and
-    take them off.
+    """Fold the adapters into the weights and take them off, in place.
+
+    The sum is computed in float32 and rounded once, to the type of the weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.merge()  # float32 adapters add up with half-precision weights in float32
+            module.merge()  # float32 adapters and half-precision weights add up to float32
     return detach(model)
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take the adapters off a model recovered with `recovery.merge=false`: the pruned model as it
-    was, in place.
+    """Take the adapters off a model recovered with `recovery.merge=false`, in place.
+
+    What stays is the pruned model as it was.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -119,43 +133,44 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(wrapped: Any, folder: Path) -> None:
+def save(wrapped: PeftModel | nn.Module, folder: Path) -> None:
     """Write the adapters in peft's format: safetensors and a config."""
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    write: Any = wrapped.save_pretrained
+    write(str(folder), save_embedding_layers=False)
 
 
 @contextmanager
-def unchanged(model: Any) -> Iterator[None]:
-    """Put back what training changes besides weights: modes, which parameters are trainable,
-    `use_cache`, wrappers.
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back what training changes beside weights.
+
+    That is: modes, which parameters are trainable, `use_cache`, and the wrappers that accelerate
+    puts around `forward` for bfloat16. Modules and parameters are known by their names, for other
+    modules may stand there afterwards; new ones are frozen, in the mode of the model.
     """
     modes = {name: module.training for name, module in model.named_modules()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    cache = getattr(getattr(model, "config", None), "use_cache", None)
-    wrappers = {
-        key: vars(model).get(key) for key in ("forward", "_original_forward")
-    }  # accelerate's, for bf16
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = modes.get(name, modes[""])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable.get(name, False))
-            parameter.grad = None
-        for key, value in wrappers.items():
-            vars(model).pop(key, None)
-            if value is not None:
-                setattr(model, key, value)
-        if cache is not None:
-            model.config.use_cache = cache
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    wrappers = [keep_attributes([model], key) for key in ("forward", "_original_forward")]
+    with restoring(*wrappers):
+        try:
+            yield
+        finally:
+            for name, module in model.named_modules():
+                module.training = modes.get(name, modes[""])
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable.get(name, False))
+                parameter.grad = None
+            if cache is not None:
+                config.use_cache = cache
 
 
-def _by_owner(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
+def _sort_by_owner(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
+    """The names of linears by what owns them: an attention, or anything else."""
     owners = tuple(
-        f"{n}."
-        for n, module in model.named_modules()
-        if n and "attention" in type(module).__name__.lower()
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and "attention" in type(module).__name__.lower()
     )
     attention = [name for name in names if name.startswith(owners)]
     return {"attention": attention, "mlp": [name for name in names if name not in attention]}

@@ -6,6 +6,8 @@ $$L = \frac1N \sum_t \left[ a\,(-\log p_t) + b\,T^2\,\mathrm{KL}(q^T_t \,\|\, p^
 
 with the model's p and hidden states h, the teacher's q and g, the temperature T; N counts the
 tokens of the global batch, so nothing depends on how it is divided.
+
+Shapes: N sequences, T tokens, V words of the vocabulary, D hidden width, M predicted tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
+from prunekit.recovery.examples import IGNORED
 from prunekit.recovery.settings import Recovery
 
-IGNORED = -100
+_SMALLEST_ENERGY = 1e-12  # of a hidden state that is divided by
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,23 +32,20 @@ def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ model) of logits [M, V] at a temperature, summed over the M tokens, in
-    float32.
-    """
+    """T² · KL(teacher ‖ model) of logits [M, V] at temperature T, summed over M, in float32."""
     ours, theirs = (F.log_softmax(x.float() / temperature, dim=-1) for x in (logits, teacher))
     return F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
 
 
 def hidden_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], chosen: Tensor) -> Tensor:
-    """The hidden states' squared error relative to the teacher's energy, mean over layers, summed
-    over tokens.
+    """The squared error of hidden states relative to the teacher's energy.
 
-    Where the teacher has more layers, each of the model's is compared with the one at the same
-    relative depth.
+    It is the mean over layers, and summed over tokens. Where the teacher has more layers, each of
+    the model's is compared with the one at the same relative depth.
 
     Args:
-        states: the model's hidden states [N, T, D], the embeddings' first.
-        teacher: the teacher's.
+        states: the model's hidden states [N, T, D], the embeddings first.
+        teacher: the teacher's hidden states, likewise.
         chosen: bool [N, T]: the tokens that count.
 
     Raises:
@@ -53,31 +53,26 @@ def hidden_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], chosen: Ten
     """
     if states[0].shape[-1] != teacher[0].shape[-1]:
         raise ConfigError(
-            f"recovery.hidden: expected hidden states as wide as the teacher's {teacher[0].shape[-1]}, "
-            f"got {states[0].shape[-1]}; use recovery.hidden=0"
+            f"recovery.hidden: expected hidden states as wide as the teacher's "
+            f"{teacher[0].shape[-1]}, got {states[0].shape[-1]}; use recovery.hidden=0"
         )
     ours, theirs = len(states) - 1, len(teacher) - 1
     total = torch.zeros((), device=states[0].device)
     for layer in range(1, ours + 1):
-        student, goal = (
-            states[layer][chosen].float(),
-            teacher[round(layer * theirs / ours)][chosen].float(),
-        )
-        total = (
-            total
-            + ((student - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
-        )
+        student = states[layer][chosen].float()
+        goal = teacher[round(layer * theirs / ours)][chosen].float()
+        energy = goal.square().sum(-1).clamp_min(_SMALLEST_ENERGY)
+        total = total + ((student - goal).square().sum(-1) / energy).sum()
     return total / max(ours, 1)
 
 
-def forward(model: nn.Module, batch: Mapping[str, Tensor], **wanted: Any) -> Any:
-    """The model's output on a batch, labels aside."""
-    return model(
-        **{key: value for key, value in batch.items() if key != "labels"}, use_cache=False, **wanted
-    )
+def forward(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """The model's output on a batch without its labels."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, use_cache=False, **options)
 
 
-def predicted(batch: Mapping[str, Tensor]) -> Tensor:
+def mark_predicted(batch: Mapping[str, Tensor]) -> Tensor:
     """Bool [N, T − 1]: the positions whose next token is predicted."""
     return batch["labels"][:, 1:] != IGNORED
 
@@ -85,31 +80,34 @@ def predicted(batch: Mapping[str, Tensor]) -> Tensor:
 def total_loss(
     model: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Tensor], recovery: Recovery
 ) -> Tensor:
-    """The weighted sum of the losses, not yet divided by the number of tokens."""
-    wanted = {"output_hidden_states": True} if recovery.hidden else {}
-    chosen = predicted(batch)
-    output = forward(model, batch, **wanted)
+    """The weighted sum of the losses, not yet divided by the number of tokens.
+
+    Raises:
+        ConfigError: the teacher has another vocabulary, or other widths.
+    """
+    options = {"output_hidden_states": True} if recovery.hidden else {}
+    chosen = mark_predicted(batch)
+    output = forward(model, batch, **options)
     logits = output.logits[:, :-1][chosen]
     total = recovery.plain * plain_loss(logits, batch["labels"][:, 1:][chosen])
     if teacher is None:
         return total
     with torch.no_grad():
-        target = forward(teacher, batch, **wanted)
-    goal = target.logits[:, :-1][chosen]
+        target = forward(teacher, batch, **options)
     if recovery.kl:
-        total = total + recovery.kl * kl_loss(
-            logits, same_vocabulary(goal, logits), recovery.temperature
-        )
+        goal = target.logits[:, :-1][chosen]
+        check_vocabulary(logits, goal)
+        total = total + recovery.kl * kl_loss(logits, goal, recovery.temperature)
     if recovery.hidden:
-        states = [[h[:, :-1] for h in found.hidden_states] for found in (output, target)]
-        total = total + recovery.hidden * hidden_loss(states[0], states[1], chosen)
+        ours, theirs = ([h[:, :-1] for h in out.hidden_states] for out in (output, target))
+        total = total + recovery.hidden * hidden_loss(ours, theirs, chosen)
     return total
 
 
-def same_vocabulary(goal: Tensor, logits: Tensor) -> Tensor:
-    """The teacher's logits; ConfigError where they are for another vocabulary."""
-    if goal.shape != logits.shape:
+def check_vocabulary(logits: Tensor, teacher: Tensor) -> None:
+    """Raise ConfigError where logits [M, V] of model and teacher are for other vocabularies."""
+    if teacher.shape != logits.shape:
         raise ConfigError(
-            f"recovery.kl: expected a teacher with the model's vocabulary of {logits.shape[-1]}, got {goal.shape[-1]}"
+            f"recovery.kl: expected a teacher with the model's vocabulary of {logits.shape[-1]}, "
+            f"got {teacher.shape[-1]}"
         )
-    return goal

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prunekit.errors import ConfigError, suggest
 
@@ -12,10 +12,14 @@ FORMATS = ("auto", "alpaca", "text")
 SCHEDULES = ("cosine", "linear")
 TARGETS = ("all", "mlp", "attention")
 VALIDATION = "validation"
-_POSITIVE = ("batch_size", "micro_batch", "rank", "samples", "patience")
+# Whole numbers, and the least that each may be.
 _LEAST = {
     "length": 2,
-    **dict.fromkeys(_POSITIVE, 1),
+    "batch_size": 1,
+    "micro_batch": 1,
+    "rank": 1,
+    "samples": 1,
+    "patience": 1,
     "warmup_steps": 0,
     "evaluations": 0,
     "checkpoints": 0,
@@ -36,15 +40,20 @@ class Recovery:
         join: plain text only: documents joined by blank lines and cut into rows of `length` tokens;
             where false, one document a row, cut off at `length`.
         samples: at most so many training examples (rows, for joined text), those held out not
-            counted. length: tokens of a row. pack: several examples in a row; none sees another
-            (checked before the first step). epochs: passes over the examples, a fraction allowed.
-            batch_size: rows of one optimizer step, over all processes. micro_batch: rows of one
-            forward pass; "auto" begins with at most 16 and halves when memory runs out.
-            learning_rate: AdamW's, at its peak. schedule: "cosine" or "linear", down to zero at the
-            last step. warmup_steps: steps of linear warm-up. weight_decay: AdamW's. clip: largest
-            norm of the gradient; 0 clips nothing. bf16: compute in bfloat16; "auto" where a GPU has
-            it. Else in float32, and half-precision weights are rounded
-            back at the end.
+            counted.
+        length: tokens of a row.
+        pack: several examples in a row; none sees another (checked before the first step).
+        epochs: passes over the examples, a fraction allowed.
+        batch_size: rows of one optimizer step, over all processes.
+        micro_batch: rows of one forward pass; "auto" begins with at most 16 and halves when memory
+            runs out.
+        learning_rate: AdamW's, at its peak.
+        schedule: "cosine" or "linear", down to zero at the last step.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient; 0 clips nothing.
+        bf16: compute in bfloat16; "auto": where a GPU has it. Else the computation is in float32,
+            and half-precision weights are rounded back at the end.
         lora: train adapters; where false, the weights themselves.
         rank: of the adapters.
         alpha: the adapters are scaled by alpha / rank.
@@ -63,6 +72,9 @@ class Recovery:
         stop_on: which perplexity that is: "validation", or the name of a watched corpus.
         checkpoints: steps between two states kept for resuming; 0: none.
         seed: of the order, the adapters' start and dropout; null: the run's.
+
+    Raises:
+        ConfigError: a value that can't be meant.
     """
 
     corpus: str = "alpaca"
@@ -74,18 +86,18 @@ class Recovery:
     pack: bool = False
     epochs: float = 1.0
     batch_size: int = 64
-    micro_batch: Any = "auto"
+    micro_batch: int | str = "auto"
     learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     clip: float = 1.0
-    bf16: Any = "auto"
+    bf16: bool | str = "auto"
     lora: bool = True
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.05
-    targets: Any = "all"
+    targets: str | Sequence[str] = "all"
     merge: bool = True
     plain: float = 1.0
     kl: float = 0.0
@@ -99,22 +111,11 @@ class Recovery:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where a value can't be meant."""
         self._check_choices()
+        self._check_flags()
+        self._check_whole_numbers()
         self._check_numbers()
-        if self.plain + self.kl + self.hidden == 0:
-            raise ConfigError(
-                "recovery: expected a weight > 0 in plain, kl or hidden, got 0 in all three"
-            )
-        if not (self.lora or self.merge):
-            raise ConfigError(
-                "recovery.merge: expected true without adapters (recovery.lora=false), got false"
-            )
-        for key in ("evaluations", "holdout") if self.stop_on == VALIDATION else ("evaluations",):
-            if self.patience is not None and not getattr(self, key):
-                raise ConfigError(
-                    f"recovery.{key}: expected more than 0 with recovery.patience, got 0"
-                )
+        self._check_together()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -127,23 +128,26 @@ class Recovery:
         return self.kl > 0 or self.hidden > 0
 
     def _check_choices(self) -> None:
-        choices = [("format", self.format, FORMATS), ("schedule", self.schedule, SCHEDULES)]
         if not (isinstance(self.targets, str | list | tuple) and self.targets):
             raise ConfigError(
                 f"recovery.targets: expected a choice of {', '.join(TARGETS)}, got {self.targets!r}"
             )
-        for key, value, known in [*choices, *(("targets", kind, TARGETS) for kind in self.kinds)]:
+        choices = [("format", self.format, FORMATS), ("schedule", self.schedule, SCHEDULES)]
+        choices += [("targets", kind, TARGETS) for kind in self.kinds]
+        for key, value, known in choices:
             if value not in known:
                 raise ConfigError(
                     f"recovery.{key}: unknown choice {value!r}: {suggest(str(value), list(known))}"
                 )
+
+    def _check_flags(self) -> None:
         for key in ("join", "pack", "lora", "merge"):
             if not isinstance(value := getattr(self, key), bool):
                 raise ConfigError(f"recovery.{key}: expected true or false, got {value!r}")
         if not (isinstance(self.bf16, bool) or self.bf16 == "auto"):
             raise ConfigError(f"recovery.bf16: expected true, false or auto, got {self.bf16!r}")
 
-    def _check_numbers(self) -> None:
+    def _check_whole_numbers(self) -> None:
         for key, least in _LEAST.items():
             value = getattr(self, key)
             if (value is None and key in _OPTIONAL) or (key, value) == ("micro_batch", "auto"):
@@ -153,25 +157,56 @@ class Recovery:
                 raise ConfigError(
                     f"recovery.{key}: expected a whole number ≥ {least}{auto}, got {value!r}"
                 )
-        for key in ("epochs", "learning_rate", "alpha", "temperature"):
-            self._check_range(key, "> 0", lambda value: value > 0)
-        for key in ("weight_decay", "clip", "plain", "kl", "hidden"):
-            self._check_range(key, "≥ 0", lambda value: value >= 0)
-        self._check_range("dropout", "in [0, 1)", lambda value: 0 <= value < 1)
-        self._check_range(
-            "holdout", "≥ 0, whole or below 1", lambda v: 0 <= v < 1 or (v >= 1 and v == int(v))
-        )
-        if type(self.micro_batch) is int and self.batch_size % self.micro_batch:
-            raise ConfigError(
-                f"recovery.micro_batch: expected a divisor of recovery.batch_size={self.batch_size}, "
-                f"got {self.micro_batch}"
-            )
 
-    def _check_range(self, key: str, expected: str, fits: Any) -> None:
+    def _check_numbers(self) -> None:
+        for key in ("epochs", "learning_rate", "alpha", "temperature"):
+            self._check_number(key, "> 0", _is_positive)
+        for key in ("weight_decay", "clip", "plain", "kl", "hidden"):
+            self._check_number(key, "≥ 0", _is_not_negative)
+        self._check_number("dropout", "in [0, 1)", _is_share)
+        self._check_number("holdout", "≥ 0, whole or below 1", _is_share_or_count)
+
+    def _check_number(self, key: str, expected: str, fits: Callable[[float], bool]) -> None:
         value = getattr(self, key)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not (math.isfinite(value) and fits(value))
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and fits(value)):
             raise ConfigError(f"recovery.{key}: expected a number {expected}, got {value!r}")
+
+    def _check_together(self) -> None:
+        """Raise ConfigError where values do not go with each other."""
+        if self.plain + self.kl + self.hidden == 0:
+            raise ConfigError(
+                "recovery: expected a weight > 0 in plain, kl or hidden, got 0 in all three"
+            )
+        if not (self.lora or self.merge):
+            raise ConfigError(
+                "recovery.merge: expected true without adapters (recovery.lora=false), got false"
+            )
+        if isinstance(self.micro_batch, int) and self.batch_size % self.micro_batch:
+            raise ConfigError(
+                "recovery.micro_batch: expected a divisor of "
+                f"recovery.batch_size={self.batch_size}, got {self.micro_batch}"
+            )
+        if self.patience is None:
+            return
+        for key in ("evaluations", "holdout") if self.stop_on == VALIDATION else ("evaluations",):
+            if not getattr(self, key):
+                raise ConfigError(
+                    f"recovery.{key}: expected more than 0 with recovery.patience, got 0"
+                )
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0
+
+
+def _is_not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _is_share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _is_share_or_count(value: float) -> bool:
+    return _is_share(value) or (value >= 1 and value == int(value))

@@ -24,10 +24,9 @@ class Letters:
 
 
 def tiny_gpt2(seed=0):
-    config = GPT2Config(
-        vocab_size=97, n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+    sizes = {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=1)
     torch.manual_seed(seed)
     return GPT2LMHeadModel(config).eval()
 
@@ -62,10 +61,8 @@ def texts(folder, count=24):
 
 
 def settings(path, **kwargs):
-    values = {
-        "path": path, "join": False, "length": 24, "epochs": 2, "batch_size": 4, "micro_batch": 4,
-        "learning_rate": 3e-3, "dropout": 0.0, "holdout": 4, "evaluations": 2,
-    }  # fmt: skip
+    values = {"path": path, "join": False, "length": 24, "epochs": 2, "holdout": 4, "dropout": 0.0}
+    values |= {"batch_size": 4, "micro_batch": 4, "learning_rate": 3e-3, "evaluations": 2}
     return Recovery(**(values | kwargs))
 
 

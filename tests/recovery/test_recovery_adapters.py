@@ -41,7 +41,7 @@ def filled(wrapped):
 )
 def test_merged_weights_give_the_adapted_logits(make):
     model = make().double()
-    names = list(adapters.linears(model))
+    names = list(adapters.find_linears(model))
     before, shapes = state(model), {n: p.shape for n, p in model.named_parameters()}
     wrapped = adapters.attach(model, names, Recovery(), "base")
     filled(wrapped)
@@ -65,7 +65,9 @@ def test_every_width_gets_its_adapter_and_stacked_weights_are_named(monkeypatch)
     model = Uneven().double()
     inputs = torch.randn(4, 5, dtype=torch.float64)
     filled(
-        adapters.attach(model, list(adapters.linears(model)), Recovery(rank=4, dropout=0.0), "base")
+        adapters.attach(
+            model, list(adapters.find_linears(model)), Recovery(rank=4, dropout=0.0), "base"
+        )
     )
     adapted = model(inputs)
     assert "experts" in said[0] and "no adapter" in said[0]

@@ -17,7 +17,8 @@ from recovery_helpers import (
 
 from prunekit.data.corpora import load_corpus, load_records
 from prunekit.errors import ConfigError, DataError
-from prunekit.recovery.data import Example, collate, examples_of, load_data, pack, prompt_of
+from prunekit.recovery.data import collate, load_data, pack
+from prunekit.recovery.examples import Example, make_examples, write_prompt
 from prunekit.recovery.settings import Recovery
 
 RECORDS = [
@@ -52,7 +53,7 @@ class Merging(Plain):
 
 
 def test_instructions_have_the_loss_on_the_response_and_the_end():
-    with_input, without = examples_of(RECORDS, Recovery(length=400), Plain(), "x")
+    with_input, without = make_examples(RECORDS, Recovery(length=400), Plain(), "x")
     text = decode(with_input.ids.tolist())
     assert text.startswith("^Below is an instruction that describes a task, paired with an input")
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\nthree$")
@@ -67,20 +68,20 @@ def test_instructions_have_the_loss_on_the_response_and_the_end():
 
 
 def test_a_token_that_spans_the_border_is_the_responses():
-    [example] = examples_of([{"instruction": "x", "output": "Z"}], Recovery(), Merging(), "x")
+    [example] = make_examples([{"instruction": "x", "output": "Z"}], Recovery(), Merging(), "x")
     assert example.ids[example.first :].tolist() == [900, 1]
 
 
 def test_responses_that_are_cut_off_are_dropped_and_said_once(monkeypatch):
     said = []
-    monkeypatch.setattr("prunekit.recovery.data.say", said.append)
+    monkeypatch.setattr("prunekit.recovery.examples.say", said.append)
     long = {"instruction": "w" * 400, "output": "never seen"}
-    examples = examples_of(
+    examples = make_examples(
         [*RECORDS, long, {"instruction": "a", "output": " "}], Recovery(length=300), Plain(), "x"
     )
     assert len(examples) == 2
     assert said == ["recovery corpus x: 2 of 4 records have no response in the first 300 tokens"]
-    cut = examples_of(RECORDS, Recovery(length=len(prompt_of(RECORDS[0])) + 3), Plain(), "x")
+    cut = make_examples(RECORDS, Recovery(length=len(write_prompt(RECORDS[0])) + 3), Plain(), "x")
     assert decode(cut[0].ids[cut[0].first :].tolist()) == "th"
 
 
@@ -94,7 +95,7 @@ def test_responses_that_are_cut_off_are_dropped_and_said_once(monkeypatch):
         ),
         ([*RECORDS, {"text": "a"}], {"format": "alpaca"}, "record 3 has no text 'instruction'"),
         ([{"instruction": "a", "output": ""}], {}, "every record's 'output' is empty"),
-        ([], {}, "it holds no records"),
+        ([], {}, "expected records, found none"),
         (RECORDS, {"length": 20}, "nothing is left to predict in recovery.length=20 tokens"),
         ([{"other": "a"}], {}, "expected a text field 'text', found other"),
         ([{"text": " "}], {}, "nothing is left to predict"),
@@ -110,12 +111,12 @@ def test_corpora_that_cannot_be_used(tmp_path, records, options, match):
 
 def test_text_is_joined_or_one_document_a_row():
     records = [{"text": "abcd"}, {"text": "efg"}, {"text": " "}]
-    joined = examples_of(records, Recovery(length=4), Plain(), "x")
+    joined = make_examples(records, Recovery(length=4), Plain(), "x")
     assert [decode(e.ids.tolist()) for e in joined] == ["abcd", "\n\nef"]
-    separate = examples_of(records, Recovery(length=4, join=False), Plain(), "x")
+    separate = make_examples(records, Recovery(length=4, join=False), Plain(), "x")
     assert [decode(e.ids.tolist()) for e in separate] == ["^abc", "^efg"]
     assert separate[0].labels.tolist()[0] == -100
-    assert examples_of(records[1:2], Recovery(length=9, join=False), Plain(), "x")[0].ids[-1] == 1
+    assert make_examples(records[1:2], Recovery(length=9, join=False), Plain(), "x")[0].ids[-1] == 1
 
 
 def test_held_out_examples_do_not_depend_on_the_samples(tmp_path):

@@ -127,7 +127,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": False, "patience": 9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": False, "patience": 9}, {"patience": 4, "stop_on": "w"}]
+)
 def test_a_run_goes_on_from_its_checkpoint_as_if_unbroken(tmp_path, options):
     path, start = texts(tmp_path), pruned(small())
     recovery = settings(path, evaluations=5, checkpoints=3, dropout=0.1, **options)
@@ -166,7 +168,8 @@ from safetensors.torch import save_file
 folder = Path(sys.argv[2])
 options = json.loads(sys.argv[3])
 model = pruned(small())
-report = run(model, settings(str(folder / "texts.jsonl"), **options), folder / "out", resume="resume" in sys.argv)
+recovery = settings(str(folder / "texts.jsonl"), **options)
+report = run(model, recovery, folder / "out", resume="resume" in sys.argv)
 if os.environ.get("RANK", "0") == "0":
     save_file(dict(model.named_parameters()), folder / "weights.safetensors")
     (folder / "report.json").write_text(json.dumps(report))
@@ -293,8 +296,10 @@ def test_mixed_precision_leaves_no_wrapper(tmp_path):
 
 
 def test_presets_are_the_papers():
-    built = {name: cfg.build(cfg.check(cfg.compose([f"recovery={name}"])).recovery, "recovery")
-             for name in ("lora", "llm_pruner", "slimgpt", "distill", "none")}  # fmt: skip
+    built = {
+        name: cfg.build(cfg.check(cfg.compose([f"recovery={name}"])).recovery, "recovery")
+        for name in ("lora", "llm_pruner", "slimgpt", "distill", "none")
+    }
     assert built["none"] is None
     assert built["lora"] == Recovery()
     for name in ("llm_pruner", "slimgpt"):

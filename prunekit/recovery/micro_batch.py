@@ -1,0 +1,61 @@
+"""How many rows a forward pass has: the configured number, or the largest that memory allows."""
+
+from __future__ import annotations
+
+import os
+
+from prunekit.errors import ConfigError, DataError
+from prunekit.recovery.settings import Recovery
+
+_LARGEST = 16
+
+
+def count_processes() -> int:
+    """Processes that torchrun started; a process group of theirs may not be there yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first_micro_batch(recovery: Recovery) -> int:
+    """The configured number, or for "auto" the largest up to 16 that divides a process's part.
+
+    Raises:
+        ConfigError: the processes can't have the same number of micro-batches.
+    """
+    processes, fixed = count_processes(), recovery.micro_batch
+    own, rest = divmod(recovery.batch_size, processes)
+    if isinstance(fixed, int):
+        if rest or own % fixed:
+            raise ConfigError(
+                f"recovery.batch_size: expected a multiple of {processes} processes × "
+                f"recovery.micro_batch={fixed}, got {recovery.batch_size}"
+            )
+        return fixed
+    if rest:
+        raise ConfigError(
+            f"recovery.batch_size: expected a multiple of {processes} processes, "
+            f"got {recovery.batch_size}"
+        )
+    return _largest_divisor(own, _LARGEST)
+
+
+def shrink_micro_batch(recovery: Recovery, micro: int, error: Exception) -> int:
+    """The next smaller micro-batch after one that memory was too small for.
+
+    Raises:
+        DataError: the number is fixed, one row is too much, or several processes would have to
+            begin again together.
+    """
+    if micro == 1:
+        raise DataError(
+            "recovery: out of memory with one row; recovery.length, half as long, halves it"
+        ) from error
+    half = _largest_divisor(micro, micro // 2)
+    if recovery.micro_batch == "auto" and count_processes() == 1:
+        return half
+    raise DataError(
+        f"recovery: out of memory with micro_batch={micro}; recovery.micro_batch={half} halves it"
+    ) from error
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)

@@ -1,0 +1,223 @@
+"""One recovery while it lasts: what is trained, the training with its retries, the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prunekit.recovery import adapters
+from prunekit.recovery.data import Data
+from prunekit.recovery.micro_batch import count_processes, first_micro_batch, shrink_micro_batch
+from prunekit.recovery.result import RecoveryResult, trace_curve
+from prunekit.recovery.settings import Recovery
+from prunekit.recovery.states import last_checkpoint, load_trained, save_trained
+from prunekit.runtime.console import say
+from prunekit.runtime.memory import run_within_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prunekit.recovery.trainer import RecoveryTrainer, Watch
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes; a process group may not be there yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One recovery of one model; its methods are called in their order.
+
+    Attributes:
+        model: the pruned model, which is trained in place.
+        recovery: the settings.
+        data: the rows.
+        teacher: the dense model, where the loss compares with it.
+        watch: corpus → its perplexity on the model.
+        folder: of checkpoints, and of an adapter that is kept.
+        seed: of the order, the adapters' start and dropout.
+        pad: the token that fills rows.
+        trained: the model, or peft's wrapper of it.
+        trainable: how many numbers are trained.
+    """
+
+    model: PreTrainedModel
+    recovery: Recovery
+    data: Data
+    teacher: PreTrainedModel | None
+    watch: Watch
+    folder: Path
+    seed: int
+    pad: int
+    trained: nn.Module = field(init=False)
+    trainable: int = field(init=False, default=0)
+    _stored: list[tuple[nn.Parameter, torch.dtype]] = field(init=False, default_factory=list)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what an unfinished training goes on from."""
+        return self.folder / "checkpoints"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def choose_weights(self, modules: Mapping[str, Collection[str]] | None, base: str) -> None:
+        """Decide what is trained: fresh adapters, or the weights themselves.
+
+        Args:
+            modules: as `recover` has it.
+            base: what the adapters' config names as the model below them.
+        """
+        from transformers import set_seed
+
+        set_seed(self.seed)
+        if not self._computes_in_half():
+            self._widen()
+        recovery = self.recovery
+        names = adapters.target_names(self.model, recovery.kinds, modules)
+        if recovery.lora:
+            self.trained = adapters.attach(self.model, names, recovery, base)
+        else:
+            self.trained = self.model
+            chosen = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_("all" in recovery.kinds or name in chosen)
+        trainable = (p for p in self.trained.parameters() if p.requires_grad)
+        self.trainable = sum(parameter.numel() for parameter in trainable)
+
+    def _computes_in_half(self) -> bool:
+        """Whether half-precision weights stay: they are frozen and a GPU computes in bfloat16."""
+        from prunekit.recovery.trainer import uses_bfloat16
+
+        on_gpu = self.device.type == "cuda"
+        return self.recovery.lora and on_gpu and uses_bfloat16(self.recovery, self.device)
+
+    def _widen(self) -> None:
+        """Train half-precision weights in float32; `restore_types` rounds them back."""
+        for parameter in self.model.parameters():
+            self._stored.append((parameter, parameter.dtype))
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.data = parameter.data.to(wide)
+
+    def train(self, resume: bool) -> RecoveryTrainer:
+        """Train to the end; where memory runs out begin again, with a smaller micro-batch.
+
+        Args:
+            resume: go on from the newest checkpoint, if there is one.
+        """
+        checkpoint = last_checkpoint(self.checkpoints) if resume else None
+        micro = first_micro_batch(self.recovery)
+        start = self.folder / "start.safetensors"
+        if is_first_process():
+            if checkpoint is None:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            save_trained(self.trained, start)
+
+        def attempt(micro: int) -> RecoveryTrainer:
+            trainer = self._make_trainer(micro, fresh=checkpoint is None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return trainer
+
+        def begin_again(before: int, micro: int) -> None:
+            say(f"recovery: out of memory with micro_batch={before}: once more with {micro}")
+            load_trained(self.trained, start)
+            self.trained.zero_grad()
+
+        def shrink(micro: int, error: Exception) -> int:
+            return shrink_micro_batch(self.recovery, micro, error)
+
+        try:
+            return run_within_memory(attempt, micro, shrink, begin_again)
+        finally:
+            if is_first_process():
+                start.unlink(missing_ok=True)
+
+    def _make_trainer(self, micro: int, *, fresh: bool) -> RecoveryTrainer:
+        """A trainer that has done nothing yet."""
+        from prunekit.recovery.trainer import RecoveryTrainer, make_arguments
+
+        arguments = make_arguments(
+            self.recovery,
+            self.checkpoints,
+            self.device,
+            micro_batch=micro,
+            accumulation=self.recovery.batch_size // (micro * count_processes()),
+            seed=self.seed,
+            fresh=fresh,
+        )
+        return RecoveryTrainer(
+            model=self.trained,
+            args=arguments,
+            rows=self.data.training,
+            validation=self.data.validation,
+            pad=self.pad,
+            recovery=self.recovery,
+            teacher=self.teacher,
+            watch=self.watch,
+            watched=self.model,
+        )
+
+    def settle(self, trainer: RecoveryTrainer) -> int:
+        """Go back to the best state where patience is set; the step that the state is of."""
+        if self.recovery.patience is None:
+            return trainer.state.global_step
+        trainer.accelerator.wait_for_everyone()
+        load_trained(self.trained, trainer.best_path)
+        trainer.accelerator.wait_for_everyone()
+        best: Any = trainer.state.best_global_step
+        return best
+
+    def describe(self, trainer: RecoveryTrainer, best: int, seconds: float) -> RecoveryResult:
+        """How it went.
+
+        Args:
+            trainer: after the training.
+            best: the step that `settle` went back to.
+            seconds: that everything took.
+        """
+        state, arguments = trainer.state, trainer.args
+        return RecoveryResult(
+            curve=trace_curve(state.log_history, state.max_steps),
+            steps=state.global_step,
+            stopped_early=state.global_step < state.max_steps,
+            best_step=best,
+            trainable_parameters=self.trainable,
+            examples=self.data.examples,
+            tokens=int(state.num_input_tokens_seen),
+            seconds=seconds,
+            recovery=self.recovery,
+            seed=self.seed,
+            micro_batch=arguments.per_device_train_batch_size,
+            bf16=arguments.bf16,
+        )
+
+    def finish(self) -> None:
+        """Fold the adapters into the weights, or write them; drop the checkpoints."""
+        if self.recovery.lora and self.recovery.merge:
+            adapters.merge(self.model)
+        self.restore_types()
+        if is_first_process():
+            if not self.recovery.merge:
+                adapters.save(self.trained, self.folder / "adapter")
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Take the adapters off after an error; weights that were trained stay as they are."""
+        adapters.detach(self.model)
+        self.restore_types()
+
+    def restore_types(self) -> None:
+        """Give every parameter the type that it was stored in."""
+        for parameter, stored in self._stored:
+            parameter.data = parameter.data.to(stored)
