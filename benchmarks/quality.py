@@ -23,7 +23,7 @@ import prunekit.checkpoint
 from prunekit import config as cfg
 from prunekit.calibration.statistics import Statistics
 from prunekit.calibration.walk import Walk
-from prunekit.data.batches import batches
+from prunekit.data.batches import make_batches
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows, evaluation_windows
 from prunekit.demo import DEMO_MODEL
@@ -103,7 +103,9 @@ def layer_errors(setting: Setting, seed: int) -> dict[str, float]:
     graph = trace(model, {"input_ids": windows[:2, :8], "use_cache": False})
     groups = [group for group in graph.groups if group.kind in ("attention", "mlp")]
     found: dict[str, list[float]] = defaultdict(list)
-    for group, (site,) in Walk(model=model, groups=groups, batches=batches(windows, 16, "cpu")):
+    for group, (site,) in Walk(
+        model=model, groups=groups, batches=make_batches(model, windows, 16, torch.device("cpu"))
+    ):
         problem = Statistics(site=site, damping=0.0001).problem(site.weight())
         count, energy = group.num_units // 2, site.energy()
         choose, names = (

@@ -18,14 +18,12 @@ from prunekit.allocation.limits import added_biases, floors, multiples
 from prunekit.allocation.objective import Objective, set_objective
 from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.store import Store
-from prunekit.checkpoint.streamed import Streamed, layers_path
+from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig
-from prunekit.data.batches import Batch
-from prunekit.data.batches import batches as token_batches
-from prunekit.errors import ConfigError, DataError, TraceError
+from prunekit.data.batches import Batch, make_batches
+from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CouplingGraph, Group, trace
 from prunekit.graph.example import example_of
-from prunekit.model.inputs import without_cache
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
 from prunekit.plan import PruningPlan
 from prunekit.policies import Setting
@@ -91,13 +89,14 @@ def prune(
     """
     config = cfg.check(cfg.compose([f"method={method}", f"ratio={ratio}", *overrides]))
     cfg.import_modules(config.imports)
-    batches = _make_batches(model, calibration, config.data.calibration.batch_size)
+    size, device = config.data.calibration.batch_size, _device_of(model)
+    batches = make_batches(model, calibration, size, device)
     places = Places(
         state=Path(state) if state else None,
         activations=activations_folder(config, None),
         identity=f"{type(model).__name__} {weights_digest(model)}" if state else "",
     )
-    stages = Stages(_device_of(model))
+    stages = Stages(device)
     return prune_model(model, config, Method.build(config), batches, stages, places=places)
 
 
@@ -275,7 +274,7 @@ def choose_and_cut(
         if streamed is None:
             apply_plan(model, graph, plan)
         else:
-            streamed.complete(layers_path(graph))
+            streamed.complete(graph)
     except BaseException:
         restore(model, before)
         if assignment.state:
@@ -358,42 +357,6 @@ def _count_units(groups: Sequence[Group], plan: PruningPlan) -> list[dict[str, A
         units["kept"] += group.num_units - len(plan.removed.get(group.name, ()))
         units["total"] += group.num_units
     return list(layers.values())
-
-
-def _make_batches(
-    model: nn.Module, calibration: Tensor | Iterable[Batch] | None, batch_size: int
-) -> list[Batch]:
-    """Make keyword arguments of forward calls from what the user gave, which is checked."""
-    if calibration is None:
-        raise DataError(
-            "calibration: expected token ids [N, T] or keyword-argument dicts, got None"
-        )
-    batches: list[Batch]
-    if isinstance(calibration, Tensor):
-        _check_tokens(model, calibration)
-        batches = [*token_batches(calibration, batch_size, _device_of(model))]
-    else:
-        batches = [without_cache(model, batch) for batch in calibration]
-    if not batches or not all(isinstance(batch, Mapping) for batch in batches):
-        raise DataError("calibration: expected at least one dict of keyword arguments")
-    return batches
-
-
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """Raise DataError for what can't be token ids [N, T] of the model."""
-    integers = not tokens.is_floating_point()
-    if not (tokens.ndim == 2 and integers and tokens.shape[1] > 1 and len(tokens)):
-        raise DataError(
-            "calibration: expected int64 token ids [N, T] with T ≥ 2, "
-            f"got {tokens.dtype} {tuple(tokens.shape)}"
-        )
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = getattr(embeddings, "num_embeddings", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if vocabulary and not 0 <= low <= high < vocabulary:
-        raise DataError(
-            f"calibration: expected token ids in [0, {vocabulary}), got {low} to {high}"
-        )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -11,15 +11,16 @@ from torch.nn.modules.conv import _ConvNd
 from prunekit.allocation.scope import Scope
 from prunekit.config import RunConfig
 from prunekit.graph import Group
+from prunekit.model.names import experts_per_token
 from prunekit.surgery import shapes
 
 
 def floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
     """Units that a model needs: as many experts as a token is sent to."""
-    config = getattr(model, "config", None)
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-    needed = [value for name in names if isinstance(value := getattr(config, name, None), int)]
-    return {group.name: max(needed) for group in groups if group.kind == "expert" and needed}
+    needed = experts_per_token(getattr(model, "config", None))
+    if needed is None:
+        return {}
+    return {group.name: needed for group in groups if group.kind == "expert"}
 
 
 def multiples(

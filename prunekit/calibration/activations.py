@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.taps import is_stock
-from prunekit.data.batches import Batch
+from prunekit.data.batches import Batch, padding_mask
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import tensor_places
@@ -64,7 +64,7 @@ def input_statistics(
         DataError: inputs hold NaN or infinity.
     """
     places = tensor_places(model)
-    modules = {name: places[name][0][0] for name in names if places[name][0][1] == "weight"}
+    modules = {n: places[n][0].module for n in names if places[n][0].attribute == "weight"}
     found = {name: Inputs() for name, module in modules.items() if is_stock(module)}
     mask: Tensor | None = None
 
@@ -75,8 +75,7 @@ def input_statistics(
         for name, inputs in found.items():
             stack.callback(modules[name].register_forward_pre_hook(partial(hook, inputs)).remove)
         for batch in track(batches, "activations", len(batches)):
-            given = batch.get("attention_mask")
-            mask = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
+            mask = padding_mask(batch)
             model(**without_cache(model, batch))
     for name, inputs in found.items():
         if inputs.tokens and not torch.isfinite(inputs.norm()).all():

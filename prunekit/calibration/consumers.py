@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
+from prunekit.model.compat import experts_computed
 
 See = Callable[["Consumer", Tensor], None]
 _PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -120,21 +121,9 @@ def _hook(consumer: Consumer, see: See) -> Callable[[nn.Module, tuple[Tensor, ..
 @contextmanager
 def experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> Iterator[None]:
     """Let stacked experts multiply one by one, so that each one's inputs can be seen."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    key = "_experts_implementation_internal"
-    changed = (
-        [c for c in configs.values() if key in vars(c)]
-        if any(c.expert is not None for c in consumers)
-        else []
-    )
-    before = [vars(config)[key] for config in changed]
-    try:
-        for config in changed:
-            vars(config)[key] = "eager"
+    stacked = any(consumer.expert is not None for consumer in consumers)
+    with experts_computed(model, "eager") if stacked else nullcontext():
         yield
-    finally:
-        for config, value in zip(changed, before, strict=True):
-            vars(config)[key] = value
 
 
 class _Products(TorchFunctionMode):

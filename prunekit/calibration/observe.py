@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
-from prunekit.data.batches import Batch, positions_of
+from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import wide
 
@@ -66,13 +66,8 @@ class Observation:
 
         `wanted` [..., d]: what a lone consumer should give.
         """
-        given = batch.get("attention_mask")
-        self._mask = (
-            given.bool()
-            if isinstance(given, Tensor) and given.ndim == 2 and not given.bool().all()
-            else None
-        )
-        self._sample, self._wanted, self._positions = sample, wanted, positions_of(batch)
+        self._mask, self._positions = padding_mask(batch), count_positions(batch)
+        self._sample, self._wanted = sample, wanted
         self._fed: list[tuple[Tensor, Site]] = []
         yield
         self._fed.clear()

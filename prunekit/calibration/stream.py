@@ -22,9 +22,10 @@ from prunekit.calibration.consumers import Consumer, See, watched
 from prunekit.calibration.layers import Layers
 from prunekit.calibration.observe import HELD_OUT, Observation, Site, Stop
 from prunekit.calibration.store import Kept, Store
-from prunekit.data.batches import Batch, Numbered, fresh, positions_of
+from prunekit.data.batches import Batch, Numbered, copy_batch, count_positions
 from prunekit.errors import DataError
 from prunekit.graph import Group
+from prunekit.model.stack import stacks_around
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import wide
 from prunekit.runtime.processes import add_up, together
@@ -69,10 +70,11 @@ class Stream:
         source: Layers | None = None,
     ) -> Stream | None:
         """Record what the layers are called with; None where they don't feed one another in order."""
-        paths = {_path_of_layers(group) for group in groups}
-        if len(paths) != 1 or None in {group.layer for group in groups}:
+        paths = stacks_around(model, [group.module for group in groups])
+        path = next(iter(paths), None)
+        if path is None or len(paths) > 1:
             return None
-        layers = model.get_submodule(paths.pop())
+        layers = model.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)
         inside = [set(layer.modules()) for layer in layers]
         for consumer in (c for found in consumers.values() for c in found):
@@ -147,7 +149,7 @@ class Stream:
             for i, layer in enumerate(self.layers):
                 stack.enter_context(replaced(layer, stub(i)))
             try:
-                model(**fresh(batch))
+                model(**copy_batch(batch))
             except Stop:
                 pass
             except Exception:  # a layer's output is more than hidden states
@@ -381,14 +383,9 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _rows(batches: Sequence[Numbered], device: torch.device) -> int:
-    rows = sum(positions_of(batch)[0] for _, batch in batches)
+    rows = sum(count_positions(batch)[0] for _, batch in batches)
     return int(add_up(torch.tensor([rows], device=device)))
 
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _path_of_layers(group: Group) -> str:
-    parts = group.module.split(".")
-    return ".".join(parts[: parts.index(str(group.layer))] if group.layer is not None else parts)

@@ -20,7 +20,7 @@ from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Observation, Site
 from prunekit.calibration.store import Store
 from prunekit.calibration.stream import Stream
-from prunekit.data.batches import Batch, Numbered, fresh, positions_of, unpadded
+from prunekit.data.batches import Batch, Numbered, copy_batch, count_positions, remove_padding
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import Group
 from prunekit.runtime.console import say
@@ -63,7 +63,7 @@ class Walk:
         everyone = [consumer for found in consumers.values() for consumer in found]
         experts = any(consumer.expert is not None for consumer in everyone)
         batches = (
-            unpadded(self.batches) if experts else self.batches
+            remove_padding(self.batches) if experts else self.batches
         )  # routed tokens no longer know their place
         if len(batches) < world_size():
             raise DataError(
@@ -102,7 +102,7 @@ def _numbered(batches: Sequence[Batch]) -> list[Numbered]:
     found, count = [], 0
     for batch in batches:
         found.append((count, batch))
-        count += positions_of(batch)[0]
+        count += count_positions(batch)[0]
     return found
 
 
@@ -117,5 +117,5 @@ def _observed(
                 watched(consumers, observation.see),
                 torch.no_grad(),
             ):
-                model(**fresh(batch))
+                model(**copy_batch(batch))
     return observation.finish()

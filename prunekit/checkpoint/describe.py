@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.model import modeling_prunekit
-from prunekit.model.record import CODE, RECORD, is_our_code, stock_class
+from prunekit.model.record import CODE, RECORD, names_our_code, stock_class
 
 
 def describe(
@@ -21,13 +21,15 @@ def describe(
     Args:
         folder: with the `config.json` that transformers wrote.
         model: what it is of.
-        record: `record_of` it; None for a model that transformers' class can build.
+        record: `required_record` of it; None for a model that transformers' class can build.
         remote_code: let transformers load the folder where prunekit is not installed;
             `trust_remote_code` is needed there. A model that needs no code gets none.
     """
     path, stock = folder / "config.json", stock_class(model)
     config = json.loads(path.read_text(encoding="utf-8"))
-    codes = {key: name for key, name in config.pop("auto_map", {}).items() if not is_our_code(name)}
+    codes = {
+        key: name for key, name in config.pop("auto_map", {}).items() if not names_our_code(name)
+    }
     config = {key: value for key, value in config.items() if key != RECORD} | (
         {"auto_map": codes} if codes else {}
     )

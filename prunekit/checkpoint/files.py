@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.errors import CheckpointError, first_line
+from prunekit.model.names import SYNONYMS
 
 INDEX = "model.safetensors.index.json"
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # each has tensors of its own
 _KERNELS = (
     "attn_implementation",
     "_attn_implementation",
@@ -26,6 +26,18 @@ _KERNELS = (
 MANY_LAYERS = 2**16
 _MOST_LABELS = 2**20  # a dictionary is made of them
 _LEAST = 2**24  # elements of a table that any model may compute
+
+
+@contextmanager
+def located(where: Path) -> Iterator[None]:
+    """Put a file or folder before the message of a CheckpointError raised in a `with` block.
+
+    Meant for functions of `prunekit.model`, which know of no folder.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -111,7 +123,7 @@ def check_config(
         tensors: in the folder's weights; there are no more layers.
         trust_remote_code: attention may be code of another repository.
     """
-    bounds = dict.fromkeys(_LAYERS, tensors) | {"num_labels": _MOST_LABELS}
+    bounds = dict.fromkeys(SYNONYMS["num_hidden_layers"], tensors) | {"num_labels": _MOST_LABELS}
     waiting = [config]
     while waiting:
         for name, value in waiting.pop().items():

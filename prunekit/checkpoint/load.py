@@ -20,14 +20,15 @@ from prunekit.checkpoint.files import (
     MANY_LAYERS,
     check_config,
     count_tensors,
+    located,
     read_config,
     weight_files,
     within,
 )
 from prunekit.checkpoint.manifest import check_manifest
 from prunekit.errors import CheckpointError, first_line
-from prunekit.model.build import adopt, built, dense_config, only_ours
-from prunekit.model.modeling_prunekit import pruned_classes
+from prunekit.model.build import adopt, build_pruned, make_dense_config, needs_prunekit
+from prunekit.model.compat import let_save_itself
 from prunekit.model.record import RECORD, is_ours
 
 
@@ -55,13 +56,13 @@ def from_pretrained(
             missing or left over.
     """
     folder = Path(directory)
-    config, elements = checked(folder, trust_remote_code) if folder.is_dir() else ({}, None)
-    if elements is None or not only_ours(config):
+    config, elements = check_folder(folder, trust_remote_code) if folder.is_dir() else ({}, None)
+    if elements is None or not needs_prunekit(config):
         return _load_dense(
             directory, dtype, device, attn_implementation, trust_remote_code, elements
         )
     with within(elements):
-        model = skeleton_of(folder, config, attn_implementation)
+        model = build_skeleton(folder, config, attn_implementation)
     tensors = _read_tensors(folder)
     if dtype is not None:
         tables = dict(model.named_buffers())  # rotary frequencies, say
@@ -69,22 +70,16 @@ def from_pretrained(
             name for name, t in tensors.items() if t.is_floating_point() and name not in tables
         }
         tensors = {name: t.to(dtype) if name in weights else t for name, t in tensors.items()}
-    adopt(model, tensors, folder, exact=is_ours(config))
+    with located(folder):
+        adopt(model, tensors, exact=is_ours(config))
     model.config.dtype = dtype or model.config.dtype
     if is_ours(config):
-        _save_by_itself(model, config[RECORD])
+        let_save_itself(model)
+        setattr(model.config, RECORD, config[RECORD])
     return model.to(device).eval()
 
 
-def _save_by_itself(model: Any, record: dict[str, Any]) -> None:
-    """Let transformers' `save_pretrained` write the sizes along, which its own class of config
-    would refuse.
-    """
-    model.config.__class__ = pruned_classes(model.config.model_type, __name__)[0]
-    setattr(model.config, RECORD, record)
-
-
-def checked(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], int]:
+def check_folder(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], int]:
     """A folder's config and how many elements its weights have; nothing is built yet.
 
     Raises:
@@ -102,7 +97,7 @@ def checked(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, An
     return config, elements
 
 
-def skeleton_of(
+def build_skeleton(
     folder: Path,
     config: dict[str, Any],
     attention: str | None = None,
@@ -124,13 +119,13 @@ def skeleton_of(
     Raises:
         CheckpointError: the config makes no model.
     """
-    dense = (
-        dense_config(folder, config)
-        if only_ours(config)
-        else _stock_config(folder, trust_remote_code)
-    )
-    dense.dtype = dense.dtype or stored
-    model = built(folder, dense, config, attention, trust_remote_code)
+    with located(folder / "config.json"):
+        if needs_prunekit(config):
+            dense = make_dense_config(config)
+        else:
+            dense = _stock_config(folder, trust_remote_code)
+        dense.dtype = dense.dtype or stored
+        model = build_pruned(dense, config, attention, trust_remote_code)
     _generation_config(model, folder)
     return model.eval()
 
@@ -141,7 +136,7 @@ def _stock_config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
+        raise CheckpointError(f"damaged: {first_line(error)}") from error
 
 
 def _load_dense(
@@ -229,7 +224,8 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
         check_manifest(folder, weights=False)
         config = read_config(folder)
     check_config(folder / "config.json", config, MANY_LAYERS, trust_remote_code)
-    dense = dense_config(folder, config) if only_ours(config) else None
+    with located(folder / "config.json"):
+        dense = make_dense_config(config) if needs_prunekit(config) else None
     try:
         return AutoTokenizer.from_pretrained(
             directory, config=dense, trust_remote_code=trust_remote_code

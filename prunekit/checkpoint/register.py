@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from prunekit.checkpoint.manifest import check_manifest
+from prunekit.model.compat import replace_config_loader
 from prunekit.model.modeling_prunekit import pruned_classes
 from prunekit.model.record import is_ours
 
-_ATTRIBUTE = "_prunekit"  # on the function that replaces transformers'
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def register_with_transformers() -> None:
@@ -22,35 +26,20 @@ def register_with_transformers() -> None:
     CheckpointError; the numbers in the weights only `prunekit.from_pretrained` compares with their
     checksums. Calling it again changes nothing.
     """
-    from transformers import AutoConfig
+    replace_config_loader(is_ours, _load_config)
 
-    original = AutoConfig.from_pretrained
-    if hasattr(original, _ATTRIBUTE):
-        return
 
-    @wraps(original)
-    def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        from transformers import PreTrainedConfig
-
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not is_ours(config):
-            return original(pretrained_model_name_or_path, **kwargs)
-        if Path(pretrained_model_name_or_path).is_dir():
-            from prunekit.checkpoint.manifest import check_manifest
-
-            check_manifest(Path(pretrained_model_name_or_path), weights=False)
-        kwargs = {
-            key: value
-            for key, value in kwargs.items()
-            if key not in ("trust_remote_code", "code_revision")
-        }
-        kwargs |= {"_from_auto": True, "name_or_path": pretrained_model_name_or_path}
-        return _registered(config["model_type"]).from_pretrained(
-            pretrained_model_name_or_path, **kwargs
-        )
-
-    setattr(from_pretrained, _ATTRIBUTE, original)
-    AutoConfig.from_pretrained = staticmethod(from_pretrained)  # type: ignore[assignment]
+def _load_config(source: str | Path, config: Mapping[str, Any], **kwargs: Any) -> PretrainedConfig:
+    """The config of a pruned folder or hub name, of the class that is registered for its type."""
+    if Path(source).is_dir():
+        check_manifest(Path(source), weights=False)
+    kwargs = {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("trust_remote_code", "code_revision")
+    }
+    kwargs |= {"_from_auto": True, "name_or_path": source}
+    return _registered(config["model_type"]).from_pretrained(source, **kwargs)
 
 
 @cache

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import read_config
+from prunekit.checkpoint.files import located, read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
-from prunekit.model.build import only_ours
+from prunekit.model.build import needs_prunekit
 from prunekit.model.compat import unvalidated
-from prunekit.model.verify import check_loadable, record
+from prunekit.model.verify import check_loadable, required_record
 from prunekit.runtime.files import check_free, new_folder
 
 
@@ -49,13 +49,14 @@ def save_pretrained(
             "a model of an encoder and a decoder can't be saved: config.json holds one list of layers"
         )
     check_free(Path(directory))
-    sizes = record(model)
+    with located(Path(directory)):
+        record = required_record(model)
+    original = record is None and not needs_prunekit(model.config.to_dict())
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
-        model.save_pretrained(
-            folder, save_original_format=not only_ours(model.config.to_dict()) and sizes is None
-        )
-        describe(folder, model, sizes, remote_code)
-        check_loadable(model, read_config(folder))
+        model.save_pretrained(folder, save_original_format=original)
+        describe(folder, model, record, remote_code)
+        with located(Path(directory)):
+            check_loadable(model, read_config(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checkpoint.compose import Parts, compose, number_of
-from prunekit.checkpoint.files import within
-from prunekit.checkpoint.load import checked, skeleton_of
+from prunekit.checkpoint.files import located, within
+from prunekit.checkpoint.load import build_skeleton, check_folder
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
-from prunekit.model.build import adopt, only_ours
+from prunekit.model.build import adopt, needs_prunekit
 from prunekit.model.record import is_ours
-from prunekit.model.ties import tied_places
+from prunekit.model.ties import parameter_places
 
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # tables that older checkpoints hold
 
@@ -50,11 +50,11 @@ def open_streamed(
     folder = Path(directory)
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: expected a local model folder, found none")
-    config, elements = checked(folder, trust_remote_code)
+    config, elements = check_folder(folder, trust_remote_code)
     shards = Shards.of_folder(folder)
     with within(elements):
-        model = skeleton_of(folder, config, attn_implementation, trust_remote_code, shards.dtype)
-    dense = not only_ours(config)
+        model = build_skeleton(folder, config, attn_implementation, trust_remote_code, shards.dtype)
+    dense = not needs_prunekit(config)
     shards = _by_names_of(model, shards, dense)
     if dense:
         _check_shapes(model, shards)
@@ -121,8 +121,8 @@ def _check_shapes(model: nn.Module, shards: Shards) -> None:
             raise CheckpointError(
                 f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
             )
-    for places in tied_places(model):
-        stored = [name for *_, name in places if name in shards]
+    for places in parameter_places(model).values():
+        stored = [place.name for place in places if place.name in shards]
         if different := [name for name in stored[1:] if not shards.equal(stored[0], name)]:
             raise CheckpointError(
                 f"{shards.where}: {stored[0]} and {different[0]} differ, but its config ties them: "
@@ -135,7 +135,8 @@ def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None, ex
         own = dtype if shards[name].dtype.is_floating_point else None
         return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
 
-    adopt(model, {name: on_meta(name) for name in shards}, shards.where, exact)
+    with located(shards.where):
+        adopt(model, {name: on_meta(name) for name in shards}, exact)
     for path, module in model.named_modules():
         for attribute, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -16,6 +16,7 @@ from torch import Tensor
 from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
 from prunekit.errors import ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
+from prunekit.model.stack import stacks_around
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
 from prunekit.runtime.processes import rank
@@ -71,8 +72,24 @@ class Streamed:
         """The layers, read one by one; each is cut and written as soon as it is left."""
         return StreamedLayers(self, graph)
 
-    def complete(self, path: str) -> None:
+    def layers_path(self, graph: CouplingGraph) -> str:
+        """The module path of the list that the groups' layers are in.
+
+        Raises:
+            ConfigError: there is none, or more than one.
+        """
+        modules = [group.module for group in graph.groups if group.layer is not None]
+        paths = sorted(filter(None, stacks_around(self.model, modules)))
+        if len(paths) != 1:
+            raise ConfigError(
+                "memory.stream: expected one list of decoder layers, "
+                f"found {', '.join(paths) or 'none'}"
+            )
+        return paths[0]
+
+    def complete(self, graph: CouplingGraph) -> None:
         """Write what no group was cut in: the layers left, and everything outside them."""
+        path = self.layers_path(graph)
         for i in range(len(self.model.get_submodule(path))):  # type: ignore[arg-type]
             if self.writer and not self.writer.has(f"{path}.{i}"):
                 with self.weights.enter(f"{path}.{i}"):
@@ -89,7 +106,7 @@ class StreamedLayers:
 
     def __init__(self, streamed: Streamed, graph: CouplingGraph) -> None:
         self.streamed, self.graph = streamed, graph
-        self.path = layers_path(graph)
+        self.path = streamed.layers_path(graph)
         self.removed: dict[int, dict[str, list[int]]] = defaultdict(dict)  # [layer][group name]
 
     def outside(self) -> AbstractContextManager[Any]:
@@ -143,20 +160,3 @@ class StreamedLayers:
                 problem = f"the cut layer doesn't run: {reason}"
             undo()
         raise SurgeryError(f"{', '.join(units)}: {problem}")
-
-
-def layers_path(graph: CouplingGraph) -> str:
-    """The module path of the list that the groups' layers are in.
-
-    Raises:
-        ConfigError: there is none, or more than one.
-    """
-    paths = set()
-    for group in (group for group in graph.groups if group.layer is not None):
-        parts = group.module.split(".")
-        paths.add(".".join(parts[: parts.index(str(group.layer))]))
-    if len(paths) != 1:
-        raise ConfigError(
-            f"memory.stream: expected one list of decoder layers, found {', '.join(paths) or 'none'}"
-        )
-    return paths.pop()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.shards import Shards
 from prunekit.errors import CheckpointError, DataError
-from prunekit.model.ties import tied_places
+from prunekit.model.stack import module_lists, place_in_stack
+from prunekit.model.ties import Place, parameter_places
 
-_Places = list[tuple[nn.Module, str, str]]  # where one parameter is: module, attribute, name
+_Places = list[Place]  # where one parameter is held
 
 
 class Weights:
@@ -85,7 +86,7 @@ class Weights:
         """What a file must hold of a module: its parameters, tied ones once, and its persistent
         buffers.
         """
-        found = {places[0][2]: _held(places).detach() for places in self._under(path)}
+        found = {places[0].name: _held(places).detach() for places in self._under(path)}
         return found | {
             name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)
         }
@@ -94,29 +95,31 @@ class Weights:
         """What a file must hold of everything not inside the `ModuleList` at a path: name → the one
         in the shards.
         """
-        found = {places[0][2]: _stored_name(places, self.shards) for places in self._beside(layers)}
+        found = {
+            places[0].name: _stored_name(places, self.shards) for places in self._beside(layers)
+        }
         buffers = (name for name in persistent_buffers(self.model) if not _lies_in(name, layers))
         return found | {name: name for name in buffers}
 
     def _under(self, path: str) -> list[_Places]:
         return [
             places
-            for places in tied_places(self.model)
-            if any(_lies_in(name, path) for *_, name in places)
+            for places in parameter_places(self.model).values()
+            if any(_lies_in(place.name, path) for place in places)
         ]
 
     def _beside(self, layers: str) -> list[_Places]:
         return [
             places
-            for places in tied_places(self.model)
-            if not any(_lies_in(name, layers) for *_, name in places)
+            for places in parameter_places(self.model).values()
+            if not any(_lies_in(place.name, layers) for place in places)
         ]
 
     def _owned_by(self, module: nn.Module) -> list[_Places]:
         return [
             places
-            for places in tied_places(self.model)
-            if any(owner is module for owner, *_ in places)
+            for places in parameter_places(self.model).values()
+            if any(place.module is module for place in places)
         ]
 
     @torch.inference_mode(False)
@@ -171,7 +174,7 @@ def _held(places: _Places) -> nn.Parameter:
 
 def _stored_name(places: _Places, shards: Shards) -> str:
     """Which of a parameter's names the shards know it by; the first where they know none."""
-    return next((name for *_, name in places if name in shards), places[0][2])
+    return next((place.name for place in places if place.name in shards), places[0].name)
 
 
 def _put(places: _Places, tensor: Tensor, requires_grad: bool) -> None:
@@ -211,7 +214,7 @@ def offloaded(
     """
     weights = Weights(model, shards, device)
     with ExitStack() as hooks:
-        for module, find in _units(model, "", weights):
+        for module, find in _units(weights):
             hooks.callback(module.register_forward_pre_hook(_caller(weights._load, find)).remove)
             hooks.callback(
                 module.register_forward_hook(
@@ -230,15 +233,15 @@ def _caller(
     return hook
 
 
-def _units(
-    module: nn.Module, path: str, weights: Weights
-) -> Iterator[tuple[nn.Module, Callable[[], list[_Places]]]]:
-    """The modules to load at once, and how to find what they hold."""
-    if module._parameters:
-        yield module, partial(weights._owned_by, module)
-    for name, child in module.named_children():
-        inner = f"{path}.{name}".lstrip(".")
-        if isinstance(module, nn.ModuleList):
-            yield child, partial(weights._under, inner)
-        else:
-            yield from _units(child, inner, weights)
+def _units(weights: Weights) -> Iterator[tuple[nn.Module, Callable[[], list[_Places]]]]:
+    """The modules to load at once, each with a function that finds what it holds.
+
+    The entries of the outermost module lists are loaded whole; of any other module, what it owns
+    itself.
+    """
+    for path, module in weights.model.named_modules():
+        if module._parameters and place_in_stack(weights.model, path) is None:
+            yield module, partial(weights._owned_by, module)
+    for path, stack in module_lists(weights.model).items():
+        for index, layer in enumerate(stack):
+            yield layer, partial(weights._under, f"{path}.{index}".lstrip("."))

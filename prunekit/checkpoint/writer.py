@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import read_config
+from prunekit.checkpoint.files import located, read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.checkpoint.shards import Shards
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
 from prunekit.model.compat import unvalidated
-from prunekit.model.ties import tied_places
-from prunekit.model.verify import check_loadable, record
+from prunekit.model.ties import parameter_places
+from prunekit.model.verify import check_loadable, required_record
 from prunekit.runtime.files import check_free, disk_errors, publish, write_text
 
 _KEY = "prunekit_key"  # in a shard's metadata: what it holds
@@ -135,7 +135,8 @@ class LayerWriter:
                 resumed run.
         """
         self._check_complete(model)
-        sizes = record(model)
+        with located(self.target):
+            record = required_record(model)
         with disk_errors(self.target):
             files = self._number()
             index = {"metadata": {"total_size": self.shards.num_bytes}, "weight_map": files}
@@ -143,8 +144,9 @@ class LayerWriter:
                 self.folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n"
             )
             self._describe(model)
-            describe(self.folder, model, sizes, remote_code)
-            check_loadable(model, read_config(self.folder))
+            describe(self.folder, model, record, remote_code)
+            with located(self.target):
+                check_loadable(model, read_config(self.folder))
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder)
             write_manifest(self.folder)
@@ -156,7 +158,7 @@ class LayerWriter:
 
     def _check_complete(self, model: Any) -> None:
         written = dict(self.shards.entries)
-        wanted = {places[0][2]: model.get_parameter(places[0][2]) for places in tied_places(model)}
+        wanted = {name: model.get_parameter(name) for name in parameter_places(model)}
         for name, tensor in {**wanted, **persistent_buffers(model)}.items():
             if name not in written:
                 raise CheckpointError(f"{self.target}: can't be finished: {name} was not written")

@@ -1,57 +1,117 @@
-"""Batches: keyword arguments of forward calls, their rows, their padding."""
+"""Batches: the keyword arguments of forward calls, how they are made, their rows and padding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import DataError
+from prunekit.model.inputs import without_cache
 
 Batch = Mapping[str, Any]
+Numbered = tuple[int, Batch]  # the number of a batch's first sample in its set, and the batch
 
 
-Numbered = tuple[int, Batch]
+def make_batches(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Batch] | None,
+    batch_size: int,
+    device: torch.device,
+) -> list[Batch]:
+    """The calibration set as batches, none of which lets the model keep a key-value cache.
+
+    Args:
+        model: the model that they are for.
+        calibration: token ids int64 [N, T] with T ≥ 2; or keyword arguments of forward calls, which
+            are taken as they are.
+        batch_size: how many windows of token ids make a batch.
+        device: where token ids go.
+
+    Raises:
+        DataError: no calibration data, or such as the model can't be called with.
+    """
+    if calibration is None:
+        raise DataError(
+            "calibration: expected token ids [N, T] or keyword-argument dicts, got None"
+        )
+    batches: list[Batch]
+    if isinstance(calibration, Tensor):
+        _check_token_ids(model, calibration)
+        batches = [{"input_ids": chunk.to(device)} for chunk in calibration.split(batch_size)]
+    else:
+        batches = list(calibration)
+    if not batches or not all(isinstance(batch, Mapping) for batch in batches):
+        raise DataError("calibration: expected at least one dict of keyword arguments")
+    return [without_cache(model, batch) for batch in batches]
 
 
-def positions_of(batch: Batch) -> tuple[int, int]:
+def _check_token_ids(model: nn.Module, ids: Tensor) -> None:
+    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2 or not len(ids):
+        raise DataError(
+            "calibration: expected int64 token ids [N, T] with T ≥ 2, "
+            f"got {ids.dtype} {tuple(ids.shape)}"
+        )
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    lowest, highest = int(ids.min()), int(ids.max())
+    if rows and not 0 <= lowest <= highest < rows:
+        raise DataError(
+            f"calibration: expected token ids in [0, {rows}), got {lowest} to {highest}"
+        )
+
+
+def count_positions(batch: Batch) -> tuple[int, int]:
     """Rows and tokens of a batch; one token where its inputs have none."""
     for name in ("attention_mask", "input_ids", "inputs_embeds"):
         if isinstance(value := batch.get(name), Tensor) and value.ndim > 1:
             return value.shape[0], value.shape[1]
-    return next(
-        (len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1
-    ), 1
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    return (len(tensors[0]) if tensors else 1), 1
 
 
-def fresh(batch: Batch) -> Batch:
+def copy_batch(batch: Batch) -> Batch:
     """A copy that the model may write to."""
     return {
         key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()
     }
 
 
-def unpadded(batches: Sequence[Batch]) -> list[Batch]:
-    """The rows of padded batches one by one, without their padding."""
-    found: list[Batch] = []
+def padding_mask(batch: Batch) -> Tensor | None:
+    """BoolTensor [B, T], False at padding; None where the batch has none.
+
+    Read from an `attention_mask` [B, T]. One of more dimensions says who attends to whom, and not
+    what is padding.
+    """
+    given = batch.get("attention_mask")
+    if not isinstance(given, Tensor) or given.ndim != 2:
+        return None
+    mask = given.bool()
+    return None if mask.all() else mask
+
+
+def remove_padding(batches: Sequence[Batch]) -> list[Batch]:
+    """The rows of padded batches one by one, without their padding; others as they are."""
+    rows: list[Batch] = []
     for batch in batches:
-        mask = batch.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.bool().all():
-            found.append(batch)
-            continue
-        for row, keep in enumerate(mask.bool()):
-            own = {
-                key: value[row : row + 1, keep]
-                if isinstance(value, Tensor) and value.shape[:2] == mask.shape
-                else value[row : row + 1]
-                if isinstance(value, Tensor) and value.ndim and len(value) == len(mask)
-                else value
-                for key, value in batch.items()
-            }
-            found.append(own)
-    return found
+        mask = padding_mask(batch)
+        if mask is None:
+            rows.append(batch)
+        else:
+            rows += [_row(batch, mask, index) for index in range(len(mask))]
+    return rows
 
 
-def batches(windows: Tensor, batch_size: int, device: Any) -> list[dict[str, Any]]:
-    """Keyword arguments of a language model's forward calls."""
-    chunks = windows.split(batch_size)
-    return [{"input_ids": chunk.to(device), "use_cache": False} for chunk in chunks]
+def _row(batch: Batch, mask: Tensor, index: int) -> Batch:
+    """One row of a batch with the positions that its mask [B, T] keeps."""
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if value.shape[:2] == mask.shape:
+            return value[index : index + 1, mask[index]]
+        return value[index : index + 1] if len(value) == len(mask) else value
+
+    return {key: cut(value) for key, value in batch.items()}

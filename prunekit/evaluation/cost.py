@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunekit.model.compat import experts_computed
 from prunekit.model.inputs import input_device
+from prunekit.model.stack import module_lists
 from prunekit.runtime.modes import evaluating
 
 
@@ -68,7 +69,7 @@ def count_macs(
     with (
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
-        _experts_apart(model),
+        experts_computed(model, "eager"),
         evaluating(model),
     ):
         model(input_ids=ids, use_cache=False)
@@ -104,23 +105,7 @@ def _kind_of(model: nn.Module, path: str) -> str | None:
 
 
 def _holds_layers(model: nn.Module, path: str) -> bool:
-    modules = model.get_submodule(path).modules()
-    return any(isinstance(module, nn.ModuleList) for module in modules)
-
-
-@contextmanager
-def _experts_apart(model: nn.Module) -> Iterator[None]:
-    """Experts computed one by one during a `with` block, where transformers would group them."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if before is None:
-        yield
-        return
-    config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
+    return bool(module_lists(model.get_submodule(path)))
 
 
 def odd_widths(model: nn.Module, divisor: int = 8) -> frozenset[str]:

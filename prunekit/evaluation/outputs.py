@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.model.inputs import input_device
+from prunekit.model.stack import main_stack
 from prunekit.runtime.modes import evaluating
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList | None:
-    """The model's stack of layers: the module list with the most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
 
 
 @torch.inference_mode()
@@ -29,7 +24,7 @@ def layer_outputs(
         windows: int64 [N, T], one forward pass each.
         device: where inputs go; by default where the model wants them.
     """
-    layers = list(layers_of(model) or ())
+    layers = list(main_stack(model) or ())
     outputs: list[list[Tensor]] = [[] for _ in layers]
 
     def keep_in(outputs_of_layer: list[Tensor]) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import ExportError, suggest
+from prunekit.model.compat import experts_computed
 from prunekit.runtime.console import say
 from prunekit.runtime.files import check_free, new_folder
 
@@ -159,7 +160,9 @@ def _exported(prefill: _Prefill, opset: int) -> Any:
     """
     axes = tuple({0: "batch", 1: "sequence"} for _ in prefill.names)
     try:
-        with _quiet(), _experts_gathered(prefill.model), torch.no_grad():
+        # ONNX has no product of groups, and no loop over the experts that are chosen.
+        gathered = experts_computed(prefill.model, "batched_mm")
+        with _quiet(), gathered, torch.no_grad():
             return torch.onnx.export(
                 prefill,
                 prefill.example(2, 6),
@@ -192,22 +195,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-@contextmanager
-def _experts_gathered(model: Any) -> Iterator[None]:
-    """Experts whose weights are gathered for each token: ONNX has no product of groups, nor loops
-    over those chosen.
-    """
-    before = getattr(model.config, "_experts_implementation", None)
-    if before is None:
-        yield
-        return
-    model.config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        model.config._experts_implementation = before
 
 
 @torch.no_grad()

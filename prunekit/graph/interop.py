@@ -113,7 +113,7 @@ def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
     for member in sorted(group.members, key=lambda member: member.role == "consumer"):
         if member.parameter not in places:
             raise TraceError(f"{group.name}: the model has no tensor called {member.parameter}")
-        for module, attribute in places[member.parameter]:
+        for module, attribute, _ in places[member.parameter]:
             cut = _pruning_function(
                 graph, module, attribute, f"{member.parameter}[{member.dim}]", member.dim
             )

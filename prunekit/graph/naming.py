@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from prunekit.graph.groups import Kind
+from prunekit.model.modeling_prunekit import place_in_stack
 
 # A group of these kinds is called as its module is; the others get their kind as a suffix.
 _MAIN_KINDS = ("attention", "mlp")
@@ -38,11 +39,12 @@ def locate(model: nn.Module, parameters: Sequence[str]) -> Location:
             break
         common.append(parts[0])
     module = ".".join(common)
-    for i, part in enumerate(common):
-        outer = model.get_submodule(".".join(common[:i]))
-        if part.isdigit() and isinstance(outer, nn.ModuleList):
-            return Location(module=module, layer=int(part), short=".".join(common[i - 1 :]))
-    return Location(module=module, layer=None, short=module)
+    place = place_in_stack(model, module)
+    if place is None:
+        return Location(module=module, layer=None, short=module)
+    stack, layer = place
+    around = stack.rpartition(".")[0]
+    return Location(module=module, layer=layer, short=module.removeprefix(f"{around}."))
 
 
 def choose_names(groups: Sequence[tuple[Location, Kind]]) -> list[str]:

@@ -15,19 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekit.graph.groups import LayerStack
+from prunekit.model.names import layer_counts
 from prunekit.model.stack import (
-    _INDEX,
-    _first_index,
     config_around,
+    foreign_index,
     hidden_of_call,
     hidden_of_output,
-    layer_attributes,
     module_lists,
 )
 from prunekit.model.ties import names_after
 
 _SHAPELESS = "a layer takes or returns no hidden states that another could take"
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass
@@ -120,9 +118,7 @@ def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
     config = config_around(model, path)
     if getattr(config, "is_encoder_decoder", False):
         return "its model has an encoder and a decoder, and config.json holds one list of layers"
-    counts = [
-        getattr(config, name) for name in _COUNTS if isinstance(getattr(config, name, None), int)
-    ]
+    counts = layer_counts(config)
     if counts and len(stack) not in counts:
         return f"the config counts {counts[0]} layers, the list holds {len(stack)}"
     others = [
@@ -130,13 +126,8 @@ def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
     ]
     if config is not None and any(config_around(model, other) is config for other in others):
         return f"its config counts the entries of {', '.join(others)} too"
-    for (place, name), values in layer_attributes(stack).items():
-        if (
-            _INDEX.search(name)
-            and _first_index(values) is None
-            and any(type(v) is int for v in values.values())
-        ):
-            return f"its layers hold indices of other layers ({f'{place}.{name}'.lstrip('.')})"
+    if (attribute := foreign_index(stack)) is not None:
+        return f"its layers hold indices of other layers ({attribute})"
     return None
 
 

@@ -25,7 +25,7 @@ from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
 from prunekit.graph.reader import Findings, read_extents, read_groups, read_products
 from prunekit.graph.stacks import Watch, find_stacks
 from prunekit.model.inputs import without_cache
-from prunekit.model.ties import shared_names
+from prunekit.model.ties import canonical_names, shared_names
 
 _CONSTANT = "it is an axis of a constant"
 _INPUT = "it is an axis of the model's input"
@@ -102,7 +102,7 @@ class _Tracer:
 
     def _enter(self, program: ExportedProgram) -> dict[str, Any]:
         """Node name → value of the graph's inputs: parameters, buffers, constants, arguments."""
-        canonical = _canonical_names(self.model)
+        canonical = canonical_names(self.model)
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         positions = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -241,13 +241,3 @@ def _missing_rule(node: Node, where: str) -> str:
         "      return call.elementwise(*call.inputs())"
         "  # how its output's axes follow from its inputs'"
     )
-
-
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a tied parameter or buffer → the one that `named_parameters` lists."""
-    pairs = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in pairs}

@@ -25,7 +25,7 @@ from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import sum_by_structure
-from prunekit.model.ties import tensor_places
+from prunekit.model.ties import Place, tensor_places
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import along, at_least_float32
@@ -82,11 +82,10 @@ class LoraGradient(ScoreImportance):
 
         return {group.name: sum_by_structure(graph, group, positions) for group in groups}
 
-    def _adapter(
-        self, model: nn.Module, name: str, places: Sequence[tuple[nn.Module, str]]
-    ) -> "_Adapter":
+    def _adapter(self, model: nn.Module, name: str, places: Sequence[Place]) -> "_Adapter":
         weight = model.get_parameter(name).detach()
-        modules, transposed = [module for module, _ in places], is_transposed(places[0][0])
+        modules = list(dict.fromkeys(place.module for place in places))
+        transposed = is_transposed(modules[0])
         outputs, inputs = weight.T.shape if transposed else weight.shape
         down = _directions(name, self.seed, min(self.rank, inputs), inputs).to(weight)
         up = torch.zeros(
@@ -119,15 +118,15 @@ class _Adapter:
         return down.T @ self.up.T if self.transposed else self.up @ down
 
 
-def _adaptable(places: Sequence[tuple[nn.Module, str]]) -> bool:
+def _adaptable(places: Sequence[Place]) -> bool:
     """Whether stock linear modules alone hold a parameter, as their weight."""
     kinds = {
         is_transposed(module)
-        for module, attribute in places
+        for module, attribute, _ in places
         if attribute == "weight" and is_stock(module)
     }
     return len(kinds) == 1 and all(
-        attribute == "weight" and is_stock(module) for module, attribute in places
+        attribute == "weight" and is_stock(module) for module, attribute, _ in places
     )
 
 

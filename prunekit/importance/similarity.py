@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.data.batches import Batch
+from prunekit.data.batches import Batch, padding_mask
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import expect_stacks
@@ -47,8 +47,7 @@ class Similarity(ScoreImportance):
                     see = meters[stack.name, unit].see
                     hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
             for batch in track(batches, "similarity", len(batches)):
-                given = batch.get("attention_mask")
-                mask = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
+                mask = padding_mask(batch)
                 for meter in meters.values():
                     meter.mask = mask
                 model(**without_cache(model, batch))

@@ -17,7 +17,7 @@ from prunekit.config import RunConfig
 from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
-from prunekit.model.build import only_ours
+from prunekit.model.build import needs_prunekit
 from prunekit.model.weights import cast_weights
 from prunekit.plan import PruningPlan
 from prunekit.recovery import detach
@@ -95,7 +95,7 @@ def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
     or prunekit.
     """
     config = read_config(folder)
-    return "remote" if config.get("auto_map") else "prunekit" if only_ours(config) else "stock"
+    return "remote" if config.get("auto_map") else "prunekit" if needs_prunekit(config) else "stock"
 
 
 def load(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.config import RunConfig, build
-from prunekit.data.batches import batches as token_batches
+from prunekit.data.batches import make_batches
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows
 from prunekit.evaluation.cost import measure_size
@@ -80,7 +80,9 @@ def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
         undo=False,
         keep=True,
     )
-    batches = token_batches(windows, min(text.batch_size, -(-len(windows) // world_size())), device)
+    # So small that every process gets one.
+    batch_size = min(text.batch_size, -(-len(windows) // world_size()))
+    batches = make_batches(model, windows, batch_size, device)
     result = prune_model(
         model, config, method, batches, stages, stored=stored, places=places, streamed=streamed
     )

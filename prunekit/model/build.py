@@ -1,23 +1,32 @@
 """Build a model from its config without weights: dense as its class makes it, then brought to its
 pruned sizes.
+
+What a config of a folder says is not trusted: an error is a CheckpointError without the folder,
+which callers that know it put before the message.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.errors import CheckpointError, first_line
+from prunekit.model.attributes import fit_to_weight, resize
+from prunekit.model.compat import make_config
 from prunekit.model.modeling_prunekit import as_dense, fit
-from prunekit.model.record import RECORD, is_our_code, is_ours
-from prunekit.model.sizes import fit_to_weight, layer_sizes, modules_of_layer, resize, set_per_layer
-from prunekit.model.ties import tied_places
+from prunekit.model.per_layer import Overrides, layer_sizes, set_per_layer
+from prunekit.model.record import RECORD, is_ours, names_our_code
+from prunekit.model.stack import modules_of_layer
+from prunekit.model.ties import parameter_places
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def only_ours(config: dict[str, Any]) -> bool:
+def needs_prunekit(config: Mapping[str, Any]) -> bool:
     """Whether a folder's config says what transformers' own loader can't build, or refuses to."""
     from transformers import AutoConfig
 
@@ -26,147 +35,154 @@ def only_ours(config: dict[str, Any]) -> bool:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads):
         return False
+    # Some classes take a head count that doesn't divide the hidden size, others refuse it.
+    values = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        AutoConfig.for_model(
-            config["model_type"], **{k: v for k, v in config.items() if k != "model_type"}
-        )
+        AutoConfig.for_model(config["model_type"], **values)
     except Exception:
         return True
     return False
 
 
-def _overrides(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    try:
-        return {
-            int(layer): dict(values)
-            for layer, values in (config.get("per_layer_config") or {}).items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: damaged: per_layer_config: {error}"
-        ) from error
-
-
-def dense_config(folder: Path, config: dict[str, Any]) -> Any:
+def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """The config of a pruned folder without its per-layer values, which transformers' classes
     stumble over.
 
-    Nor with what is about the folder and not about the model. A hidden size that the number of
+    Without what is about the folder and not about the model, too. A hidden size that the number of
     heads doesn't divide is no mistake here: channels were cut.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig
 
-    values = {
-        key: value
-        for key, value in config.items()
-        if key not in ("per_layer_config", "model_type", RECORD)
-    }
-    validators: list[Any] = []
-    every: list[Any] = []
+    Raises:
+        CheckpointError: an unknown model type, or values that its class can't take.
+    """
+    left_out = ("per_layer_config", "model_type", RECORD)
+    values = {key: value for key, value in config.items() if key not in left_out}
     try:
-        if any(map(is_our_code, dict(values.get("auto_map") or {}).values())):
+        if any(map(names_our_code, dict(values.get("auto_map") or {}).values())):
             del values["auto_map"]
-        validators = getattr(CONFIG_MAPPING[config["model_type"]], "__class_validators__", [])
-        every[:] = validators
-        validators[:] = [
-            validator for validator in every if validator.__name__ != "validate_architecture"
-        ]
-        return AutoConfig.for_model(config["model_type"], **values)
+        return make_config(config["model_type"], values)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
-    finally:
-        validators[:] = every
+        raise _damaged(error) from error
 
 
-def built(
-    folder: Path,
-    dense: Any,
-    config: dict[str, Any],
-    attention: str | None,
+def build_pruned(
+    dense: PretrainedConfig,
+    config: Mapping[str, Any],
+    attention: str | None = None,
     trust_remote_code: bool = False,
-) -> Any:
-    """The model with its parameters on meta, every layer's attributes and config at their pruned
-    sizes.
+) -> PreTrainedModel:
+    """The model of a folder, its parameters on meta, every layer at its pruned sizes.
+
+    Args:
+        dense: what `make_dense_config` makes of the folder's config.
+        config: the folder's `config.json`.
+        attention: transformers' choice of an attention implementation.
+        trust_remote_code: allow transformers to run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: the config makes no model.
     """
-    overrides = _overrides(folder, config)
+    overrides = _read_overrides(config)
     try:
-        model = unfitted(dense, attention, trust_remote_code)
+        model = build_dense(dense, attention, trust_remote_code)
         if is_ours(config):
             fit(model, config[RECORD])
         else:
-            for path in (
-                getattr(dense, "extra_biases", None) or ()
-            ):  # of consumers whose class has none
-                module = model.get_submodule(path)
-                module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
+            _add_biases(model, getattr(dense, "extra_biases", None) or ())
             for layer, values in overrides.items():
                 for sizes in layer_sizes(dense, values):
                     resize(modules_of_layer(model, layer), sizes)
         if overrides:
             set_per_layer(model, overrides)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged: {first_line(error)}") from error
+        raise _damaged(error) from error
     return model
 
 
-def unfitted(dense: Any, attention: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The dense model a config was made from, its parameters on meta."""
+def _read_overrides(config: Mapping[str, Any]) -> Overrides:
+    stated = config.get("per_layer_config") or {}
+    try:
+        return {int(layer): dict(values) for layer, values in stated.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"damaged: per_layer_config: {error}") from error
+
+
+def _add_biases(model: nn.Module, paths: list[str] | tuple[str, ...]) -> None:
+    """Give modules a bias that their class doesn't make (a compensation added it), on meta."""
+    for path in paths:
+        module = model.get_submodule(path)
+        module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))  # type: ignore[arg-type]
+
+
+def _damaged(error: Exception) -> CheckpointError:
+    return CheckpointError(f"damaged: {first_line(error)}")
+
+
+def build_dense(
+    config: PretrainedConfig, attention: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The dense model that a pruned model's config was made from, its parameters on meta."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False), as_dense(dense):
-        model: Any = AutoModelForCausalLM.from_config(
-            dense, attn_implementation=attention, trust_remote_code=trust_remote_code
+    with init_empty_weights(include_buffers=False), as_dense(config):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
     return model
 
 
-def adopt(model: nn.Module, tensors: dict[str, Tensor], folder: Path, exact: bool = False) -> None:
+def adopt(model: nn.Module, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
     """Give every parameter its tensor of the file; tied ones stay tied.
 
+    Buffers that are among the tensors are replaced as well.
+
     Args:
-        model: gets them.
-        tensors: by name.
-        folder: they are of.
+        model: a model whose parameters are on meta; changed in place.
+        tensors: name → tensor; of a tied parameter one of its names will do.
         exact: refuse other shapes than the model has.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or no such numbers as the model has.
     """
     used: set[str] = set()
-    for places in tied_places(model):
-        name = next((name for *_, name in places if name in tensors), None)
+    for places in parameter_places(model).values():
+        name = next((place.name for place in places if place.name in tensors), None)
         if name is None:
-            raise CheckpointError(f"{folder}: damaged weights: {places[0][2]} is missing")
-        used.update(name for *_, name in places)
-        _check_alike(
-            places[0][0]._parameters[places[0][1]], tensors[name], f"{folder}: {name}", exact
-        )
-        parameter = nn.Parameter(tensors[name], requires_grad=tensors[name].is_floating_point())
+            raise CheckpointError(f"damaged weights: {places[0].name} is missing")
+        used.update(place.name for place in places)
+        tensor, (module, attribute, _) = tensors[name], places[0]
+        _check_alike(module._parameters[attribute], tensor, name, exact)
+        parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         for module, attribute, _ in places:
             module._parameters[attribute] = parameter
             fit_to_weight(module)
     for name, buffer in list(model.named_buffers()):
         if name in tensors:
-            path, _, attribute = name.rpartition(".")
-            holder = model.get_submodule(path)
-            _check_alike(buffer, tensors[name], f"{folder}: {name}", exact)
-            if (
-                tensors[name].shape != buffer.shape
-            ):  # cut, so it can't be computed from the config any more
-                holder._non_persistent_buffers_set.discard(attribute)
-            setattr(holder, attribute, tensors[name])
+            _check_alike(buffer, tensors[name], name, exact)
+            _replace_buffer(model, name, tensors[name])
             used.add(name)
     if left := sorted(set(tensors) - used):
-        raise CheckpointError(f"{folder}: damaged weights: no place for {', '.join(left[:3])}")
+        raise CheckpointError(f"damaged weights: no place for {', '.join(left[:3])}")
 
 
-def _check_alike(old: Tensor | None, new: Tensor, where: str, exact: bool) -> None:
+def _replace_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a buffer; one of another shape is part of the state from now on.
+
+    It was cut, and can't be computed from the config any more.
+    """
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if tensor.shape != model.get_buffer(name).shape:
+        module._non_persistent_buffers_set.discard(attribute)
+    setattr(module, attribute, tensor)
+
+
+def _check_alike(old: Tensor | None, new: Tensor, name: str, exact: bool) -> None:
     assert old is not None
     if old.is_floating_point() and not new.is_floating_point():
         raise CheckpointError(
-            f"{where}: damaged weights: expected floating point numbers, got {new.dtype}"
+            f"{name}: damaged weights: expected floating point numbers, got {new.dtype}"
         )
     if exact and old.shape != new.shape:
-        raise CheckpointError(f"{where}: expected shape {tuple(old.shape)}, got {tuple(new.shape)}")
+        raise CheckpointError(f"{name}: expected shape {tuple(old.shape)}, got {tuple(new.shape)}")

@@ -1,27 +1,150 @@
-"""Every place where something of transformers is worked around, each with its reason and the
-version it was seen in.
+"""Every place where something of transformers is worked around, each with its reason.
+
+All were seen in transformers 5.23 with huggingface_hub 1.x. None changes a class that other models
+share: what is planted, is planted on the instance of one model or config. The one exception is
+what the user asks for by name: `prunekit.register_with_transformers` (see `replace_config_loader`).
+`modeling_prunekit`, which is copied beside saved models and can import nothing of prunekit, holds
+the workarounds that it needs itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from prunekit.model.modeling_prunekit import pruned_classes
+from prunekit.runtime.modes import keep_attributes, restoring
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_EXPERTS = "_experts_implementation_internal"
+_REPLACED = "_prunekit"  # an attribute of the function that replaces transformers' own
+
+
+def read(config: Any, name: str) -> Any:
+    """A config attribute's value for the whole model; None where there is none.
+
+    A config with `per_layer_config` raises AmbiguousGlobalPerLayerAttributeError where layers
+    differ in an attribute. Its global value, which the class builds the dense model from, is only
+    to be had by a private reader.
+    """
+    reader = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return reader(name, None) if reader else getattr(config, name, None)
+
+
+def has(config: Any, name: str) -> bool:
+    """Whether a config has an attribute, also where layers differ in it (see `read`)."""
+    reader = getattr(config, "_hasattr_without_heterogeneous_validation", None)
+    return reader(name) if reader else hasattr(config, name)
+
+
+def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of a model type, of whose values `validate_architecture` is not asked.
+
+    That check refuses a hidden size that the number of heads doesn't divide; of a model that lost
+    channels, that is no mistake. The class's `__init__` is wrapped by huggingface_hub's `strict`,
+    which runs every validator after it; here the wrapped one runs, then the other validators.
+
+    Raises:
+        Exception: whatever the class raises of values that it can't take.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config_class: Any = CONFIG_MAPPING[model_type]
+    if "__class_validators__" not in vars(config_class):  # it never validates when it is made
+        return config_class(**values)
+    config = config_class.__new__(config_class)
+    config_class.__init__.__wrapped__(config, **values)
+    for validate in config_class.__class_validators__:
+        if validate.__name__ != "validate_architecture":
+            validate(config)
+    return config
 
 
 @contextmanager
-def unvalidated(config: Any) -> Iterator[None]:
-    """Let the config be written although its class refuses some of its layers' sizes (a head count
-    that doesn't divide the hidden size, say).
+def unvalidated(config: PretrainedConfig) -> Iterator[None]:
+    """Let a config be written, during a `with` block, although its class refuses some sizes.
+
+    `PretrainedConfig.save_pretrained` validates first, and refuses a head count that doesn't divide
+    the hidden size. `PreTrainedModel.save_pretrained` calls it on the instance, which gets a
+    simpler one of its own for one call.
     """
 
     def write(directory: str | Path, **_: Any) -> None:
-        config.__dict__.pop("save_pretrained", None)
+        vars(config).pop("save_pretrained", None)
         config.to_json_file(Path(directory) / "config.json", use_diff=True)
 
-    config.__dict__["save_pretrained"] = write
-    try:
+    with restoring(keep_attributes([config], "save_pretrained")):
+        vars(config)["save_pretrained"] = write
         yield
-    finally:
-        config.__dict__.pop("save_pretrained", None)
+
+
+def let_save_itself(model: PreTrainedModel) -> None:
+    """Let transformers' own `save_pretrained` write a pruned model, whose config's class refuses it.
+
+    The config of this model, an instance, becomes one of a subclass without the check. It can't be
+    made as one from the start: the auto classes look for the model's class by the config's.
+    """
+    model.config.__class__ = pruned_classes(model.config.model_type, __name__)[0]
+
+
+@contextmanager
+def experts_computed(model: nn.Module, how: Literal["eager", "batched_mm"]) -> Iterator[None]:
+    """Compute stacked experts in a certain way during a `with` block.
+
+    "eager" multiplies one expert after another, "batched_mm" gathers the weights of each token's
+    experts. `PreTrainedModel.set_experts_implementation` would check whether the class can, by
+    reading its source file, and can't put several configs back to different values.
+    """
+    configs = {id(own): own for module in model.modules() if _sets_experts(own := _config(module))}
+    with restoring(keep_attributes(configs.values(), _EXPERTS)):
+        for config in configs.values():
+            vars(config)[_EXPERTS] = how
+        yield
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _sets_experts(config: Any) -> bool:
+    return _EXPERTS in getattr(config, "__dict__", {})
+
+
+def replace_config_loader(
+    handles: Callable[[Mapping[str, Any]], bool],
+    load: Callable[..., PretrainedConfig],
+) -> None:
+    """Let `AutoConfig.from_pretrained` of this process load some folders another way.
+
+    The auto classes choose a config class by `model_type` alone, and offer no way to choose by what
+    else the config says: the function has to be replaced. Other folders go to the original.
+    Calling it again changes nothing.
+
+    Args:
+        handles: whether a folder with this config is loaded by `load`.
+        load: takes the folder or hub name, its config, and the keyword arguments of the call.
+    """
+    from transformers import AutoConfig
+
+    original = AutoConfig.from_pretrained
+    if hasattr(original, _REPLACED):
+        return
+
+    @wraps(original)
+    def from_pretrained(pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        from transformers import PreTrainedConfig
+
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not handles(config):
+            return original(pretrained_model_name_or_path, **kwargs)
+        return load(pretrained_model_name_or_path, config, **kwargs)
+
+    setattr(from_pretrained, _REPLACED, original)
+    AutoConfig.from_pretrained = staticmethod(from_pretrained)  # type: ignore[assignment]

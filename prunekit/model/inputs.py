@@ -1,14 +1,16 @@
-"""What running a model as it is needs: evaluation mode, where its inputs go, how long they may be."""
+"""What a model is called with: where its inputs go, how long they may be, no key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from prunekit.errors import ConfigError
+
+Inputs = TypeVar("Inputs", bound=Mapping[str, Any] | tuple[Any, ...])
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -18,25 +20,31 @@ def input_device(model: nn.Module) -> torch.device:
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
-            if (device := getattr(part, "execution_device", None)) is not None:
-                return (
-                    torch.device("cuda", device)
-                    if isinstance(device, int)
-                    else torch.device(device)
-                )
+            device = getattr(part, "execution_device", None)
+            if isinstance(device, int):
+                return torch.device("cuda", device)
+            if device is not None:
+                return torch.device(device)
     return next(model.parameters()).device
 
 
 def longest(model: nn.Module) -> int | None:
-    """Tokens a model was made for, where its config tells."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 1 else None
+    """How many tokens a model was made for; None where its config doesn't tell."""
+    tokens = getattr(_text_config(model), "max_position_embeddings", None)
+    return tokens if isinstance(tokens, int) and tokens > 1 else None
 
 
 def check_length(name: str, tokens: int, model: nn.Module) -> None:
-    """Raise ConfigError where a setting asks for windows longer than the model was made for."""
+    """Check that a setting asks for no longer windows than the model was made for.
+
+    Args:
+        name: the setting, for the message.
+        tokens: its value.
+        model: the model that the windows are for.
+
+    Raises:
+        ConfigError: it does.
+    """
     limit = longest(model)
     if limit is not None and tokens > limit:
         raise ConfigError(
@@ -44,9 +52,22 @@ def check_length(name: str, tokens: int, model: nn.Module) -> None:
         )
 
 
-def without_cache(model: nn.Module, inputs: Any) -> Any:
-    """Keyword arguments of a forward call that keeps no key-value cache, where the model would keep
-    one by default.
+def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Inputs of a forward call that keeps no key-value cache.
+
+    Keyword arguments get `use_cache=False` where the model would keep one by default and they don't
+    say otherwise; positional arguments are returned as they are.
     """
-    keeps = getattr(getattr(model, "config", None), "use_cache", False)
-    return {"use_cache": False, **inputs} if keeps and isinstance(inputs, Mapping) else inputs
+    config = getattr(model, "config", None)
+    keeps = getattr(config, "use_cache", None)
+    if keeps is None:
+        keeps = getattr(_text_config(model), "use_cache", False)
+    if keeps and isinstance(inputs, Mapping):
+        return cast(Inputs, {"use_cache": False, **inputs})
+    return inputs
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language model in a model, which may also see or hear; or None."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

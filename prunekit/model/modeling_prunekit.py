@@ -51,13 +51,23 @@ def per_layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
     return {int(layer): dict(values) for layer, values in stored.items()}
 
 
-def layer_of(model: nn.Module, path: str) -> int | None:
-    """Index of the layer (the first `ModuleList` entry) the module path lies in, or None."""
+def place_in_stack(model: nn.Module, path: str) -> tuple[str, int] | None:
+    """The layer that a module path lies in: the path of its list, and its index there.
+
+    A list of layers is the first `ModuleList` on the way to the module; None where there is none.
+    """
     parts = path.split(".")
     for i, part in enumerate(parts):
-        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-            return int(part)
+        outer = ".".join(parts[:i])
+        if part.isdigit() and isinstance(model.get_submodule(outer), nn.ModuleList):
+            return outer, int(part)
     return None
+
+
+def layer_of(model: nn.Module, path: str) -> int | None:
+    """Index of the layer that a module path lies in, or None (see `place_in_stack`)."""
+    place = place_in_stack(model, path)
+    return None if place is None else place[1]
 
 
 def give_views(model: nn.Module, overrides: Mapping[int, dict[str, Any]]) -> None:

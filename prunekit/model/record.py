@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +14,76 @@ from torch import nn
 
 from prunekit.model import modeling_prunekit
 
-CODE = "modeling_prunekit.py"
-
-
-RECORD = "pruned_sizes"
-
-
+CODE = "modeling_prunekit.py"  # the file with which transformers loads a folder by itself
+RECORD = "pruned_sizes"  # the entry of `config.json` that holds the record
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def is_ours(config: dict[str, Any]) -> bool:
+def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether a folder's config holds the record that `modeling_prunekit` builds from."""
     return isinstance(config.get(RECORD), dict)
 
 
-def stock_class(model: Any) -> Any:
-    """The stock class, transformers' own, of a model that may have been loaded by one of
-    `modeling_prunekit`.
-    """
+def names_our_code(reference: object) -> bool:
+    """Whether an entry of `auto_map` names the modelling file that is saved beside models."""
+    return isinstance(reference, str) and reference.split("--")[-1].startswith(
+        f"{Path(CODE).stem}."
+    )
+
+
+def stock_class(model: nn.Module) -> type[nn.Module]:
+    """The class of transformers of a model that may be of a class of `modeling_prunekit`."""
     return getattr(type(model), "stock_class", None) or type(model)
 
 
-def record_of(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """`pruned_sizes` of a model: what differs from the one its class builds.
+def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+    """The record of a model: in what it differs from the one that its class builds.
 
     Args:
         model: pruned; its weights may be on meta.
-        dense: of its class, built `as_dense`; may be on meta.
+        dense: of its class, built `as_dense`; its weights may be on meta.
     """
-    shapes: dict[str, Any] = {}
+    shapes: dict[str, list[int]] = {}
     attributes: dict[str, Any] = {}
-    built = dict(dense.named_modules())
+    dense_modules = dict(dense.named_modules())
     for path, module in model.named_modules():
-        other = built.get(path)
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            before = (
-                None if other is None else other._parameters.get(name, other._buffers.get(name))
-            )
-            if tensor is not None and (before is None or before.shape != tensor.shape):
-                shapes[f"{path}.{name}".lstrip(".")] = list(tensor.shape)
-        for name, value in vars(module).items() if other is not None else ():
-            if (
-                not name.startswith("_")
-                and _is_size(value)
-                and value != vars(other).get(name, value)
-            ):
-                attributes[f"{path}.{name}".lstrip(".")] = value
+        other = dense_modules.get(path)
+        for name, shape in _other_shapes(module, other).items():
+            shapes[f"{path}.{name}".lstrip(".")] = shape
+        for name, value in _other_numbers(module, other).items():
+            attributes[f"{path}.{name}".lstrip(".")] = value
     known = {"format": modeling_prunekit.FORMAT, "dense": modeling_prunekit.checksum(dense)}
-    return {**known, "shapes": _packed(shapes), "attributes": _packed(attributes)}
+    return {**known, "shapes": _pack(shapes), "attributes": _pack(attributes)}
 
 
-def _is_size(value: Any) -> bool:
+def _other_shapes(module: nn.Module, dense: nn.Module | None) -> dict[str, list[int]]:
+    """Shapes of the module's own tensors that the dense one lacks, or has in another shape."""
+    shapes = {}
+    for name, tensor in {**module._parameters, **module._buffers}.items():
+        before = None if dense is None else dense._parameters.get(name, dense._buffers.get(name))
+        if tensor is not None and (before is None or before.shape != tensor.shape):
+            shapes[name] = list(tensor.shape)
+    return shapes
+
+
+def _other_numbers(module: nn.Module, dense: nn.Module | None) -> dict[str, Any]:
+    """Numbers that the module keeps and the dense one keeps otherwise."""
+    if dense is None:
+        return {}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and _is_size(value) and value != vars(dense).get(name, value)
+    }
+
+
+def _is_size(value: object) -> bool:
     if isinstance(value, tuple):
         return all(type(entry) is int for entry in value)
     return type(value) in (int, float)
 
 
-def _packed(entries: dict[str, Any]) -> dict[str, str]:
+def _pack(entries: Mapping[str, Any]) -> dict[str, str]:
     """One line for all layers: "model.layers.{}.mlp.n" → a JSON list, null for a layer that there
     is no entry of.
     """
@@ -82,10 +96,3 @@ def _packed(entries: dict[str, Any]) -> dict[str, str]:
         else:
             packed[path] = value
     return {path: json.dumps(value) for path, value in packed.items()}
-
-
-def is_our_code(reference: Any) -> bool:
-    """Whether an entry of `auto_map` names the file that `describe` writes."""
-    return isinstance(reference, str) and reference.split("--")[-1].startswith(
-        f"{Path(CODE).stem}."
-    )

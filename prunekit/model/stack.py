@@ -1,17 +1,67 @@
-"""The decoder stack of a model: its lists of layers, what a layer is given and returns, the indices
-that layers keep.
+"""The decoder stack of a model: its lists of layers, which layer a module lies in, what a layer is
+given and returns, the indices that layers keep.
+
+A stack is an outermost `ModuleList`, known by its type and not by its name. `place_in_stack` and
+`layer_of` stand in `modeling_prunekit`, which is copied beside saved models.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from prunekit.model.modeling_prunekit import layer_of, place_in_stack
+
+# Attributes in which a layer may keep its own index, or that of another layer.
 _INDEX = re.compile(r"(layer|block).*(idx|id|index|number)$|^(idx|index)$")
+
+
+def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Path → `ModuleList`, those inside another one left out."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(_lies_in(path, outer) for outer in lists):
+            lists[path] = module
+    return lists
+
+
+def _lies_in(path: str, outer: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
+
+
+def all_layers(model: nn.Module) -> list[nn.Module]:
+    """The entries of all outermost `ModuleList`s, each once, in the model's order."""
+    return list(dict.fromkeys(layer for stack in module_lists(model).values() for layer in stack))
+
+
+def main_stack(model: nn.Module) -> nn.ModuleList | None:
+    """The outermost `ModuleList` that holds the most parameters; None where there is none."""
+    lists = module_lists(model).values()
+    return max(lists, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
+
+
+def stacks_around(model: nn.Module, paths: Iterable[str]) -> set[str | None]:
+    """Paths of the lists of layers that module paths lie in; None among them for those in none."""
+    places = [place_in_stack(model, path) for path in paths]
+    return {None if place is None else place[0] for place in places}
+
+
+def modules_of_layer(model: nn.Module, layer: int) -> list[nn.Module]:
+    """Every module inside the layer of an index, of all lists of layers."""
+    return [module for path, module in model.named_modules() if layer_of(model, path) == layer]
+
+
+def config_around(model: nn.Module, path: str) -> Any:
+    """The config of the nearest module around a path, or None."""
+    while path:
+        path = path.rpartition(".")[0]
+        if "config" in (module := model.get_submodule(path)).__dict__:
+            return module.config
+    return None
 
 
 def hidden_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -26,20 +76,26 @@ def hidden_of_output(output: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Path → `ModuleList`, those inside another left out."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            path.startswith(f"{outer}.") for outer in found
-        ):
-            found[path] = module
-    return found
+def index_attributes(stack: nn.ModuleList) -> Iterator[tuple[str, str, int]]:
+    """The attributes in which every layer of a stack keeps its own index.
+
+    Yields:
+        Path inside a layer, name of the attribute, index that the first layer has (0 or 1).
+    """
+    for (path, name), values in _plain_attributes(stack).items():
+        first = _first_index(values)
+        # A name that says nothing of layers needs more than two layers to be no coincidence.
+        if first is not None and (_INDEX.search(name) or (first == 0 and len(values) > 2)):
+            yield path, name, first
 
 
-def all_layers(model: nn.Module) -> list[nn.Module]:
-    """The entries of all outermost `ModuleList`s, each once, in the model's order."""
-    return list(dict.fromkeys(layer for stack in module_lists(model).values() for layer in stack))
+def foreign_index(stack: nn.ModuleList) -> str | None:
+    """An attribute in which layers keep the indices of other layers, by its path inside a layer."""
+    for (path, name), values in _plain_attributes(stack).items():
+        holds_numbers = any(type(value) is int for value in values.values())
+        if _INDEX.search(name) and holds_numbers and _first_index(values) is None:
+            return f"{path}.{name}".lstrip(".")
+    return None
 
 
 def _first_index(values: Mapping[int, Any]) -> int | None:
@@ -48,33 +104,12 @@ def _first_index(values: Mapping[int, Any]) -> int | None:
     return firsts.pop() if firsts in ({0}, {1}) else None
 
 
-def config_around(model: nn.Module, path: str) -> Any:
-    """The config of the nearest module around a path, or None."""
-    while path:
-        path = path.rpartition(".")[0]
-        if "config" in (module := model.get_submodule(path)).__dict__:
-            return module.config
-    return None
-
-
-def layer_attributes(stack: nn.ModuleList) -> dict[tuple[str, str], dict[int, Any]]:
-    """(path inside a layer, attribute) → layer → value, for the plain numbers and strings that the
-    layers keep.
-    """
-    found: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
+def _plain_attributes(stack: nn.ModuleList) -> dict[tuple[str, str], dict[int, Any]]:
+    """(path inside a layer, attribute) → layer → value, of the numbers and strings layers keep."""
+    attributes: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for index, layer in enumerate(stack):
         for path, module in layer.named_modules():
             for name, value in module.__dict__.items():
                 if type(value) in (int, float, str, bool):
-                    found[path, name][index] = value
-    return found
-
-
-def index_attributes(stack: nn.ModuleList) -> Iterator[tuple[str, str, int]]:
-    """The (path inside a layer, attribute, first index) of the attributes in which every layer
-    keeps its own index.
-    """
-    for (path, name), values in layer_attributes(stack).items():
-        first = _first_index(values)
-        if first is not None and (_INDEX.search(name) or (first == 0 and len(values) > 2)):
-            yield path, name, first
+                    attributes[path, name][index] = value
+    return attributes

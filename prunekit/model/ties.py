@@ -1,37 +1,77 @@
-"""Tensors that a model holds under several names, and where they are held."""
+"""Tensors that a model holds in several places, under several names.
+
+The *canonical* name of a tensor is the first of its names, the one that `named_parameters` lists.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 
+class Place(NamedTuple):
+    """One place where a parameter or buffer is held: `getattr(module, attribute)`, by its name."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+
+def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
+    """Canonical name of every parameter and buffer → every place that holds it, its own first."""
+    places: dict[int, list[Place]] = defaultdict(list)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                name = f"{prefix}.{attribute}".lstrip(".")
+                places[id(tensor)].append(Place(module, attribute, name))
+    return {own[0].name: own for own in places.values()}
+
+
+def parameter_places(model: nn.Module) -> dict[str, list[Place]]:
+    """As `tensor_places`, of the parameters only."""
+    return {
+        name: places
+        for name, places in tensor_places(model).items()
+        if places[0].attribute in places[0].module._parameters
+    }
+
+
 def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The canonical name of every tensor with more than one → all its names."""
-    names: dict[int, list[str]] = defaultdict(list)
-    pairs = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in pairs:
-        names[id(tensor)].append(name)
-    return {every[0]: tuple(every) for every in names.values() if len(every) > 1}
+    """Canonical name of every tensor that has more than one name → all its names."""
+    return {
+        name: tuple(place.name for place in places)
+        for name, places in tensor_places(model).items()
+        if len(places) > 1
+    }
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every tensor → its canonical name."""
+    return {place.name: name for name, places in tensor_places(model).items() for place in places}
 
 
 def names_after(
     names: Iterable[str], aliases: Mapping[str, Sequence[str]], dropped: Mapping[str, Sequence[int]]
 ) -> dict[str, str]:
-    """Canonical names of tensors → those once these layers (list's path → indices) are gone; none
-    for what goes.
+    """Canonical names of tensors → their canonical names once some layers are gone.
+
+    A tensor that is held in dropped layers only has none.
+
+    Args:
+        names: canonical names to translate.
+        aliases: canonical name of a shared tensor → all its names.
+        dropped: path of a list of layers → indices of the layers that are dropped from it.
     """
-    found = {}
+    translated = {}
     for name in names:
         every = (_name_after(alias, dropped) for alias in aliases.get(name, (name,)))
         if (left := next((alias for alias in every if alias is not None), None)) is not None:
-            found[name] = left
-    return found
+            translated[name] = left
+    return translated
 
 
 def _name_after(name: str, dropped: Mapping[str, Sequence[int]]) -> str | None:
@@ -42,28 +82,3 @@ def _name_after(name: str, dropped: Mapping[str, Sequence[int]]) -> str | None:
                 return None
             return f"{path}.{int(index) - sum(layer < int(index) for layer in layers)}.{rest}"
     return name
-
-
-def tensor_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Canonical name of every parameter and buffer → every (module, attribute) that holds it."""
-    names: dict[int, str] = {}
-    places: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for prefix, module in model.named_modules():
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                name = names.setdefault(
-                    id(tensor), f"{prefix}.{attribute}" if prefix else attribute
-                )
-                places[name].append((module, attribute))
-    return dict(places)
-
-
-def tied_places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
-    """Of every parameter all its places, the first one first: (module, attribute, name)."""
-    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                places.setdefault(id(parameter), []).append((module, attribute, name))
-    return list(places.values())

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph, Group
+from prunekit.model.attributes import Sizes, fit_to_weight, resize
 from prunekit.model.modeling_prunekit import layer_of, per_layer_overrides
-from prunekit.model.sizes import (
-    Sizes,
+from prunekit.model.per_layer import (
     config_values,
-    fit_to_weight,
     keep_dense,
     keep_head_dim,
-    resize,
     set_per_layer,
     single_kv_head,
 )
-from prunekit.model.ties import tensor_places
+from prunekit.model.ties import Place, tensor_places
 from prunekit.plan import PruningPlan
 from prunekit.surgery.layers import drop, surviving
 
@@ -118,8 +116,8 @@ class _Surgery:
                 fit_to_weight(module, self._set)
         self._configure(removed)
 
-    def _slice(self, places: list[tuple[nn.Module, str]], dims: dict[int, Tensor]) -> None:
-        module, attribute = places[0]
+    def _slice(self, places: list[Place], dims: dict[int, Tensor]) -> None:
+        module, attribute, _ = places[0]
         old = getattr(module, attribute)
         kept = [
             (dim, _kept(old.shape[dim], positions).to(old.device))
@@ -130,7 +128,7 @@ class _Surgery:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             if old.grad is not None:
                 new.grad = _select(old.grad, kept)
-        for module, attribute in places:
+        for module, attribute, _ in places:
             self._set(module, attribute, new)
             self._persist(module, attribute)
             fit_to_weight(module, self._set)

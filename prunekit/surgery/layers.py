@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekit.graph import CouplingGraph, Group
+from prunekit.model.attributes import Setter, resize
+from prunekit.model.depth import drop_layers
 from prunekit.model.modeling_prunekit import per_layer_overrides
-from prunekit.model.sizes import Setter, drop_layers, resize, set_per_layer
+from prunekit.model.per_layer import set_per_layer
 from prunekit.model.stack import config_around, hidden_of_call, hidden_of_output, index_attributes
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
-from prunekit.model.verify import record
+from prunekit.model.verify import required_record
 from prunekit.plan import PruningPlan
 from prunekit.surgery.check import apply_plan
 from prunekit.surgery.cut import cut_layer
@@ -101,7 +101,7 @@ def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], k
         else:
             for name, units in gone.items():
                 cut_layer(skeleton, graph, {name: units})
-        return record(skeleton) is None
+        return required_record(skeleton) is None
     except (CheckpointError, SurgeryError):
         return False
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.data.batches import Batch
+from prunekit.data.batches import Batch, padding_mask
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.runtime.numbers import at_least_float32
@@ -93,10 +93,10 @@ def _next_token_loss(logits: Tensor, batch: Batch, by_sample: bool) -> Loss:
 
     The last position has no target, so that no logits are copied to leave it out.
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    ids, mask = batch["input_ids"], padding_mask(batch)
     targets = ids[:, 1:]
     if mask is not None:
-        targets = targets.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), IGNORED)
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
     targets = F.pad(targets, (0, 1), value=IGNORED).to(logits.device)
     predicted = at_least_float32(logits.flatten(0, 1))
     losses = F.cross_entropy(predicted, targets.flatten(), reduction="none", ignore_index=IGNORED)

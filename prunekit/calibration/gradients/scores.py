@@ -271,9 +271,9 @@ def _tapped(
     """
     places = tensor_places(model)
     candidates = {
-        name: _Linear(*places[name][0])
+        name: _Linear(places[name][0].module, places[name][0].attribute)
         for name in names
-        if len(places[name]) == 1 and is_stock(places[name][0][0])
+        if len(places[name]) == 1 and is_stock(places[name][0].module)
     }
     shapes: dict[nn.Module, list[tuple[int, ...]]] = {
         linear.module: [] for linear in candidates.values()
