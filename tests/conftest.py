@@ -13,8 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from sharing import share_traces
 from transformers import LlamaConfig, LlamaForCausalLM
 
+share_traces()
 torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
@@ -133,6 +135,12 @@ def command_line(*arguments, cwd):
         sys.argv = before
         console.speak(False)
     return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(autouse=True)
+def traces(request, monkeypatch):
+    """Tests of the tracer itself trace anew; all others share the graphs of equal structures."""
+    monkeypatch.setattr("sharing.SHARES", "graph" not in request.path.parts)
 
 
 @pytest.fixture

@@ -6,92 +6,44 @@ import copy
 
 import pytest
 import torch
-from conftest import randomise, token_ids, zero_units
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import token_ids, zero_units
+from families import (
+    ALL,
+    CASES,
+    DEEP,
+    EXPERTS,
+    GROUPED,
+    build,
+    build_deep,
+    build_with,
+    implementations,
+    narrow_heads,
+    values_of,
+)
 
 import prunekit
 from prunekit.errors import CheckpointError, SurgeryError
 
-IDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
-NEW = IDS | {
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 64,
-}
-NAMED = NEW | {"head_dim": 6}
-WIDE = NEW | {"hidden_size": 64}  # an even number of rotary dimensions
-GPT2 = IDS | {"n_embd": 48, "n_head": 8, "n_layer": 2, "n_positions": 64}
-FALCON = IDS | {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "ffn_hidden_size": 40,
-}
-GROUPED = {  # families with a free number of key-value heads
-    "llama": NAMED, "mistral": NAMED, "qwen2": NEW, "qwen3": NAMED, "phi3": NEW, "phi": WIDE, "gemma2": NAMED,
-    "gemma3_text": NAMED, "granite": NEW, "cohere": NEW, "glm": NEW | {"head_dim": 8}, "olmo": NEW, "olmo2": NEW,
-    "stablelm": WIDE, "starcoder2": NEW, "helium": NAMED, "ernie4_5": NAMED, "smollm3": NEW,
-    "falcon": FALCON | {"new_decoder_architecture": True},
-}  # fmt: skip
-SINGLE = {
-    "gpt2": GPT2,
-    "gpt_neo": IDS | {"hidden_size": 48, "num_layers": 2, "num_heads": 8, "max_position_embeddings": 64,
-                      "attention_types": [[["global", "local"], 1]], "window_size": 8},
-    "gptj": GPT2 | {"n_head": 4, "rotary_dim": 8},
-    "gpt_neox": WIDE,
-    "opt": NEW | {"ffn_dim": 40, "word_embed_proj_dim": 48},
-    "bloom": IDS | {"hidden_size": 48, "n_layer": 2, "n_head": 8},
-    "falcon": FALCON | {"multi_query": True},
-    "falcon:dense": FALCON | {"multi_query": False, "parallel_attn": False},
-    "falcon:alibi": FALCON | {"multi_query": False, "alibi": True},
-    "xglm": IDS | {"d_model": 48, "ffn_dim": 40, "num_layers": 2, "attention_heads": 8, "max_position_embeddings": 64},
-    "biogpt": NEW,
-}  # fmt: skip
-EXPERTS = {
-    "mixtral": NEW | {"num_local_experts": 4},
-    "qwen2_moe": NEW | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
-                        "num_experts_per_tok": 2},
-    "qwen3_moe": NAMED | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
-}  # fmt: skip
-CASES = [
-    (f, v | {"num_key_value_heads": kv, "num_kv_heads": kv})
-    for f, v in GROUPED.items()
-    for kv in (8, 2, 1)
-]
-CASES = [(f, v) for f, v in CASES if f != "falcon" or v["num_kv_heads"] > 1]
-CASES += [
-    *SINGLE.items(),
-    *((f, v | {"num_key_value_heads": kv}) for f, v in EXPERTS.items() for kv in (8, 2)),
-]
 NAMES = [f"{family}-{values.get('num_key_value_heads', '')}".strip("-") for family, values in CASES]
 FIXED_HEADS = ("bloom", "falcon:alibi")
 
 
-def build(family, values, *implementations):
-    """A model of random numbers with the first of these attention implementations that the family
-    has.
-    """
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family.split(":")[0], **values)
-    for attention in implementations or ("sdpa", "eager"):
-        try:
-            return randomise(
-                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-            )
-        except ValueError as error:
-            assert "does not support an attention implementation" in str(error)
-    return None
+def trace(model):
+    return prunekit.trace(model, {"input_ids": token_ids(2, 7)})
 
 
-def configured(family):
-    if family in SINGLE and family != "falcon":
-        return SINGLE[family]
-    return (GROUPED | EXPERTS)[family] | {"num_key_value_heads": 4, "num_kv_heads": 4}
+def test_every_family_is_built_with_every_attention_it_has():
+    assert (len(DEEP), len(CASES)) == (34, 73)
+    for family in DEEP:
+        for attention in ("sdpa", "eager"):
+            if attention in implementations(family):
+                build_deep(family, attention)
+            else:
+                with pytest.raises(ValueError, match="does not support an attention impl"):
+                    build_with(family, values_of(family), attention)
 
 
-def agree(model, reference, exact=True):
+def agree(model, reference):
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
         logits, expected = (m(input_ids=ids, use_cache=False).logits for m in (model, reference))
@@ -106,82 +58,71 @@ def cut(model, graph, removed):
     return pruned, masked
 
 
-def heads_narrowed(graph):
-    """A plan that takes two positions off every head's query, key and value."""
-    removed = {}
-    for extent in graph.extents:
-        owned = {
-            n: i
-            for n, i in extent.owned.items()
-            if graph[n].kind == "head_dim" and graph[n].prunable
-        }
-        if (
-            extent.quantity in ("qk_head_dim", "v_head_dim")
-            and owned
-            and not owned.keys() & removed.keys()
-        ):
-            name, index = max(
-                owned.items(), key=lambda item: item[1].shape[1]
-            )  # rotary pairs where there are any
-            removed[name] = list(range(2 // index.shape[1]))
-    return removed
+def _both():
+    """Every case; two key-value heads with both implementations, other numbers with one in turn."""
+    for position, (name, (family, values)) in enumerate(zip(NAMES, CASES, strict=True)):
+        available = implementations(family)
+        if "num_key_value_heads" in values and values["num_key_value_heads"] != 2:
+            available = (available[position % len(available)],)
+        for attention in available:
+            yield pytest.param(family, values, attention, id=f"{name}-{attention}")
 
 
-BOTH = [
-    pytest.param(family, values, attention, id=f"{name}-{attention}")
-    for i, (name, (family, values)) in enumerate(zip(NAMES, CASES, strict=True))
-    for attention in ("sdpa", "eager")
-    if values.get("num_key_value_heads", 2) == 2 or attention == ("sdpa", "eager")[i % 2]
-]
+def check_heads(model, graph, family, kv):
+    """The groups of heads and residual channels are those that the configuration promises."""
+    heads = 8 if family != "gptj" else 4
+    units = {"attention": [], "query_head": [], "channel": []}
+    for group in graph.groups:
+        units.setdefault(group.kind, []).append((group.layer, group.num_units))
+    if family in FIXED_HEADS:
+        fixed = [group for group in graph.groups if group.kind == "attention"]
+        assert not any(group.prunable for group in fixed)
+        assert all("fixed by" in group.reason for group in fixed)
+    else:
+        assert units["attention"] == [(layer, kv if kv > 1 else heads) for layer in (0, 1)]
+        expected = [(layer, heads // kv) for layer in (0, 1)] if 1 < kv < heads else []
+        assert units["query_head"] == expected
+    assert units["channel"] == [(None, model.config.hidden_size)]
 
 
-@pytest.mark.parametrize(("family", "values", "attention"), BOTH)
+@pytest.mark.parametrize(("family", "values", "attention"), _both())
 def test_pruned_equals_masked(family, values, attention):
     model = build(family, values, attention)
-    if model is None:  # the family has one implementation only, which the other case tests
-        return
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    kinds = {}
-    for group in graph.groups:
-        kinds.setdefault(group.kind, []).append(group)
-    attention_groups = kinds.get("attention", [])
-    heads, kv = 8 if family != "gptj" else 4, values.get("num_key_value_heads", 1)
-    if family in FIXED_HEADS:
-        assert not any(group.prunable for group in attention_groups)
-        assert all("fixed by" in group.reason for group in attention_groups)
-    else:
-        assert [(g.layer, g.num_units) for g in attention_groups] == [
-            (i, kv if kv > 1 else heads) for i in (0, 1)
-        ]
-        query_heads = [group.num_units for group in kinds.get("query_head", [])]
-        assert query_heads == ([heads // kv] * 2 if 1 < kv < heads else [])
-    assert [group.num_units for group in kinds["channel"]] == [model.config.hidden_size]
+    graph = trace(model)
+    kv = values.get("num_key_value_heads", 1)
+    check_heads(model, graph, family, kv)
 
     exact = [group for group in graph.groups if group.prunable and group.exact]
     wanted = {"attention", "query_head", "mlp"}
     removed = {g.name: [1, 3, 5, 6] if g.kind == "mlp" else [0] for g in exact if g.kind in wanted}
-    assert {graph[name].kind for name in removed} >= (
-        {"mlp"} if family in (*FIXED_HEADS, "olmo2") else {"mlp", "attention"}
-    )
-    pruned, masked = cut(model, graph, removed)
-    agree(pruned, masked)
+    kinds = {graph[name].kind for name in removed}
+    assert kinds >= ({"mlp"} if family in (*FIXED_HEADS, "olmo2") else {"mlp", "attention"})
+
+    narrower = narrow_heads(graph)
+    # The class divides by the root of an attribute by which it also reshapes.
+    refused = family.startswith("falcon") and attention == "eager"
+    if refused and family != "falcon:alibi":
+        with pytest.raises(SurgeryError, match="head_dim"):
+            cut(model, graph, narrower)
+    if refused or not all(graph[name].exact for name in narrower):
+        narrower = {}
+    # At two key-value heads, and where there is no choice, both kinds of cuts are tried by
+    # themselves; at other numbers in one plan.
+    by_themselves = kv == 2 or "num_key_value_heads" not in values
+    plans = [removed, narrower] if by_themselves else [removed | narrower]
+    for plan in filter(None, plans):
+        pruned, masked = cut(model, graph, plan)
+        agree(pruned, masked)
+        if plan is plans[0]:
+            check_cache(pruned, masked)
+
+
+def check_cache(pruned, masked):
+    """The key-value cache keeps up."""
     settings = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
     ids = token_ids(1, 5, seed=3)
-    assert torch.equal(
-        pruned.generate(ids, **settings), masked.generate(ids, use_cache=False, **settings)
-    ), "the key-value cache keeps up"
-
-    removed = heads_narrowed(graph)
-    if all(graph[name].exact for name in removed) and not (
-        family.startswith("falcon") and attention == "eager"
-    ):
-        pruned, masked = cut(model, graph, removed)
-        agree(pruned, masked)
-    elif family in ("falcon", "falcon:dense") and attention == "eager":
-        with pytest.raises(
-            SurgeryError, match="head_dim"
-        ):  # it divides by the root of an attribute it also reshapes by
-            cut(model, graph, removed)
+    text = masked.generate(ids, use_cache=False, **settings)
+    assert torch.equal(pruned.generate(ids, **settings), text)
 
 
 def shrunk(family, values, dense, **smaller):
@@ -194,39 +135,26 @@ def shrunk(family, values, dense, **smaller):
         for name, tensor in reference.state_dict().items():
             tensor.copy_(state[name][tuple(slice(size) for size in tensor.shape)])
         buffers = dict(dense.named_buffers())
-        for (
-            name,
-            buffer,
-        ) in reference.named_buffers():  # an embedding's scale, which the pruned model keeps
-            if buffer.ndim == 0:
+        for name, buffer in reference.named_buffers():
+            if buffer.ndim == 0:  # an embedding's scale, which the pruned model keeps
                 buffer.copy_(buffers[name])
     return reference
 
 
-TOLD = (
-    "qwen2",
-    "phi3",
-    "granite",
-    "cohere",
-    "olmo",
-    "olmo2",
-    "starcoder2",
-    "smollm3",
-    "qwen2_moe",
-    "mixtral",
-)
-"""Classes that take the width of a head from the hidden size unless told."""
+# Classes that take the width of a head from the hidden size unless told.
+TOLD = ("qwen2", "phi3", "granite", "cohere", "olmo", "olmo2", "starcoder2", "smollm3")
+TOLD += ("qwen2_moe", "mixtral")
+# Classes that can't be told: no smaller model can be built directly.
 DERIVED = ("phi", "stablelm", "helium", "falcon")
-"""Classes that can't be told: no smaller model can be built directly."""
 
 
-@pytest.mark.parametrize("family", [*GROUPED, *SINGLE, *EXPERTS])
+@pytest.mark.parametrize("family", ALL)
 def test_residual_channels_equal_a_smaller_model(family):
-    values = configured(family)
+    values = values_of(family)
     if family in TOLD:
         values = values | {"head_dim": 6}
     model = build(family, values)
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    graph = trace(model)
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     assert channel.prunable
     assert not channel.exact
@@ -243,9 +171,9 @@ def test_residual_channels_equal_a_smaller_model(family):
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_equal_a_smaller_mixture(family):
-    values = configured(family)
+    values = values_of(family)
     model = build(family, values)
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    graph = trace(model)
     experts = [group for group in graph.groups if group.kind == "expert"]
     assert [(g.layer, g.num_units, g.prunable, g.exact) for g in experts] == [
         (0, 4, True, False),
@@ -270,7 +198,7 @@ def test_experts_equal_a_smaller_mixture(family):
 def test_a_norm_over_all_heads_is_inexact_and_equals_a_smaller_model(kv_heads):
     values = GROUPED["olmo2"] | {"num_key_value_heads": kv_heads, "head_dim": 6}
     model = build("olmo2", values)
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    graph = trace(model)
     groups = [group for group in graph.groups if group.kind == "attention"]
     assert all(
         group.prunable and not group.exact and "aten.mean" in group.reason for group in groups
@@ -286,8 +214,8 @@ def test_a_norm_over_all_heads_is_inexact_and_equals_a_smaller_model(kv_heads):
 def test_a_norm_over_each_head_is_inexact_and_equals_a_smaller_model():
     values = GROUPED["qwen3"] | {"num_key_value_heads": 4}
     model = build("qwen3", values)
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    removed = heads_narrowed(graph)
+    graph = trace(model)
+    removed = narrow_heads(graph)
     inexact = [name for name in removed if not graph[name].exact]
     assert [graph[name].num_units for name in inexact] == [3], (
         "three rotary pairs, the same in all layers"
@@ -312,11 +240,11 @@ def test_a_norm_over_each_head_is_inexact_and_equals_a_smaller_model():
     agree(pruned, reference)
 
 
-@pytest.mark.parametrize("family", [*GROUPED, *SINGLE, *EXPERTS])
+@pytest.mark.parametrize("family", ALL)
 def test_pruned_model_survives_the_disk(family, tmp_path):
-    values = configured(family)
+    values = values_of(family)
     model = build(family, values)
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    graph = trace(model)
     groups = [
         group
         for group in graph.groups
@@ -343,9 +271,9 @@ def test_narrower_heads_survive_the_disk(family, tmp_path):
     """The frequencies of the rotary pairs that stay are saved; the scores keep the scale of the
     dense model.
     """
-    model = build(family, configured(family))
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    removed = heads_narrowed(graph) | {
+    model = build(family, values_of(family))
+    graph = trace(model)
+    removed = narrow_heads(graph) | {
         g.name: [1] for g in graph.groups if g.kind == "attention" and g.layer == 1
     }
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
@@ -360,9 +288,9 @@ def test_narrower_heads_survive_the_disk(family, tmp_path):
 
 
 def test_a_width_the_config_can_not_hold_is_not_saved(tmp_path):
-    model = build("falcon", configured("falcon"))
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
-    prunekit.apply_plan(model, graph, prunekit.PruningPlan(heads_narrowed(graph)))
+    model = build("falcon", values_of("falcon"))
+    graph = trace(model)
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(narrow_heads(graph)))
     with pytest.raises(CheckpointError, match="can't be saved"):  # the class computes head_dim
         prunekit.save_pretrained(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -371,8 +299,8 @@ def test_a_width_the_config_can_not_hold_is_not_saved(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen3_moe"])
 def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
     """Also where the class takes the width of heads from the number of channels."""
-    model = build(family, configured(family))
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    model = build(family, values_of(family))
+    graph = trace(model)
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
     prunekit.save_pretrained(model, tmp_path / "model")
@@ -382,7 +310,7 @@ def test_fewer_residual_channels_survive_the_disk(family, tmp_path):
     ids = token_ids(3, 9, seed=2)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-    graph = prunekit.trace(again, {"input_ids": token_ids(2, 7)})
+    graph = trace(again)
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     assert channel.num_units == again.config.hidden_size == model.config.hidden_size
 
@@ -392,8 +320,8 @@ def test_channels_that_scale_the_embedding_are_not_saved(family, tmp_path):
     """transformers' own class would take the folder and compute other numbers, and nobody would
     notice.
     """
-    model = build(family, configured(family))
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    model = build(family, values_of(family))
+    graph = trace(model)
     (channel,) = (group for group in graph.groups if group.kind == "channel")
     prunekit.apply_plan(model, graph, prunekit.PruningPlan({channel.name: list(range(8))}))
     with pytest.raises(CheckpointError, match="embed_scale"):
@@ -404,13 +332,13 @@ def test_channels_that_scale_the_embedding_are_not_saved(family, tmp_path):
 @pytest.mark.parametrize(
     "family", ["gpt2", "opt", "gpt_neo", "gptj", "gpt_neox", "qwen2", "phi3", "llama"]
 )
-@pytest.mark.parametrize("heads", [[0], [0, 1], [0, 1, 2, 3]])
+@pytest.mark.parametrize("heads", [[0], [0, 1, 2, 3]])
 def test_as_many_heads_cut_in_every_layer_survive_the_disk(family, heads, tmp_path):
     """Also where the class takes their width from their number, and whether that divides the width
     or not.
     """
-    model = build(family, configured(family))
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    model = build(family, values_of(family))
+    graph = trace(model)
     removed = {g.name: heads[: g.num_units - 1] for g in graph.groups if g.kind == "attention"}
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     prunekit.save_pretrained(model, tmp_path / "model")
@@ -425,8 +353,8 @@ def test_as_many_heads_cut_in_every_layer_survive_the_disk(family, heads, tmp_pa
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.parametrize("experts", [([0], [0]), ([0], [1, 2]), ([], [3])])
 def test_fewer_experts_survive_the_disk(family, experts, tmp_path):
-    model = build(family, configured(family))
-    graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
+    model = build(family, values_of(family))
+    graph = trace(model)
     removed = {
         g.name: experts[g.layer] for g in graph.groups if g.kind == "expert" and experts[g.layer]
     }

@@ -1,15 +1,14 @@
 """Costs against what is counted on models that were really cut; tables of seconds by their shape."""
 
 import copy
-import itertools
 import random
 
 import pytest
 import torch
 from conftest import randomise, tiny_llama, token_ids
+from families import alternate, build, values_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_families import build, configured
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -103,13 +102,9 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("family", "attention"), zip(FAMILIES, itertools.cycle(["eager", "sdpa"]), strict=False)
-)
+@pytest.mark.parametrize(("family", "attention"), alternate(FAMILIES))
 def test_flops_and_parameters_equal_the_cut_models(family, attention):
-    model = build(family, configured(family), attention)
-    if model is None:
-        return
+    model = build(family, values_of(family), attention)
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     inputs = {"input_ids": token_ids(3, 9), "use_cache": False}
     flops, weights = flops_cost(model, graph, inputs), weights_cost(graph)
@@ -233,7 +228,7 @@ def test_latency_of_decoders(family, monkeypatch):
     monkeypatch.setattr(
         Stopwatch, "seconds", lambda *a: timed.append((a[1], seconds(*a))) or timed[-1][1]
     )
-    model = build(family, configured(family)).train()
+    model = build(family, values_of(family)).train()
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     groups = [
         g

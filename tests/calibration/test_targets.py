@@ -5,7 +5,7 @@ bear it out.
 import pytest
 import torch
 from conftest import inputs_of, tiny_llama, token_ids
-from test_families import CASES, build
+from families import FIRST, build
 
 import prunekit
 from prunekit.calibration.consumers import Consumer
@@ -15,8 +15,6 @@ from prunekit.calibration.statistics import measure_share, prepare_site
 from prunekit.compensation.obs import Obs
 from prunekit.errors import ConfigError
 from prunekit.graph import Member
-
-FIRST = dict(reversed(CASES))
 
 
 def site(x, errors, weight, bias=None):

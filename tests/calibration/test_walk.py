@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import inputs_of, tiny_llama, token_ids
-from test_families import CASES, EXPERTS, build
+from families import EXPERTS, FIRST, build
 from torch import nn
 
 import prunekit
@@ -29,7 +29,6 @@ FAMILIES = [
     "qwen3_moe",
     "mixtral",
 ]
-FIRST = dict(reversed(CASES))
 
 
 def batches(ids, size=3):

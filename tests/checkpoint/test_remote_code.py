@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
+from families import EXPERTS, build, narrow_heads, values_of
 from safetensors.torch import load_file
-from test_families import EXPERTS, build, configured, heads_narrowed
 
 import prunekit
 from prunekit.checkpoint import LayerWriter
@@ -77,11 +77,11 @@ for folder in sys.argv[1:]:
 def pruned(case):
     """Layers of different widths; or what a class would build in other ways: see `CUTS`."""
     family = case.split("-")[0]
-    model = build(family, configured(family))
+    model = build(family, values_of(family))
     graph = prunekit.trace(model, {"input_ids": token_ids(2, 7)})
     if case in CUTS:
         plans = {
-            "head_dim": heads_narrowed(graph),
+            "head_dim": narrow_heads(graph),
             "channel": {
                 g.name: [*range(4), *range(30, 34)] for g in graph.groups if g.kind == "channel"
             },

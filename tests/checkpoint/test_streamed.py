@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import token_ids
-from test_families import CASES, EXPERTS, NAMED, build
-from test_layers import MORE
+from families import EXPERTS, FIRST, MORE, NAMED, build
 
 import prunekit
 from prunekit import config as cfg
@@ -15,7 +14,6 @@ from prunekit.runtime.stages import Stages
 from prunekit.schedules.method import Method
 from prunekit.schedules.places import Places
 
-FIRST = dict(reversed(CASES))
 ONE_BY_ONE = {  # families whose checkpoints hold experts one by one
     "mixtral": EXPERTS["mixtral"] | {"num_key_value_heads": 2},
     "qwen2_moe": EXPERTS["qwen2_moe"] | {"num_key_value_heads": 8},

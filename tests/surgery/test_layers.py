@@ -3,13 +3,13 @@ follows.
 """
 
 import copy
-import itertools
 import json
 
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids, zero_units
-from test_families import EXPERTS, GROUPED, NAMED, SINGLE, build, configured
+from families import DEEP, alternate, build_deep
+from sharing import trace_anew
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,27 +20,6 @@ from prunekit.surgery.masking import masked as masking
 from prunekit.surgery.masking import run_example
 
 LAYERS = 5
-SLIDING = {"sliding_window": 4}
-MORE = {
-    "cohere2": NAMED | SLIDING | {"num_key_value_heads": 4},
-    "gemma2": configured("gemma2") | SLIDING,
-    "gemma3_text": configured("gemma3_text") | SLIDING | {"sliding_window_pattern": 2},
-    "qwen2": configured("qwen2") | SLIDING | {"use_sliding_window": True, "max_window_layers": 2},
-    "qwen2_moe": configured("qwen2_moe") | {"mlp_only_layers": [0, 2]},
-    "gpt_neo": SINGLE["gpt_neo"] | {"attention_types": [[["global", "local"], 2], [["local"], 1]], "window_size": 4},
-    "glm4_moe": NAMED | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-                         "moe_intermediate_size": 24, "topk_group": 1, "first_k_dense_replace": 2},
-    "qwen3_moe": configured("qwen3_moe") | {"mlp_only_layers": [4]},
-    "smollm3": configured("smollm3") | {"no_rope_layer_interval": 2},
-}  # fmt: skip
-FAMILIES = [*dict.fromkeys([*GROUPED, *SINGLE, *EXPERTS, *MORE])]
-
-
-def deep(family, *attention, layers=LAYERS, **more):
-    """A model of the family with more layers; None where it has no such attention implementation."""
-    values = MORE[family] if family in MORE else configured(family)
-    names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values]
-    return build(family, values | {names[0]: layers} | more, *attention)
 
 
 def ask(model, ids, **kwargs):
@@ -68,13 +47,9 @@ def generated(model, *ids, **kwargs):
     return model.generate(*ids, **settings, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("family", "attention"), zip(FAMILIES, itertools.cycle(["eager", "sdpa"]), strict=False)
-)
+@pytest.mark.parametrize(("family", "attention"), alternate(DEEP))
 def test_dropped_equals_passed_over(family, attention, tmp_path):
-    model = deep(family, attention)
-    if model is None:
-        return
+    model = build_deep(family, attention, layers=LAYERS)
     graph = prunekit.trace(model, example())
     (stack,) = graph.stacks
     assert (stack.kind, stack.num_units, stack.prunable, stack.members) == (
@@ -122,9 +97,9 @@ def plan_beside(graph, stack, dropped):
     return {stack.name: dropped} | {group.name: kinds[group.kind](group) for group in wanted}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_with_heads_and_channels(family, tmp_path):
-    model = deep(family)
+@pytest.mark.parametrize(("family", "attention"), alternate(DEEP))
+def test_layers_with_heads_and_channels(family, attention, tmp_path):
+    model = build_deep(family, attention, layers=LAYERS)
     graph = prunekit.trace(model, example())
     (stack,) = graph.stacks
     removed = plan_beside(graph, stack, [1, 2])
@@ -243,7 +218,7 @@ def snapshot(model):
 
 @pytest.mark.parametrize("at", range(1, 3))
 def test_an_interruption_leaves_the_model_whole(at, monkeypatch):
-    model = deep("gemma3_text")
+    model = build_deep("gemma3_text")
     graph = prunekit.trace(model, example())
     before, logits = snapshot(model), ask(model, token_ids())
     runs = []
@@ -265,7 +240,7 @@ def test_an_interruption_leaves_the_model_whole(at, monkeypatch):
 
 
 def test_a_failed_cut_leaves_the_model_whole(monkeypatch):
-    model = deep("cohere2")
+    model = build_deep("cohere2")
     graph = prunekit.trace(model, example())
     before = snapshot(model)
     monkeypatch.setattr(check, "_difference", lambda *args: check._Problem(text="differs"))
@@ -307,7 +282,7 @@ def test_units_of_dropped_layers_do_not_count_twice():
 
 
 def test_scales_that_follow_from_the_index_stay_and_are_not_saved(tmp_path):
-    model = deep("gpt2", scale_attn_by_inverse_layer_idx=True)
+    model = build_deep("gpt2", scale_attn_by_inverse_layer_idx=True)
     expected = passed_over(model, "transformer.h", [1])
     prunekit.apply_plan(model, prunekit.trace(model, example()), prunekit.PruningPlan({"h": [1]}))
     torch.testing.assert_close(
@@ -482,5 +457,5 @@ def test_torch_pruning_has_no_such_groups():
 def test_the_fingerprint_is_that_of_the_other_groups():
     model = tiny_llama()
     graph = prunekit.trace(model, example())
-    assert graph.fingerprint == prunekit.trace(tiny_llama(), example()).fingerprint
+    assert graph.fingerprint == trace_anew(tiny_llama(), example()).fingerprint
     assert graph.fingerprint != prunekit.trace(tiny_llama(layers=4), example()).fingerprint
