@@ -11,12 +11,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import sharing
 import torch
 from hypothesis import settings
-from sharing import share_traces
 from transformers import LlamaConfig, LlamaForCausalLM
 
-share_traces()
+sharing.share_traces()
 torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
@@ -138,9 +138,11 @@ def command_line(*arguments, cwd):
 
 
 @pytest.fixture(autouse=True)
-def traces(request, monkeypatch):
+def traces(request):
     """Tests of the tracer itself trace anew; all others share the graphs of equal structures."""
-    monkeypatch.setattr("sharing.SHARES", "graph" not in request.path.parts)
+    sharing.SHARES = "graph" not in request.path.parts
+    yield
+    sharing.SHARES = True
 
 
 @pytest.fixture

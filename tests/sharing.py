@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from prunekit import graph as graph_package
-from prunekit.graph import groups
+from prunekit import graph as tracer
 
-trace_anew = groups.trace
+trace_anew = tracer.trace
 SHARES = True
 _GRAPHS = {}  # structure of a model and its example → (graph, the objects that the key names by id)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -87,4 +86,4 @@ def trace_once(model, example_inputs):
 def share_traces():
     """Let whoever imports `trace` from now on have the one that shares."""
     assert "prunekit.pipeline" not in sys.modules, "it holds the one that does not share"
-    groups.trace = graph_package.trace = trace_once
+    tracer.trace = sys.modules[trace_anew.__module__].trace = trace_once
