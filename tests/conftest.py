@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import pytest
 import sharing
 import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sharing.share_traces()
 torch.set_num_threads(1)
@@ -143,6 +144,19 @@ def traces(request):
     sharing.SHARES = "graph" not in request.path.parts
     yield
     sharing.SHARES = True
+
+
+@pytest.fixture(scope="session")
+def short_model(tmp_path_factory):
+    """A folder with the first three layers of the embedded model, for what needs whole runs."""
+    from prunekit.demo import DEMO_MODEL
+
+    folder = tmp_path_factory.mktemp("short") / "model"
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, num_hidden_layers=3)
+    model.save_pretrained(folder)
+    for path in DEMO_MODEL.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 @pytest.fixture

@@ -129,9 +129,10 @@ def test_an_output_folder_with_files_is_refused_and_kept(finished):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_sweep_runs_every_combination(tmp_path):
+def test_a_sweep_runs_every_combination(short_model, tmp_path):
     done = command_line(
         "-m",
+        f"model.path={short_model}",
         "method=magnitude,random",
         "ratio=0.1,0.3",
         *QUICK,

@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import tiny_llama, token_ids
+from conftest import command_line, tiny_llama, token_ids
 
 import prunekit
 from prunekit.errors import CheckpointError
@@ -23,7 +22,7 @@ QUICK = [
     "compensation.target=residual",
     "data.calibration.batch_size=5",
 ]
-COMMAND = [sys.executable, "-m", "prunekit", *QUICK]
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
 def equal(left, right):
@@ -144,50 +143,62 @@ def test_a_full_disk_keeps_what_was_finished(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def quick(short_model):
+    return [f"model.path={short_model}", *QUICK, "output_dir=out"]
+
+
+@pytest.fixture(scope="module")
+def whole(quick, tmp_path_factory):
     """An unbroken run of one process."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(COMMAND, folder)
-    return folder / "out"
+    return check_finished(command_line(*quick, cwd=folder), folder)
 
 
-def finish(command, folder, *more):
-    done = subprocess.run(
-        [*command, "output_dir=out", *more], cwd=folder, capture_output=True, text=True
-    )
+def check_finished(done, folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters;") == 1  # one process talks
     return folder / "out"
 
 
+# A process that is killed when it has finished its third group: in the middle of a layer.
+_KILLED = """
+import os, signal, sys
+from prunekit.cli import main
+from prunekit.schedules import State
+record, finished = State.record, []
+def record_three(*arguments, **more):
+    if len(finished) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finished.append(arguments)
+    record(*arguments, **more)
+State.record = record_three
+sys.argv[0] = "prunekit"
+main()
+"""
+
+
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_killed_in_the_middle_of_a_layer(stream, whole, tmp_path):
-    command = [*COMMAND, f"memory.stream={stream}"]
-    process = subprocess.Popen(
-        [*command, "output_dir=out"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    began = time.perf_counter()
-    while (
-        len(list((tmp_path / "out").glob(".state/*.safetensors"))) < 3
-        and time.perf_counter() - began < 120
-    ):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def test_killed_in_the_middle_of_a_layer(stream, quick, whole, tmp_path):
+    options = [*quick, f"memory.stream={stream}"]
+    command = [sys.executable, "-c", _KILLED, *options]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((tmp_path / "out").glob(".state/*.safetensors"))) == 3
     assert not (tmp_path / "out/model").exists()
-    out = finish(command, tmp_path, "resume=true")
+    out = check_finished(command_line(*options, "resume=true", cwd=tmp_path), tmp_path)
     assert equal(*(prunekit.from_pretrained(folder / "model") for folder in (out, whole)))
     assert (out / "plan.json").read_text() == (whole / "plan.json").read_text()
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 @pytest.mark.parametrize("at", ["job.save_pretrained", "folder.write_pictures"])
-def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
+def test_killed_while_the_result_is_written(at, short_model, monkeypatch, tmp_path):
     from prunekit import config as cfg
     from prunekit import jobs
     from prunekit.jobs import folder
 
-    overrides = ["data.calibration.samples=4", "eval=none", "output_dir=out"]
+    overrides = [f"model.path={short_model}", "data.calibration.samples=4", "eval=none"]
+    overrides.append("output_dir=out")
     monkeypatch.setattr(
         f"prunekit.jobs.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
     )
@@ -205,18 +216,10 @@ def test_killed_while_the_result_is_written(at, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_two_processes_leave_what_one_does(stream, whole, tmp_path):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "prunekit",
-        *QUICK,
-    ]
-    out = finish(torchrun, tmp_path, f"memory.stream={stream}")
+def test_two_processes_leave_what_one_does(stream, quick, whole, tmp_path):
+    command = [*TWO_PROCESSES, "-m", "prunekit", *quick, f"memory.stream={stream}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    out = check_finished(done, tmp_path)
     assert json.loads((out / "plan.json").read_text()) == json.loads(
         (whole / "plan.json").read_text()
     )
@@ -231,7 +234,7 @@ _FAILING = """
 import os, torch, prunekit
 from prunekit.runtime.processes import process_group
 from prunekit.errors import DataError
-from conftest import tiny_llama, token_ids
+from conftest import command_line, tiny_llama, token_ids
 model = tiny_llama()
 embedded = model.get_input_embeddings()(token_ids(8, 9)).detach()
 embedded[{sample}, 3, 2] = torch.nan
@@ -246,7 +249,7 @@ with process_group(torch.device("cpu")):
 
 def test_an_error_in_one_process_ends_all_of_them(tmp_path):
     (tmp_path / "job.py").write_text(_FAILING.format(sample=3))  # the second process's
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "job.py"]
+    command = [*TWO_PROCESSES, "job.py"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment
