@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from prunekit import config as cfg
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.base import CostSetting
-from prunekit.allocation.groups import chosen_groups
-from prunekit.allocation.limits import added_biases, floors, multiples
+from prunekit.allocation.groups import choose_groups
+from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
+from prunekit.allocation.slots import make_slots
 from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.store import Store
 from prunekit.checkpoint.streamed import Streamed
@@ -180,7 +181,7 @@ def allocate(
         ConfigError: a target out of reach; a policy or a repair that doesn't fit the model.
     """
     everything = [*graph.groups, *graph.stacks]
-    groups = method.scope.included(chosen_groups(graph, config.groups), everything)
+    groups = method.scope.select_groups(choose_groups(graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
     objective = set_objective(method.cost, costs, config)
     if method.compensation is not None or method.schedule.layerwise:
@@ -208,7 +209,7 @@ def allocate(
         importance=method.importance,
         compensation=method.compensation,
         rounds=method.scope.rounds,
-        protected={group.name: method.scope.protected(group) for group in cut},
+        protected={group.name: method.scope.protected_units(group) for group in cut},
         independent="independent" in cfg.kinds_of(config.groups),
     )
     return Allocation(assignment=assignment, groups=groups, shares=shares, notes=setting.notes)
@@ -224,23 +225,12 @@ def _make_budget(
 ) -> Budget:
     """Make the budget of the groups that are cut; biases that a repair adds are paid from it."""
     model, graph, limit = setting.model, setting.graph, objective.limit
-    if (
-        method.compensation is not None
-        and method.compensation.adds_biases
-        and objective.cost.stored
-    ):
-        limit -= added_biases(model, cut) * objective.cost({}) / graph.num_parameters()
-    uniform = config.shapes == "uniform"
-    slots = method.scope.slots(
-        cut,
-        shares,
-        floors(model, cut),
-        multiples(model, cut, config, method.scope),
-        shapes.stock_counts(model, graph, cut) if uniform else {},
-        uniform,
-    )
+    repairs = method.compensation
+    if repairs is not None and repairs.adds_biases and objective.cost.stored:
+        limit -= count_added_biases(model, cut) * objective.cost({}) / graph.num_parameters()
+    demands = find_demands(model, graph, cut, config, method.scope)
     return Budget(
-        slots=slots,
+        slots=make_slots(method.scope, cut, shares, demands),
         cost=objective.cost,
         limit=limit,
         ranking=method.scope.ranking,

@@ -2,8 +2,8 @@
 exactly.
 """
 
-from prunekit.allocation.budget import Budget, lowest
+from prunekit.allocation.budget import Budget, pick_lowest
 from prunekit.allocation.costs.base import Cost, CostModel, CostSetting, Term
 from prunekit.allocation.scope import Scope
 
-__all__ = ["Budget", "Cost", "CostModel", "CostSetting", "Scope", "Term", "lowest"]
+__all__ = ["Budget", "Cost", "CostModel", "CostSetting", "Scope", "Term", "pick_lowest"]

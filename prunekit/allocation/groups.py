@@ -1,29 +1,35 @@
-"""The groups that a configuration chooses to cut."""
+"""The groups that a configuration chooses to cut, by what their units are."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from prunekit import config as cfg
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
 
 
-def chosen_groups(graph: CouplingGraph, choice: Any) -> list[Group]:
-    """The prunable groups of the kinds a choice (one or a list) names; each kind must have one.
+def choose_groups(graph: CouplingGraph, choice: str | list[str] | tuple[str, ...]) -> list[Group]:
+    """The prunable groups of the kinds that the option `groups` names, one or a list.
 
-    For `block` of a model without any, every exact group.
+    For `block` they are all exact groups where the model has neither attention nor FFNs.
+
+    Raises:
+        ConfigError: the model has no group of a kind that is named.
     """
-    found: list[Group] = []
-    prunable: list[Group] = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
+    chosen: list[Group] = []
     for name in cfg.kinds_of(choice):
-        groups: list[Group] = [group for group in prunable if group.kind in cfg.KINDS[name]]
-        if not groups and name == "block":
-            groups = [group for group in graph.groups if group.prunable and group.exact]
-        if not groups:
-            kinds = ", ".join(sorted({group.kind for group in prunable})) or "none"
-            raise ConfigError(
-                f"groups={name}: the model has no prunable group of that kind; it has: {kinds}"
-            )
-        found += [group for group in groups if group not in found]
-    return found
+        groups = _groups_of_kind(graph, name)
+        chosen += [group for group in groups if group not in chosen]
+    return chosen
+
+
+def _groups_of_kind(graph: CouplingGraph, name: str) -> list[Group]:
+    prunable: list[Group] = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
+    groups = [group for group in prunable if group.kind in cfg.KINDS[name]]
+    if not groups and name == "block":
+        groups = [group for group in graph.groups if group.prunable and group.exact]
+    if not groups:
+        kinds = ", ".join(sorted({group.kind for group in prunable})) or "none"
+        raise ConfigError(
+            f"groups={name}: the model has no prunable group of that kind; it has: {kinds}"
+        )
+    return groups

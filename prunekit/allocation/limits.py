@@ -9,25 +9,49 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from prunekit.allocation.scope import Scope
+from prunekit.allocation.slots import Demands
 from prunekit.config import RunConfig
-from prunekit.graph import Group
+from prunekit.graph import CouplingGraph, Group
 from prunekit.model.names import experts_per_token
 from prunekit.surgery import shapes
 
 
-def floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
-    """Units that a model needs: as many experts as a token is sent to."""
+def find_demands(
+    model: nn.Module,
+    graph: CouplingGraph,
+    groups: Sequence[Group],
+    config: RunConfig,
+    scope: Scope,
+) -> Demands:
+    """What the model, and the option `shapes`, demand of a cut of these groups.
+
+    Raises:
+        ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold.
+    """
+    uniform = config.shapes == "uniform"
+    return Demands(
+        floors=_find_floors(model, groups),
+        multiples=_find_multiples(model, groups, config, scope),
+        possible=shapes.stock_counts(model, graph, groups) if uniform else {},
+        uniform=uniform,
+    )
+
+
+def _find_floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
+    """Group → how many units must stay: as many experts as a token is sent to."""
     needed = experts_per_token(getattr(model, "config", None))
     if needed is None:
         return {}
     return {group.name: needed for group in groups if group.kind == "expert"}
 
 
-def multiples(
+def _find_multiples(
     model: nn.Module, groups: Sequence[Group], config: RunConfig, scope: Scope
 ) -> dict[str, int]:
-    """What a group's kept units must be a multiple of: rows of stacked experts' weights go in 16
-    bytes, in bf16 too.
+    """Group → what its kept units must be a multiple of.
+
+    The grouped matrix products of stacked experts [experts, rows, columns] take rows of whole 16
+    bytes: 8 numbers in half precision, which a model in float32 may be stored in too.
     """
     stacked = {
         name: max(16 // min(parameter.element_size(), 2), 1)
@@ -36,19 +60,20 @@ def multiples(
         and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }
     aligned = scope.width_multiple if scope.width_multiple > 1 else shapes.ALIGNMENT
-    found = shapes.alignments(groups, aligned) if config.shapes == "aligned" else {}
+    multiples = shapes.alignments(groups, aligned) if config.shapes == "aligned" else {}
     for group in groups:
         for member in group.members if group.kind != "expert" else ():
             if member.parameter in stacked and member.dim > 0:
-                found[group.name] = math.lcm(found.get(group.name, 1), stacked[member.parameter])
-    return found
+                step = stacked[member.parameter]
+                multiples[group.name] = math.lcm(multiples.get(group.name, 1), step)
+    return multiples
 
 
-def added_biases(model: nn.Module, groups: Sequence[Group]) -> int:
-    """How many parameters the biases have that consumers lack."""
-    found = {}
+def count_added_biases(model: nn.Module, groups: Sequence[Group]) -> int:
+    """How many parameters a repair adds that gives every consumer without a bias one."""
+    sizes = {}
     for member in (member for group in groups for member in group.consumers):
         module = model.get_submodule(member.parameter.rpartition(".")[0])
         if getattr(module, "bias", None) is None:
-            found[member.parameter] = model.get_parameter(member.parameter).shape[1 - member.dim]
-    return sum(found.values())
+            sizes[member.parameter] = model.get_parameter(member.parameter).shape[1 - member.dim]
+    return sum(sizes.values())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from prunekit.allocation.budget import lowest
+from prunekit.allocation.budget import pick_lowest
 from prunekit.errors import ConfigError, DataError
 from prunekit.importance.base import ScoreImportance
 from prunekit.runtime.console import say
@@ -40,7 +40,7 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
             )
         scores = combine_scores(assignment, importance, structures, removed)
         counts = assignment.budget.solve(scores, r / assignment.rounds)
-        removed = lowest(assignment.groups, scores, counts)
+        removed = pick_lowest(assignment.groups, scores, counts)
         if assignment.rounds > 1:
             say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
     if assignment.independent:

@@ -8,6 +8,7 @@ from torch import nn
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.weights import weights_cost
 from prunekit.allocation.scope import Scope
+from prunekit.allocation.slots import make_slots
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
 from prunekit.importance import Random
@@ -33,7 +34,7 @@ RANDOM = Random()
 
 def budget(graph, groups, policy, ratio, scope=None, comparable=False):
     scope, cost = scope or Scope(), weights_cost(graph)
-    groups = scope.included(groups, graph.groups)
+    groups = scope.select_groups(groups, graph.groups)
     limit = cost({}) * (1 - ratio)
     setting = Setting(
         model=nn.Identity(),
@@ -44,7 +45,7 @@ def budget(graph, groups, policy, ratio, scope=None, comparable=False):
         cost=cost,
         limit=limit,
     )
-    slots = scope.slots(groups, policy.group_shares(setting), {})
+    slots = make_slots(scope, groups, policy.group_shares(setting))
     return Budget(slots=slots, cost=cost, limit=limit, ranking=scope.ranking, comparable=comparable)
 
 
