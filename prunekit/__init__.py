@@ -7,22 +7,28 @@ if TYPE_CHECKING:
     from prunekit.checkpoint import from_pretrained, save_pretrained
     from prunekit.checkpoint.register import register_with_transformers
     from prunekit.errors import PrunekitError
-    from prunekit.graph import CoupledGroup, CouplingGraph, LayerStack, Member, trace
+    from prunekit.graph import CoupledGroup, CouplingGraph, Member, trace
+    from prunekit.jobs.api import Recovered, evaluate, export, prune_checkpoint, recover
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
     from prunekit.surgery.check import apply_plan
 
+# Public name → the module that holds it; it is imported when the name is first asked for.
 _PUBLIC = {
     "CoupledGroup": "graph",
     "CouplingGraph": "graph",
-    "LayerStack": "graph",
     "Member": "graph",
-    "PruningPlan": "plan",
     "PrunekitError": "errors",
+    "PruningPlan": "plan",
+    "Recovered": "jobs.api",
     "Result": "pipeline",
     "apply_plan": "surgery",
+    "evaluate": "jobs.api",
+    "export": "jobs.api",
     "from_pretrained": "checkpoint",
     "prune": "pipeline",
+    "prune_checkpoint": "jobs.api",
+    "recover": "jobs.api",
     "register_with_transformers": "checkpoint.register",
     "save_pretrained": "checkpoint",
     "trace": "graph",
@@ -30,14 +36,18 @@ _PUBLIC = {
 __all__ = [
     "CoupledGroup",
     "CouplingGraph",
-    "LayerStack",
     "Member",
     "PrunekitError",
     "PruningPlan",
+    "Recovered",
     "Result",
     "apply_plan",
+    "evaluate",
+    "export",
     "from_pretrained",
     "prune",
+    "prune_checkpoint",
+    "recover",
     "register_with_transformers",
     "save_pretrained",
     "trace",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit import config as cfg
 from prunekit.allocation.budget import Budget
-from prunekit.allocation.costs.base import CostSetting
+from prunekit.allocation.costs.base import CostModel, CostSetting
 from prunekit.allocation.groups import choose_groups
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
@@ -20,18 +21,23 @@ from prunekit.allocation.slots import make_slots
 from prunekit.calibration.consumers import consumers_of
 from prunekit.calibration.store import Store
 from prunekit.checkpoint.streamed import Streamed
+from prunekit.compensation import Compensation
 from prunekit.config import RunConfig
 from prunekit.data.batches import Batch, make_batches
 from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CouplingGraph, Group, trace
 from prunekit.graph.example import example_of
+from prunekit.importance import Importance
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
 from prunekit.plan import PruningPlan
-from prunekit.policies import Setting
+from prunekit.policies import Policy, Setting
+from prunekit.report.parts import PolicyShares, Ratio, Target
+from prunekit.report.pruning import count_units
+from prunekit.report.record import Report
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
-from prunekit.schedules import Assignment
-from prunekit.schedules.method import Method
+from prunekit.schedules import Assignment, Schedule
+from prunekit.schedules.method import Backend, Method, describe_backends, split_choices
 from prunekit.schedules.places import NOWHERE, Places, activations_folder
 from prunekit.surgery import shapes
 from prunekit.surgery.check import apply_plan
@@ -45,13 +51,13 @@ class Result:
     Attributes:
         model: the model, which was changed in place.
         plan: the units that are gone.
-        report: figures of the pruning.
+        report: the figures of the pruning; `report["ratio"]["achieved"]` reads it as plain JSON.
         graph: the coupled groups that the model was cut by.
     """
 
     model: Any
     plan: PruningPlan
-    report: dict[str, Any]
+    report: Report
     graph: CouplingGraph
 
 
@@ -60,21 +66,36 @@ def prune(
     *,
     ratio: float = 0.2,
     method: str = "slimgpt",
+    importance: str | Importance | None = None,
+    policy: str | Policy | None = None,
+    compensation: str | Compensation | EllipsisType | None = ...,
+    schedule: str | Schedule | None = None,
+    cost: str | CostModel | None = None,
     calibration: Tensor | Iterable[Batch] | None = None,
     overrides: Sequence[str] = (),
     state: str | Path | None = None,
 ) -> Result:
     """Prune a model in place: trace it, choose units, repair what stays, cut.
 
+    Example:
+        result = prunekit.prune(model, ratio=0.2, method="slimgpt", calibration=tokens)
+        prunekit.save_pretrained(result.model, "pruned", tokenizer)
+
     Args:
         model: any module that `torch.export` can capture.
-        ratio: share of all the model's parameters to remove, in (0, 1).
-        method: slimgpt, llm_pruner, magnitude or random.
+        ratio: the share of what `cost` counts that goes, in (0, 1): of all parameters by default.
+        method: slimgpt, llm_pruner, magnitude or random; the next four take the place of its parts.
+        importance: tells which units matter least: a name of `conf/importance`, or an object.
+        policy: says how much is cut where: a name of `conf/policy`, or an object.
+        compensation: repairs what stays: a name of `conf/compensation`, an object, or None for
+            none; the method's own where it is left out.
+        schedule: who is chosen when: a name of `conf/schedule`, or an object.
+        cost: what counts: a name of `conf/cost`, or an object.
         calibration: token ids, int64 [N, T], of a causal language model; or keyword-argument dicts
             of any model's forward call. The first one (two of its sequences) is also what the model
             is traced and checked with.
-        overrides: the strings that the command line takes, e.g. ["policy=uniform",
-            "importance.heads=diagonal"].
+        overrides: strings as on the command line, e.g. ["importance.heads=diagonal"]; one that
+            pruning a model in memory does not act on is an error.
         state: a folder for what a layer-wise run has finished; with "resume=true" among the
             overrides, a run that was broken off goes on from there. Removed at the end.
 
@@ -83,12 +104,18 @@ def prune(
         `seconds`.
 
     Raises:
-        ConfigError: an unknown method or option, a ratio out of range or of reach.
+        ConfigError: an unknown method or option, an override that would not be acted on, a ratio
+            out of range or of reach.
         DataError: calibration data missing, empty, or leading to NaN.
         TraceError: a model that the tracer can't follow, or with nothing to prune.
         SurgeryError: the cut model would not compute what it should; the model is then put back.
     """
-    config = cfg.check(cfg.compose([f"method={method}", f"ratio={ratio}", *overrides]))
+    choices = {"importance": importance, "policy": policy, "schedule": schedule, "cost": cost}
+    config, backends = compose_pruning(cfg.PRUNE, method, ratio, choices, compensation, overrides)
+    if config.resume and state is None:
+        raise ConfigError("resume=true: expected state=FOLDER beside it, got none")
+    if not isinstance(calibration, Tensor):
+        _refuse_batch_size(overrides)
     cfg.import_modules(config.imports)
     size, device = config.data.calibration.batch_size, _device_of(model)
     batches = make_batches(model, calibration, size, device)
@@ -98,7 +125,51 @@ def prune(
         identity=f"{type(model).__name__} {weights_digest(model)}" if state else "",
     )
     stages = Stages(device)
-    return prune_model(model, config, Method.build(config), batches, stages, places=places)
+    return prune_model(
+        model, config, Method.build(config, backends), batches, stages, places=places
+    )
+
+
+def compose_pruning(
+    call: cfg.Call,
+    method: str,
+    ratio: float,
+    choices: Mapping[str, str | Backend | None],
+    compensation: str | Compensation | EllipsisType | None,
+    overrides: Sequence[str],
+) -> tuple[RunConfig, dict[str, Backend | None]]:
+    """Compose and check the configuration of a call that prunes.
+
+    Returns:
+        The configuration, and the backends that were given as objects.
+
+    Raises:
+        ConfigError: an unknown choice; an option of a backend that was given as an object.
+    """
+    if compensation is None:
+        choices = {**choices, "compensation": "none"}
+    elif not isinstance(compensation, EllipsisType):
+        choices = {**choices, "compensation": compensation}
+    names, backends = split_choices(choices)
+    for key, value in cfg.split_overrides(overrides):
+        if (section := key.split(".")[0]) in backends:
+            raise ConfigError(
+                f"{key}={value}: {section} was given as an object; set its options there"
+            )
+    arguments = {"method": method, "ratio": str(ratio), **names}
+    config = cfg.check(call.compose(overrides, arguments))
+    describe_backends(config, backends)
+    return config, backends
+
+
+def _refuse_batch_size(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a batch size, where the batches themselves were given."""
+    for key, value in cfg.split_overrides(overrides):
+        if key == "data.calibration.batch_size":
+            raise ConfigError(
+                f"{key}={value}: expected calibration=… as token ids beside it; batches are taken "
+                "as they are"
+            )
 
 
 def prune_model(
@@ -140,11 +211,9 @@ def prune_model(
             ),
         )
         plan = choose_and_cut(assignment, method, places, streamed)
-    report = figures(config, allocation, plan, (dense, num_parameters(model)), stages)
+    report = _report(config, allocation, plan, (dense, model), stages)
     if assignment.store and any(assignment.store.peak.values()):
-        report["activation_bytes"] = assignment.store.peak
-    if remeasure := assignment.budget.cost.remeasure:
-        report["target"]["measured"] = remeasure(model)
+        report = report.merge(Report(activation_bytes=assignment.store.peak))
     if assignment.state and not places.keep:
         assignment.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
@@ -195,10 +264,7 @@ def allocate(
         cost=objective.cost,
         limit=objective.limit,
     )
-    shares = method.policy.group_shares(setting)
-    if config.shapes == "uniform":
-        shapes.check_all_there(groups, graph)
-        shares = shapes.shared(shares, groups)
+    shares = _find_shares(setting, config, method)
     cut = [group for group in groups if shares[group.name] > 0] or groups
     assignment = Assignment(
         model=model,
@@ -213,6 +279,15 @@ def allocate(
         independent="independent" in cfg.kinds_of(config.groups),
     )
     return Allocation(assignment=assignment, groups=groups, shares=shares, notes=setting.notes)
+
+
+def _find_shares(setting: Setting, config: RunConfig, method: Method) -> dict[str, float]:
+    """Group → its relative share; the same for layers that are to keep the same shapes."""
+    shares = method.policy.group_shares(setting)
+    if config.shapes == "uniform":
+        shapes.check_all_there(setting.groups, setting.graph)
+        shares = shapes.shared(shares, setting.groups)
+    return shares
 
 
 def _make_budget(
@@ -296,57 +371,45 @@ def _name_limits(config: RunConfig, method: Method) -> str:
     return f" ({', '.join(options)})" if options else ""
 
 
-def figures(
+def _report(
     config: RunConfig,
     allocation: Allocation,
     plan: PruningPlan,
-    parameters: tuple[int, int],
+    models: tuple[int, nn.Module],
     stages: Stages,
-) -> dict[str, Any]:
-    """The report of pruning alone; `parameters` of the dense and of the pruned model."""
-    total, left = parameters
-    stated = bool(config.target.given) or allocation.assignment.budget.cost.name != "parameters"
-    return {
-        "method": config.method_name,
-        "seed": config.seed,
-        "versions": versions(),
-        "ratio": {
-            "target": None if stated else config.ratio,
-            "achieved": 1 - left / total,
-        },
-        "parameters": {"dense": total, "pruned": left},
-        **({"target": _count_target(allocation, plan)} if stated else {}),
-        "policy": {"shares": allocation.shares, **allocation.notes},
-        "layers": _count_units(allocation.groups, plan),
-        "seconds": stages.seconds,
-        "peak_memory_bytes": stages.peak_memory_bytes,
-    }
+) -> Report:
+    """The report of pruning alone, given the size of the dense model and the pruned model."""
+    dense, pruned = models
+    left = num_parameters(pruned)
+    states_target = (
+        bool(config.target.given) or allocation.assignment.budget.cost.name != "parameters"
+    )
+    return Report(
+        method=config.method_name,
+        seed=config.seed,
+        versions=versions(),
+        ratio=Ratio(target=None if states_target else config.ratio, achieved=1 - left / dense),
+        parameters={"dense": dense, "pruned": left},
+        target=_count_target(allocation, plan, pruned) if states_target else None,
+        policy=PolicyShares(shares=allocation.shares, notes=allocation.notes),
+        layers=count_units(allocation.groups, plan.removed),
+        seconds=stages.seconds,
+        peak_memory_bytes=stages.peak_memory_bytes,
+    )
 
 
-def _count_target(allocation: Allocation, plan: PruningPlan) -> dict[str, Any]:
-    """What the target's measure comes to in the dense model and in the pruned one."""
+def _count_target(allocation: Allocation, plan: PruningPlan, pruned: nn.Module) -> Target:
+    """What the measure of the target comes to in the dense model and in the pruned one."""
     cost, limit = allocation.assignment.budget.cost, allocation.assignment.budget.limit
     exact = round if cost.stored else float
     achieved = cost({name: len(units) for name, units in plan.removed.items()})
-    return {
-        "measure": cost.name,
-        "limit": limit,
-        "dense": exact(cost({})),
-        "achieved": exact(achieved),
-    }
-
-
-def _count_units(groups: Sequence[Group], plan: PruningPlan) -> list[dict[str, Any]]:
-    """Units kept and there before, a row for each layer and a column for each kind of group."""
-    layers: dict[int | None, dict[str, Any]] = {}
-    for group in groups:
-        row = layers.setdefault(group.layer, {"index": group.layer})
-        column = group.kind if group.layer is not None else group.name
-        # A layer may hold two groups of a kind: shared and routed experts.
-        units = row.setdefault(column, {"kept": 0, "total": 0})
-        units["kept"] += group.num_units - len(plan.removed.get(group.name, ()))
-        units["total"] += group.num_units
-    return list(layers.values())
+    return Target(
+        measure=cost.name,
+        limit=limit,
+        dense=exact(cost({})),
+        achieved=exact(achieved),
+        measured=cost.remeasure(pruned) if cost.remeasure else None,
+    )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -1,6 +1,15 @@
 """The configuration: its sections, how it is composed and checked, the objects that it names."""
 
 from prunekit.config.build import build, build_as, import_modules
+from prunekit.config.calls import (
+    CALLS,
+    EVALUATE,
+    EXPORT,
+    PRUNE,
+    PRUNE_CHECKPOINT,
+    RECOVER,
+    Call,
+)
 from prunekit.config.compose import check, compose, config_dir, flat
 from prunekit.config.overrides import (
     BUILT,
@@ -14,6 +23,13 @@ from prunekit.config.overrides import (
 from prunekit.config.sections import KINDS, EvalConfig, RunConfig, TargetConfig, kinds_of
 
 __all__ = [
+    "CALLS",
+    "EVALUATE",
+    "EXPORT",
+    "PRUNE",
+    "PRUNE_CHECKPOINT",
+    "RECOVER",
+    "Call",
     "BUILT",
     "EvalConfig",
     "GROUPS",

@@ -1,4 +1,4 @@
-"""Build the objects that sections of the configuration name by `_target_`; import users' modules."""
+"""Build the objects that sections of the configuration name; import the modules of users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the strings on the command line mean: keys, choices, `_target_`s of one's own; and errors."""
+"""What the strings on the command line mean: keys, choices, classes of one's own; and errors."""
 
 from __future__ import annotations
 

@@ -1,36 +1,43 @@
-"""`task=evaluate`: any model, and `eval.baseline` beside it."""
+"""`task=evaluate`: measure any model, and `eval.baseline` beside it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
-from prunekit.jobs.job import Job, source_of, speeds
+from prunekit.jobs.job import Job, Outcome
+from prunekit.jobs.sources import Source
+from prunekit.report import Report
 from prunekit.runtime.processes import rank
 
 
-def run_evaluate(job: Job) -> tuple[dict[str, Any], None]:
-    """`task=evaluate`: any model, and `eval.baseline` beside it."""
-    config, stages = job.config, job.stages
-    sources = {
-        **({"dense": config.eval.baseline} if config.eval.baseline else {}),
-        "model": source_of(config),
-    }
-    report: dict[str, Any] = {"model": str(config.model.path or "the embedded model")}
-    measures: Measures | None = None
-    model: Any = None
+def run_evaluate(job: Job) -> Outcome:
+    """Measure the model of the job; where a baseline is given, measure that first.
+
+    Only one of the two is in memory at a time, where they are loaded from folders.
+    """
+    sources: dict[str, Source] = {"dense": job.baseline} if job.baseline is not None else {}
+    sources["model"] = job.source
     columns: dict[str, Evaluation] = {}
+    measures: Measures | None = None
     for name, source in sources.items():
-        del model  # one at a time
-        with stages("load"):
-            model, stored = job.load(source)
-            measures = measures or job.measures(job.tokenizer(source), model, stored)
-        with stages(f"evaluate_{name}"):
-            columns[name] = measures.of(model)
-    assert measures is not None
+        with job.stages("load"):
+            subject = job.open(source, measures=measures)
+            measures = subject.measures
+        with job.stages(f"evaluate_{name}"):
+            columns[name] = subject.evaluate()
+        if name == "dense":
+            del subject
+    figures = Report(model=_describe(job))
     if rank():
-        return report, None
-    report |= measures.compare(columns).to_json()
-    others = {name: source for name, source in sources.items() if name != "model"}
-    return report | speeds(job, measures, columns, others, {"model": model}), None
+        return Outcome(figures=figures)
+    figures = figures.merge(Report.from_plain(subject.measures.compare(columns).to_json()))
+    beside = {name: source for name, source in sources.items() if name != "model"}
+    speed = job.measure_speed(subject.measures, columns, beside, {"model": subject.model})
+    return Outcome(figures=figures.merge(speed))
+
+
+def _describe(job: Job) -> str:
+    """Name the model that is measured, for the report."""
+    if job.inputs.model is not None:
+        return f"a {type(job.inputs.model).__name__} in memory"
+    return job.config.model.path or "the embedded model"

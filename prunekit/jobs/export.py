@@ -1,6 +1,4 @@
-"""`task=export`, and what `export` asks of any run's result: another format, code beside the
-weights, the hub.
-"""
+"""`task=export`, and what `export` asks of any run's result: a format, code, an upload."""
 
 from __future__ import annotations
 
@@ -10,76 +8,83 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from prunekit.config import RunConfig, build
+from prunekit.config import BUILT, RunConfig, build, import_modules
 from prunekit.errors import ConfigError, ExportError, PrunekitError
 from prunekit.jobs.folder import clear_halves, ensure_empty
-from prunekit.jobs.job import loading_of, source_of
+from prunekit.jobs.sources import Source, loading_of, source_of
 from prunekit.report import model_card
 from prunekit.runtime.console import say
 from prunekit.runtime.files import write_text
 
-_COMMON = ("remote_code", "push_to_hub", "private")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
-    """The `export` section: `writer` has `write(model, tokenizer, folder)`, which gives the file's
-    path, and `check_model(model)`, which raises where it knows that such models can't be written.
+class ExportSettings:
+    """The `export` section: what is written beside a model, and where it is uploaded to.
+
+    Attributes:
+        writer: writes another program's format; None: no other format.
+        remote_code: write transformers a file that it builds the model with.
+        push_to_hub: the name of the repository that the model is uploaded to.
+        private: whether that repository is private, where it is new.
     """
 
-    writer: Any
-    remote_code: bool
-    push_to_hub: str | None
-    private: bool
+    writer: Any = None
+    remote_code: bool = False
+    push_to_hub: str | None = None
+    private: bool = True
 
-    @classmethod
-    def of(cls, section: Mapping[str, Any]) -> Export:
-        """Checked; ConfigError or ExportError for what can't be."""
-        given = {key: section.get(key) for key in _COMMON}
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value that can't be meant."""
         for key in ("remote_code", "private"):
-            if not isinstance(given[key] or False, bool):
-                raise ConfigError(f"export.{key}: expected true or false, got {given[key]!r}")
-        name = given["push_to_hub"]
-        if name is not None and not (
-            isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        ):
+            if not isinstance(value := getattr(self, key), bool):
+                raise ConfigError(f"export.{key}: expected true or false, got {value!r}")
+        name = self.push_to_hub
+        named = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        if name is not None and not named:
             raise ConfigError(
                 f"export.push_to_hub: expected a repository's name, user/name, got {name!r}"
             )
-        writer = build(
-            {key: value for key, value in section.items() if key not in _COMMON}, "export"
-        )
-        return cls(
-            writer=writer,
-            remote_code=bool(given["remote_code"]),
-            push_to_hub=name,
-            private=given["private"] is not False,
-        )
+
+    @classmethod
+    def build(cls, section: Mapping[str, Any], writer: Any = None) -> ExportSettings:
+        """Build what a section says; a `writer` that is given takes the place of its own.
+
+        Raises:
+            ConfigError: a value that can't be meant.
+            ExportError: an option that the format doesn't have.
+        """
+        common = {key: value for key, value in section.items() if key in BUILT["export"]}
+        common = {key: value for key, value in common.items() if value is not None}
+        own = {key: value for key, value in section.items() if key not in BUILT["export"]}
+        return cls(writer=writer or build(own, "export"), **common)
 
     @property
     def wanted(self) -> bool:
         """Whether anything is asked for."""
         return bool(self.writer or self.remote_code or self.push_to_hub)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Raise ExportError where the format can't express such models, whatever their sizes."""
         if self.writer is not None:
             self.writer.check_model(model)
 
     def finish(self, folder: Path) -> None:
-        """Of a finished run's folder, write the other format and push the model; an error leaves
-        the run as it is.
+        """Write the other format from a finished run's folder, and push the model.
+
+        An error leaves the run as it is.
         """
         try:
             if self.writer is not None:
-                self.writer.write(
-                    from_pretrained(folder / "model"),
-                    load_tokenizer(folder / "model", False),
-                    folder,
-                )
+                model = from_pretrained(folder / "model")
+                self.writer.write(model, load_tokenizer(folder / "model", False), folder)
             if self.push_to_hub:
                 push(folder / "model", self.push_to_hub, self.private)
         except PrunekitError as error:
@@ -88,35 +93,73 @@ class Export:
             ) from error
 
 
-def run_export(config: RunConfig, output: Path) -> None:
-    """`task=export`: any model's folder in another format, or with code beside it, or on the hub."""
+def run_export(
+    config: RunConfig,
+    output: Path,
+    *,
+    settings: ExportSettings | None = None,
+    source: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Path]:
+    """`task=export`: write a model in another format or with code beside it, or upload it.
+
+    Args:
+        config: names the model by `model.path`, and what is written by `export`.
+        output: a new or empty folder.
+        settings: in place of the section `export`.
+        source: the model, in place of the one that `model.path` names.
+        tokenizer: the tokenizer, in place of the one beside the model.
+
+    Returns:
+        The files and folders that were written.
+    """
+    import_modules(config.imports)
     clear_halves(output)
     ensure_empty(output)
-    export, source = Export.of(config.export), source_of(config)
-    if not export.wanted:
+    settings = settings or ExportSettings.build(config.export)
+    if not settings.wanted:
         raise ConfigError(
             "task=export: expected export=gguf, export=onnx, export.remote_code=true or "
             "export.push_to_hub=NAME, got none of them"
         )
-    trust, folder = config.model.trust_remote_code, Path(source)
-    if export.writer is not None or export.remote_code:
-        model, tokenizer = (
-            from_pretrained(source, trust_remote_code=trust),
-            load_tokenizer(source, trust),
-        )
-        if export.writer is not None:
-            export.writer.write(model, tokenizer, output)
-        if export.remote_code:
-            folder = output / "model"
-            save_pretrained(model, folder, tokenizer, remote_code=True)
-            _write_card(folder, Path(source))
+    source = source_of(config) if source is None else source
+    written: list[Path] = []
+    folder = None if isinstance(source, PreTrainedModel) else Path(source)
+    saves = settings.remote_code or folder is None and settings.push_to_hub is not None
+    if settings.writer is not None or saves:
+        model, tokenizer = _open(config, source, tokenizer)
+        if settings.writer is not None:
+            written.append(settings.writer.write(model, tokenizer, output))
+        if saves:
+            written.append(output / "model")
+            save_pretrained(model, written[-1], tokenizer, remote_code=settings.remote_code)
+            _write_card(written[-1], folder)
+            folder = written[-1]
+        if settings.remote_code:
             say(f"{folder}: loads with trust_remote_code=True")
-    if export.push_to_hub:
-        push(folder, export.push_to_hub, export.private)
+    if settings.push_to_hub and folder is not None:
+        push(folder, settings.push_to_hub, settings.private)
+    return written
 
 
-def _write_card(folder: Path, source: Path) -> None:
-    """The card of the run the model came from, for the folder it is in now; else the card it had."""
+def _open(
+    config: RunConfig, source: Source, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a model with its tokenizer; one in memory is taken as it is."""
+    if isinstance(source, PreTrainedModel):
+        return source, tokenizer
+    trust = config.model.trust_remote_code
+    model = from_pretrained(source, trust_remote_code=trust)
+    return model, tokenizer or load_tokenizer(source, trust)
+
+
+def _write_card(folder: Path, source: Path | None) -> None:
+    """Write the card of the run that the model came from, or copy the card that it had.
+
+    A model that came from memory (`source` None) has neither.
+    """
+    if source is None:
+        return
     try:
         report = json.loads((source.parent / "report.json").read_text(encoding="utf-8"))
         write_text(folder / "README.md", model_card(report, loading_of(folder)))

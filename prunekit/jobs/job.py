@@ -1,81 +1,207 @@
-"""What every job of the command line is given and leaves, and how models are found and loaded."""
+"""What a job is given, what it works on, and what it leaves."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from prunekit.checkpoint.files import read_config
+from prunekit.checkpoint import load_tokenizer, save_pretrained
 from prunekit.checkpoint.streamed import Streamed
-from prunekit.config import RunConfig
-from prunekit.demo import DEMO_MODEL
+from prunekit.config import RunConfig, build_as
+from prunekit.errors import ConfigError
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures
-from prunekit.model.build import needs_prunekit
-from prunekit.model.weights import cast_weights
+from prunekit.jobs.export import ExportSettings
+from prunekit.jobs.sources import Source, load_source, loading_of
 from prunekit.plan import PruningPlan
-from prunekit.recovery import detach
-from prunekit.report import model_card
-from prunekit.runtime.devices import compute_dtype, pick_dtype
-from prunekit.runtime.files import checksum, digest, write_text
+from prunekit.recovery import Recovery, detach
+from prunekit.report import Report, model_card
+from prunekit.runtime.devices import pick_dtype
+from prunekit.runtime.files import write_text
 from prunekit.runtime.memory import free_bytes
 from prunekit.runtime.stages import Stages
+from prunekit.schedules.method import Backend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHARE = 0.6  # of the free memory that a second model may take
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a caller in Python hands to a job as objects; the command line hands none.
+
+    Attributes:
+        model: the model that the job works on; None: the one that `model.path` names.
+        tokenizer: its tokenizer; None: the one in its folder.
+        baseline: the dense model to measure beside; None: the one that `eval.baseline` names.
+        backends: section → the backend in place of the one that the section names.
+        recovery: in place of the one that the section `recovery` names.
+    """
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    baseline: PreTrainedModel | None = None
+    backends: Mapping[str, Backend | None] = field(default_factory=dict)
+    recovery: Recovery | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do, the folder its result goes to, the device and its clock."""
+    """What to do, on which model, and where its result goes.
+
+    Attributes:
+        config: the configuration.
+        source: the model that the job works on.
+        output: the folder of the run.
+        stages: the clock; it knows the device.
+        export: what is written beside the model.
+        inputs: the objects that the caller gave.
+    """
 
     config: RunConfig
+    source: Source
     output: Path
     stages: Stages
+    export: ExportSettings
+    inputs: Inputs = Inputs()
+
+    @property
+    def baseline(self) -> Source | None:
+        """The dense model that is measured beside, if there is one."""
+        return self.inputs.baseline or self.config.eval.baseline
+
+    def build_recovery(self) -> Recovery | None:
+        """The recovery that is asked for, if one is."""
+        return self.inputs.recovery or build_as(Recovery, self.config.recovery, "recovery")
 
     def load(
-        self, source: str | Path, stored: torch.dtype | None = None
-    ) -> tuple[Any, torch.dtype]:
-        """The model, ready to compute, and the type it will be stored in (`load`)."""
+        self, source: Source, stored: torch.dtype | None = None
+    ) -> tuple[PreTrainedModel, torch.dtype]:
+        """Load a model; the model and the type that its result is stored in (`load_source`)."""
         trust = self.config.model.trust_remote_code
-        return load(source, self.stages.device, stored or pick_dtype(self.config.dtype), trust)
+        stored = stored or pick_dtype(self.config.dtype)
+        return load_source(source, self.stages.device, stored, trust)
 
-    def tokenizer(self, source: str | Path) -> Any:
-        """The model's."""
+    def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given, else the one beside the model."""
+        if self.inputs.tokenizer is not None:
+            return self.inputs.tokenizer
+        if not isinstance(source, str | Path):
+            raise ConfigError("tokenizer: expected the tokenizer of the model, got none")
         return load_tokenizer(source, self.config.model.trust_remote_code)
 
-    def measures(self, tokenizer: Any, model: Any, stored: torch.dtype) -> Measures:
-        """What the configuration measures on this model and on others with its tokenizer."""
-        return Measures(
+    def open(
+        self,
+        source: Source,
+        streamed: Streamed | None = None,
+        measures: Measures | None = None,
+    ) -> Subject:
+        """Load a model with what it is measured by; one that is streamed is opened already.
+
+        Two models of a job are measured alike: the second gets the `measures` of the first.
+        """
+        if streamed:
+            model, stored = streamed.model, streamed.stored
+        else:
+            model, stored = self.load(source)
+        self.export.check(model)
+        measures = measures or Measures(
             self.config.eval,
             corpora=self.config.corpora,
             seed=self.config.seed,
-            tokenizer=tokenizer,
+            tokenizer=self.load_tokenizer(source),
             device=self.stages.device,
             model=model,
             stored=stored,
         )
+        return Subject(
+            source=source, model=model, stored=stored, measures=measures, streamed=streamed
+        )
+
+    def measure_speed(
+        self,
+        measures: Measures,
+        columns: Mapping[str, Evaluation],
+        beside: Mapping[str, Source],
+        models: Mapping[str, PreTrainedModel],
+    ) -> Report:
+        """Measure the tokens/s of the models that are in memory, and of those `beside` them.
+
+        The latter are loaded again where there is room, so that all models take turns.
+        """
+        if not (self.config.eval.speed and measures.windows):
+            return Report()
+        width = max(p.dtype.itemsize for model in models.values() for p in model.parameters())
+        others = {}
+        for name, source in beside.items():
+            if columns[name].parameters * width <= _SHARE * free_bytes(self.stages.device):
+                others[name] = self.load(source)[0]
+        with self.stages("speed"):
+            return Report.from_plain(measures.speed({**others, **models}).to_json())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model that a job works on.
+
+    Attributes:
+        source: where the model came from.
+        model: the model; on the meta device where it is streamed.
+        stored: the type that its result is stored in.
+        measures: what it is measured by; it knows the tokenizer.
+        streamed: the way to its layers on disk; None: they are in memory.
+    """
+
+    source: Source
+    model: PreTrainedModel
+    stored: torch.dtype
+    measures: Measures
+    streamed: Streamed | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model."""
+        return self.measures.tokenizer
+
+    def evaluate(self, key: Callable[[], str | None] = lambda: None) -> Evaluation:
+        """Measure the model as it is now.
+
+        `key` gives what tells a streamed model's content from others', for the cache of results;
+        None: it is not cached.
+        """
+        if self.streamed is None:
+            return self.measures.of(self.model)
+        with self.streamed.evaluated():
+            return self.measures.of(self.model, key=key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a job leaves beside its report: a model (written already where it was streamed), its
-    plan, an adapter.
+    """The model that a job leaves, and what is saved with it.
+
+    Attributes:
+        model: the model; its layers are written already where it was streamed.
+        tokenizer: its tokenizer.
+        plan: what was cut, where that is known.
+        streamed: the writer of a streamed model.
+        adapter: the folder of an adapter that was not merged into the weights.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     plan: PruningPlan | None
     streamed: Streamed | None = None
     adapter: Path | None = None
 
-    def write(self, output: Path, report: Mapping[str, Any], remote_code: bool) -> None:
-        """The model's folder with its card, the plan, the adapter."""
+    def write(self, output: Path, report: Report, remote_code: bool) -> None:
+        """Write the model's folder with its card, the plan, the adapter."""
         if self.adapter is not None:
             detach(self.model)
         folder = output / "model"
@@ -90,77 +216,9 @@ class Finished:
             shutil.copytree(self.adapter, output / "adapter")
 
 
-def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
-    """What loads a folder that was saved: transformers alone, it with the code beside the weights,
-    or prunekit.
-    """
-    config = read_config(folder)
-    return "remote" if config.get("auto_map") else "prunekit" if needs_prunekit(config) else "stock"
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a job hands back: figures for the report, and a model where there is a new one."""
 
-
-def load(
-    source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
-) -> tuple[Any, torch.dtype]:
-    """The model in the type it computes in, and the type its result is stored in.
-
-    Half-precision checkpoints compute in float32 on a CPU; the result is stored as the checkpoint
-    was, or as asked.
-    """
-    model = from_pretrained(source, trust_remote_code=trust_remote_code)
-    stored = stored or next(model.parameters()).dtype
-    cast_weights(model, compute_dtype(stored, device))
-    return model.to(device), stored
-
-
-def source_of(config: RunConfig) -> str | Path:
-    """Where the model is: the embedded one, a folder (of a model, or of a run, whose model it is),
-    or a hub name.
-    """
-    source = config.model.path or DEMO_MODEL
-    return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else source
-
-
-def base_of(config: RunConfig) -> str | None:
-    """The dense model's name on the hub, where it came from there."""
-    return config.model.path if config.model.path and not Path(config.model.path).exists() else None
-
-
-def identity_of(source: str | Path) -> str:
-    """A folder's weight files with their sizes and times, or a hub name."""
-    files = sorted(Path(source).glob("*.safetensors"))
-    return f"{source} " + ", ".join(
-        f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files
-    )
-
-
-def content_of(source: str | Path) -> str:
-    """The content of a model's folder, byte for byte."""
-    files = sorted(
-        [
-            *Path(source).glob("*.safetensors"),
-            *Path(source).glob("*.json"),
-            *Path(source).glob("*.py"),
-        ]
-    )
-    return digest(part for file in files for part in (file.name, checksum(file)))
-
-
-def speeds(
-    job: Job,
-    measures: Measures,
-    columns: Mapping[str, Evaluation],
-    sources: Mapping[str, str | Path],
-    models: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Tokens/s of the models, and of those that `sources` still have if there is room for them
-    beside.
-    """
-    if not (job.config.eval.speed and measures.windows):
-        return {}
-    width = max(p.dtype.itemsize for model in models.values() for p in model.parameters())
-    beside = {}
-    for name, source in sources.items():
-        if columns[name].parameters * width <= _SHARE * free_bytes(job.stages.device):
-            beside[name] = job.load(source)[0]
-    with job.stages("speed"):
-        return measures.speed({**beside, **models}).to_json()
+    figures: Report
+    finished: Finished | None = None

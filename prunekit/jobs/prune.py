@@ -2,129 +2,150 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from prunekit.config import RunConfig, build
+from torch import Tensor
+
+from prunekit.config import RunConfig
 from prunekit.data.batches import make_batches
 from prunekit.data.corpora import load_corpus
 from prunekit.data.tokens import calibration_windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
-from prunekit.jobs.export import Export
-from prunekit.jobs.job import (
-    Finished,
-    Job,
-    base_of,
-    content_of,
-    identity_of,
-    source_of,
-    speeds,
-)
-from prunekit.jobs.recover import prepared, recovered
-from prunekit.jobs.streaming import stream
+from prunekit.jobs.finetune import FineTuning
+from prunekit.jobs.job import Finished, Job, Outcome, Subject
+from prunekit.jobs.sources import base_of, content_of, identity_of
+from prunekit.jobs.streaming import open_streamed_source
 from prunekit.model.inputs import check_length
 from prunekit.model.weights import cast_weights, check_finite, round_weights
-from prunekit.pipeline import prune_model
-from prunekit.recovery import Recovery
+from prunekit.pipeline import Result, prune_model
+from prunekit.report import Report
+from prunekit.report.parts import Calibration
 from prunekit.runtime.console import say
-from prunekit.runtime.devices import pick_dtype
 from prunekit.runtime.files import digest
 from prunekit.runtime.processes import rank, world_size
 from prunekit.schedules.method import Method
 from prunekit.schedules.places import STATE, Places, activations_folder
 
 
-def run_prune(job: Job) -> tuple[dict[str, Any], Finished]:
-    """`task=prune`: measure, prune, measure, and where asked for recover, measure."""
-    config, stages, device, source = (
-        job.config,
-        job.stages,
-        job.stages.device,
-        source_of(job.config),
-    )
-    method = Method.build(config)
-    recovery: Recovery | None = build(config.recovery, "recovery")
-    with stages("load"):
-        if streamed := stream(config, method, source, device, pick_dtype(config.dtype)):
-            model, stored = streamed.model, streamed.stored
-        else:
-            model, stored = job.load(source)
-        Export.of(config.export).check(model)
-        tokenizer = job.tokenizer(source)
-        text = config.data.calibration
-        check_length("data.calibration.sequence_length", text.sequence_length, model)
-        documents = load_corpus(text.path or text.corpus, "calibration", config.corpora)
-        windows = calibration_windows(
-            documents, tokenizer, text.samples, text.sequence_length, text.seed
-        )
-        measures = job.measures(tokenizer, model, stored)
-        data = prepared(job, recovery, measures, model, source)
-    if streamed is None:
-        check_finite(model)
-    dense = measure_size(model, stored)
-    say(
-        f"{config.model.path or 'the embedded model'}: {dense.parameters:,} parameters; {config.method_name}, "
-        f"{aim(config, method)}; {windows.numel():,} calibration tokens"
-    )
+def run_prune(job: Job) -> Outcome:
+    """Measure, prune, measure; where asked for recover, measure."""
+    method, recovery = Method.build(job.config, job.inputs.backends), job.build_recovery()
+    with job.stages("load"):
+        subject = job.open(job.source, open_streamed_source(job, method, recovery))
+        windows = load_windows(job.config, subject)
+        training = recovery and FineTuning.prepare(job, recovery, subject, job.source)
+    if subject.streamed is None:
+        check_finite(subject.model)
+    say(_announce(job.config, method, subject, windows))
     columns: dict[str, Evaluation] = {}
-    with stages("evaluate_dense"), streamed.evaluated() if streamed else nullcontext():
-        columns["dense"] = measures.of(model, key=partial(content_of, source) if streamed else None)
+    with job.stages("evaluate_dense"):
+        columns["dense"] = subject.evaluate(key=partial(content_of, job.source))
+    result = _prune(job, method, subject, windows)
+    dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
+    columns["dense"] = columns["dense"].without_layers(dropped)
+    with job.stages("evaluate_pruned"):
+        columns["pruned"] = subject.evaluate()
+    source = Report(base=base_of(job.config), calibration=_describe_calibration(job.config))
+    figures = result.report.merge(source)
+    adapter: Path | None = None
+    if training:
+        facts = {"model": identity_of(job.source), "plan": digest([result.plan.to_json()])}
+        recovered, adapter = training.run(facts, result.graph)
+        figures = figures.merge(Report.from_plain({"recovery": recovered.to_json()}))
+        with job.stages("evaluate_recovered"):
+            columns["recovered"] = subject.evaluate()
+    if not rank():
+        figures = figures.merge(_compare(job, subject, columns))
+    finished = Finished(
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        plan=result.plan,
+        streamed=subject.streamed,
+        adapter=adapter,
+    )
+    return Outcome(figures=figures, finished=finished)
+
+
+def load_windows(config: RunConfig, subject: Subject) -> Tensor:
+    """Load the calibration tokens, int64 [samples, sequence_length].
+
+    Raises:
+        ConfigError: sequences longer than the model was made for.
+        DataError: a corpus that can't be read, or is too short.
+    """
+    text = config.data.calibration
+    check_length("data.calibration.sequence_length", text.sequence_length, subject.model)
+    documents = load_corpus(text.path or text.corpus, "calibration", config.corpora)
+    return calibration_windows(
+        documents, subject.tokenizer, text.samples, text.sequence_length, text.seed
+    )
+
+
+def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result:
+    """Prune the model on the windows; weights are then rounded to what will be saved."""
+    config = job.config
     places = Places(
         state=job.output / STATE,
         activations=activations_folder(config, job.output),
         model=job.output / "model",
-        identity=identity_of(source),
+        identity=identity_of(job.source),
         undo=False,
         keep=True,
     )
-    # So small that every process gets one.
-    batch_size = min(text.batch_size, -(-len(windows) // world_size()))
-    batches = make_batches(model, windows, batch_size, device)
+    # Each process has a part of the windows: a batch must not hold more than its part.
+    own_share = -(-len(windows) // world_size())
+    rows = min(config.data.calibration.batch_size, own_share)
     result = prune_model(
-        model, config, method, batches, stages, stored=stored, places=places, streamed=streamed
+        subject.model,
+        config,
+        method,
+        make_batches(subject.model, windows, rows, job.stages.device),
+        job.stages,
+        stored=subject.stored,
+        places=places,
+        streamed=subject.streamed,
     )
-    report, adapter = (
-        dict(result.report) | {"base": base_of(config), "calibration": calibration(config)},
-        None,
-    )
-    if streamed is None:
-        round_weights(model, stored)
-    dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
-    columns["dense"] = columns["dense"].without_layers(dropped)
-    with stages("evaluate_pruned"), streamed.evaluated() if streamed else nullcontext():
-        columns["pruned"] = measures.of(model, key=(lambda: None) if streamed else None)
-    if recovery is not None:
-        facts = {"model": identity_of(source), "plan": digest([result.plan.to_json()])}
-        found, adapter = recovered(
-            job, recovery, data, model, stored, measures, facts, source, result.graph
-        )
-        report["recovery"] = found.to_json()
-        with stages("evaluate_recovered"):
-            columns["recovered"] = measures.of(model)
-    if rank():
-        return report, Finished(model=model, tokenizer=tokenizer, plan=result.plan)
-    report |= measures.compare(columns).to_json()
-    if streamed is None:
-        report |= speeds(job, measures, columns, {"dense": source}, {list(columns)[-1]: model})
-        cast_weights(model, stored)
-    return report, Finished(
-        model=model, tokenizer=tokenizer, plan=result.plan, streamed=streamed, adapter=adapter
-    )
+    if subject.streamed is None:
+        round_weights(subject.model, subject.stored)
+    return result
 
 
-def calibration(config: RunConfig) -> dict[str, Any]:
-    """Which text the units were chosen by, how much of it."""
+def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Report:
+    """The report's part on what was measured; the weights get the type that they are saved in."""
+    figures = Report.from_plain(subject.measures.compare(columns).to_json())
+    if subject.streamed is None:
+        last = list(columns)[-1]
+        beside = {"dense": job.source}
+        speed = job.measure_speed(subject.measures, columns, beside, {last: subject.model})
+        figures = figures.merge(speed)
+        cast_weights(subject.model, subject.stored)
+    return figures
+
+
+def _describe_calibration(config: RunConfig) -> Calibration:
+    """Which text the units were chosen by, and how much of it, for the report."""
     text = config.data.calibration
-    name = Path(text.path).name if text.path else text.corpus
-    return {"corpus": name} | {
-        key: getattr(text, key) for key in ("samples", "sequence_length", "seed")
-    }
+    return Calibration(
+        corpus=Path(text.path).name if text.path else text.corpus,
+        samples=text.samples,
+        sequence_length=text.sequence_length,
+        seed=text.seed,
+    )
 
 
-def aim(config: RunConfig, method: Method) -> str:
+def _announce(config: RunConfig, method: Method, subject: Subject, windows: Tensor) -> str:
+    """What is about to be done, in one line."""
+    name = config.model.path or "the embedded model"
+    count = measure_size(subject.model, subject.stored).parameters
+    return (
+        f"{name}: {count:,} parameters; {config.method_name}, {_describe_aim(config, method)}; "
+        f"{windows.numel():,} calibration tokens"
+    )
+
+
+def _describe_aim(config: RunConfig, method: Method) -> str:
     """The target in words."""
     measure = method.cost.name
     for limit in config.target.given.values():

@@ -61,6 +61,36 @@ class Method:
         )
 
 
+def split_choices(
+    choices: Mapping[str, str | Backend | None],
+) -> tuple[dict[str, str], dict[str, Backend | None]]:
+    """Tell names from objects: section → choice, and section → backend; None was not given."""
+    given = {name: choice for name, choice in choices.items() if choice is not None}
+    names = {name: choice for name, choice in given.items() if isinstance(choice, str)}
+    return names, {name: c for name, c in given.items() if not isinstance(c, str)}
+
+
+def describe_backends(config: RunConfig, backends: Mapping[str, Backend | None]) -> None:
+    """Write into the configuration which objects take the place of what its sections name.
+
+    For what reads these sections without building them: the state of a run, and the record of it.
+    """
+    for name, backend in backends.items():
+        options = {
+            key: value
+            for key, value in getattr(backend, "__dict__", {}).items()
+            if _is_plain(value)
+        }
+        kind = type(backend)
+        setattr(config, name, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **options})
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, str | int | float)
+
+
 def _find(
     kind: type[T], config: RunConfig, given: Mapping[str, Backend | None], name: str
 ) -> T | None:

@@ -16,7 +16,7 @@ import prunekit
 from prunekit.checkpoint import load_tokenizer
 from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation import perplexity as perplexities
-from prunekit.jobs.recover import modules_by_kind
+from prunekit.jobs.finetune import modules_by_kind
 
 TEXT = "\n\n".join(
     f"Once upon a time there were {n} little numbers; {n + 1} came after {n}." for n in range(400)

@@ -1,0 +1,93 @@
+"""Where the models of a job come from: memory, a folder, the hub; and what tells them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prunekit.checkpoint import from_pretrained
+from prunekit.checkpoint.files import read_config
+from prunekit.config import RunConfig
+from prunekit.demo import DEMO_MODEL
+from prunekit.errors import ConfigError
+from prunekit.model.build import needs_prunekit
+from prunekit.model.weights import cast_weights, weights_digest
+from prunekit.runtime.devices import compute_dtype
+from prunekit.runtime.files import checksum, digest
+
+Source = str | Path | PreTrainedModel
+
+
+def check_source(source: object, name: str) -> None:
+    """Raise ConfigError for what is neither a place of a language model nor one in memory."""
+    if not isinstance(source, str | Path | PreTrainedModel):
+        raise ConfigError(
+            f"{name}: expected a model of transformers, its folder or its name on the hub, "
+            f"got {type(source).__name__}"
+        )
+
+
+def source_of(config: RunConfig) -> str | Path:
+    """The folder or the name of the model that `model.path` means: the embedded one where empty.
+
+    The folder of a run means the model that the run left in it.
+    """
+    source = config.model.path or DEMO_MODEL
+    return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else source
+
+
+def base_of(config: RunConfig) -> str | None:
+    """The name of the dense model on the hub; None where the model did not come from there."""
+    return config.model.path if config.model.path and not Path(config.model.path).exists() else None
+
+
+def load_source(
+    source: Source, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """Load a model to the device; one in memory is taken as it is.
+
+    Half-precision checkpoints compute in float32 on a CPU.
+
+    Returns:
+        The model in the type that it computes in, and the type that its result is stored in: the
+        one asked for, else the checkpoint's.
+    """
+    if isinstance(source, nn.Module):
+        return source, source.dtype
+    model = from_pretrained(source, trust_remote_code=trust_remote_code)
+    stored = stored or next(model.parameters()).dtype
+    cast_weights(model, compute_dtype(stored, device))
+    return model.to(device), stored
+
+
+def identity_of(source: Source) -> str:
+    """What tells a model from others cheaply: its weight files with their sizes and times.
+
+    The name of one on the hub; a digest of the weights in memory.
+    """
+    if isinstance(source, nn.Module):
+        return f"{type(source).__name__} {weights_digest(source)}"
+    files = sorted(Path(source).glob("*.safetensors"))
+    times = (f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files)
+    return f"{source} " + ", ".join(times)
+
+
+def content_of(source: Source) -> str:
+    """A digest of a model's folder, byte for byte."""
+    if isinstance(source, nn.Module):
+        return weights_digest(source)
+    folder = Path(source)
+    files = sorted(
+        file for end in ("safetensors", "json", "py") for file in folder.glob(f"*.{end}")
+    )
+    return digest(part for file in files for part in (file.name, checksum(file)))
+
+
+def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
+    """What loads a model's folder: stock transformers, it with the code beside, or prunekit."""
+    config = read_config(folder)
+    return "remote" if config.get("auto_map") else "prunekit" if needs_prunekit(config) else "stock"

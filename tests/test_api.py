@@ -1,0 +1,369 @@
+"""The functions of the Python API: objects as well as names, and no override that is ignored."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line, tiny_llama, token_ids
+
+import prunekit
+from prunekit import config as cfg
+from prunekit.allocation.costs.parameters import Parameters
+from prunekit.checkpoint import load_tokenizer
+from prunekit.compensation import Obs as Repair
+from prunekit.demo import DEMO_MODEL
+from prunekit.errors import ConfigError
+from prunekit.importance import Magnitude, ScoreImportance
+from prunekit.policies import Uniform
+from prunekit.recovery import Recovery
+from prunekit.schedules import Layerwise
+
+QUICK = ["eval.max_tokens=512", "eval.speed=false", "eval.prompts=[]", "eval.layer_tokens=0"]
+QUICK += ["eval.macs=0", "eval.cache=null"]
+CALIBRATION = ["data.calibration.samples=4", "data.calibration.sequence_length=32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighestFirst(ScoreImportance):
+    """Scores that no backend of prunekit gives: the last units go first."""
+
+    def structures(self, model, graph, groups, batches):
+        """The negated index, made positive."""
+        return {g.name: torch.arange(g.num_units, 0, -1, dtype=torch.float64)[None] for g in groups}
+
+
+def prune(model=None, calibration=None, **options):
+    calibration = token_ids(8, 12) if calibration is None else calibration
+    return prunekit.prune(model or tiny_llama(), calibration=calibration, **options)
+
+
+# What passes the Hydra grammar as a value of any type.
+def one_override(name):
+    section = getattr(cfg.RunConfig(), name)
+    if is_dataclass(section):
+        return [f"{name}.{f.name}=1" for f in fields(section)]
+    return [f"{name}=1", f"{name}.anything=1"]
+
+
+@pytest.mark.parametrize("call", cfg.CALLS, ids=lambda call: call.name)
+def test_every_key_is_acted_on_or_refused_with_advice(call):
+    names = [f.name for f in fields(cfg.RunConfig)] + ["method", "experiment"]
+    acted = 0
+    for name in names:
+        keys = one_override(name) if hasattr(cfg.RunConfig, name) or name in vars(
+            cfg.RunConfig()
+        ) else [f"{name}=1"]  # fmt: skip
+        for override in keys:
+            key = override.partition("=")[0]
+            if any(key == own or key.startswith(f"{own}.") for own in call.acts_on):
+                acted += 1
+                cfg.check_acted_on([override], call.name, call.acts_on, call.instead)
+                continue
+            with pytest.raises(ConfigError) as caught:
+                cfg.check_acted_on([override], call.name, call.acts_on, call.instead)
+            message = str(caught.value)
+            assert message.startswith(f"{override}: {call.name} does not act on it; ")
+            assert not message.endswith("; leave it out"), f"{key}: no advice"
+            assert "\n" not in message
+    assert acted
+    known = {*names, "hydra"}
+    assert {key.split(".")[0] for key in [*call.acts_on, *call.instead]} <= known
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("recovery=lora", "prunekit.recover"),
+        ("eval.window=64", "prunekit.evaluate"),
+        ("export=gguf", "prunekit.export"),
+        ("device=cpu", r"model.to\(device\)"),
+        ("dtype=float16", r"model.to\(dtype\)"),
+        ("memory.stream=true", "prunekit.prune_checkpoint"),
+        ("model.path=x", "prunekit.prune_checkpoint"),
+        ("output_dir=x", "prunekit.save_pretrained"),
+        ("task=trace", "each task is a function"),
+        ("data=c4", "calibration=…"),
+        ("+data.calibration.path=x", "calibration=…"),
+        ("data.calibration.samples=3", "calibration=…"),
+        ("plans=[a,b]", "task=diff"),
+        ("experiment=rates", "command line"),
+        ("method=random", r"prunekit.prune\(method=…\)"),
+        ("hydra.run.dir=x", "only hydra.searchpath"),
+        ("resume=true", "expected state=FOLDER"),
+    ],
+)
+def test_prune_refuses_what_it_would_ignore(override, match):
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match=match):
+        prune(model, overrides=[override])
+    with pytest.raises(ConfigError, match="data.calibration.batch_size=4"):
+        batches = [{"input_ids": token_ids(2, 8)}]
+        prune(model, batches, overrides=["data.calibration.batch_size=4"])
+
+
+def test_names_objects_and_overrides_say_the_same():
+    named = prune(importance="magnitude", policy="uniform", compensation="obs", cost="parameters")
+    objects = prune(
+        importance=Magnitude(),
+        policy=Uniform(),
+        compensation=Repair(),
+        schedule=Layerwise(damping=0.0001),
+        cost=Parameters(),
+    )
+    overrides = prune(overrides=["importance=magnitude", "policy=uniform"])
+    assert named.plan == objects.plan == overrides.plan
+    states = [result.model.state_dict() for result in (named, objects, overrides)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]) and torch.equal(tensor, states[2][name])
+
+
+def test_an_object_of_ones_own_decides():
+    options = {"schedule": "oneshot", "policy": "uniform", "ratio": 0.1}
+    result = prune(importance=HighestFirst(), compensation=None, **options)
+    for group in result.graph.groups:
+        removed = result.plan.removed.get(group.name, [])
+        assert sorted(removed) == list(range(group.num_units - len(removed), group.num_units))
+    none = prune(importance=HighestFirst(), compensation="none", **options)
+    assert none.plan == result.plan
+    assert any(result.plan.removed.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"importance": "magnitud"}, "importance: unknown choice 'magnitud': did you mean magn"),
+        ({"importance": 5}, "importance: expected a name, or an object of a subclass of prunekit"),
+        ({"policy": Magnitude()}, "policy: expected a name, or an object of a subclass"),
+        ({"cost": Uniform()}, "cost: expected a name, or an object of a subclass"),
+        (
+            {"importance": Magnitude(), "overrides": ["importance.p=1"]},
+            "importance.p=1: importance was given as an object; set its options there",
+        ),
+        (
+            {"importance": "magnitude", "overrides": ["importance=obs"]},
+            "importance: given twice, as an argument of prunekit.prune and by overrides",
+        ),
+        ({"overrides": "policy=uniform"}, "overrides: expected a list of strings"),
+        ({"overrides": ["imports=[nowhere.rules]"]}, "imports: expected modules .*nowhere.rules"),
+        (
+            {"overrides": ["importance._target_=prunekit.policies.Uniform"]},
+            "importance: expected a subclass of prunekit.importance.base.Importance, got prunekit",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(options, match):
+    with pytest.raises(ConfigError, match=match) as caught:
+        prune(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_knows_the_objects_it_was_made_with(tmp_path, monkeypatch):
+    from prunekit.errors import CheckpointError
+    from prunekit.schedules import State
+
+    recorded = State.record
+
+    def stop(*arguments):
+        recorded(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(importance=Magnitude(), state=tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"importance\.p=2, this run has 1"):
+        prune(importance=Magnitude(p=1), state=tmp_path / "state", overrides=["resume=true"])
+    resumed = prune(importance=Magnitude(), state=tmp_path / "state", overrides=["resume=true"])
+    assert resumed.plan == prune(importance=Magnitude()).plan
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder that `prune_checkpoint` wrote."""
+    out = tmp_path_factory.mktemp("api") / "out"
+    report = prunekit.prune_checkpoint(
+        DEMO_MODEL, out, ratio=0.3, method="magnitude", overrides=[*QUICK, *CALIBRATION]
+    )
+    return out, report
+
+
+def test_prune_checkpoint_is_the_task_of_the_command_line(run, tmp_path):
+    out, report = run
+    done = command_line(
+        f"model.path={DEMO_MODEL}",
+        "ratio=0.3",
+        "method=magnitude",
+        *QUICK,
+        *CALIBRATION,
+        "output_dir=out",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("plan.json", "model/model.safetensors", "model/config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    other = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["perplexity"] == other["perplexity"]
+    assert json.loads((out / "report.json").read_text())["perplexity"] == other["perplexity"]
+    assert "magnitude" in (out / ".hydra" / "config.yaml").read_text()
+    with pytest.raises(prunekit.PrunekitError, match="exists and is not empty"):
+        prunekit.prune_checkpoint(DEMO_MODEL, out)
+    with pytest.raises(ConfigError, match="the folder of the run is the second argument"):
+        prunekit.prune_checkpoint(DEMO_MODEL, tmp_path / "no", overrides=["output_dir=x"])
+
+
+def test_prune_checkpoint_streams_with_objects(tmp_path):
+    from prunekit.importance import Obs
+
+    options = {"ratio": 0.2, "importance": Obs(heads="diagonal")}
+    for name, stream in (("whole", "false"), ("streamed", "true")):
+        prunekit.prune_checkpoint(
+            DEMO_MODEL,
+            tmp_path / name,
+            **options,
+            overrides=[*CALIBRATION, "eval=none", f"memory.stream={stream}"],
+        )
+    one, two = (tmp_path / name / "plan.json" for name in ("whole", "streamed"))
+    assert one.read_text() == two.read_text()
+    with pytest.raises(ConfigError, match="memory.stream: can't go with an importance that"):
+        prunekit.prune_checkpoint(
+            DEMO_MODEL,
+            tmp_path / "no",
+            importance=Magnitude(),
+            overrides=[*CALIBRATION, "memory.stream=true"],
+        )
+
+
+def test_evaluate_a_folder_and_a_model_in_memory(run, tmp_path):
+    out, before = run
+    report = prunekit.evaluate(out, baseline=DEMO_MODEL, out=tmp_path / "e", overrides=QUICK)
+    assert report["models"] == ["dense", "model"]
+    figures = report["perplexity"]["embedded"]
+    expected = before["perplexity"]["embedded"]
+    assert figures["model"] == expected["pruned"]
+    assert figures["dense"] == expected["dense"]
+    assert (tmp_path / "e" / "report.json").exists()
+    assert not (tmp_path / "e" / "model").exists()
+    model = prunekit.from_pretrained(out / "model", dtype=torch.float32)
+    torch.manual_seed(3)
+    expected_number = torch.rand(1)
+    torch.manual_seed(3)
+    alone = prunekit.evaluate(model, tokenizer=load_tokenizer(DEMO_MODEL), overrides=QUICK)
+    assert torch.equal(torch.rand(1), expected_number), "the caller's random numbers go on"
+    assert alone["models"] == ["model"]
+    assert alone["perplexity"]["embedded"]["model"] == pytest.approx(figures["model"], rel=1e-5)
+    assert model.dtype == torch.float32
+
+
+def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
+    out, _ = run
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"import module_{n}\nprint({n})" for n in range(400)))
+    settings = {"path": str(text), "length": 32, "batch_size": 8, "samples": 16}
+    settings |= {"evaluations": 0, "holdout": 2}
+    model, tokenizer = prunekit.from_pretrained(out / "model"), load_tokenizer(DEMO_MODEL)
+    model.float()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recovered = prunekit.recover(model, tokenizer, recovery=Recovery(**settings), overrides=QUICK)
+    assert recovered.model is model
+    assert recovered.report["models"] == ["pruned", "recovered"]
+    assert recovered.report["recovery"]["steps"] > 0
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+    options = [f"recovery.{key}={value}" for key, value in settings.items()]
+    written = prunekit.recover(
+        out, recovery="lora", dense=DEMO_MODEL, out=tmp_path / "r", overrides=[*QUICK, *options]
+    )
+    assert written.report["models"] == ["dense", "pruned", "recovered"]
+    assert written.report["layers"] == run[1]["layers"]
+    loaded = prunekit.from_pretrained(tmp_path / "r" / "model").state_dict()
+    assert all(torch.equal(t, loaded[name]) for name, t in written.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda m: prunekit.evaluate(m), "tokenizer: expected the tokenizer of the model"),
+        (lambda m: prunekit.evaluate(5), "model: expected a model of transformers, its folder"),
+        (
+            lambda m: prunekit.evaluate(m, tokenizer=0, overrides=["device=cpu"]),
+            "device=cpu: prunekit.evaluate does not act on it; the model is loaded already",
+        ),
+        (
+            lambda m: prunekit.recover(m, 0, overrides=["resume=true"]),
+            "resume=true: prunekit.recover does not act on it; give prunekit.recover a folder",
+        ),
+        (
+            lambda m: prunekit.recover(m, 0, overrides=["recovery.merge=false"]),
+            "recovery.merge=false: expected out=FOLDER for the adapter",
+        ),
+        (
+            lambda m: prunekit.recover(m, 0, recovery=Recovery(), overrides=["recovery.rank=4"]),
+            "recovery.rank=4: .* the recovery was given as an object",
+        ),
+        (
+            lambda m: prunekit.evaluate("x", overrides=["policy=uniform"]),
+            r"policy=uniform: prunekit.evaluate does not act on it; it says how a model is pruned",
+        ),
+        (lambda m: prunekit.export("x", "out"), "task=export: expected export=gguf"),
+        (lambda m: prunekit.export("x", "out", format="guff"), "did you mean gguf"),
+    ],
+)
+def test_mistakes_of_the_other_functions(call, match):
+    with pytest.raises(ConfigError, match=match) as caught:
+        call(tiny_llama())
+    assert "\n" not in str(caught.value)
+
+
+def test_export_a_folder_and_a_model_in_memory(run, tmp_path):
+    out, _ = run
+    (folder,) = prunekit.export(out, tmp_path / "code", overrides=["export.remote_code=true"])
+    assert folder == tmp_path / "code" / "model"
+    assert (folder / "README.md").exists(), "the card of the run"
+
+    class Lines:
+        """A format of one's own."""
+
+        def check_model(self, model):
+            """Any model."""
+
+        def write(self, model, tokenizer, folder):
+            """The names of the parameters, one a line."""
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "names.txt"
+            path.write_text("\n".join(name for name, _ in model.named_parameters()))
+            return path
+
+    model = prunekit.from_pretrained(out / "model")
+    (path,) = prunekit.export(
+        model, tmp_path / "lines", tokenizer=load_tokenizer(out / "model", False), format=Lines()
+    )
+    assert path.read_text().splitlines() == [name for name, _ in model.named_parameters()]
+
+
+def test_import_is_cheap_and_everything_public_is_there():
+    program = "import sys, prunekit; print([m for m in ('torch', 'hydra', 'omegaconf', "
+    program += "'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert sorted(prunekit.__all__) == prunekit.__all__
+    for name in prunekit.__all__:
+        assert getattr(prunekit, name).__doc__, name
+        assert name in dir(prunekit)
+    assert (Path(prunekit.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["prune", "evaluate", "recover", "export", "prune_checkpoint"])
+def test_docstrings_name_every_argument(name):
+    import inspect
+
+    function = getattr(prunekit, name)
+    text = inspect.getdoc(function)
+    for part in ("Example:", "Args:", "Returns:", "Raises:"):
+        assert part in text, part
+    for argument in inspect.signature(function).parameters:
+        assert f"    {argument}: " in text, argument
