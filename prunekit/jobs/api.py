@@ -62,7 +62,7 @@ def prune_checkpoint(
     "memory.stream=true" among the overrides.
 
     Example:
-        prunekit.prune_checkpoint("llama", "pruned", ratio=0.5, overrides=["data=c4"])
+        prunekit.prune_checkpoint("dense", "pruned", ratio=0.5, overrides=["data=c4"])
         model = prunekit.from_pretrained("pruned/model")
 
     Args:
@@ -105,7 +105,7 @@ def evaluate(
     """Measure a model, as `task=evaluate` does: perplexity, tasks, samples, size, speed.
 
     Example:
-        report = prunekit.evaluate("pruned", baseline="llama", overrides=["eval.corpora=[c4]"])
+        report = prunekit.evaluate("pruned", baseline="dense", overrides=["eval.corpora=[c4]"])
         report["perplexity"]["c4"]["model"]
 
     Args:

@@ -98,7 +98,7 @@ def test_mistakes_are_one_clear_line(override, match):
         (["+importance.colour=red"], "importance", "colour"),
         (["policy=manual"], "policy", "manual expects policy.values or policy.path"),
         (["schedule.damping=-1"], "schedule", "expected a number ≥ 0"),
-        (["schedule.damping=abc"], "schedule", "expected a number ≥ 0, got abc"),
+        (["schedule.damping=abc"], "schedule", "expected a number ≥ 0, got 'abc'"),
     ],
 )
 def test_arguments_that_do_not_fit(overrides, section, match):
