@@ -1,3 +1,5 @@
-"""Files that other programs read: each format is a module that nothing imports until it is asked
-for.
-"""
+"""Files that other programs read; nothing imports a format before it is asked for."""
+
+from prunekit.exports.base import Export, Written
+
+__all__ = ["Export", "Written"]

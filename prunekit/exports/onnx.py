@@ -5,45 +5,45 @@ and length.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import ExportError, suggest
+from prunekit.errors import ExportError, first_line, suggest
+from prunekit.exports.base import Export, Written, errors_only, require_package
 from prunekit.model.compat import experts_computed
-from prunekit.runtime.console import say
-from prunekit.runtime.files import check_free, new_folder
+from prunekit.runtime.modes import evaluating
 
-LARGEST = (
-    2**31 - 2**20
-)  # bytes of weights in one file, protobuf's limit less the graph; more go beside it
-_TYPES = {
-    "float32": (torch.float32, 1e-3),
-    "float16": (torch.float16, 3e-2),
-}  # and how far logits may be off
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Bytes of weights in one file: protobuf's limit less the graph. More go into a file beside it.
+LARGEST = 2**31 - 2**20
+_TYPES = {"float32": torch.float32, "float16": torch.float16}
+_TOLERANCE = {"float32": 1e-3, "float16": 3e-2}  # of the logits, relative to the largest
 _OLDEST, _NEWEST = 18, 23  # opsets that torch's exporter writes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Onnx:
-    """An ONNX graph: input_ids [batch, sequence] and attention_mask, as wide, to logits [batch,
-    sequence, vocabulary].
+class Onnx(Export):
+    """An ONNX graph; `write` leaves the folder `onnx` with model.onnx, and beyond 2 GiB with a file
+    of its weights.
 
-    There is no cache in it: every run computes all positions. Positions count from the first
-    column, padded or not.
+    It takes input_ids [batch, sequence] and attention_mask of the same shape, both int64, and gives
+    logits [batch, sequence, vocabulary]. There is no cache in it: every run computes all positions.
+    Positions count from the first column, padded or not. Needs the packages onnx and onnxscript.
 
     Attributes:
-        opset: of ONNX, 18 to 23.
-        dtype: of the weights and the logits, float32 or float16.
+        opset: the version of ONNX's operators, 18 to 23.
+        dtype: the type of the weights and the logits, float32 or float16.
         attention_mask: whether it is an input; without it nothing is padded.
         check: run the graph with onnxruntime, where that is installed, and compare it with the
             model.
@@ -52,6 +52,7 @@ class Onnx:
         ExportError: an opset or a dtype that is none of these.
     """
 
+    name: ClassVar[str] = "onnx"
     opset: int = 20
     dtype: str = "float32"
     attention_mask: bool = True
@@ -65,105 +66,88 @@ class Onnx:
                 f"export.dtype: {self.dtype!r} is unknown; {suggest(str(self.dtype), list(_TYPES))}"
             )
 
-    def check_model(self, model: Any) -> None:
-        """Raise ExportError where a package is missing; which models torch can export only shows
-        when it does.
+    @property
+    def target(self) -> str:
+        """The name of the folder."""
+        return "onnx"
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise ExportError where a package is missing or the model takes no token ids; which
+        models torch can export only shows when it does.
         """
-        for name in ("onnx", "onnxscript"):
-            _package(name)
-
-    def write(self, model: Any, tokenizer: Any, target: Path) -> Path:
-        """Write the folder `target/onnx`: model.onnx, and beyond 2 GiB its weights beside it; all
-        of it or nothing.
-
-        Args:
-            model: a causal language model of transformers, dense or pruned.
-            tokenizer: not needed.
-            target: a folder; it is made where it is missing.
-
-        Returns:
-            The path of model.onnx.
-
-        Raises:
-            ExportError: a package is missing, torch can't export the model, or onnxruntime computes
-                something else.
-            CheckpointError: the folder exists, or can't be written.
-        """
-        self.check_model(model)
-        folder = Path(target) / "onnx"
-        check_free(folder)
-        prefill = _Prefill(model, _TYPES[self.dtype][0], self.attention_mask)
-        program = _exported(prefill, self.opset)
-        with new_folder(folder) as temporary:
-            beside = sum(p.numel() * p.element_size() for p in prefill.parameters()) > LARGEST
-            program.save(temporary / "model.onnx", external_data=beside)
-            found = _difference(temporary / "model.onnx", prefill) if self.check else None
-            if found is not None and not found <= _TYPES[self.dtype][1]:
-                raise ExportError(
-                    f"export=onnx: onnxruntime's logits are off by {found:.1e} of the largest"
-                )
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        checked = (
-            "not run"
-            if found is None
-            else f"onnxruntime's logits within {found:.1e} of the largest"
-        )
-        say(
-            f"{folder / 'model.onnx'}: opset {self.opset}, {self.dtype}, {size / 1e6:.1f} MB, {checked}"
-        )
-        return folder / "model.onnx"
-
-
-class _Prefill(nn.Module):
-    """A language model without its cache: tensors in, one tensor out."""
-
-    def __init__(self, model: Any, dtype: torch.dtype, masked: bool) -> None:
-        super().__init__()
+        for package in ("onnx", "onnxscript"):
+            require_package(package, self.name)
         accepted = inspect.signature(model.forward).parameters
         if "input_ids" not in accepted or not hasattr(model, "config"):
             raise ExportError(
                 f"export=onnx: expected a causal language model, got {type(model).__name__}"
             )
-        other = any(p.dtype != dtype for p in model.parameters())
-        self.model = (copy.deepcopy(model).to(dtype) if other else model).eval()
-        self.names = [
-            "input_ids",
-            *(["attention_mask"] if masked and "attention_mask" in accepted else []),
-        ]
+
+    def create(
+        self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Written:
+        """Write the folder; the tokenizer is not needed.
+
+        Raises:
+            ExportError: torch can't export the model, or onnxruntime computes something else.
+        """
+        prefill = _Prefill(model, _TYPES[self.dtype], self.attention_mask)
+        path.mkdir()
+        file = path / "model.onnx"
+        num_bytes = sum(p.numel() * p.element_size() for p in prefill.parameters())
+        with evaluating(prefill.model):
+            program = _export_program(prefill, self.opset)
+            program.save(file, external_data=num_bytes > LARGEST)
+            difference = _measure_difference(file, prefill) if self.check else None
+        if difference is None:
+            checked = "not run"
+        elif difference <= _TOLERANCE[self.dtype]:
+            checked = f"onnxruntime's logits within {difference:.1e} of the largest"
+        else:  # NaN too
+            raise ExportError(
+                f"export=onnx: onnxruntime's logits are off by {difference:.1e} of the largest"
+            )
+        return Written(file=file, about=f"opset {self.opset}, {self.dtype}, {checked}")
+
+
+class _Prefill(nn.Module):
+    """A language model without its cache: tensors in, one tensor out."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, masked: bool) -> None:
+        super().__init__()
+        accepted = inspect.signature(model.forward).parameters
+        self.model = model
+        if any(p.dtype != dtype for p in model.parameters()):
+            self.model = copy.deepcopy(model)
+            nn.Module.to(self.model, dtype)
+        self.names = ["input_ids"]
+        if masked and "attention_mask" in accepted:
+            self.names.append("attention_mask")
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model(**dict(zip(self.names, inputs, strict=True)), use_cache=False).logits
 
     def example(self, rows: int, length: int) -> tuple[Tensor, ...]:
-        """Inputs; the first row is padded on the left where there is a mask."""
-        ids = (
-            torch.arange(rows * length, device=self.model.device).view(rows, length)
-            % self.model.config.vocab_size
-        )
+        """Inputs [rows, length], int64; the first row is padded on the left where there is a
+        mask.
+        """
+        ids = torch.arange(rows * length, device=self.model.device).view(rows, length)
+        ids = ids % self.model.config.vocab_size
         mask = torch.ones_like(ids)
         mask[0, : length // 3] = 0
         return (ids, mask)[: len(self.names)]
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ExportError(
-            f"export=onnx needs the package {name}: pip install prunekit[onnx]"
-        ) from None
-
-
-def _exported(prefill: _Prefill, opset: int) -> Any:
-    """The program torch makes of it; ExportError with the first line of what torch says where there
-    is none.
+def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
+    """The program that torch makes of the model; ExportError with the first line of its reason
+    where it makes none.
     """
     axes = tuple({0: "batch", 1: "sequence"} for _ in prefill.names)
     try:
-        # ONNX has no product of groups, and no loop over the experts that are chosen.
+        # ONNX has no grouped product, and no loop over the experts that are chosen.
         gathered = experts_computed(prefill.model, "batched_mm")
         with _quiet(), gathered, torch.no_grad():
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 prefill,
                 prefill.example(2, 6),
                 dynamo=True,
@@ -175,32 +159,28 @@ def _exported(prefill: _Prefill, opset: int) -> Any:
             )
     except (
         Exception
-    ) as error:  # of torch.export, of the decompositions, of an operator without a translation
+    ) as error:  # torch.export, a decomposition and a translation have no common base
         cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines() or [""]
         raise ExportError(
-            f"export=onnx: torch can't export {type(prefill.model).__name__}: {type(cause).__name__}: {reason[0]}"
+            f"export=onnx: torch can't export {type(prefill.model).__name__}: "
+            f"{type(cause).__name__}: {first_line(cause)}"
         ) from error
+    assert program is not None  # it is None for dynamo=False only
+    return program
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings of what it may not need."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
+    """Without torch's warnings, which are about versions and types of its own."""
+    with errors_only("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @torch.no_grad()
-def _difference(file: Path, prefill: _Prefill) -> float | None:
-    """How far onnxruntime's logits are off on another batch and length, over the largest; None
-    without onnxruntime.
+def _measure_difference(file: Path, prefill: _Prefill) -> float | None:
+    """How far onnxruntime's logits are off on another batch and length, over the largest logit;
+    None without onnxruntime.
     """
     try:
         import onnxruntime
@@ -208,15 +188,14 @@ def _difference(file: Path, prefill: _Prefill) -> float | None:
         return None
     inputs = prefill.example(3, 9)
     expected = prefill(*inputs).float().cpu()
+    arrays = [value.cpu().numpy() for value in inputs]
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        given = {
-            name: value.cpu().numpy() for name, value in zip(prefill.names, inputs, strict=True)
-        }
-        found = torch.from_numpy(session.run(["logits"], given)[0]).float()
+        outputs = session.run(["logits"], dict(zip(prefill.names, arrays, strict=True)))
     except Exception as error:  # onnxruntime's own have no common base
         raise ExportError(
-            f"export=onnx: onnxruntime can't run the graph: {str(error).splitlines()[0]}"
+            f"export=onnx: onnxruntime can't run the graph: {first_line(error)}"
         ) from error
-    real = slice(inputs[0].shape[1] // 3, None)  # what a padded position gives, nobody reads
-    return ((found - expected)[:, real].abs().max() / expected.abs().max()).item()
+    logits = torch.from_numpy(outputs[0]).float()
+    real = slice(inputs[0].shape[1] // 3, None)  # nobody reads the logits of padded positions
+    return ((logits - expected)[:, real].abs().max() / expected.abs().max()).item()

@@ -29,7 +29,7 @@ def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
 
 def clear_halves(output: Path) -> None:
     """Remove what a killed export leaves of a file or folder that it had not finished."""
-    for path in [*output.glob(".model-*.tmp"), *output.glob(".model.*"), *output.glob(".onnx.*")]:
+    for path in [*output.glob(".*.tmp"), *output.glob(".model.*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

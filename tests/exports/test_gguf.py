@@ -5,29 +5,38 @@ import sys
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids
-from gguf_helpers import LlamaCpp
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from gguf_helpers import LlamaCpp, fast, letter_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import CheckpointError, ExportError
-from prunekit.exports.gguf.pretokenizer import _WAYS, _build
+from prunekit.exports.gguf.pretokenizer import WAYS, build_pretokenizer
 from prunekit.exports.gguf.tensors import rotary_order
 from prunekit.exports.gguf.writer import Gguf
 from prunekit.runtime import console
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is missing")
 SIZES = {
-    "vocab_size": 97, "bos_token_id": 0, "eos_token_id": 1, "hidden_size": 48, "intermediate_size": 40,
-    "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 97,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
 ROPE = {"rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = ROPE | {"rope_type": "yarn"}
 LINEAR = {"rope_theta": 1000.0, "rope_type": "linear", "factor": 2.0}
 SOURCES = (
-    "x = {1: 'a', 22: \"b\", 12345678: None}\r\n\r\n\tif not x:\n        pass  # DON'T, I'll, it's\n\n\n\nend   ",
-    "https://example.org/a_b?c=%20 fooBar FOOBar déjà Ünïcödé русский العربية हिन्दी 日本語の 한국어 😀👍🏽 «–…» ½²³",
+    "x = {1: 'a', 22: \"b\", 12345678: None}\r\n\r\n\tif not x:\n        pass"
+    "  # DON'T, I'll, it's\n\n\n\nend   ",
+    "https://example.org/a_b?c=%20 fooBar FOOBar déjà Ünïcödé русский العربية हिन्दी "
+    "日本語の 한국어 😀👍🏽 «–…» ½²³",
 )
 TEXT = "def main(argv):\n    return 12345, 'it\\'s'  # ünï 😀  <s> \t中文\n\n"
 
@@ -55,23 +64,7 @@ def everywhere(**units):
 
 @pytest.fixture(scope="module")
 def letters():
-    """A byte-level tokenizer of 97 tokens: two special ones, ASCII and a merged one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = (
-        {"<s>": 0, "</s>": 1}
-        | {chr(code): code - 31 for code in range(33, 126)}
-        | {"Ġ": 95, "th": 96}
-    )
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return fast(tokenizer)
-
-
-def fast(tokenizer, **special):
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **special
-    )
+    return letter_tokenizer()
 
 
 def trained(before, **model):
@@ -174,28 +167,65 @@ def extra_biases():
 
 CASES = {
     "deci-widths-and-all-biases": (
-        "deci", lambda: cut(tiny_llama(), {"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]})),
-    "deci-grouped-wide-heads": ("deci", lambda: cut(
-        build("mistral", head_dim=10, sliding_window=None),
-        {"layers.0.self_attn": [1], "layers.1.self_attn.query_head": [0], "layers.2.mlp": [5]})),
-    "deci-qwen2": ("deci", lambda: cut(build("qwen2"), {"layers.0.self_attn": [0, 2], "layers.2.mlp": [1]})),
-    "deci-scaled-rope": ("deci", lambda: cut(build("llama", rope_parameters=LLAMA3), {"layers.1.mlp": [1, 2]})),
+        "deci",
+        lambda: cut(tiny_llama(), {"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]}),
+    ),
+    "deci-grouped-wide-heads": (
+        "deci",
+        lambda: cut(
+            build("mistral", head_dim=10, sliding_window=None),
+            {"layers.0.self_attn": [1], "layers.1.self_attn.query_head": [0], "layers.2.mlp": [5]},
+        ),
+    ),
+    "deci-qwen2": (
+        "deci",
+        lambda: cut(build("qwen2"), {"layers.0.self_attn": [0, 2], "layers.2.mlp": [1]}),
+    ),
+    "deci-scaled-rope": (
+        "deci",
+        lambda: cut(build("llama", rope_parameters=LLAMA3), {"layers.1.mlp": [1, 2]}),
+    ),
     "deci-extra-biases": ("deci", extra_biases),
-    "deci-channels": ("deci", lambda: cut(tiny_llama(), {"channel": [3, 11, 20], "layers.1.self_attn": [3]})),
+    "deci-channels": (
+        "deci",
+        lambda: cut(tiny_llama(), {"channel": [3, 11, 20], "layers.1.self_attn": [3]}),
+    ),
     "deci-layer-dropped": ("deci", lambda: cut(tiny_llama(), {"layers": [1], "layers.2.mlp": [3]})),
     "llama-widths": ("llama", lambda: cut(tiny_llama(), everywhere(self_attn=[1], mlp=[2, 4]))),
-    "llama-tied-yarn": ("llama", lambda: build("llama", rope_parameters=YARN, tie_word_embeddings=True)),
+    "llama-tied-yarn": (
+        "llama",
+        lambda: build("llama", rope_parameters=YARN, tie_word_embeddings=True),
+    ),
     "llama-linear": ("llama", lambda: build("llama", rope_parameters=LINEAR)),
-    "llama-narrow-heads": ("llama", lambda: cut(
-        tiny_llama(), {"model.layers.head_dim": [1], **everywhere(**{"self_attn.head_dim": [0, 5]})})),
+    "llama-narrow-heads": (
+        "llama",
+        lambda: cut(
+            tiny_llama(),
+            {"model.layers.head_dim": [1], **everywhere(**{"self_attn.head_dim": [0, 5]})},
+        ),
+    ),
     "llama-qwen2-without-heads": ("llama", lambda: cut(build("qwen2"), everywhere(self_attn=[1]))),
-    "qwen2": ("qwen2", lambda: cut(build("qwen2", tie_word_embeddings=True), everywhere(mlp=[1, 2]))),
-    "qwen3": ("qwen3", lambda: cut(build("qwen3", head_dim=10), everywhere(self_attn=[1], mlp=[2]))),
+    "qwen2": (
+        "qwen2",
+        lambda: cut(build("qwen2", tie_word_embeddings=True), everywhere(mlp=[1, 2])),
+    ),
+    "qwen3": (
+        "qwen3",
+        lambda: cut(build("qwen3", head_dim=10), everywhere(self_attn=[1], mlp=[2])),
+    ),
     "qwen3-linear": ("qwen3", lambda: build("qwen3", head_dim=10, rope_parameters=LINEAR)),
-    "openelm": ("openelm", lambda: cut(
-        build("qwen3", head_dim=10, tie_word_embeddings=True),
-        {"layers.0.self_attn": [1], "layers.1.self_attn.query_head": [1], "layers.2.mlp": [5, 6]})),
-}  # fmt: skip
+    "openelm": (
+        "openelm",
+        lambda: cut(
+            build("qwen3", head_dim=10, tie_word_embeddings=True),
+            {
+                "layers.0.self_attn": [1],
+                "layers.1.self_attn.query_head": [1],
+                "layers.2.mlp": [5, 6],
+            },
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -264,10 +294,10 @@ def test_sentencepiece_tokenizer_of_a_real_checkpoint(data, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", _WAYS)
+@pytest.mark.parametrize("name", WAYS)
 def test_byte_level_tokenizers(name, tmp_path):
-    patterns, ignores = _WAYS[name]
-    backend = trained(_build(patterns), ignore_merges=ignores)
+    patterns, ignores = WAYS[name]
+    backend = trained(build_pretokenizer(patterns), ignore_merges=ignores)
     from tokenizers.processors import TemplateProcessing
 
     bos = name in ("llama-bpe", "gpt-2")
@@ -337,16 +367,26 @@ def too_large():
 ERRORS = {
     "untied": ("shapes=uniform", lambda: cut(build("qwen3"), {"layers.0.mlp": [1]})),
     "normalised-biases": ("qwen3 loads no biases", lambda: build("qwen3", attention_bias=True)),
-    "normalised-rope": ("plain or stretched rotary", lambda: build("qwen3", head_dim=10, rope_parameters=LLAMA3)),
-    "dynamic-rope": ("rope_type dynamic", lambda: build("llama", rope_parameters=ROPE | {"rope_type": "dynamic"})),
-    "family": ("got gpt2", lambda: AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gpt2", vocab_size=97, n_embd=48, n_head=8, n_layer=1))),
+    "normalised-rope": (
+        "plain or stretched rotary",
+        lambda: build("qwen3", head_dim=10, rope_parameters=LLAMA3),
+    ),
+    "dynamic-rope": (
+        "rope_type dynamic",
+        lambda: build("llama", rope_parameters=ROPE | {"rope_type": "dynamic"}),
+    ),
+    "family": (
+        "got gpt2",
+        lambda: AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("gpt2", vocab_size=97, n_embd=48, n_head=8, n_layer=1)
+        ),
+    ),
     "activation": ("computes silu", lambda: build("llama", hidden_act="gelu")),
     "range": ("blk.1.ffn_up.weight: NaN or numbers beyond f16", too_large),
     "parameters": ("layers.1.mlp.gain: llama.cpp's llama has no place", with_more),
     "task": ("expected a causal language model", lambda: build("llama").model),
     "rows": ("the embedding has 50 rows", lambda: build("llama", vocab_size=50)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)

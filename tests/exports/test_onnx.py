@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
 from prunekit.demo import DEMO_MODEL
-from prunekit.errors import CheckpointError, ExportError
+from prunekit.errors import ExportError
 from prunekit.exports import onnx as target
 from prunekit.exports.onnx import Onnx
 
@@ -17,9 +17,16 @@ for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
 onnxruntime = pytest.importorskip("onnxruntime")
 SIZES = {
-    "vocab_size": 97, "bos_token_id": 0, "eos_token_id": 1, "hidden_size": 48, "intermediate_size": 40,
-    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 97,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
 SHAPES = ((1, 1), (1, 23), (3, 11))
 SMALL = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 1}
 
@@ -38,12 +45,20 @@ def cut(model, removed):
 
 
 CASES = {
-    "llama": lambda: cut(tiny_llama(layers=2), {"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]}),
-    "qwen2": lambda: cut(build("qwen2", **SIZES), {"layers.0.self_attn": [0, 2], "layers.1.mlp": [1]}),
+    "llama": lambda: cut(
+        tiny_llama(layers=2), {"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]}
+    ),
+    "qwen2": lambda: cut(
+        build("qwen2", **SIZES), {"layers.0.self_attn": [0, 2], "layers.1.mlp": [1]}
+    ),
     "gpt2": lambda: cut(
-        build("gpt2", n_embd=48, n_layer=2, n_head=6, n_positions=64), {"h.0.attn": [2], "h.1.mlp": [0, 5, 9]}),
-    "mixtral": lambda: cut(build("mixtral", **SIZES | {"num_local_experts": 4}), {"layers.0.self_attn": [1]}),
-}  # fmt: skip
+        build("gpt2", n_embd=48, n_layer=2, n_head=6, n_positions=64),
+        {"h.0.attn": [2], "h.1.mlp": [0, 5, 9]},
+    ),
+    "mixtral": lambda: cut(
+        build("mixtral", **SIZES | {"num_local_experts": 4}), {"layers.0.self_attn": [1]}
+    ),
+}
 
 
 @torch.no_grad()
@@ -108,19 +123,19 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeyp
     model = CASES["llama"]()
     monkeypatch.setattr(
         target,
-        "_exported",
+        "_export_program",
         lambda *_: SimpleNamespace(save=lambda file, **_: file.write_bytes(b"")),
     )
     with pytest.raises(ExportError, match="onnxruntime can't run the graph"):
         Onnx().write(model, None, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(target, "_difference", lambda *_: float("nan"))
+        patch.setattr(target, "_measure_difference", lambda *_: float("nan"))
         with pytest.raises(ExportError, match="onnxruntime's logits are off by nan"):
             Onnx().write(model, None, tmp_path)
     assert not any(tmp_path.iterdir())
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "file").touch()
-    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+    with pytest.raises(ExportError, match="exists already"):
         Onnx().write(model, None, tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(

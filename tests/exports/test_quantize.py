@@ -1,4 +1,4 @@
-"""A pruned model quantized afterwards by torchao: 8 and 4 bits, in memory and through transformers."""
+"""A pruned model that torchao quantizes to 8 and 4 bits, in memory and through transformers."""
 
 import subprocess
 import sys
@@ -120,7 +120,9 @@ ids = token_ids(2, 20)
 expected = logits(prunekit.from_pretrained(sys.argv[1], dtype=torch.float32), ids)
 for config, worst in ((int8, 0.02), (int4, 0.2)):
     how = TorchAoConfig(config())
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=how)
+    model = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1], dtype=torch.float32, quantization_config=how
+    )
     assert type(model.model.layers[0].mlp.down_proj.weight) is not torch.nn.Parameter
     assert 1e-4 < off(model, expected, ids) < worst
     model.save_pretrained(config.__name__)

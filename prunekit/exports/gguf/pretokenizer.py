@@ -1,14 +1,18 @@
-"""How a byte-level tokenizer cuts text before it merges: llama.cpp knows a fixed list of ways, by
-name.
+"""How a byte-level tokenizer cuts text before it merges: llama.cpp knows a list of ways, by name.
 
-The name is found by what it does: the way that cuts the samples below like the tokenizer.
+No file of a tokenizer holds such a name, and the package gguf has no list of them. So the name is
+that of the way below that cuts sample texts as the tokenizer does.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunekit.runtime.console import say
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -18,9 +22,9 @@ _CASED = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# name → (the expressions one after the other, whether a piece that is a token isn't merged from its
-# bytes)
-_WAYS: dict[str, tuple[tuple[str, ...], bool]] = {
+# Name → (the expressions one after the other, whether a piece that is a token is taken whole
+# instead of merged from its bytes).
+WAYS: dict[str, tuple[tuple[str, ...], bool]] = {
     "gpt-2": ((_WORDS,), False),
     "llama-bpe": ((_CASELESS + "{1,3}" + _REST,), True),
     "smaug-bpe": ((_CASELESS + "{1,3}" + _REST,), False),
@@ -43,33 +47,36 @@ _SAMPLES = (
 )
 
 
-def pretokenizer_name(tokenizer: Any, ignores_merges: bool) -> str:
-    """llama.cpp's name for what a tokenizer does before merging; the nearest one, and a word about
-    it, if it has none.
+def pretokenizer_name(tokenizer: Tokenizer, ignores_merges: bool) -> str:
+    """llama.cpp's name for what a tokenizer does before merging.
+
+    Where it has none the nearest one is taken, and the user is told.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer` with byte-level BPE.
+        tokenizer: a tokenizer with byte-level BPE.
         ignores_merges: whether a piece that is a token as a whole isn't merged from its bytes.
     """
-    ours = [_pieces(tokenizer.pre_tokenizer, sample) for sample in _SAMPLES]
-    agreeing = {
-        name: [
-            _pieces(_build(patterns), sample) == own
-            for sample, own in zip(_SAMPLES, ours, strict=True)
-        ]
-        for name, (patterns, _) in _WAYS.items()
-    }
-    name = max(agreeing, key=lambda name: (sum(agreeing[name]), _WAYS[name][1] == ignores_merges))
+    own = [_cut(tokenizer.pre_tokenizer, sample) for sample in _SAMPLES]
+    agreeing = {name: _compare(patterns, own) for name, (patterns, _) in WAYS.items()}
+    name = max(agreeing, key=lambda way: (sum(agreeing[way]), WAYS[way][1] == ignores_merges))
     if not all(agreeing[name]):
         sample = _SAMPLES[agreeing[name].index(False)]
         say(
-            f"tokenizer: llama.cpp knows no pre-tokenizer that cuts text like this one's; {name} comes nearest and "
-            f"differs on {sample!r}: give llama.cpp token ids where that matters"
+            "tokenizer: llama.cpp knows no pre-tokenizer that cuts text like this one's; "
+            f"{name} comes nearest and differs on {sample!r}: give llama.cpp token ids where that "
+            "matters"
         )
     return name
 
 
-def _build(patterns: tuple[str, ...]) -> Any:
+def _compare(patterns: tuple[str, ...], own: list[list[str]]) -> list[bool]:
+    """For each sample, whether the expressions cut it as the tokenizer does."""
+    way = build_pretokenizer(patterns)
+    return [_cut(way, sample) == pieces for sample, pieces in zip(_SAMPLES, own, strict=True)]
+
+
+def build_pretokenizer(patterns: tuple[str, ...]) -> PreTokenizer:
+    """The pre-tokenizer that cuts by the expressions, one after the other, and writes bytes."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
@@ -77,5 +84,5 @@ def _build(patterns: tuple[str, ...]) -> Any:
     return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _pieces(pretokenizer: Any, text: str) -> list[str]:
+def _cut(pretokenizer: PreTokenizer, text: str) -> list[str]:
     return [piece for piece, _ in pretokenizer.pre_tokenize_str(text)]

@@ -1,4 +1,4 @@
-"""What llama.cpp must know of a model's sizes, and which of its architectures can hold them.
+"""A model's sizes as llama.cpp must know them, and which of its architectures can hold them.
 
 | architecture | layers differ | queries and keys normalised | biases | rotary frequencies |
 |---|---|---|---|---|
@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.errors import ExportError
 from prunekit.runtime.console import say
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -44,15 +47,19 @@ class Shapes:
     """A model's sizes.
 
     Attributes:
-        layers: each layer's own.
-        hidden, head_dim, vocabulary, context: the model's.
+        layers: the sizes of each layer.
+        hidden: the width of the residual stream.
+        head_dim: the size of one head.
+        vocabulary: the number of rows of the embedding.
+        context: the longest text in tokens.
         tied: whether the output is the embedding.
-        normalised: whether queries and keys are.
-        biases: the linears that have a bias in some layer, by their last name.
-        rope_base: of the rotary frequencies `base^(-2i / head_dim)`.
-        rope_stretch: positions are divided by it.
+        normalised: whether queries and keys are normalised.
+        biases: the linears that have a bias in some layer, by the last part of their names.
+        rope_base: the base of the rotary frequencies `base^(-2i / head_dim)`.
+        rope_stretch: what positions are divided by.
         rope_factors: what the frequencies are divided by besides, [head_dim / 2]; None where all
-            are 1. score_scale: what the scores are multiplied by beyond `1 / sqrt(head_dim)`.
+            are 1.
+        score_scale: what each layer's scores are multiplied by beyond `1 / sqrt(head_dim)`.
     """
 
     layers: tuple[Layer, ...]
@@ -74,8 +81,8 @@ class Shapes:
         return len(set(self.layers)) == 1
 
 
-def read_shapes(model: Any) -> Shapes:
-    """A model's sizes, from its weights.
+def read_shapes(model: PreTrainedModel) -> Shapes:
+    """The sizes of a model, from its weights.
 
     Args:
         model: a causal language model of transformers, dense or pruned.
@@ -86,18 +93,20 @@ def read_shapes(model: Any) -> Shapes:
     """
     config = model.config
     check_family(model)
-    decoder = model.model
+    decoder: Any = model.model
+    embedding: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
     rotary = decoder.rotary_emb
     head_dim = 2 * len(rotary.inv_freq)
     base, stretch, factors = _rope(config, rotary.inv_freq)
     linears = [(name, linear) for layer in decoder.layers for name, linear in _linears(layer)]
     return Shapes(
         layers=tuple(_layer(layer, head_dim) for layer in decoder.layers),
-        hidden=model.get_input_embeddings().weight.shape[1],
+        hidden=embedding.weight.shape[1],
         head_dim=head_dim,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=embedding.weight.shape[0],
         context=_context(config),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        tied=output.weight is embedding.weight,
         normalised=hasattr(decoder.layers[0].self_attn, "q_norm"),
         biases=frozenset(name for name, linear in linears if linear.bias is not None),
         rope_base=base,
@@ -110,10 +119,8 @@ def read_shapes(model: Any) -> Shapes:
     )
 
 
-def check_family(model: Any) -> None:
-    """Raise ExportError for a family that isn't known here, or one whose maths llama.cpp computes
-    otherwise.
-    """
+def check_family(model: PreTrainedModel) -> None:
+    """Raise ExportError for a family that is unknown here, or that llama.cpp computes otherwise."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
@@ -124,8 +131,8 @@ def check_family(model: Any) -> None:
     config: Any = model.config
     if config.model_type not in FAMILIES:
         raise ExportError(
-            f"export=gguf writes {', '.join(FAMILIES)} models, got {config.model_type}: where its layers are alike "
-            "(shapes=uniform), llama.cpp's own script may convert the saved folder"
+            f"export=gguf writes {', '.join(FAMILIES)} models, got {config.model_type}: where its "
+            "layers are alike (shapes=uniform), llama.cpp's own script may convert the saved folder"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise ExportError(
@@ -133,44 +140,43 @@ def check_family(model: Any) -> None:
         )
 
 
-def _linears(layer: Any) -> list[tuple[str, Any]]:
+def _linears(layer: Any) -> list[tuple[str, nn.Linear]]:
+    """The linears of a layer, by the last part of their names."""
     attention = [(name, layer.self_attn.get_submodule(name)) for name in ATTENTION]
     return attention + [(name, layer.mlp.get_submodule(name)) for name in MLP]
 
 
 def _layer(layer: Any, head_dim: int) -> Layer:
-    q, k, width = (
-        len(linear.weight)
-        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj)
+    """The sizes of one decoder layer, from its weights."""
+    attention = layer.self_attn
+    return Layer(
+        heads=len(attention.q_proj.weight) // head_dim,
+        kv_heads=len(attention.k_proj.weight) // head_dim,
+        width=len(layer.mlp.up_proj.weight),
     )
-    return Layer(heads=q // head_dim, kv_heads=k // head_dim, width=width)
 
 
-def _rope(config: Any, inv_freq: Tensor) -> tuple[float, float, Tensor | None]:
-    """(base, stretch, factors) of the rotary frequencies `base^(-i / n) / (stretch · factors[i])`,
-    n of them.
-    """
+def _rope(config: PretrainedConfig, inv_freq: Tensor) -> tuple[float, float, Tensor | None]:
+    """(base, stretch, factors) of n rotary frequencies `base^(-i / n) / (stretch · factors[i])`."""
     parameters = config.rope_parameters
     kind, base = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ExportError(
-            f"rope_type {kind}: the rotary frequencies depend on the text's length, GGUF's are fixed"
+            f"rope_type {kind}: the rotary frequencies depend on the text's length, "
+            "GGUF's are fixed"
         )
     plain = base ** (-torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq))
     factors = plain / inv_freq.double().cpu()
-    rounding = max(
-        1e-5, torch.finfo(inv_freq.dtype).eps
-    )  # a model turned into half precision rounds its tables too
+    # A model that was turned into half precision has rounded tables too.
+    rounding = max(1e-5, torch.finfo(inv_freq.dtype).eps)
     if torch.allclose(factors, factors[:1], rtol=rounding, atol=0):
         stretch = float(factors[0])
         return base, 1.0 if math.isclose(stretch, 1, rel_tol=rounding) else stretch, None
     return base, 1.0, factors.float()
 
 
-def _context(config: Any) -> int:
-    """The longest text; where layers look at a window of it alone, the window: GGUF's `llama` has
-    none.
-    """
+def _context(config: PretrainedConfig) -> int:
+    """The longest text, or the window that layers look at: GGUF's `llama` knows no windows."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if (
@@ -194,7 +200,8 @@ def architecture_of(shapes: Shapes) -> str:
     square = all(layer.heads * shapes.head_dim == shapes.hidden for layer in shapes.layers)
     if "q_proj" in shapes.biases and not square:
         say(
-            "query biases of heads that don't fill the hidden size: llama.cpp reads them since April 2026"
+            "query biases of heads that don't fill the hidden size: "
+            "llama.cpp reads them since April 2026"
         )
     if not shapes.uniform:
         return "deci"
@@ -207,12 +214,15 @@ def architecture_of(shapes: Shapes) -> str:
 
 
 def _normalised(shapes: Shapes) -> str:
-    """`qwen3`, or `openelm` for layers that differ."""
+    """The architecture of normalised queries and keys: `qwen3`, or `openelm` for layers that
+    differ.
+    """
     name = "qwen3" if shapes.uniform else "openelm"
     if shapes.biases:
         raise ExportError(
-            f"llama.cpp's {name} loads no biases, found some on {', '.join(sorted(shapes.biases))}: "
-            "those that pruning added go without compensation=bias"
+            f"llama.cpp's {name} loads no biases, found some on "
+            f"{', '.join(sorted(shapes.biases))}: those that pruning added go without "
+            "compensation=bias"
         )
     if shapes.rope_factors is not None:
         raise ExportError(
@@ -221,7 +231,7 @@ def _normalised(shapes: Shapes) -> str:
         )
     if not shapes.uniform and not shapes.tied:
         raise ExportError(
-            "layers that differ need llama.cpp's openelm where queries and keys are normalised, and its output is the "
-            f"embedding, which this model has apart: {_UNIFORM}"
+            "layers that differ need llama.cpp's openelm where queries and keys are normalised, "
+            f"and its output is the embedding, which this model has apart: {_UNIFORM}"
         )
     return name

@@ -1,11 +1,11 @@
-"""A model's weights under GGUF's names, in the layout and the type llama.cpp reads."""
+"""A model's weights under GGUF's names, in the layout and the type that llama.cpp reads."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -14,32 +14,16 @@ from torch import Tensor
 from prunekit.errors import ExportError
 from prunekit.exports.gguf.shapes import Shapes
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from transformers import PreTrainedModel
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+# A tensor that is computed when it is written: its shape, rows first, and what computes it.
+Pending: TypeAlias = tuple[tuple[int, ...], Callable[[], Tensor]]
+
 _BLOCK = 32  # numbers that share one scale in q8_0
-
-
-@dataclass(frozen=True)
-class Type:
-    """GGUF's numbers for a type: of a tensor, and of a file that mostly holds it."""
-
-    tensor_type: int
-    file_type: int
-
-
-TYPES = {"f32": Type(0, 0), "f16": Type(1, 1), "bf16": Type(30, 32), "q8_0": Type(8, 7)}
+_FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +31,10 @@ class Stored:
     """A tensor to be written.
 
     Attributes:
-        name: GGUF's.
-        shape: rows first.
-        dtype: a key of `TYPES`.
-        make: computes it, float of any kind.
+        name: GGUF's name.
+        shape: its sizes, rows first.
+        dtype: one of `TYPES`.
+        make: computes it, in any floating-point type.
     """
 
     name: str
@@ -58,15 +42,20 @@ class Stored:
     dtype: str
     make: Callable[[], Tensor]
 
-    def announce(self, writer: Any) -> None:
-        """Add the name, shape and type to the file's table."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    @property
+    def kind(self) -> GGMLQuantizationType:
+        """GGUF's enum value of the type."""
+        from gguf import GGMLQuantizationType
 
-        kind = GGMLQuantizationType(TYPES[self.dtype].tensor_type)
-        block, size = GGML_QUANT_SIZES[kind]
-        num_bytes = math.prod(self.shape) // block * size
+        return GGMLQuantizationType[self.dtype.upper()]
+
+    def announce(self, writer: GGUFWriter) -> None:
+        """Add the name, the shape and the type to the file's table."""
+        from gguf.quants import quant_shape_to_byte_shape
+
+        num_bytes = math.prod(quant_shape_to_byte_shape(self.shape, self.kind))
         writer.add_tensor_info(
-            self.name, self.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind
+            self.name, self.shape, np.dtype(np.float32), num_bytes, raw_dtype=self.kind
         )
 
     def numbers(self) -> np.ndarray:
@@ -75,16 +64,17 @@ class Stored:
         Raises:
             ExportError: numbers that are NaN, infinite, or too large for the type.
         """
-        from gguf import GGMLQuantizationType, quants
+        from gguf import quants
 
         tensor = self.make().detach().cpu()
         assert tensor.shape == self.shape, (self.name, tensor.shape, self.shape)
+        # torch casts without the float32 copy that quantize would make of half-precision weights.
         if self.dtype == "bf16":
             stored = tensor.to(torch.bfloat16).contiguous()
             array = stored.view(torch.int16).numpy()
         elif self.dtype == "q8_0":
             stored = tensor.float()
-            array = quants.quantize(stored.numpy(), GGMLQuantizationType.Q8_0)
+            array = quants.quantize(stored.numpy(), self.kind)
         else:
             stored = tensor.to(torch.float16 if self.dtype == "f16" else torch.float32).contiguous()
             array = stored.numpy()
@@ -95,71 +85,86 @@ class Stored:
         return array
 
 
-def tensors_of(model: Any, shapes: Shapes, architecture: str, dtype: str) -> list[Stored]:
+def list_tensors(
+    model: PreTrainedModel, shapes: Shapes, architecture: str, dtype: str
+) -> list[Stored]:
     """Every tensor of the file, not computed yet.
 
     Args:
         model: a model that `read_shapes` accepts.
         shapes: its sizes.
-        architecture: llama.cpp's.
-        dtype: of the matrices; vectors are f32.
+        architecture: llama.cpp's name of an architecture.
+        dtype: the type of the matrices; vectors are f32.
 
     Raises:
         ExportError: the model holds a parameter that has no place in the file.
     """
-    found: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
-    taken: set[int] = set()
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-    def put(
-        name: str, parameter: Tensor, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> None:
-        taken.add(id(parameter))
-        found[name] = (tuple(parameter.shape), lambda: change(parameter))
-
-    put("token_embd.weight", model.get_input_embeddings().weight)
-    put("output_norm.weight", model.model.norm.weight)
-    if not shapes.tied:
-        put("output.weight", model.get_output_embeddings().weight)
-    if shapes.rope_factors is not None:
-        put("rope_freqs.weight", shapes.rope_factors)
-    for index, layer in enumerate(model.model.layers):
-        for path, name, parameter in _of_layer(layer):
-            put(f"blk.{index}.{name}", parameter, _change(path, index, shapes, architecture))
-        if architecture == "openelm":
-            _fuse(found, index)
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in taken:
+    arch = next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES[arch] == architecture)
+    names = get_tensor_name_map(arch, len(shapes.layers))
+    stored = []
+    for name, (shape, make) in _named_tensors(model, shapes, architecture):
+        known = names.get_name(name, (".weight", ".bias"))
+        if known is None:
             raise ExportError(f"{name}: llama.cpp's {architecture} has no place for it")
-    return [
-        Stored(name=name, shape=shape, dtype=_type(shape, dtype), make=make)
-        for name, (shape, make) in found.items()
-    ]
+        stored.append(Stored(name=known, shape=shape, dtype=_type(shape, dtype), make=make))
+    return stored
 
 
-def _of_layer(layer: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """(path in the layer, GGUF's name, parameter)."""
-    for name, parameter in layer.named_parameters():
-        path, _, kind = name.rpartition(".")
-        if path in _NAMES:
-            yield path, f"{_NAMES[path]}.{kind}", parameter
+def _named_tensors(
+    model: PreTrainedModel, shapes: Shapes, architecture: str
+) -> Iterator[tuple[str, Pending]]:
+    """Each tensor by the name of its parameter: those outside of layers first; tied ones once."""
+    parameters = dict(model.named_parameters())
+    inside = {name for name in parameters if name.startswith("model.layers.")}
+    for name, parameter in parameters.items():
+        if name not in inside:
+            yield name, _pending(parameter)
+    if shapes.rope_factors is not None:
+        yield "rope_freqs.weight", _pending(shapes.rope_factors)
+    for index in range(len(shapes.layers)):
+        prefix = f"model.layers.{index}."
+        layer = {
+            name: _pending(
+                parameter, _change(name.removeprefix(prefix), index, shapes, architecture)
+            )
+            for name, parameter in parameters.items()
+            if name.startswith(prefix)
+        }
+        if architecture == "openelm":
+            _fuse(layer, f"{prefix}self_attn.")
+        yield from layer.items()
+
+
+def _pending(
+    parameter: Tensor, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Pending:
+    return tuple(parameter.shape), lambda: change(parameter)
 
 
 def _type(shape: tuple[int, ...], dtype: str) -> str:
+    """The type of one tensor: vectors stay f32, rows that q8_0's blocks don't divide f16."""
     if len(shape) < 2:
         return "f32"
     return "f16" if dtype == "q8_0" and shape[-1] % _BLOCK else dtype
 
 
 def _change(path: str, layer: int, shapes: Shapes, architecture: str) -> Callable[[Tensor], Tensor]:
-    """What a parameter goes through: rotary order in queries and keys, the scores' scale in
+    """What a parameter goes through: rotary order in queries and keys, the scale of the scores in
     queries.
+
+    Args:
+        path: the parameter's name in its layer.
+        layer: the layer's index.
+        shapes: the sizes of the model.
+        architecture: llama.cpp's name of an architecture.
     """
+    module = path.rpartition(".")[0]
     scale = shapes.score_scale[layer]
-    scaled = path == ("self_attn.q_norm" if shapes.normalised else "self_attn.q_proj")
-    permuted = architecture in ("llama", "deci") and path in (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-    )
+    scaled = module == ("self_attn.q_norm" if shapes.normalised else "self_attn.q_proj")
+    rotated = module in ("self_attn.q_proj", "self_attn.k_proj")
+    permuted = architecture in ("llama", "deci") and rotated
 
     def change(parameter: Tensor) -> Tensor:
         tensor = parameter.detach()
@@ -175,21 +180,25 @@ def rotary_order(rows: Tensor, head_dim: int) -> Tensor:
 
     Args:
         rows: a query's or key's weight [heads · head_dim, hidden] or bias [heads · head_dim].
-        head_dim: of one head.
+        head_dim: the size of one head.
 
     Returns:
-        The same
-        rows: 0, head_dim/2, 1, head_dim/2 + 1, …
+        The same rows in the order 0, head_dim/2, 1, head_dim/2 + 1, … of every head.
     """
     halves = rows.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _fuse(found: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]], layer: int) -> None:
-    """Put a layer's queries, keys and values in one matrix."""
-    parts = [found.pop(f"blk.{layer}.{_NAMES[path]}.weight") for path in _FUSED]
+def _fuse(layer: dict[str, Pending], attention: str) -> None:
+    """Put a layer's queries, keys and values in one matrix, under the name that gguf's map knows.
+
+    Args:
+        layer: parameter name → tensor, changed in place.
+        attention: the beginning of the names of the attention's parameters.
+    """
+    parts = [layer.pop(f"{attention}{name}.weight") for name in _FUSED]
     rows = sum(shape[0] for shape, _ in parts)
-    found[f"blk.{layer}.attn_qkv.weight"] = (
+    layer[f"{attention}query_key_value.weight"] = (
         (rows, parts[0][0][1]),
         lambda: torch.cat([make() for _, make in parts]),
     )

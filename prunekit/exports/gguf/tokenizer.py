@@ -8,24 +8,33 @@ SentencePiece's first space before a text that begins with one and after special
 from __future__ import annotations
 
 import json
-from typing import Any
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import ExportError
+from prunekit.exports.base import errors_only
 from prunekit.exports.gguf.pretokenizer import pretokenizer_name
 from prunekit.runtime.console import say
 
-_NORMAL, _UNKNOWN, _CONTROL, _ADDED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
+if TYPE_CHECKING:
+    from gguf import GGUFWriter, SpecialVocab, TokenType
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space inside of a SentencePiece token
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, model: Any, rows: int) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int
+) -> None:
     """Write a model's tokenizer.
 
     Args:
-        writer: a `gguf.GGUFWriter`.
+        writer: where it goes.
         tokenizer: a fast tokenizer of transformers.
         model: its config knows ids that the tokenizer doesn't.
-        rows: of the embedding; rows without a token get a placeholder.
+        rows: the number of rows of the embedding; rows without a token get a placeholder.
 
     Raises:
         ExportError: no fast tokenizer, an algorithm other than BPE, or more tokens than rows.
@@ -35,34 +44,29 @@ def add_tokenizer(writer: Any, tokenizer: Any, model: Any, rows: int) -> None:
             f"export=gguf needs the model's fast tokenizer (tokenizer.json), got {tokenizer!r:.60}"
         )
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
-    kind = _kind(stored)
-    tokens = _tokens(tokenizer, rows)
-    merges = [
-        " ".join(merge) if isinstance(merge, list) else merge for merge in stored["model"]["merges"]
-    ]
+    kind = _vocabulary_kind(stored)
+    tokens = _tokens_by_row(tokenizer, rows)
+    types = _token_types(tokens, stored, kind)
+    merges, special = _special_vocabulary(tokenizer, model, rows)
     if not merges:
         raise ExportError("tokenizer: llama.cpp refuses a BPE vocabulary without merges")
     writer.add_tokenizer_model(kind)
-    types = _types(tokens, stored, kind)
     if kind == "gpt2":
-        writer.add_tokenizer_pre(
-            pretokenizer_name(tokenizer.backend_tokenizer, stored["model"]["ignore_merges"])
-        )
-        writer.add_token_list(_placed(tokens))
+        ignores_merges = stored["model"]["ignore_merges"]
+        writer.add_tokenizer_pre(pretokenizer_name(tokenizer.backend_tokenizer, ignores_merges))
+        writer.add_token_list(_fill_rows(tokens))
         writer.add_token_merges(merges)
     else:
         writer.add_tokenizer_pre("default")
-        spaced = [
-            t.replace(_SPACE, " ") if t and types[i] == _ADDED else t for i, t in enumerate(tokens)
-        ]
-        writer.add_token_list(_placed(spaced))
-        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_token_list(_fill_rows(_with_plain_spaces(tokens, types)))
+        writer.add_token_scores(_merge_scores(tokens, merges))
         writer.add_add_space_prefix(_adds_space(stored))
     writer.add_token_types(types)
-    _add_special(writer, tokenizer, model)
+    special.add_to_gguf(writer, quiet=True)
 
 
-def _kind(stored: dict[str, Any]) -> str:
+def _vocabulary_kind(stored: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the algorithm of a tokenizer.json."""
     model = stored["model"]
     if model["type"] != "BPE":
         raise ExportError(f"tokenizer: export=gguf writes BPE vocabularies, got {model['type']}")
@@ -73,10 +77,11 @@ def _kind(stored: dict[str, Any]) -> str:
     return "gpt2"
 
 
-def _tokens(tokenizer: Any, rows: int) -> list[str | None]:
-    """Each row's token; None for rows without."""
+def _tokens_by_row(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str | None]:
+    """The token of each row of the embedding; None for rows without one."""
     vocabulary = tokenizer.get_vocab()
-    if (largest := max(vocabulary.values())) >= rows:
+    largest = max(vocabulary.values())
+    if largest >= rows:
         raise ExportError(
             f"tokenizer: its largest id is {largest}, but the embedding has {rows} rows"
         )
@@ -86,75 +91,111 @@ def _tokens(tokenizer: Any, rows: int) -> list[str | None]:
     return tokens
 
 
-def _placed(tokens: list[str | None]) -> list[str]:
+def _fill_rows(tokens: Sequence[str | None]) -> list[str]:
+    """Every token, with a placeholder in rows that have none."""
     return [f"[PAD{index}]" if token is None else token for index, token in enumerate(tokens)]
 
 
-def _types(tokens: list[str | None], stored: dict[str, Any], kind: str) -> list[int]:
-    types: dict[str | None, int] = {None: _UNUSED}
-    if kind == "llama":
-        types |= {f"<0x{byte:02X}>": _BYTE for byte in range(256)}
-    types |= {
-        added["content"]: _CONTROL if added["special"] else _ADDED
-        for added in stored["added_tokens"]
-    }
-    if kind == "llama":
-        types[stored["model"].get("unk_token") or "<unk>"] = _UNKNOWN
-    return [types.get(token, _NORMAL) for token in tokens]
+def _with_plain_spaces(
+    tokens: Sequence[str | None], types: Sequence[TokenType]
+) -> list[str | None]:
+    """The tokens, with spaces in those that a user defined as llama.cpp finds them in a text."""
+    from gguf import TokenType
+
+    return [
+        token.replace(_SPACE, " ") if token and kind == TokenType.USER_DEFINED else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
-def _scores(tokens: list[str | None], merges: list[str]) -> list[float]:
-    """What SentencePiece merges by: the earlier a token is merged, the higher."""
+def _token_types(
+    tokens: Sequence[str | None], stored: Mapping[str, Any], kind: str
+) -> list[TokenType]:
+    """llama.cpp's type of every row's token."""
+    from gguf import TokenType
+
+    types: dict[str | None, TokenType] = {None: TokenType.UNUSED}
+    if kind == "llama":
+        types |= {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
+    for added in stored["added_tokens"]:
+        control = added["special"]
+        types[added["content"]] = TokenType.CONTROL if control else TokenType.USER_DEFINED
+    if kind == "llama":
+        types[stored["model"].get("unk_token") or "<unk>"] = TokenType.UNKNOWN
+    return [types.get(token, TokenType.NORMAL) for token in tokens]
+
+
+def _merge_scores(tokens: Sequence[str | None], merges: Sequence[str]) -> list[float]:
+    """What SentencePiece merges by: the earlier a token is merged, the higher its score."""
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), index)
     return [-float(rank.get(token or "", len(merges))) for token in tokens]
 
 
-def _adds_space(stored: dict[str, Any]) -> bool:
+def _adds_space(stored: Mapping[str, Any]) -> bool:
     """Whether a text gets a space at its beginning."""
     pipeline = json.dumps([stored["normalizer"], stored["pre_tokenizer"]])
-    return (
-        '"Prepend"' in pipeline
-        or '"prepend_scheme": "first"' in pipeline
-        or '"prepend_scheme": "always"' in pipeline
-    )
+    ways = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
+    return any(way in pipeline for way in ways)
 
 
-def _add_special(writer: Any, tokenizer: Any, model: Any) -> None:
-    """Ids of special tokens, which of them every text gets, the chat template."""
-    config = model.config
+def _special_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int
+) -> tuple[list[str], SpecialVocab]:
+    """The merges; the ids of special tokens, which of them every text gets, and the chat templates.
+
+    gguf reads them from a folder. It guesses from the post-processor which tokens a text gets, and
+    so which one ends it; here a text is encoded instead.
+    """
+    from gguf import SpecialVocab
+
+    ids = _special_ids(tokenizer, model)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        known = {f"{kind}_token_id": index for kind, index in ids.items()}
+        (Path(folder) / "config.json").write_text(json.dumps(known), encoding="utf-8")
+        with errors_only("gguf.vocab"):
+            special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
+    if ids.get("eos") is None:
+        say(
+            "tokenizer: neither it nor the model has a token for the end, llama.cpp takes one of "
+            "its own for it"
+        )
+    kept = {kind: special.special_token_ids.get(kind) for kind in ("sep", "cls", "mask")}
+    special.special_token_ids = ids | {kind: i for kind, i in kept.items() if i is not None}
+    encoded = tokenizer("a").input_ids
+    special.add_special_token = {
+        "bos": "bos" in ids and encoded[0] == ids["bos"],
+        "eos": "eos" in ids and encoded[-1] == ids["eos"],
+    }
+    merges, special.merges, special.load_merges = special.merges, [], False
+    return merges, special
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, int]:
+    """Kind of special token → its id: the tokenizer's, else the model's.
+
+    The first id that ends a generation besides the end of a text is llama.cpp's end of a turn.
+    """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, list) else []
-    bos = _first(tokenizer.bos_token_id, config.bos_token_id)
-    eos = _first(tokenizer.eos_token_id, config.eos_token_id, *ends)
-    others = [end for end in ends if end != eos]
-    if eos is None:
-        say(
-            "tokenizer: neither it nor the model has a token for the end, llama.cpp takes one of its own for it"
-        )
+    config = model.config
+    eos = _first_id(tokenizer.eos_token_id, config.eos_token_id, *ends)
     ids = {
-        writer.add_bos_token_id: bos,
-        writer.add_eos_token_id: eos,
-        writer.add_unk_token_id: tokenizer.unk_token_id,
-        writer.add_pad_token_id: _first(
-            tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
-        ),
-        writer.add_eot_token_id: others[0] if others else None,
+        "bos": _first_id(tokenizer.bos_token_id, config.bos_token_id),
+        "eos": eos,
+        "unk": _first_id(tokenizer.unk_token_id),
+        "pad": _first_id(tokenizer.pad_token_id, getattr(config, "pad_token_id", None)),
+        "eot": _first_id(*(end for end in ends if end != eos)),
     }
-    for add, index in ids.items():
-        if index is not None:
-            add(index)
-    encoded = tokenizer("a").input_ids
-    writer.add_add_bos_token(bos is not None and encoded[0] == bos)
-    writer.add_add_eos_token(eos is not None and encoded[-1] == eos)
-    if tokenizer.chat_template:
-        template = tokenizer.chat_template
-        named = template if isinstance(template, dict) else {"default": template}
-        writer.add_chat_template([{"name": name, "template": text} for name, text in named.items()])
+    return {kind: index for kind, index in ids.items() if index is not None}
 
 
-def _first(*ids: Any) -> int | None:
-    """The first id that is one."""
-    flat = [index for value in ids for index in (value if isinstance(value, list) else [value])]
-    return next((index for index in flat if isinstance(index, int) and index >= 0), None)
+def _first_id(*candidates: int | list[int] | None) -> int | None:
+    """The first candidate that is an id; a list stands for its members."""
+    for candidate in candidates:
+        for index in candidate if isinstance(candidate, list) else [candidate]:
+            if isinstance(index, int) and index >= 0:
+                return index
+    return None
