@@ -1,12 +1,15 @@
-"""Write `docs/options.md` from the configuration: every option, its default, its comment."""
+"""Write what docs/ holds of the code: the options, and the JSON Schema of report.json."""
 
+import json
 from pathlib import Path
+
+from prunekit.report import schema
 
 ROOT = Path(__file__).parent.parent
 
 
-def main() -> None:
-    """Write the page."""
+def write_options() -> None:
+    """Write `docs/options.md` from the configuration: every option, its default, its comment."""
     lines = [
         "# Options",
         "",
@@ -26,5 +29,12 @@ def main() -> None:
     (ROOT / "docs" / "options.md").write_text("\n".join(lines))
 
 
+def write_report_schema() -> None:
+    """Write `docs/report.schema.json`, which a program can check a report.json with."""
+    text = json.dumps(schema(), indent=1, ensure_ascii=False)
+    (ROOT / "docs" / "report.schema.json").write_text(text + "\n")
+
+
 if __name__ == "__main__":
-    main()
+    write_options()
+    write_report_schema()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from transformers import PreTrainedModel
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
 from prunekit.config import BUILT, RunConfig, build, import_modules
-from prunekit.errors import ConfigError, ExportError, PrunekitError
+from prunekit.errors import ConfigError, DataError, ExportError, PrunekitError
 from prunekit.jobs.folder import clear_halves, ensure_empty
 from prunekit.jobs.sources import Source, loading_of, source_of
-from prunekit.report import model_card
+from prunekit.report import Report, model_card
 from prunekit.runtime.console import say
 from prunekit.runtime.files import write_text
 
@@ -161,9 +160,10 @@ def _write_card(folder: Path, source: Path | None) -> None:
     if source is None:
         return
     try:
-        report = json.loads((source.parent / "report.json").read_text(encoding="utf-8"))
+        text = (source.parent / "report.json").read_text(encoding="utf-8")
+        report = Report.from_json(text)
         write_text(folder / "README.md", model_card(report, loading_of(folder)))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, DataError):
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")
 

@@ -1,18 +1,16 @@
-"""The model card: `README.md` of a pruned model's folder, in the hub's form."""
+"""The model card: `README.md` of a pruned model's folder, in the form of the hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from prunekit.report.document import aim, title
 from prunekit.report.markdown import escaped, render_block
+from prunekit.report.record import Report
 from prunekit.report.tables import summary
 
-_PATHS = re.compile(
-    r"(?<==)(?:/|~/|\.{1,2}/)(?:[^\s,/'\"]+/)*(?=[^\s,/'\"]+)"
-)  # where a file lies is nobody's business
+# The folders of a path in a command: where files lie on the author's machine is private.
+_FOLDERS = re.compile(r"(?<==)(?:/|~/|\.{1,2}/)(?:[^\s,/'\"]+/)*(?=[^\s,/'\"]+)")
 _LOAD = {
     "stock": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +18,8 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)""",
     "remote": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_prunekit.py
+# trust_remote_code=True runs modeling_prunekit.py
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)""",
     "prunekit": """import prunekit
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,54 +30,54 @@ tokenizer = AutoTokenizer.from_pretrained(folder)""",
 }
 _WHY = {
     "stock": "transformers' own class, and whatever builds on it, loads this folder.",
-    "remote": "Its sizes are none that transformers' own class builds: the file beside the weights does; prunekit "
-    "need not be installed.",
+    "remote": "Its sizes are none that transformers' own class builds: the file beside the weights "
+    "does; prunekit need not be installed.",
     "prunekit": "Its sizes are none that transformers' own class builds: `pip install prunekit`.",
 }
 
 
-def model_card(report: Mapping[str, Any], loading: str) -> str:
-    """The card's text.
+def model_card(report: Report, loading: str) -> str:
+    """The text of the card.
 
     Args:
-        report: of the run; `base` in it is the dense model's name on the hub, if it came from
-            there.
-        loading: what loads the folder: stock (transformers alone), remote (with its
-            code) or prunekit.
+        report: the report of the run; its `base` is the dense model's name on the hub.
+        loading: what loads the folder: stock (transformers alone), remote (transformers with the
+            code beside the weights) or prunekit.
     """
     from huggingface_hub import ModelCardData
 
-    method = report.get("method")
+    method = [report.method] if report.method else []
     data = ModelCardData(
-        base_model=report.get("base"),
+        base_model=report.base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["prunekit", "pruning", "structured-pruning", *([str(method)] if method else [])],
+        tags=["prunekit", "pruning", "structured-pruning", *method],
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {escaped(title(report))}", escaped(_done(report))]
     parts += ["## Results", render_block(summary(report))]
-    parts += [escaped(f"{name}: {row['protocol']}.") for name, row in report["perplexity"].items()]
+    measured = (report.perplexity or {}).items()
+    parts += [escaped(f"{corpus}: {row.protocol}.") for corpus, row in measured]
     parts += ["## Loading", _WHY[loading], f"```python\n{_LOAD[loading]}\n```"]
-    if report.get("command"):
-        parts += ["## Made by", f"```sh\n{_PATHS.sub('', report['command'])}\n```"]
-    made = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return "\n\n".join([*parts, escaped(f"Seed {report['seed']}; {made}.")]) + "\n"
+    if report.command:
+        parts += ["## Made by", f"```sh\n{_FOLDERS.sub('', report.command)}\n```"]
+    packages = [f"{name} {version}" for name, version in (report.versions or {}).items()]
+    parts.append(escaped(f"Seed {report.seed}; {', '.join(packages)}."))
+    return "\n\n".join(parts) + "\n"
 
 
-def _done(report: Mapping[str, Any]) -> str:
+def _done(report: Report) -> str:
     """What was done, in a few sentences."""
-    lines = [
-        f"{report.get('base') or 'A language model'} made smaller by structured pruning with prunekit."
-    ]
+    base = report.base or "A language model"
+    sentences = [f"{base} made smaller by structured pruning with prunekit."]
     if aimed := aim(report):
-        lines.append(f"Method: {report.get('method')}. {aimed}")
-    if text := report.get("calibration"):
-        lines.append(
-            f"Calibration: {text['samples']} sequences of {text['sequence_length']} tokens of {text['corpus']}, "
-            f"seed {text['seed']}."
+        sentences.append(f"Method: {report.method}. {aimed}")
+    if text := report.calibration:
+        sentences.append(
+            f"Calibration: {text.samples} sequences of {text.sequence_length} tokens of "
+            f"{text.corpus}, seed {text.seed}."
         )
-    if found := report.get("recovery"):
-        lines.append(
-            f"Recovered by fine-tuning: {found['steps']} steps, {found['tokens']:,} tokens."
+    if recovery := report.recovery:
+        sentences.append(
+            f"Recovered by fine-tuning: {recovery.steps} steps, {recovery.tokens:,} tokens."
         )
-    return " ".join(lines)
+    return " ".join(sentences)

@@ -4,104 +4,96 @@ line styles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunekit.report import words
 from prunekit.report.palette import LIGHT, MARKERS, SERIES, STYLES, place
 from prunekit.report.panels import layers_of, legend, legend_columns, new_figure, percent_axes
+from prunekit.report.parts import CurvePoint, LayerError
 from prunekit.report.units import Units, by_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-MEASURED = ("loss", "validation_loss", "perplexity")
-_LOOKS = (3, 4, 1, 2, 0)  # of corpora; the models have the first three
+Points = list[tuple[float, float]]
+_LOOKS = (3, 4, 1, 2, 0)  # the looks of corpora, in order; the models have the first three
 
 
 def ratios(entries: Sequence[Units]) -> Figure:
-    """A panel a kind: the share removed in each layer, and the policy's curve where there is one."""
-    kinds = by_kind(entries) or {"groups": list(entries)}
+    """A panel a kind: the share removed in each layer, and the policy's curve where it is known."""
+    layered = by_kind(entries)
+    kinds = layered or {"groups": list(entries)}
     figure, panels = new_figure([1.6] * len(kinds), 0.45)
-    limits = layers_of(kinds) if by_kind(entries) else (0, len(entries) - 1)
-    top = 100 * max(max(e.removed, e.planned or 0) for own in kinds.values() for e in own)
-    size = 5 if limits[1] - limits[0] < 40 else 3.5
+    limits = layers_of(layered) if layered else (0, len(entries) - 1)
+    top = 100 * max(max(entry.removed, entry.planned or 0) for entry in entries)
     for panel, (kind, own) in zip(panels, kinds.items(), strict=True):
-        places = [i if e.index is None else e.index for i, e in enumerate(own)]
-        planned = [
-            (x, 100 * e.planned) for x, e in zip(places, own, strict=True) if e.planned is not None
-        ]
-        if planned:
-            panel.plot(
-                *zip(*planned, strict=True),
-                "--",
-                color=LIGHT["soft"],
-                linewidth=1.6,
-                label="policy",
-            )
-        removed = [100 * e.removed for e in own]
-        panel.plot(
-            places,
-            removed,
-            "o",
-            color=LIGHT["pruned"],
-            markersize=size,
-            clip_on=False,
-            label="removed",
-        )
+        _ratio_panel(panel, own, 5 if limits[1] - limits[0] < 40 else 3.5)
         panel.set_title(words.shorten(kind, 30))
         percent_axes(panel, limits, min(103.0, 1.12 * top) or 1)
-    panels[-1].set_xlabel("layer" if by_kind(entries) else "group, in order")
+    panels[-1].set_xlabel("layer" if layered else "group, in order")
     legend(panels[0])
     return figure
 
 
-def errors(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Figure:
+def _ratio_panel(panel: Axes, entries: Sequence[Units], marker_size: float) -> None:
+    places = [i if entry.index is None else entry.index for i, entry in enumerate(entries)]
+    planned = [
+        (x, 100 * entry.planned)
+        for x, entry in zip(places, entries, strict=True)
+        if entry.planned is not None
+    ]
+    if planned:
+        xs, ys = zip(*planned, strict=True)
+        panel.plot(xs, ys, "--", color=LIGHT["soft"], linewidth=1.6, label="policy")
+    removed = [100 * entry.removed for entry in entries]
+    look: dict[str, Any] = {"color": LIGHT["pruned"], "markersize": marker_size, "clip_on": False}
+    panel.plot(places, removed, "o", label="removed", **look)
+
+
+def errors(rows: Sequence[LayerError], columns: Sequence[str]) -> Figure:
     """A line a model over the layers; a logarithmic scale where the errors span decades."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (panel,) = new_figure([2.7])
-    values = [row[c] for row in rows for c in columns if row.get(c) is not None]
     for column in columns:
-        points = [(row["index"], row[column]) for row in rows if row.get(column) is not None]
-        _line(panel, points, column, place(column, columns))
+        points = [(float(row.index), row.columns[column]) for row in rows if column in row.columns]
+        _plot(panel, points, column, place(column, columns))
     panel.set(
         xlabel="layer",
         ylabel="relative squared error",
-        xlim=(rows[0]["index"] - 0.6, rows[-1]["index"] + 0.6),
+        xlim=(rows[0].index - 0.6, rows[-1].index + 0.6),
     )
     panel.grid(axis="y")
     panel.tick_params(length=0)
-    if not _logarithmic(panel, values):
+    values = [row.columns[column] for row in rows for column in columns if column in row.columns]
+    if not _scale_logarithmically(panel, values):
         panel.set_ylim(0, 1.08 * max(values) or 1)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     legend(panel)
     return figure
 
 
-def _line(
-    panel: Axes, points: Sequence[tuple[float, float]], name: str, look: int, markers: int = 40
-) -> None:
-    every = max(1, len(points) // markers)
+def _plot(panel: Axes, points: Points, name: str, look: int, markers: int = 40) -> None:
+    """A line with at most about `markers` markers; `look` is an index into the palette's lists."""
     xs, ys = zip(*points, strict=True)
-    colour, style = LIGHT[SERIES[look]], STYLES[look]
     panel.plot(
         xs,
         ys,
-        linestyle=style,
+        linestyle=STYLES[look],
         marker=MARKERS[look],
-        markevery=every,
-        color=colour,
+        markevery=max(1, len(points) // markers),
+        color=LIGHT[SERIES[look]],
         markersize=4.5,
         label=name,
     )
 
 
-def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
-    """Where the values span more than a decade and a half, a logarithmic scale with ticks 1, 3, 10
-    or by decades.
+def _scale_logarithmically(panel: Axes, values: Sequence[float]) -> bool:
+    """Take a logarithmic scale where the values span more than a decade and a half.
+
+    Its ticks are at 1, 3, 10 …, or at decades only where there are more than three.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -115,39 +107,50 @@ def _logarithmic(panel: Axes, values: Sequence[float]) -> bool:
     return True
 
 
-def corpora(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The corpora a curve has perplexities on."""
-    measured = [row.get("perplexity") or {} for row in rows]
-    return list(
-        dict.fromkeys(
-            name for values in measured for name, value in values.items() if value is not None
-        )
-    )
+def corpora(curve: Sequence[CurvePoint]) -> list[str]:
+    """The corpora that a curve has perplexities on."""
+    measured = [
+        corpus
+        for point in curve
+        for corpus, value in (point.perplexity or {}).items()
+        if value is not None
+    ]
+    return list(dict.fromkeys(measured))
 
 
-def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
+def losses_of(curve: Sequence[CurvePoint]) -> dict[str, Points]:
+    """Training and validation, where they were measured: (step, loss)."""
+    training = [(float(p.step), p.loss) for p in curve if p.loss is not None]
+    validation = [
+        (float(p.step), p.validation_loss) for p in curve if p.validation_loss is not None
+    ]
+    lines = {"training": training, "validation": validation}
+    return {name: points for name, points in lines.items() if points}
+
+
+def perplexities_of(curve: Sequence[CurvePoint]) -> dict[str, Points]:
+    """Corpus → (step, perplexity)."""
+    lines: dict[str, Points] = {corpus: [] for corpus in corpora(curve)}
+    for point in curve:
+        for corpus, value in (point.perplexity or {}).items():
+            if value is not None:
+                lines[corpus].append((float(point.step), value))
+    return lines
+
+
+def recovery(curve: Sequence[CurvePoint], best: int | None) -> Figure:
     """Losses above, perplexities below, over the steps; the step that was kept is marked."""
-    losses = {
-        "training": (_points(rows, "loss"), 0),
-        "validation": (_points(rows, "validation_loss"), _LOOKS[0]),
-    }
-    losses = {name: line for name, line in losses.items() if line[0]}
-    names = corpora(rows)
-    scores = {
-        c: (_points([r.get("perplexity") or {} for r in rows], c, rows), _LOOKS[i % 5])
-        for i, c in enumerate(names)
-    }
-    parts = [(what, lines) for what, lines in (("loss", losses), ("perplexity", scores)) if lines]
-    figure, panels = new_figure(
-        [1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for _, lines in parts], 0.2, True
-    )
-    for panel, (what, lines) in zip(panels, parts, strict=True):
-        for name, (points, look) in lines.items():
-            _line(panel, points, words.shorten(name, 40), look, markers=25)
+    parts = {"loss": losses_of(curve), "perplexity": perplexities_of(curve)}
+    parts = {what: lines for what, lines in parts.items() if lines}
+    heights = [1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for lines in parts.values()]
+    figure, panels = new_figure(heights, 0.2, sharex=True)
+    for panel, (what, lines) in zip(panels, parts.items(), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            _plot(panel, points, words.shorten(name, 40), _look(what, name, i), markers=25)
         panel.set_ylabel(what)
         panel.grid(axis="y")
         panel.tick_params(length=0)
-        _logarithmic(panel, [y for points, _ in lines.values() for _, y in points])
+        _scale_logarithmically(panel, [y for points in lines.values() for _, y in points])
         legend(panel)
         if best is not None:
             panel.axvline(best, color=LIGHT["soft"], linewidth=1, linestyle=":")
@@ -157,8 +160,8 @@ def curve(rows: Sequence[Mapping[str, Any]], best: int | None) -> Figure:
     return figure
 
 
-def _points(
-    rows: Sequence[Mapping[str, Any]], key: str, steps: Sequence[Mapping[str, Any]] | None = None
-) -> list[tuple[float, float]]:
-    pairs = zip(steps or rows, rows, strict=True)
-    return [(step["step"], row[key]) for step, row in pairs if row.get(key) is not None]
+def _look(what: str, name: str, number: int) -> int:
+    """The look of a line: training has one of its own, validation that of the first corpus."""
+    if what == "loss":
+        return 0 if name == "training" else _LOOKS[0]
+    return _LOOKS[number % len(_LOOKS)]

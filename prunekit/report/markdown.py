@@ -1,21 +1,20 @@
-"""`report.md`: the report for people who read text; its pictures lie beside it."""
+"""`report.md`: the report for people who read text; its pictures are files beside it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from prunekit.report import words
 from prunekit.report.document import Block, Code, Items, Sample, Section, document, title
 from prunekit.report.pictures import Picture
+from prunekit.report.record import Report
 from prunekit.report.tables import Table
 
 _SPECIAL = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
-def render_markdown(report: Mapping[str, Any]) -> str:
-    """`report.md`, in GitHub's dialect; it links the files of `write_pictures`."""
+def render_markdown(report: Report) -> str:
+    """`report.md`, in GitHub's dialect; it shows the files that `write_pictures` leaves."""
     lines = [f"# {escaped(title(report))}"]
     for section in document(report):
         lines += _section(section)
@@ -27,7 +26,7 @@ def _section(section: Section) -> list[str]:
 
 
 def render_block(block: Block) -> str:
-    """One block of a section."""
+    """One block of a section as Markdown."""
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Picture):

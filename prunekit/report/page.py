@@ -4,102 +4,63 @@ prefers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunekit.report import words
-from prunekit.report.document import Block, Code, Items, Sample, Section, document, title
-from prunekit.report.palette import variables
+from prunekit.report.document import Code, Items, Sample, document, title
+from prunekit.report.palette import dark_pictures, variables
 from prunekit.report.pictures import Picture
+from prunekit.report.record import Report
 from prunekit.report.tables import Table
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{sections}
-</main>
-</body>
-</html>
-"""
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
+
+_FOLDER = Path(__file__).parent
+_BLOCKS = {"table": Table, "picture": Picture, "sample": Sample, "code": Code, "items": Items}
 
 
-def render_html(report: Mapping[str, Any]) -> str:
-    """`report.html`: no script, nothing from elsewhere; what users supplied is escaped."""
-    style = variables(":root") + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    sections = "\n".join(_section(section) for section in document(report))
-    return _PAGE.format(title=_text(title(report)), style=style, sections=sections)
+def render_html(report: Report) -> str:
+    """`report.html`: no script, nothing from elsewhere; text that users supplied is escaped."""
+    sheet = (_FOLDER / "page.css").read_text(encoding="utf-8")
+    style = variables(":root") + dark_pictures() + sheet
+    return _template().render(title=title(report), style=style, sections=document(report))
 
 
-def _section(section: Section) -> str:
-    name = section.title.lower().replace(" ", "-")
-    blocks = "\n".join(_block(block) for block in section.blocks)
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{_text(section.title)}</h2>\n{blocks}\n</section>'
+@cache
+def _template() -> Template:
+    """The page's template: it escapes all text, and replaces control characters in it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _block(block: Block) -> str:
-    if isinstance(block, Table):
-        return _table(block)
-    if isinstance(block, Picture):
-        return f'<figure tabindex="0">{block.svg()}</figure>'
-    if isinstance(block, Sample):
-        return _sample(block)
-    if isinstance(block, Code):
-        return f'<pre tabindex="0"><code>{_text(block.text)}</code></pre>'
-    if isinstance(block, Items):
-        return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in block.lines)}</ul>"
-    return f"<p>{_text(block)}</p>"
-
-
-def _text(text: str) -> str:
-    return escape(words.plain(text))
-
-
-def _table(table: Table) -> str:
-    head = "".join(
-        _cell(cell, i < table.left, 'th scope="col"') if cell else "<td></td>"
-        for i, cell in enumerate(table.header)
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_plain_text,
     )
-    tag = '<table class="strong">' if table.strong else "<table>"
-    lines = [
-        f"{tag}<caption>{_text(table.caption)}</caption>",
-        f"<thead><tr>{head}</tr></thead>",
-        "<tbody>",
-    ]
-    for first, *others in table.rows:
-        cells = "".join(_cell(cell, i < table.left, "td") for i, cell in enumerate(others, 1))
-        name = _cell(first, True, 'th scope="row"').replace("_", "_<wbr>")
-        lines.append(f"<tr>{name}{cells}</tr>")
-    wide = '<div class="wide" tabindex="0">' + "\n".join([*lines, "</tbody></table></div>"])
-    return (
-        f"<details><summary>{_text(table.caption)}</summary>{wide}</details>"
-        if table.folded
-        else wide
-    )
+    environment.filters["breakable"] = _breakable
+    environment.tests |= {name: _is_a(kind) for name, kind in _BLOCKS.items()}
+    return environment.get_template("page.html.j2")
 
 
-def _cell(text: str, words_: bool, tag: str) -> str:
-    kind = ' class="w"' if words_ else ""
-    return f"<{tag}{kind}>{_text(text)}</{tag.split()[0]}>"
+def _plain_text(value: object) -> object:
+    """Text without control characters; markup as it is."""
+    return words.plain(value) if type(value) is str else value
 
 
-def _sample(sample: Sample) -> str:
-    mode = f" <small>{_text(sample.mode)}</small>" if sample.mode else ""
-    parts = [
-        f'<article><h3>Prompt{mode}</h3>\n<div class="text prompt" dir="auto">{_text(sample.prompt)}</div>\n<dl>'
-    ]
-    for column, answer in sample.answers.items():
-        parts.append(f'<dt>{_text(column)}</dt><dd class="text" dir="auto">{_text(answer)}</dd>')
-    return "\n".join([*parts, "</dl></article>"])
+def _breakable(text: str) -> Markup:
+    """Text that a line may break in after each underscore, as in names of tasks."""
+    from markupsafe import Markup, escape
+
+    return escape(words.plain(text)).replace("_", Markup("_<wbr>"))
+
+
+def _is_a(kind: type) -> Callable[[object], bool]:
+    return lambda block: isinstance(block, kind)

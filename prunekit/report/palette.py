@@ -1,8 +1,10 @@
-"""The reports' colours, light and dark: after Okabe and Ito's set, which the colour-blind can tell
-apart.
+"""The colours of reports, light and dark: after Okabe and Ito's set, which the colour-blind can
+tell apart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 LIGHT = {
     "paper": "#ffffff",
@@ -34,21 +36,35 @@ MARKERS = ("s", "o", "^", "D", "v")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 
 
-def place(column: str, columns: list[str]) -> int:
-    """Which colour, hatch, marker and line style a column takes: a model's are the same in every
-    report.
+def place(column: str, columns: Sequence[str]) -> int:
+    """Which colour, hatch, marker and line style a column takes.
+
+    A model that every report may have takes the same ones in all of them.
     """
-    return (
-        SERIES.index(column)
-        if column in SERIES[:3]
-        else 1 + columns.index(column) % (len(SERIES) - 1)
-    )
+    if column in SERIES[:3]:
+        return SERIES.index(column)
+    return 1 + columns.index(column) % (len(SERIES) - 1)
 
 
 def variables(selector: str) -> str:
-    """CSS that sets `--ink` and so on for a selector, by the reader's preference."""
+    """CSS that sets `--ink` and the other variables for a selector, as the reader prefers."""
     light, dark = (
         "".join(f"--{name}:{value};" for name, value in colours.items())
         for colours in (LIGHT, DARK)
     )
     return f"{selector}{{{light}}}\n@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}\n"
+
+
+def dark_pictures() -> str:
+    """CSS that turns pictures drawn in `LIGHT` dark where the reader prefers that.
+
+    matplotlib writes a colour into the `style` of each element, or into its `fill`; the rules find
+    it there. They name no parent: a browser matches what a `<use>` repeats, as markers are, without
+    the elements around it.
+    """
+    rules = []
+    for name, light in LIGHT.items():
+        filled = f'[style*="fill: {light}"],[fill="{light}"]'
+        rules.append(f"{filled}{{fill:{DARK[name]}!important}}")
+        rules.append(f'[style*="stroke: {light}"]{{stroke:{DARK[name]}!important}}')
+    return f"@media (prefers-color-scheme:dark){{{''.join(rules)}}}\n"

@@ -1,4 +1,4 @@
-"""What the figures share: panels under each other, axes of layers and of shares, a legend that
+"""Parts that all figures have: panels under each other, axes of layers and of shares, a legend that
 covers nothing.
 """
 
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH = 6.2  # inches of 72 units
+_WIDTH = 6.2  # inches; SVG has 72 units in each
 NAMED = 12  # bars up to which each gets words of its own
 
 
 def new_figure(
     heights: Sequence[float], extra: float = 0.0, sharex: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of panels under each other, of these heights in inches."""
+    """A figure with panels under each other.
+
+    Args:
+        heights: the height of each panel, in inches.
+        extra: height beside the panels, in inches.
+        sharex: whether the panels have one axis of x.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, sum(heights) + extra), layout="constrained")
@@ -29,8 +35,8 @@ def new_figure(
 
 
 def layers_of(kinds: Mapping[str, Sequence[Units]]) -> tuple[int, int]:
-    """The first and the last layer."""
-    indices = [entry.index or 0 for own in kinds.values() for entry in own]
+    """The first and the last layer of all kinds."""
+    indices = [entry.index or 0 for entries in kinds.values() for entry in entries]
     return min(indices), max(indices)
 
 

@@ -1,14 +1,16 @@
-"""The reports' pictures: what each needs, what it says in words, and the file it goes to."""
+"""The reports' pictures: their figures, a text alternative, and the file that each goes to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunekit.report import bars, lines, words
+from prunekit.report.record import Report
 from prunekit.report.svg import STYLE, standalone, to_svg
+from prunekit.report.tables import error_columns
 from prunekit.report.tasks import average_last, is_share
 from prunekit.report.units import by_kind, outside, units
 
@@ -18,7 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """`name`.svg; `label` is the text alternative, `draw` makes the figure under `STYLE`."""
+    """A picture that is drawn when it is wanted.
+
+    Attributes:
+        name: the file is `<name>.svg`.
+        label: the text alternative.
+        draw: makes the figure, under the style of reports.
+    """
 
     name: str
     label: str
@@ -32,100 +40,91 @@ class Picture:
             return to_svg(self.draw(), self.name, self.label)
 
 
-def pictures(report: Mapping[str, Any]) -> dict[str, Picture]:
-    """Name → picture, of layers, ratio, error, curve and tasks those whose figures the report has."""
-    found = (_layers(report), _ratio(report), _error(report), _curve(report), _tasks(report))
-    return {picture.name: picture for picture in found if picture}
+def pictures(report: Report) -> dict[str, Picture]:
+    """Name → picture: of layers, ratio, error, curve and tasks those whose figures there are."""
+    drawn = (_layers(report), _ratio(report), _error(report), _curve(report), _tasks(report))
+    return {picture.name: picture for picture in drawn if picture}
 
 
-def write_pictures(report: Mapping[str, Any], folder: Path) -> None:
-    """Every picture as a file of its own, `<name>.svg`, that follows the reader's choice of light
-    or dark.
-    """
+def write_pictures(report: Report, folder: Path) -> None:
+    """Write every picture as a file, `<name>.svg`, light or dark as its reader prefers."""
     for name, picture in pictures(report).items():
         (folder / f"{name}.svg").write_text(standalone(picture.svg()), encoding="utf-8")
 
 
-def _layers(report: Mapping[str, Any]) -> Picture | None:
+def _layers(report: Report) -> Picture | None:
+    """The share kept in each layer."""
     entries = units(report)
     if not entries:
         return None
     told = [
-        f"{kind} {words.span([e.share for e in own])}" for kind, own in by_kind(entries).items()
+        f"{kind} {words.span([entry.share for entry in own])}"
+        for kind, own in by_kind(entries).items()
     ]
     told += [f"{entry.kind} {entry.share:.0%}" for entry in outside(entries)[:6]]
     label = f"Bars, the share of units kept in each layer: {', '.join(told)}."
     return Picture(name="layers", label=label, draw=lambda: bars.kept(entries))
 
 
-def _ratio(report: Mapping[str, Any]) -> Picture | None:
+def _ratio(report: Report) -> Picture | None:
+    """The share removed in each layer, beside the policy's."""
     entries = units(report)
     if not entries:
         return None
     told = [
-        f"{kind} {words.span([e.removed for e in own])}" for kind, own in by_kind(entries).items()
+        f"{kind} {words.span([entry.removed for entry in own])}"
+        for kind, own in by_kind(entries).items()
     ]
-    what = "planned and removed" if any(e.planned is not None for e in entries) else "removed"
-    label = f"Lines, the share of units {what} in each layer" + (
-        f": {', '.join(told)} removed." if told else "."
-    )
+    planned = any(entry.planned is not None for entry in entries)
+    shares = "planned and removed" if planned else "removed"
+    spans = f": {', '.join(told)} removed." if told else "."
+    label = f"Lines, the share of units {shares} in each layer{spans}"
     return Picture(name="ratio", label=label, draw=lambda: lines.ratios(entries))
 
 
-def _error(report: Mapping[str, Any]) -> Picture | None:
-    rows = report.get("layer_error") or []
-    columns = [c for c in report["models"] if any(row.get(c) is not None for row in rows)]
+def _error(report: Report) -> Picture | None:
+    """The error of each layer's output."""
+    rows, columns = report.layer_error or (), error_columns(report)
     if not columns:
         return None
     told = []
     for column in columns:
-        worst = max(
-            (row for row in rows if row.get(column) is not None), key=lambda row: row[column]
+        worst, index = max(
+            (row.columns[column], -row.index) for row in rows if column in row.columns
         )
-        told.append(f"{column} at most {words.decimal(worst[column])}, in layer {worst['index']}")
+        told.append(f"{column} at most {words.decimal(worst)}, in layer {-index}")
     label = f"Lines, each layer's output error against the dense model: {'; '.join(told)}."
     return Picture(name="error", label=label, draw=lambda: lines.errors(rows, columns))
 
 
-def _curve(report: Mapping[str, Any]) -> Picture | None:
-    recovery = report.get("recovery") or {}
-    rows = [
-        row for row in recovery.get("curve") or [] if any(row.get(key) for key in lines.MEASURED)
-    ]
-    if not rows:
+def _curve(report: Report) -> Picture | None:
+    """Losses and perplexities over the steps of recovery."""
+    recovery = report.recovery
+    if recovery is None:
         return None
-    told = []
-    for key, name in (("loss", "training loss"), ("validation_loss", "validation loss")):
-        if values := [row[key] for row in rows if row.get(key) is not None]:
-            told.append(f"{name} from {words.decimal(values[0])} to {words.decimal(values[-1])}")
-    for corpus in lines.corpora(rows):
-        values = [
-            value
-            for row in rows
-            if (value := (row.get("perplexity") or {}).get(corpus)) is not None
-        ]
-        told.append(
-            f"perplexity on {corpus} from {words.decimal(values[0])} to {words.decimal(values[-1])}"
-        )
+    losses = {f"{name} loss": own for name, own in lines.losses_of(recovery.curve).items()}
+    perplexities = lines.perplexities_of(recovery.curve)
+    measured = losses | {f"perplexity on {corpus}": own for corpus, own in perplexities.items()}
+    if not measured:
+        return None
+    told = [
+        f"{name} from {words.decimal(points[0][1])} to {words.decimal(points[-1][1])}"
+        for name, points in measured.items()
+    ]
     label = f"Lines over the steps of recovery: {'; '.join(told)}."
-    return Picture(
-        name="curve", label=label, draw=lambda: lines.curve(rows, recovery.get("best_step"))
-    )
+    draw = lambda: lines.recovery(recovery.curve, recovery.best_step)  # noqa: E731
+    return Picture(name="curve", label=label, draw=draw)
 
 
-def _tasks(report: Mapping[str, Any]) -> Picture | None:
-    shown = {
-        name: task
-        for name, task in average_last(report).items()
-        if is_share(task, report["models"])
-    }
+def _tasks(report: Report) -> Picture | None:
+    """The scores that are shares, with their standard errors."""
+    models = list(report.models or ())
+    shown = {name: task for name, task in average_last(report).items() if is_share(task, models)}
     if not shown:
         return None
     told = []
     for name, task in shown.items():
-        values = [f"{c} {task[c]['value']:.1%}" for c in report["models"] if c in task]
+        values = [f"{c} {task.columns[c].value:.1%}" for c in models if c in task.columns]
         told.append(f"{name} {', '.join(values)}")
     label = f"Bars with their standard errors, the score in each task: {'; '.join(told)}."
-    return Picture(
-        name="tasks", label=label, draw=lambda: bars.scores(shown, list(report["models"]))
-    )
+    return Picture(name="tasks", label=label, draw=lambda: bars.scores(shown, models))

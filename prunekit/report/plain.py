@@ -154,7 +154,7 @@ def _object_schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         described_as = {"description": described[own.name]} if own.name in described else {}
         properties[own.name] = {**_schema(hint, definitions), **described_as}
     return {
-        "description": " ".join(summary.split()),
+        "description": " ".join(summary.split("\n\n")[0].split()),
         "type": "object",
         "properties": properties,
         "required": [own.name for own in fields(kind) if _is_required(own)],

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prunekit.report import words
+from prunekit.report.parts import CurvePoint, TaskScores
+from prunekit.report.record import Report
 from prunekit.report.tasks import average_last, difference, is_share, members, score
 from prunekit.report.units import Units, units
 
 Row = tuple[str, ...]
+Style = Callable[[float | None], str]
 _LONG = 12  # rows from which on a table is folded
 _STEPS = 100  # rows a curve's table may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells as text; the first column names the row, the first `left` columns hold words. `folded`:
-    it may be long; `strong`: the last column is what counts.
+    """Cells as text; the first column names the row.
+
+    Attributes:
+        caption: what the table shows.
+        header: the heads of the columns.
+        rows: the cells, as many in each row as there are heads.
+        left: how many columns hold words.
+        folded: whether it is shown on demand only, since it may be long.
+        strong: whether the last column is what counts.
     """
 
     caption: str
@@ -30,85 +39,75 @@ class Table:
     strong: bool = False
 
 
-def header(report: Mapping[str, Any]) -> Row:
+def header(report: Report) -> Row:
     """The heads of `rows`: nothing, the models, `change` where there are two or more."""
-    models = tuple(report["models"])
+    models = report.models or ()
     return ("", *models, "change") if len(models) > 1 else ("", *models)
 
 
-def rows(report: Mapping[str, Any]) -> list[Row]:
-    """The summary: (what, a cell a model …, the last model against the first) of everything
-    measured.
-    """
-    found = [_row(report, name, values, style) for name, values, style in _measured(report)]
+def rows(report: Report) -> list[Row]:
+    """The summary's rows: a name, a cell a model, the last model against the first."""
+    models, width = report.models or (), len(header(report))
+    cells = [_row(report, name, values, style) for name, values, style in _measured(report)]
     for name, task in average_last(report).items():
-        share = is_share(task, report["models"])
-        cells = [score(task, column, share) for column in report["models"]]
-        name = f"{name}, {task['metric']}" if "metric" in task else name
-        found.append(
-            (name, *cells, difference(task, report["models"], share))[: len(header(report))]
-        )
-    return found
+        share = is_share(task, models)
+        scores = [score(task, column, share) for column in models]
+        row = (f"{name}, {task.metric}", *scores, difference(task, models, share))
+        cells.append(row[:width])
+    return cells
 
 
-def _measured(
-    report: Mapping[str, Any],
-) -> Iterator[tuple[str, Mapping[str, Any], Callable[[Any], str]]]:
-    latency = report.get("latency") or {}
-    yield "parameters", report.get("parameters") or {}, words.count
-    yield "weights", report.get("weight_bytes") or {}, words.memory
-    yield "MACs", report.get("macs") or {}, words.macs
-    for corpus, values in (report.get("perplexity") or {}).items():
-        yield f"perplexity, {corpus}", values, words.decimal
-    for phase in ("prefill", "decode"):
-        yield f"{phase}, tokens/s", latency.get(f"{phase}_tokens_per_second") or {}, words.decimal
-    yield "peak memory, evaluation", report.get("evaluation_bytes") or {}, words.memory
+def _measured(report: Report) -> Iterator[tuple[str, Mapping[str, float], Style]]:
+    """Name, column → figure, and how it is written, of everything that was measured."""
+    latency = report.latency
+    yield "parameters", report.parameters or {}, words.count
+    yield "weights", report.weight_bytes or {}, words.memory
+    yield "MACs", report.macs or {}, words.macs
+    for corpus, values in (report.perplexity or {}).items():
+        yield f"perplexity, {corpus}", values.columns, words.decimal
+    prefill = latency.prefill_tokens_per_second if latency else {}
+    decode = latency.decode_tokens_per_second if latency else {}
+    yield "prefill, tokens/s", prefill, words.decimal
+    yield "decode, tokens/s", decode, words.decimal
+    yield "peak memory, evaluation", report.evaluation_bytes or {}, words.memory
 
 
-def _row(
-    report: Mapping[str, Any], name: str, values: Mapping[str, Any], style: Callable[[Any], str]
-) -> Row:
-    given = [values.get(column) for column in report["models"]]
+def _row(report: Report, name: str, values: Mapping[str, float], style: Style) -> Row:
+    given = [values.get(column) for column in report.models or ()]
     return (name, *map(style, given), words.change(given[0], given[-1]))[: len(header(report))]
 
 
-def summary(report: Mapping[str, Any]) -> Table:
+def summary(report: Report) -> Table:
     """`rows` that have a figure, under their heads."""
     measured = tuple(row for row in rows(report) if set(row[1:]) != {words.NONE})
-    models = report["models"]
-    caption = (
-        f"Change: {models[-1]} against {models[0]}" if len(models) > 1 else "What was measured"
-    )
-    return Table(caption=caption, header=header(report), rows=measured, strong=len(models) > 1)
+    models = report.models or ()
+    several = len(models) > 1
+    caption = f"Change: {models[-1]} against {models[0]}" if several else "What was measured"
+    return Table(caption=caption, header=header(report), rows=measured, strong=several)
 
 
-def layers(report: Mapping[str, Any]) -> Table | None:
-    """A row a layer: kept and total units of every kind, the share removed, the policy's share
-    where it is known.
+def layers(report: Report) -> Table | None:
+    """A row a layer and kind: kept and total units, the share removed, and the policy's share where
+    it is known.
     """
     entries = units(report)
     if not entries:
         return None
     planned = any(entry.planned is not None for entry in entries)
-    found = tuple(
-        (
-            "–" if e.index is None else str(e.index),
-            e.kind,
-            words.count(e.kept),
-            words.count(e.total),
-        )
-        + ((words.percent(e.planned),) if planned else ())
-        + (words.percent(e.removed),)
-        for e in entries
-    )
-    head = ("layer", "kind", "kept", "of", *(("policy",) if planned else ()), "removed")
     return Table(
         caption="Units kept in every layer",
-        header=head,
-        rows=found,
+        header=("layer", "kind", "kept", "of", *(["policy"] if planned else []), "removed"),
+        rows=tuple(_layer(entry, planned) for entry in entries),
         left=2,
-        folded=len(found) > _LONG,
+        folded=len(entries) > _LONG,
     )
+
+
+def _layer(entry: Units, planned: bool) -> Row:
+    index = words.NONE if entry.index is None else str(entry.index)
+    counts = (words.count(entry.kept), words.count(entry.total))
+    policy = [words.percent(entry.planned)] if planned else []
+    return (index, entry.kind, *counts, *policy, words.percent(entry.removed))
 
 
 def policy_note(entries: Sequence[Units]) -> str:
@@ -118,34 +117,37 @@ def policy_note(entries: Sequence[Units]) -> str:
     return "The policy gives proportions; its curve is scaled to what was removed."
 
 
-def errors(report: Mapping[str, Any]) -> Table | None:
+def error_columns(report: Report) -> list[str]:
+    """The models whose layers' errors the report has."""
+    measured = {column for row in report.layer_error or () for column in row.columns}
+    return [column for column in report.models or () if column in measured]
+
+
+def errors(report: Report) -> Table | None:
     """A row a layer: the relative squared error of its output."""
-    given = report.get("layer_error") or []
-    columns = [
-        column for column in report["models"] if any(row.get(column) is not None for row in given)
-    ]
+    columns = error_columns(report)
     if not columns:
         return None
-    found = tuple(
-        (str(row["index"]), *(words.decimal(row.get(column)) for column in columns))
-        for row in given
+    cells = tuple(
+        (str(row.index), *(words.decimal(row.columns.get(column)) for column in columns))
+        for row in report.layer_error or ()
     )
     caption = "Relative squared error of every layer's output"
-    return Table(caption=caption, header=("layer", *columns), rows=found, folded=len(found) > _LONG)
+    return Table(caption=caption, header=("layer", *columns), rows=cells, folded=len(cells) > _LONG)
 
 
-def tasks(report: Mapping[str, Any]) -> list[Table]:
+def tasks(report: Report) -> list[Table]:
     """The tasks with their metric, shots and number of samples; members of groups in a table of
     their own.
     """
     parts = [("Scores with their standard errors", average_last(report), False)]
     parts += [("Members of task groups", members(report), True)]
-    head = ("task", "metric", "shots", "samples", *report["models"])
+    head = ("task", "metric", "shots", "samples", *(report.models or ()))
     return [
         Table(
             caption=caption,
             header=head,
-            rows=tuple(_task(report, *item) for item in own.items()),
+            rows=tuple(_task(report, name, task) for name, task in own.items()),
             left=2,
             folded=fold,
         )
@@ -154,90 +156,80 @@ def tasks(report: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _task(report: Mapping[str, Any], name: str, task: Mapping[str, Any]) -> Row:
-    share = is_share(task, report["models"])
-    name = f"{task['of']}: {name}" if "of" in task else name
-    known = (
-        task.get("metric", words.NONE),
-        words.count(task.get("fewshot")),
-        words.count(task.get("samples")),
-    )
-    return (name, *known, *(score(task, column, share) for column in report["models"]))
+def _task(report: Report, name: str, task: TaskScores) -> Row:
+    models = report.models or ()
+    share = is_share(task, models)
+    name = f"{task.of}: {name}" if task.of else name
+    known = (task.metric, words.count(task.fewshot), words.count(task.samples))
+    return (name, *known, *(score(task, column, share) for column in models))
 
 
-_CURVE: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "tokens": ("tokens", words.count),
-    "learning_rate": ("learning rate", "{:.3g}".format),
-    "loss": ("training loss", words.decimal),
-    "validation_loss": ("validation loss", words.decimal),
+# The figures of a step: their heads, and how they are written.
+_CURVE: dict[str, tuple[str, Callable[[CurvePoint], str]]] = {
+    "tokens": ("tokens", lambda point: words.count(point.tokens)),
+    "learning_rate": ("learning rate", lambda point: words.significant(point.learning_rate)),
+    "loss": ("training loss", lambda point: words.decimal(point.loss)),
+    "validation_loss": ("validation loss", lambda point: words.decimal(point.validation_loss)),
 }
 
 
-def curve(report: Mapping[str, Any]) -> Table | None:
+def curve(report: Report) -> Table | None:
     """A row a logged step; evenly thinned where there are more than a hundred."""
-    given = (report.get("recovery") or {}).get("curve") or []
+    points = report.recovery.curve if report.recovery else ()
+    if not points:
+        return None
+    every = -(-len(points) // _STEPS)
+    shown = [point for i, point in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    keys = [key for key in _CURVE if any(getattr(point, key) is not None for point in points)]
+    corpora = list(dict.fromkeys(c for point in points for c in point.perplexity or {}))
+    cells = tuple(
+        (words.count(point.step), *(_CURVE[key][1](point) for key in keys))
+        + tuple(words.decimal((point.perplexity or {}).get(corpus)) for corpus in corpora)
+        for point in shown
+    )
+    named = [f"perplexity, {corpus}" for corpus in corpora]
+    thinned = f"; one row in {every}, all are in report.json" if every > 1 else ""
+    return Table(
+        caption=f"Recovery, step by step{thinned}",
+        header=("step", *(_CURVE[key][0] for key in keys), *named),
+        rows=cells,
+        folded=len(cells) > _LONG,
+    )
+
+
+def settings(report: Report) -> Table | None:
+    """The settings of the recovery."""
+    given = report.recovery.settings if report.recovery else {}
     if not given:
         return None
-    every = -(-len(given) // _STEPS)
-    shown = [row for i, row in enumerate(given) if i % every == 0 or i == len(given) - 1]
-    keys = [key for key in _CURVE if any(row.get(key) is not None for row in given)]
-    corpora = list(dict.fromkeys(corpus for row in given for corpus in row.get("perplexity") or {}))
-    found = tuple(
-        (words.count(row["step"]), *(_cell(row.get(key), _CURVE[key][1]) for key in keys))
-        + tuple(words.decimal((row.get("perplexity") or {}).get(corpus)) for corpus in corpora)
-        for row in shown
+    cells = tuple(
+        (key, value if isinstance(value, str) else json.dumps(value))
+        for key, value in given.items()
     )
-    head = (
-        "step",
-        *(_CURVE[key][0] for key in keys),
-        *(f"perplexity, {corpus}" for corpus in corpora),
-    )
-    caption = "Recovery, step by step" + (
-        f"; one row in {every}, all are in report.json" if every > 1 else ""
-    )
-    return Table(caption=caption, header=head, rows=found, folded=len(found) > _LONG)
+    caption, head = "Settings of recovery", ("setting", "value")
+    return Table(caption=caption, header=head, rows=cells, left=2, folded=True)
 
 
-def _cell(value: Any, style: Callable[[Any], str]) -> str:
-    return words.NONE if value is None else style(value)
-
-
-def settings(report: Mapping[str, Any]) -> Table | None:
-    """How recovery was done."""
-    given = (report.get("recovery") or {}).get("settings") or {}
-    found = tuple((key, v if isinstance(v, str) else json.dumps(v)) for key, v in given.items())
-    return (
-        Table(
-            caption="Settings of recovery",
-            header=("setting", "value"),
-            rows=found,
-            left=2,
-            folded=True,
-        )
-        if found
-        else None
-    )
-
-
-def modules(report: Mapping[str, Any]) -> Table | None:
-    """MACs by kind of module."""
-    given = report.get("macs_by_module") or {}
+def modules(report: Report) -> Table | None:
+    """Multiply-adds by kind of module."""
+    given = report.macs_by_module or {}
     names = list(dict.fromkeys(name for values in given.values() for name in values))
-    found = tuple(
-        _row(report, n, {c: v[n] for c, v in given.items() if n in v}, words.macs) for n in names
-    )
-    return Table(caption="MACs by module", header=header(report), rows=found) if found else None
+    if not names:
+        return None
+    cells = []
+    for name in names:
+        values = {column: own[name] for column, own in given.items() if name in own}
+        cells.append(_row(report, name, values, words.macs))
+    return Table(caption="MACs by module", header=header(report), rows=tuple(cells))
 
 
-def stages(report: Mapping[str, Any]) -> Table | None:
+def stages(report: Report) -> Table | None:
     """Wall-clock time and peak memory of the run's stages."""
-    seconds, peaks = report.get("seconds") or {}, report.get("peak_memory_bytes") or {}
-    names = dict.fromkeys([*seconds, *peaks])
-    found = tuple(
-        (name, words.duration(seconds.get(name)), words.memory(peaks.get(name))) for name in names
+    seconds, peaks = report.seconds or {}, report.peak_memory_bytes or {}
+    cells = tuple(
+        (name, words.duration(seconds.get(name)), words.memory(peaks.get(name)))
+        for name in dict.fromkeys([*seconds, *peaks])
     )
-    return (
-        Table(caption="Stages of the run", header=("stage", "time", "peak memory"), rows=found)
-        if found
-        else None
-    )
+    if not cells:
+        return None
+    return Table(caption="Stages of the run", header=("stage", "time", "peak memory"), rows=cells)

@@ -1,13 +1,12 @@
-"""What the terminal shows when a run is done."""
+"""The summary that the terminal shows when a run is done."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from prunekit.report import words
 from prunekit.report.document import Sample, document, title
+from prunekit.report.record import Report
 from prunekit.report.tables import summary
 
 _FILES = ("model", "plan.json", "report.json", "report.md", "report.html")
@@ -15,9 +14,12 @@ _SAMPLES = 3
 _LENGTH = 240  # characters of a sample
 
 
-def print_summary(report: Mapping[str, Any], folder: Path) -> None:
-    """The summary's table, warnings, the two lines that load `folder`/model, samples cut short, the
-    files.
+def print_summary(report: Report, folder: Path) -> None:
+    """Print the summary, the warnings, the lines that load the model, some samples, the files.
+
+    Args:
+        report: the report of the run.
+        folder: the folder that the run wrote.
     """
     from rich.console import Console
     from rich.table import Table
@@ -35,8 +37,8 @@ def print_summary(report: Mapping[str, Any], folder: Path) -> None:
         console.print(line, markup=False)
 
 
-def _lines(report: Mapping[str, Any], folder: Path) -> list[str]:
-    lines = [f"warning: {words.shorten(warning, 400)}" for warning in report.get("warnings") or []]
+def _lines(report: Report, folder: Path) -> list[str]:
+    lines = [f"warning: {words.shorten(warning, 400)}" for warning in report.warnings or ()]
     if (folder / "model").exists():
         lines.append(
             f"import prunekit\nmodel = prunekit.from_pretrained({str(folder / 'model')!r})"

@@ -1,4 +1,4 @@
-"""Figures and text as people read them; a figure that is missing is a dash."""
+"""Figures and text as people read them; a missing figure is a dash."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ NONE = "–"
 
 
 def plain(text: object) -> str:
-    """Text without control characters (a generated escape sequence would reach the terminal) or
-    lone surrogates.
+    """Text with � for control characters and lone surrogates.
+
+    A model may write an escape sequence, which must not reach the terminal.
     """
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in str(text)
-    )
+    return "".join("�" if _is_control(character) else character for character in str(text))
+
+
+def _is_control(character: str) -> bool:
+    return character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cs")
 
 
 def count(value: float | None) -> str:
@@ -28,7 +31,13 @@ def decimal(value: float | None) -> str:
     size = abs(value)
     if 0 < size < 1e-3:
         return f"{value:.2e}"
-    return f"{value:,.{4 if size < 1 else max(0, 4 - len(f'{size:.0f}'))}f}"
+    digits = 4 if size < 1 else max(0, 4 - len(f"{size:.0f}"))
+    return f"{value:,.{digits}f}"
+
+
+def significant(value: float | None) -> str:
+    """Three digits: 0.0001, 1.25e-05."""
+    return NONE if value is None else f"{value:.3g}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -52,8 +61,8 @@ def _scaled(value: float | None, base: int, units: tuple[str, ...]) -> str:
     step = 0
     while abs(value) >= base and step < len(units) - 1:
         value, step = value / base, step + 1
-    text = f"{value:,.{(2 if abs(value) < 100 else 1) if step else 0}f}"
-    return f"{text} {units[step]}".rstrip()
+    digits = 0 if step == 0 else 2 if abs(value) < 100 else 1
+    return f"{value:,.{digits}f} {units[step]}".rstrip()
 
 
 def duration(seconds: float | None) -> str:
@@ -63,11 +72,9 @@ def duration(seconds: float | None) -> str:
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 120
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if minutes < 120:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def change(first: float | None, last: float | None) -> str:
@@ -76,7 +83,7 @@ def change(first: float | None, last: float | None) -> str:
 
 
 def span(values: list[float]) -> str:
-    """The range of some shares: 20% to 45%."""
+    """The range of shares: 20% to 45%."""
     low, high = f"{min(values):.0%}", f"{max(values):.0%}"
     return low if low == high else f"{low} to {high}"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import prunekit
 from prunekit.checkpoint import load_tokenizer
 from prunekit.demo import DEMO_MODEL
-from prunekit.report import model_card
+from prunekit.report import Report, model_card
 
 QUICK = [
     "data.calibration.samples=8",
@@ -60,7 +60,7 @@ def test_the_card(run):
     report = {"task": "prune", "models": ["dense", "pruned"], "perplexity": {}, "parameters": {}, "weight_bytes": {},
               "seed": 0, "versions": {}, "method": "slimgpt", "base": "org/name",
               "command": "python -m prunekit model.path=/home/someone/secret/model data=c4"}  # fmt: skip
-    card = model_card(report, "stock")
+    card = model_card(Report.from_plain(report), "stock")
     assert "base_model: org/name" in card
     assert "model.path=model data=c4" in card
     assert "someone" not in card

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from report_schema import violations
@@ -130,3 +131,9 @@ def test_the_schema_describes_every_key():
         assert part["description"].endswith(".") or "`" in part["description"]
         assert all("description" in own for own in part["properties"].values())
     assert LayerKept.__name__ in described["$defs"]
+
+
+def test_the_schema_in_the_docs_is_the_one_of_the_code():
+    """`make docs` writes it."""
+    file = Path(__file__).parents[2] / "docs" / "report.schema.json"
+    assert json.loads(file.read_text()) == schema()
