@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prunekit.jobs.api import Recovered, evaluate, export, prune_checkpoint, recover
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
-    from prunekit.surgery.check import apply_plan
+    from prunekit.surgery import apply_plan
 
 # Public name → the module that holds it; it is imported when the name is first asked for.
 _PUBLIC = {

@@ -39,8 +39,7 @@ from prunekit.runtime.versions import versions
 from prunekit.schedules import Assignment, Schedule
 from prunekit.schedules.method import Backend, Method, describe_backends, split_choices
 from prunekit.schedules.places import NOWHERE, Places, activations_folder
-from prunekit.surgery import shapes
-from prunekit.surgery.check import apply_plan
+from prunekit.surgery import apply_plan, shapes
 from prunekit.surgery.snapshot import note_biases, restore, snapshot
 
 

@@ -13,7 +13,7 @@ from prunekit.graph import trace
 from prunekit.importance import ScoreImportance
 from prunekit.pipeline import allocate
 from prunekit.schedules.method import Method
-from prunekit.surgery.check import apply_plan
+from prunekit.surgery import apply_plan
 
 LAYERS_ONLY = ("alternate", "similarity")
 IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))

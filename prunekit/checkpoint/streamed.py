@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from prunekit.model.stack import stacks_around
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
 from prunekit.runtime.processes import rank
-from prunekit.surgery.check import TOLERANCE
-from prunekit.surgery.cut import cut_layer
+from prunekit.surgery import compare_outputs, cut_layer, cut_until_right
 
 
 class Streamed:
@@ -138,25 +138,13 @@ class StreamedLayers:
         self.streamed.weights.release(key)
 
     def _cut(self, units: Mapping[str, list[int]], run: Callable[[], Tensor]) -> None:
+        """Cut a layer by the strategies of `apply_plan`; its output must stay what it was."""
         expected = run()
-        exact = all(
-            self.graph[name].exact for name in units
-        )  # elsewhere a norm runs over what is left
-        problem = ""
-        for by_value in (None, "*"):
-            undo = cut_layer(self.streamed.model, self.graph, units, by_value)
-            try:
-                got = run()
-                if not exact and got.shape == expected.shape:
-                    return
-                error = (
-                    (expected - got).float().abs().max()
-                    / expected.float().abs().max().clamp_min(1e-30)
-                ).item()
-                if error <= TOLERANCE[expected.dtype]:
-                    return
-                problem = f"the cut layer's output differs from the masked one's by {error:.2g} of its size"
-            except Exception as reason:
-                problem = f"the cut layer doesn't run: {reason}"
-            undo()
-        raise SurgeryError(f"{', '.join(units)}: {problem}")
+        # Elsewhere a norm runs over what is left.
+        exact = all(self.graph[name].exact for name in units)
+        problem = cut_until_right(
+            cut=partial(cut_layer, self.streamed.model, self.graph, units),
+            check=lambda: compare_outputs([expected], [run()], exact),
+        )
+        if problem:
+            raise SurgeryError(f"{', '.join(units)}: {problem.text}")

@@ -1,24 +1,30 @@
-"""Whole layers: pass them over, or take them out of their list with everything that counts layers."""
+"""Whole layers: pass them over, or take them out of their list with all that counts layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from prunekit.graph import CouplingGraph, Group
-from prunekit.model.attributes import Setter, resize
-from prunekit.model.depth import drop_layers
+from prunekit.graph import CouplingGraph, LayerStack
+from prunekit.model.attributes import resize
+from prunekit.model.depth import drop_layers as drop_from_config
 from prunekit.model.modeling_prunekit import per_layer_overrides
 from prunekit.model.per_layer import set_per_layer
 from prunekit.model.stack import config_around, hidden_of_call, hidden_of_output, index_attributes
+from prunekit.surgery.changes import Changes
+from prunekit.surgery.sizes import outer_paths
 
 
-def surviving(graph: CouplingGraph, removed: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """What of a plan is left to cut beside its layers: groups that lie wholly in dropped ones left
-    out, and stacks.
+def leave_out_dropped(
+    graph: CouplingGraph, removed: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """The units that are left to cut beside whole layers.
+
+    Stacks are left out, and groups that lie in dropped layers with all their members.
     """
     left = graph.names_after(removed)
     members = {name: {member.parameter for member in graph[name].members} for name in removed}
@@ -26,11 +32,10 @@ def surviving(graph: CouplingGraph, removed: Mapping[str, list[int]]) -> dict[st
 
 
 @contextmanager
-def passed_over(
+def passing_over(
     model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
 ) -> Iterator[None]:
-    """Let the plan's layers return the hidden states they were given, for the duration of a `with`
-    block.
+    """Let dropped layers return the hidden states that they were given, inside a `with` block.
 
     They still run, so that caches and whatever else they return stay as they are.
     """
@@ -43,7 +48,8 @@ def passed_over(
         yield
 
 
-def _pass_over(layer: nn.Module) -> tuple[Any, Any]:
+def _pass_over(layer: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    """Hook a layer so that its hidden states go past it; the handles remove the hooks."""
     entered: list[Tensor] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -63,54 +69,44 @@ def _pass_over(layer: nn.Module) -> tuple[Any, Any]:
     )
 
 
-def drop(
-    model: nn.Module,
-    stack: Group,
-    removed: list[int],
-    setter: Setter,
-    remember: Callable[[Any], None],
-) -> None:
+def drop_layers(model: nn.Module, stack: LayerStack, removed: list[int], changes: Changes) -> None:
     """Take layers out of their list; what counts layers or names them by their index follows.
 
     Args:
         model: the model, whose other groups are cut already.
-        stack: a group of `graph.stacks`.
+        stack: one of `graph.stacks`.
         removed: indices of the layers to drop.
-        setter: changes an attribute.
-        remember: is called with a config before it changes.
+        changes: takes note of what is changed.
     """
     layers: Any = model.get_submodule(stack.module)
     kept = [index for index in range(stack.num_units) if index not in removed]
     for path, name, first in list(index_attributes(layers)):
         for new, old in enumerate(kept):
-            module = _submodule(layers[old], path)
+            module = _find_submodule(layers[old], path)
             if module is not None and name in module.__dict__:
-                setter(module, name, new + first)
-    setter(layers, "_modules", {str(new): layers[old] for new, old in enumerate(kept)})
-    around = [model.get_submodule(path) for path in _outer_paths(stack.module)]
-    resize(around, {"num_hidden_layers": (stack.num_units, len(kept))}, setter)
+                changes.set(module, name, new + first)
+    changes.set(layers, "_modules", {str(new): layers[old] for new, old in enumerate(kept)})
+    around = [model.get_submodule(path) for path in outer_paths(stack.module)]
+    resize(around, {"num_hidden_layers": (stack.num_units, len(kept))}, changes.set)
     if (config := config_around(model, stack.module)) is not None:
-        remember(config)
-        _configure(model, config, stack.num_units, kept, setter)
+        changes.remember_configs(config)
+        _update_config(model, config, stack.num_units, kept, changes)
 
 
-def _configure(model: nn.Module, config: Any, layers: int, kept: list[int], setter: Setter) -> None:
-    own = config is getattr(model, "config", None) and hasattr(config, "per_layer_config")
-    overrides = per_layer_overrides(config) if own else {}
+def _update_config(
+    model: nn.Module, config: Any, layers: int, kept: list[int], changes: Changes
+) -> None:
+    """Drop layers from a config; a layer's own values move to its new index."""
+    is_models = config is getattr(model, "config", None) and hasattr(config, "per_layer_config")
+    overrides = per_layer_overrides(config) if is_models else {}
     if overrides:
         config.per_layer_config = None
-    drop_layers(config, layers, kept)
+    drop_from_config(config, layers, kept)
     if overrides:
-        set_per_layer(
-            model, {new: overrides[old] for new, old in enumerate(kept) if old in overrides}, setter
-        )
+        moved = {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
+        set_per_layer(model, moved, changes.set)
 
 
-def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
-    """Layers need not be alike: the module at a path inside one, or None."""
+def _find_submodule(layer: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path inside a layer; None where this layer, unlike others, has none."""
     return dict(layer.named_modules()).get(path)
-
-
-def _outer_paths(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))]

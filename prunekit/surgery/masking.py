@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from prunekit.graph import CouplingGraph
+from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.runtime.modes import at_rest, keep_tensors
-from prunekit.surgery.layers import passed_over
+from prunekit.surgery.layers import passing_over
 
 
 @torch.no_grad()
 def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
-    """The model's output tensors on the graph's example inputs, in evaluation mode."""
+    """Run the model on the graph's example inputs, in evaluation mode; all its output tensors."""
     device = next(model.parameters()).device
     inputs = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: t.to(device, copy=True), graph.example_inputs
@@ -31,11 +31,7 @@ def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
 def masked_outputs(
     model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
 ) -> list[Tensor]:
-    """What the model computes with the units' consumer slices zeroed (producers' where a group has
-    no consumer).
-
-    Whole layers return the hidden states they were given.
-    """
+    """The output tensors of the masked model on the graph's example inputs."""
     with masked(model, graph, removed):
         return run_example(model, graph)
 
@@ -44,19 +40,26 @@ def masked_outputs(
 def masked(
     model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
 ) -> Iterator[None]:
-    """Zero the slices, and pass whole layers over, for the duration of a `with` block."""
+    """Mask units inside a `with` block: zero their slices, and pass whole layers over.
+
+    The slices of consumers are zeroed, so that nothing reads the units. Where no weight reads a
+    unit, because activations are contracted with activations, all its slices are zeroed.
+    """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with ExitStack() as stack:
         for name, units in removed.items():
-            group = graph[name]
-            compared = (
-                group.kind == "head_dim" or not group.consumers
-            )  # by activations, no weight reads them
-            for member in group.members if compared else group.consumers:
-                if compared and member.parameter in graph.buffers:
-                    continue
+            for member in _members_to_zero(graph[name], graph):
                 tensor = tensors[member.parameter].data
                 stack.callback(keep_tensors([tensor]))
-                tensor.index_fill_(member.dim, member.index[units].flatten().to(tensor.device), 0)
-        stack.enter_context(passed_over(model, graph, removed))
+                positions = member.index[units].flatten().to(tensor.device)
+                tensor.index_fill_(member.dim, positions, 0)
+        stack.enter_context(passing_over(model, graph, removed))
         yield
+
+
+def _members_to_zero(group: Group, graph: CouplingGraph) -> tuple[Member, ...]:
+    """The members whose slices mask a unit."""
+    if group.consumers and group.kind != "head_dim":
+        return group.consumers
+    # Queries meet keys in the width of a head: activations. Buffers there are rotary frequencies.
+    return tuple(member for member in group.members if member.parameter not in graph.buffers)

@@ -13,7 +13,7 @@ from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.model.verify import required_record
 from prunekit.plan import PruningPlan
-from prunekit.surgery.check import apply_plan
+from prunekit.surgery.apply import apply_plan
 from prunekit.surgery.cut import cut_layer
 
 ALIGNMENT = 64  # what `shapes=aligned` makes widths multiples of, unless `scope.width_multiple` says otherwise

@@ -584,10 +584,10 @@ def test_a_cut_that_is_undone():
     model = tiny_llama(4)
     graph = prunekit.trace(model, example())
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
-    undo = cut_layer(model, graph, {"layers.1.mlp": [0, 3], "layers.1.self_attn": [1]})
+    changes = cut_layer(model, graph, {"layers.1.mlp": [0, 3], "layers.1.self_attn": [1]})
     assert model.model.layers[1].mlp.up_proj.out_features == 38
     assert model.config.per_layer_config[1].num_attention_heads == 6
-    undo()
+    changes.undo()
     assert same(model, model) and all(
         torch.equal(t, before[n]) for n, t in model.state_dict().items()
     )
@@ -606,7 +606,7 @@ def test_an_error_while_cutting_leaves_the_layer(monkeypatch):
     def fails(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("prunekit.surgery.cut.set_per_layer", fails)
+    monkeypatch.setattr("prunekit.surgery.configs.set_per_layer", fails)
     config = model.config.to_dict()
     with pytest.raises(RuntimeError):
         cut_layer(model, graph, {"layers.1.mlp": [0, 3]})
@@ -699,7 +699,7 @@ def test_the_loop_of_a_layerwise_run(tmp_path, family):
     for i, units in enumerate(by_layer(graph, removed)):
         with weights.enter(f"{path}.{i}") as layer, torch.no_grad():
             masked = copy.deepcopy(layer)
-            undo = cut_layer(model, graph, units)
+            changes = cut_layer(model, graph, units)
             for name in units:
                 for member in graph[name].consumers:
                     weight = masked.get_parameter(member.parameter.removeprefix(f"{path}.{i}."))
@@ -709,7 +709,7 @@ def test_the_loop_of_a_layerwise_run(tmp_path, family):
                 output if torch.is_tensor(output) else output[0] for output in outputs
             )
             torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-4)
-            del undo
+            del changes  # it holds the uncut weights
             writer.write(f"{path}.{i}", weights.state(f"{path}.{i}"))
     writer.copy(shards, weights.outside_names(path))
     writer.finish(model)

@@ -35,7 +35,7 @@ from prunekit.model.inputs import without_cache
 from prunekit.plan import PruningPlan
 from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import at_rest
-from prunekit.surgery.check import apply_plan
+from prunekit.surgery import apply_plan
 
 
 @dataclass(frozen=True, kw_only=True)

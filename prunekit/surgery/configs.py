@@ -1,0 +1,68 @@
+"""A model's config in line with a cut: its global values, and each layer's own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from prunekit.model.attributes import Sizes, resize
+from prunekit.model.modeling_prunekit import layer_of, per_layer_overrides
+from prunekit.model.per_layer import (
+    config_values,
+    keep_dense,
+    keep_head_dim,
+    set_per_layer,
+)
+from prunekit.surgery.changes import Changes
+from prunekit.surgery.sizes import CutSizes
+
+
+def config_to_cut(model: nn.Module) -> Any:
+    """The config that has to follow a cut, or None.
+
+    That of an encoder-decoder does not: it counts one stack of layers only.
+    """
+    config = getattr(model, "config", None)
+    return None if getattr(config, "is_encoder_decoder", False) else config
+
+
+def update_config(config: Any, sizes: CutSizes, changes: Changes) -> None:
+    """Bring a config in line with a cut; groups inside a layer change that layer's values only."""
+    for name, quantities in sizes.by_group.items():
+        if sizes.graph[name].layer is None:
+            if "hidden_size" in quantities:
+                changes.remember_configs(config)
+                keep_head_dim(config)
+                keep_dense(config, "hidden_size")
+            resize([config], quantities, changes.set)
+    layers = _sizes_by_layer(sizes)
+    counts_layers = isinstance(getattr(config, "num_hidden_layers", None), int)
+    if layers and counts_layers and hasattr(config, "per_layer_config"):
+        _update_layers(config, layers, sizes.model, changes)
+
+
+def _sizes_by_layer(sizes: CutSizes) -> dict[int, list[Sizes]]:
+    """Index of a layer → the sizes of it that change, group by group, then heads' widths."""
+    layers: dict[int, list[Sizes]] = defaultdict(list)
+    for name, quantities in sizes.by_group.items():
+        if (layer := sizes.graph[name].layer) is not None:
+            layers[layer].append(quantities)
+    for path, noted in sizes.by_module.items():
+        if "head_dim" in noted and (layer := layer_of(sizes.model, path)) is not None:
+            layers[layer].append({"head_dim": noted["head_dim"]})
+    return layers
+
+
+def _update_layers(
+    config: Any, layers: dict[int, list[Sizes]], model: nn.Module, changes: Changes
+) -> None:
+    changes.remember_configs(config)
+    overrides = per_layer_overrides(config)
+    for layer, cut in layers.items():
+        own = overrides.setdefault(layer, {})
+        # All values are read before the first is written: one size may stand for another.
+        for values in [config_values(config, own, quantities) for quantities in cut]:
+            own.update(values)
+    set_per_layer(model, overrides, changes.set)

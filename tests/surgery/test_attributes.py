@@ -1,0 +1,101 @@
+"""The order in which surgery makes attributes follow a cut."""
+
+import pytest
+import torch
+from conftest import example, tiny_llama
+from torch import nn
+
+from prunekit.errors import SurgeryError
+from prunekit.graph import trace
+from prunekit.plan import PruningPlan
+from prunekit.surgery import apply_plan
+from prunekit.surgery.attributes import (
+    STRATEGIES,
+    EqualValues,
+    EqualValuesOfOneName,
+    KnownNames,
+    NotedSizes,
+    attempts,
+)
+
+
+class Attention(nn.Module):
+    """Attention with names of its own: `h` heads, and two other attributes that are equal to it."""
+
+    def __init__(self, gain=lambda self: 1.0):
+        super().__init__()
+        self.h, self.idle, self.strength, self.gain = 4, 4, 4, gain
+        self.q, self.k, self.v = (nn.Linear(12, 16) for _ in range(3))
+        self.out, self.head = nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        q, k, v = (
+            layer(x).unflatten(-1, (self.h, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.head(x + self.gain(self) * self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Names of the strategies that were asked for their finders, in order."""
+    asked = []
+    for strategy in STRATEGIES:
+        own = type(strategy).finders
+
+        def spy(self, guessed, own=own):
+            asked.append(type(self).__name__)
+            return own(self, guessed)
+
+        monkeypatch.setattr(type(strategy), "finders", spy)
+    return asked
+
+
+def cut_heads(model):
+    graph = trace(model, (torch.randn(2, 3, 12),))
+    apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
+    return model.h, model.idle, model.strength
+
+
+def test_the_order_of_the_strategies():
+    kinds = [type(strategy) for strategy in STRATEGIES]
+    assert kinds == [KnownNames, NotedSizes, EqualValues, EqualValuesOfOneName]
+    assert [strategy.certain for strategy in STRATEGIES] == [True, True, False, False]
+    guessed = []
+    order = attempts(guessed)
+    certain = next(order).finders
+    assert len(certain) == 2
+    everything = next(order).finders
+    assert everything[:2] == certain
+    guessed += ["b", "a", "b"]  # as the attempt before did
+    names = [attempt.finders[-1].keywords for attempt in order]
+    assert names == [{"only": "a"}, {"only": "b"}]
+
+
+def test_no_guess_is_made_where_the_names_are_known(tried):
+    model = tiny_llama()
+    apply_plan(model, trace(model, example()), PruningPlan({"layers.1.self_attn": [0]}))
+    assert tried == ["KnownNames", "NotedSizes"]
+
+
+def test_guesses_that_are_not_needed_are_taken_back(tried):
+    torch.manual_seed(0)
+    assert cut_heads(Attention()) == (2, 4, 4)
+    assert tried == ["KnownNames", "NotedSizes", "EqualValues"]
+
+
+def test_names_are_tried_one_by_one_where_all_equal_values_are_too_many(tried):
+    torch.manual_seed(0)
+    model = Attention(gain=lambda self: self.strength / 4)
+    assert cut_heads(model) == (2, 4, 4)
+    assert tried == ["KnownNames", "NotedSizes", "EqualValues", "EqualValuesOfOneName"]
+
+
+def test_everything_is_put_back_where_no_strategy_helps(tried):
+    torch.manual_seed(0)
+    model = Attention(gain=lambda self: self.q.out_features)
+    with pytest.raises(SurgeryError, match=r"^attention: .*differ"):
+        cut_heads(model)
+    assert (model.h, model.idle, model.strength, model.q.out_features) == (4, 4, 4, 16)
+    assert tried[:4] == ["KnownNames", "NotedSizes", "EqualValues", "EqualValuesOfOneName"]
