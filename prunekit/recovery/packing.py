@@ -9,6 +9,7 @@ import torch
 
 from prunekit.errors import ConfigError
 from prunekit.recovery.data import Row, collate
+from prunekit.runtime.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,14 +32,15 @@ def check_packing(model: PreTrainedModel, training: Sequence[Row], pad: int) -> 
     tolerance = _TOLERANCE.get(weight.dtype, _TOLERANCE_OF_HALF)
     batch = {key: value.to(weight.device) for key, value in collate(rows, pad, True).items()}
     del batch["labels"]
-    logits = model(**batch, use_cache=False).logits.float()
-    for i, (first, second, *_) in enumerate(rows):
-        begin = len(first.ids)
-        together = logits[i, begin : begin + len(second.ids)]
-        ids = second.ids.long()[None].to(weight.device)
-        alone = model(input_ids=ids, use_cache=False).logits[0].float()
-        if (together - alone).norm() > tolerance * alone.norm():
-            raise ConfigError(
-                "recovery.pack: this model lets examples in a row see each other; "
-                "use recovery.pack=false"
-            )
+    with evaluating(model):
+        logits = model(**batch, use_cache=False).logits.float()
+        for i, (first, second, *_) in enumerate(rows):
+            begin = len(first.ids)
+            together = logits[i, begin : begin + len(second.ids)]
+            ids = second.ids.long()[None].to(weight.device)
+            alone = model(input_ids=ids, use_cache=False).logits[0].float()
+            if (together - alone).norm() > tolerance * alone.norm():
+                raise ConfigError(
+                    "recovery.pack: this model lets examples in a row see each other; "
+                    "use recovery.pack=false"
+                )

@@ -34,7 +34,7 @@ def is_first_process() -> bool:
 
 @dataclass(kw_only=True)
 class Session:
-    """One recovery of one model; its methods are called in their order.
+    """One recovery of one model: `run` does all of it, and `describe` tells how it went.
 
     Attributes:
         model: the pruned model, which is trained in place.
@@ -71,13 +71,34 @@ class Session:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def choose_weights(self, modules: Mapping[str, Collection[str]] | None, base: str) -> None:
-        """Decide what is trained: fresh adapters, or the weights themselves.
+    def run(
+        self, modules: Mapping[str, Collection[str]] | None, base: str, resume: bool
+    ) -> tuple[RecoveryTrainer, int]:
+        """Train the model, and make it an ordinary one again unless its adapters are kept.
+
+        After an error no adapter is left; weights that were trained stay as they are.
 
         Args:
-            modules: as `recover` has it.
+            modules: "mlp" and "attention" → names of their linears.
             base: what the adapters' config names as the model below them.
+            resume: go on from the newest checkpoint, if there is one.
+
+        Returns:
+            The trainer after the training, and the step whose state the model has.
         """
+        try:
+            self._choose_weights(modules, base)
+            trainer = self._train(resume)
+            best_step = self._settle(trainer)
+        except BaseException:
+            adapters.detach(self.model)
+            self._restore_types()
+            raise
+        self._finish()
+        return trainer, best_step
+
+    def _choose_weights(self, modules: Mapping[str, Collection[str]] | None, base: str) -> None:
+        """Decide what is trained: fresh adapters, or the weights themselves."""
         from transformers import set_seed
 
         set_seed(self.seed)
@@ -103,18 +124,14 @@ class Session:
         return self.recovery.lora and on_gpu and uses_bfloat16(self.recovery, self.device)
 
     def _widen(self) -> None:
-        """Train half-precision weights in float32; `restore_types` rounds them back."""
+        """Train half-precision weights in float32; `_restore_types` rounds them back."""
         for parameter in self.model.parameters():
             self._stored.append((parameter, parameter.dtype))
             wide = torch.promote_types(parameter.dtype, torch.float32)
             parameter.data = parameter.data.to(wide)
 
-    def train(self, resume: bool) -> RecoveryTrainer:
-        """Train to the end; where memory runs out begin again, with a smaller micro-batch.
-
-        Args:
-            resume: go on from the newest checkpoint, if there is one.
-        """
+    def _train(self, resume: bool) -> RecoveryTrainer:
+        """Train to the end; where memory runs out begin again, with a smaller micro-batch."""
         checkpoint = last_checkpoint(self.checkpoints) if resume else None
         micro = first_micro_batch(self.recovery)
         start = self.folder / "start.safetensors"
@@ -168,7 +185,7 @@ class Session:
             watched=self.model,
         )
 
-    def settle(self, trainer: RecoveryTrainer) -> int:
+    def _settle(self, trainer: RecoveryTrainer) -> int:
         """Go back to the best state where patience is set; the step that the state is of."""
         if self.recovery.patience is None:
             return trainer.state.global_step
@@ -178,20 +195,29 @@ class Session:
         best: Any = trainer.state.best_global_step
         return best
 
-    def describe(self, trainer: RecoveryTrainer, best: int, seconds: float) -> RecoveryResult:
-        """How it went.
+    def _finish(self) -> None:
+        """Fold the adapters into the weights, or write them; drop the checkpoints."""
+        if self.recovery.lora and self.recovery.merge:
+            adapters.merge(self.model)
+        self._restore_types()
+        if is_first_process():
+            if not self.recovery.merge:
+                adapters.save(self.trained, self.folder / "adapter")
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-        Args:
-            trainer: after the training.
-            best: the step that `settle` went back to.
-            seconds: that everything took.
-        """
+    def _restore_types(self) -> None:
+        """Give every parameter the type that it was stored in."""
+        for parameter, stored in self._stored:
+            parameter.data = parameter.data.to(stored)
+
+    def describe(self, trainer: RecoveryTrainer, best_step: int, seconds: float) -> RecoveryResult:
+        """How it went: what `run` returned, and the seconds that everything took."""
         state, arguments = trainer.state, trainer.args
         return RecoveryResult(
             curve=trace_curve(state.log_history, state.max_steps),
             steps=state.global_step,
             stopped_early=state.global_step < state.max_steps,
-            best_step=best,
+            best_step=best_step,
             trainable_parameters=self.trainable,
             examples=self.data.examples,
             tokens=int(state.num_input_tokens_seen),
@@ -201,23 +227,3 @@ class Session:
             micro_batch=arguments.per_device_train_batch_size,
             bf16=arguments.bf16,
         )
-
-    def finish(self) -> None:
-        """Fold the adapters into the weights, or write them; drop the checkpoints."""
-        if self.recovery.lora and self.recovery.merge:
-            adapters.merge(self.model)
-        self.restore_types()
-        if is_first_process():
-            if not self.recovery.merge:
-                adapters.save(self.trained, self.folder / "adapter")
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-    def abandon(self) -> None:
-        """Take the adapters off after an error; weights that were trained stay as they are."""
-        adapters.detach(self.model)
-        self.restore_types()
-
-    def restore_types(self) -> None:
-        """Give every parameter the type that it was stored in."""
-        for parameter, stored in self._stored:
-            parameter.data = parameter.data.to(stored)

@@ -75,9 +75,14 @@ def make_arguments(
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
     )
-    _ = arguments.device  # reading it sets the processes up, and counts GPUs
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process works on one GPU
+    _use_one_gpu(arguments)
     return arguments
+
+
+def _use_one_gpu(arguments: TrainingArguments) -> None:
+    """Let this process work on one GPU; transformers would copy the model to all it sees."""
+    _ = arguments.device  # reading it sets the processes up, and counts GPUs
+    arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 def uses_bfloat16(recovery: Recovery, device: torch.device) -> bool:

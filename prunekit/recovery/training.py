@@ -17,7 +17,6 @@ from prunekit.recovery.packing import check_packing
 from prunekit.recovery.result import RecoveryResult
 from prunekit.recovery.session import Session
 from prunekit.recovery.settings import VALIDATION, Recovery
-from prunekit.runtime.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,12 +68,9 @@ def recover(
         DataError: a corpus that can't be used, a loss that is not finite, memory that does not
             suffice.
     """
-    watch = watch or {}
-    if recovery.needs_teacher and teacher is None:
-        raise ConfigError(
-            "recovery.kl and recovery.hidden: expected a teacher, the dense model, got none"
-        )
     began = time.perf_counter()
+    watch = watch or {}
+    _check_teacher(recovery, teacher)
     data = data or prepare(model, tokenizer, recovery, known=known, seed=seed, watch=watch)
     session = Session(
         model=model,
@@ -87,18 +83,17 @@ def recover(
         pad=pad_token(tokenizer),
     )
     if recovery.pack:
-        with evaluating(model):
-            check_packing(model, data.training, session.pad)
+        check_packing(model, data.training, session.pad)
     with adapters.unchanged(model):
-        try:
-            session.choose_weights(modules, base or str(folder / "model"))
-            trainer = session.train(resume)
-            best = session.settle(trainer)
-        except BaseException:
-            session.abandon()
-            raise
-        session.finish()
-    return session.describe(trainer, best, time.perf_counter() - began)
+        trainer, best_step = session.run(modules, base or str(folder / "model"), resume)
+    return session.describe(trainer, best_step, time.perf_counter() - began)
+
+
+def _check_teacher(recovery: Recovery, teacher: PreTrainedModel | None) -> None:
+    if recovery.needs_teacher and teacher is None:
+        raise ConfigError(
+            "recovery.kl and recovery.hidden: expected a teacher, the dense model, got none"
+        )
 
 
 def prepare(
