@@ -1,6 +1,5 @@
 """The commands a user types, as processes of their own."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATA, command_line
+from report_schema import read_report
 
 import prunekit
 from prunekit.demo import DEMO_MODEL
@@ -71,7 +71,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished):
         *("model", "plan.json", "report.json", "report.md", "report.html", ".hydra"),
         *("layers.svg", "ratio.svg", "error.svg"),
     }
-    report = json.loads((folder / "report.json").read_text())
+    report = read_report(folder)
     assert {
         "method",
         "seed",
@@ -96,7 +96,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished):
 
 def test_the_saved_model_is_the_reported_one_and_small(finished):
     folder, _ = finished
-    report = json.loads((folder / "report.json").read_text())
+    report = read_report(folder)
     model = prunekit.from_pretrained(folder / "model")
     assert sum(p.numel() for p in model.parameters()) == report["parameters"]["pruned"]
     assert model.dtype == torch.float16, "stored as the checkpoint was"
@@ -140,7 +140,7 @@ def test_a_sweep_runs_every_combination(short_model, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    reports = [json.loads(path.read_text()) for path in (tmp_path / "sweep").rglob("report.json")]
+    reports = [read_report(path.parent) for path in (tmp_path / "sweep").rglob("report.json")]
     assert {(r["method"], r["ratio"]["target"]) for r in reports} == {
         (method, ratio) for method in ("magnitude", "random") for ratio in (0.1, 0.3)
     }
@@ -185,9 +185,7 @@ def test_a_result_can_be_pruned_again_from_the_command_line(finished, tmp_path):
         f"model.path={finished[0] / 'model'}", "output_dir=out", "ratio=0.1", *QUICK, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    first, again = (
-        json.loads((f / "report.json").read_text()) for f in (finished[0], tmp_path / "out")
-    )
+    first, again = (read_report(f) for f in (finished[0], tmp_path / "out"))
     assert again["parameters"]["dense"] == first["parameters"]["pruned"]
     assert again["perplexity"]["embedded"]["dense"] == pytest.approx(
         first["perplexity"]["embedded"]["pruned"], rel=1e-4
@@ -269,5 +267,5 @@ def test_real_checkpoint_from_the_command_line(data, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = read_report(tmp_path / "out")
     assert report["perplexity"]["stories"]["pruned"] < 12

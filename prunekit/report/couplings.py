@@ -1,5 +1,5 @@
-"""What the tracer found, for people: a table, a GraphML file, and a picture of one layer's
-couplings.
+"""A traced model for people: a table of its groups, a GraphML file, and a picture of the couplings
+in one layer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from prunekit.report import words
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from prunekit.graph import CoupledGroup, CouplingGraph
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
 def print_groups(graph: CouplingGraph) -> None:
-    """One row a group: name, kind, layer, units, parameters per unit, members with shapes, prunable
-    or why not.
-    """
+    """Print a table of the groups: a row each, with its members, and why it can't be pruned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -31,7 +33,11 @@ def print_groups(graph: CouplingGraph) -> None:
 
 
 def print_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Two plans side by side (`prunekit.jobs.diff`): a row a group."""
+    """Print two plans side by side: a row a group.
+
+    Args:
+        rows: the rows of `prunekit.jobs.diff`.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -45,81 +51,90 @@ def print_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _verdict(group: CoupledGroup) -> str:
+    """Whether the group can be pruned, and why not, or why only inexactly."""
     if not group.prunable:
         return f"no: {group.reason}"
     return "yes" if group.exact else f"yes, inexact: {group.reason}"
 
 
 def _members(graph: CouplingGraph, group: CoupledGroup, most: int = 8) -> list[str]:
+    """A line a member: an arrow that leaves the units where it reads them, and its shape."""
     lines = []
     for member in group.members[:most]:
-        shape = "×".join(map(str, graph.shapes[member.parameter]))
-        arrow = "→" if member.role == "consumer" else "←"  # read from the units, or makes them
+        arrow = "→" if member.role == "consumer" else "←"
+        shape = _shape(graph, member.parameter)
         lines.append(f"{arrow} {member.parameter}[{member.dim}] {shape}")
     more = len(group.members) - most
     return [*lines, f"… and {more} more"] if more > 0 else lines
 
 
 def write_couplings(graph: CouplingGraph, folder: Path) -> None:
-    """`graph.graphml`, and `layer.svg`: what cuts into the first layer (into everything where there
-    are no layers).
+    """Write `graph.graphml`, and `layer.svg`: the couplings of the first layer.
+
+    Where no group lies in a layer the picture shows the whole model.
     """
     import networkx
 
     folder.mkdir(parents=True, exist_ok=True)
     networkx.write_graphml(graph.to_networkx(), folder / "graph.graphml")
     prunable = [group for group in graph.groups if group.prunable]
-    first = min(
-        (g for g in prunable if g.layer is not None),
-        key=lambda group: group.layer or 0,
-        default=None,
-    )
-    prefix = (
-        ""
-        if first is None
-        else first.module[: f"{first.module}.".index(f".{first.layer}.")] + f".{first.layer}."
-    )
-    here = [
-        replace(
-            group,
-            members=tuple(
-                member for member in group.members if member.parameter.startswith(prefix)
-            ),
-        )
-        for group in prunable
-    ]
-    _draw(graph, [group for group in here if group.members], prefix, folder / "layer.svg")
+    prefix = _first_layer(prunable)
+    groups = []
+    for group in prunable:
+        inside = [member for member in group.members if member.parameter.startswith(prefix)]
+        if inside:
+            groups.append(replace(group, members=tuple(inside)))
+    _draw(graph, groups, prefix, folder / "layer.svg")
+
+
+def _first_layer(groups: Sequence[CoupledGroup]) -> str:
+    """The beginning of the names of the first layer's parameters; empty without layers."""
+    inside = [group for group in groups if group.layer is not None]
+    if not inside:
+        return ""
+    first = min(inside, key=lambda group: group.layer or 0)
+    number = f".{first.layer}."
+    return first.module[: f"{first.module}.".index(number)] + number
 
 
 def _draw(graph: CouplingGraph, groups: list[CoupledGroup], prefix: str, path: Path) -> None:
-    """Groups on the left, the parameters they cut on the right; solid lines make the units, dashed
-    ones read them.
+    """Draw groups on the left, the parameters they cut on the right.
+
+    Solid lines go to parameters that make the units, dashed ones to those that read them.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    parameters = list(
-        dict.fromkeys(member.parameter for group in groups for member in group.members)
-    )
+    members = [member for group in groups for member in group.members]
+    parameters = list(dict.fromkeys(member.parameter for member in members))
     height = max(len(parameters), 2 * len(groups), 2)
-    figure, axes = pyplot.subplots(figsize=(10, 0.42 * height + 1), layout="constrained")
+    figure = Figure(figsize=(10, 0.42 * height + 1), layout="constrained")
+    axes = figure.subplots()
     right = {name: height * (1 - (i + 0.5) / len(parameters)) for i, name in enumerate(parameters)}
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
     for i, group in enumerate(groups):
-        y, colour = height * (1 - (i + 0.5) / len(groups)), colours[i % len(colours)]
-        for member in group.members:
-            style = "--" if member.role == "consumer" else "-"
-            axes.plot([0.36, 0.6], [y, right[member.parameter]], style, color=colour, linewidth=1.3)
-        text = f"{group.name}\n{group.kind}, {group.num_units} units"
-        axes.text(0.35, y, text, ha="right", va="center", color=colour, fontweight="bold")
+        y = height * (1 - (i + 0.5) / len(groups))
+        _draw_group(axes, group, y, right, _COLOURS[i % len(_COLOURS)])
     for name, y in right.items():
-        text = f"{name.removeprefix(prefix)}  {'×'.join(map(str, graph.shapes[name]))}"
+        text = f"{name.removeprefix(prefix)}  {_shape(graph, name)}"
         axes.text(0.61, y, text, ha="left", va="center", fontsize=9)
     axes.set(xlim=(0, 1.15), ylim=(0, height))
     title = "what is cut together: solid lines make the units, dashed lines read them"
     axes.set_title(f"{prefix.rstrip('.') or 'the model'}: {title}", fontsize=10)
     axes.axis("off")
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "layer"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_group(
+    axes: Axes, group: CoupledGroup, y: float, right: Mapping[str, float], colour: str
+) -> None:
+    """Draw one group's name at a height, and its lines to the heights of its parameters."""
+    for member in group.members:
+        style = "--" if member.role == "consumer" else "-"
+        axes.plot([0.36, 0.6], [y, right[member.parameter]], style, color=colour, linewidth=1.3)
+    text = f"{group.name}\n{group.kind}, {group.num_units} units"
+    axes.text(0.35, y, text, ha="right", va="center", color=colour, fontweight="bold")
+
+
+def _shape(graph: CouplingGraph, parameter: str) -> str:
+    return "×".join(map(str, graph.shapes[parameter]))

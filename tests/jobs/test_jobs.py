@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import command_line, example, tiny_llama
+from report_schema import read_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit
@@ -55,7 +56,7 @@ def done(*arguments, cwd):
     finished = command_line(*SMALL, *arguments, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     out = next(a.partition("=")[2] for a in arguments if a.startswith("output_dir="))
-    return json.loads((cwd / out / "report.json").read_text()), finished.stdout
+    return read_report(cwd / out), finished.stdout
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_two_processes_recover_as_one(place, recovered):
         timeout=200,
     )
     assert two.returncode == 0, two.stderr
-    two = json.loads((place / "two" / "report.json").read_text())
+    two = read_report(place / "two")
     assert two["recovery"]["steps"] == one["recovery"]["steps"]
     for column in one["models"]:
         assert two["perplexity"]["text.txt"][column] == pytest.approx(
