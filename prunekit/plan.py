@@ -1,9 +1,10 @@
-"""The pruning plan: which units of which group go. JSON in and out."""
+"""The pruning plan: which units of which group go. JSON in and out; two plans compared."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,62 @@ class PruningPlan:
 
 def _is_units(value: Any) -> bool:
     return isinstance(value, list) and all(type(unit) is int and unit >= 0 for unit in value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """The units of one group that two plans remove.
+
+    Attributes:
+        group: the name of the group; "all" for all groups together.
+        first: how many units the first plan removes.
+        second: how many the second plan removes.
+        both: how many of them are the same.
+        jaccard: `both` over the number of units that either plan removes, in [0, 1].
+        only_first: the units that only the first plan removes; None for all groups together.
+        only_second: the units that only the second plan removes; None for all groups together.
+    """
+
+    group: str
+    first: int
+    second: int
+    both: int
+    jaccard: float
+    only_first: list[int] | None = None
+    only_second: list[int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a JSON object; what is None is left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def compare_plans(first: PruningPlan, second: PruningPlan) -> list[Overlap]:
+    """Compare two plans: a row for each group that either cuts, and one for all groups."""
+    names = sorted({*first.removed, *second.removed}, key=_sort_naturally)
+    rows = [_compare_group(name, first, second) for name in names]
+    counts = [sum(row.first for row in rows), sum(row.second for row in rows)]
+    both = sum(row.both for row in rows)
+    either = sum(counts) - both
+    share = both / either if either else 1.0
+    return [
+        *rows,
+        Overlap(group="all", first=counts[0], second=counts[1], both=both, jaccard=share),
+    ]
+
+
+def _compare_group(name: str, first: PruningPlan, second: PruningPlan) -> Overlap:
+    one, other = set(first.removed.get(name, ())), set(second.removed.get(name, ()))
+    return Overlap(
+        group=name,
+        first=len(one),
+        second=len(other),
+        both=len(one & other),
+        jaccard=len(one & other) / len(one | other),
+        only_first=sorted(one - other),
+        only_second=sorted(other - one),
+    )
+
+
+def _sort_naturally(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

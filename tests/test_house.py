@@ -57,7 +57,7 @@ STOREYS = {
     "exports": {"errors", "model", "runtime"},
     "recovery": {"data", "errors", "model", "runtime"},
     "evaluation": {"config", "data", "errors", "model", "runtime"},
-    "report": {"errors", "graph"},
+    "report": {"errors", "graph", "plan"},
     "pipeline": {
         "allocation",
         "calibration",

@@ -1,4 +1,4 @@
-"""The embedded model: a small Llama trained on the Python standard library, its script, its card."""
+"""The embedded model, trained on the Python standard library, with its script and its card."""
 
 from pathlib import Path
 

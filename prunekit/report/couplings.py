@@ -4,10 +4,10 @@ in one layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunekit.report import words
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from prunekit.graph import CoupledGroup, CouplingGraph
+    from prunekit.plan import Overlap
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
@@ -32,12 +33,8 @@ def print_groups(graph: CouplingGraph) -> None:
     Console(highlight=False, width=None if Console().is_terminal else 200).print(table)
 
 
-def print_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print two plans side by side: a row a group.
-
-    Args:
-        rows: the rows of `prunekit.jobs.diff`.
-    """
+def print_comparison(rows: Sequence[Overlap]) -> None:
+    """Print two plans side by side, a row a group."""
     from rich.console import Console
     from rich.table import Table
 
@@ -45,8 +42,8 @@ def print_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
     for name in ("group", "first", "second", "both", "both / either"):
         table.add_column(name, justify="left" if name == "group" else "right")
     for row in rows:
-        cells = (words.count(row["first"]), words.count(row["second"]), words.count(row["both"]))
-        table.add_row(row["group"], *cells, words.percent(row["jaccard"]))
+        cells = (words.count(row.first), words.count(row.second), words.count(row.both))
+        table.add_row(row.group, *cells, words.percent(row.jaccard))
     Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
 
 

@@ -57,9 +57,18 @@ def test_the_card(run):
     assert "30.00% of all parameters" in body
     assert "8 sequences of 128 tokens of embedded, seed 0" in body
     assert "prunekit.register_with_transformers()" in body
-    report = {"task": "prune", "models": ["dense", "pruned"], "perplexity": {}, "parameters": {}, "weight_bytes": {},
-              "seed": 0, "versions": {}, "method": "slimgpt", "base": "org/name",
-              "command": "python -m prunekit model.path=/home/someone/secret/model data=c4"}  # fmt: skip
+    report = {
+        "task": "prune",
+        "models": ["dense", "pruned"],
+        "perplexity": {},
+        "parameters": {},
+        "weight_bytes": {},
+        "seed": 0,
+        "versions": {},
+        "method": "slimgpt",
+        "base": "org/name",
+        "command": "python -m prunekit model.path=/home/someone/secret/model data=c4",
+    }
     card = model_card(Report.from_plain(report), "stock")
     assert "base_model: org/name" in card
     assert "model.path=model data=c4" in card
@@ -77,7 +86,9 @@ import sys
 sys.modules["prunekit"] = None
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("remote/model", trust_remote_code=True, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(
+    "remote/model", trust_remote_code=True, dtype=torch.float32
+)
 torch.save(model(input_ids=torch.load("ids.pt")).logits, "logits.pt")
 """
     torch.save(token_ids(), run / "ids.pt")
@@ -91,9 +102,16 @@ torch.save(model(input_ids=torch.load("ids.pt")).logits, "logits.pt")
 
 def test_one_run_prunes_exports_and_pushes(tmp_path, hub):
     finished = command_line(
-        *QUICK, "method=magnitude", "shapes=uniform", "export=gguf", "export.dtype=bf16",
-        "export.push_to_hub=me/small", "export.private=false", "output_dir=out", cwd=tmp_path
-    )  # fmt: skip
+        *QUICK,
+        "method=magnitude",
+        "shapes=uniform",
+        "export=gguf",
+        "export.dtype=bf16",
+        "export.push_to_hub=me/small",
+        "export.private=false",
+        "output_dir=out",
+        cwd=tmp_path,
+    )
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "out/model-bf16.gguf").stat().st_size > 8e6
     assert hub[0] == ("me/small", False)
@@ -178,7 +196,8 @@ def test_what_fails_after_the_run_leaves_the_run(tmp_path, monkeypatch):
         *QUICK, "method=magnitude", "export=gguf", "output_dir=out", cwd=tmp_path
     )
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1].endswith("llama.cpp can't; the model itself is finished: "
-                                                     f"{tmp_path / 'out/model'}")  # fmt: skip
+    assert finished.stderr.splitlines()[-1].endswith(
+        f"llama.cpp can't; the model itself is finished: {tmp_path / 'out/model'}"
+    )
     assert (tmp_path / "out/report.json").exists()
     prunekit.from_pretrained(tmp_path / "out/model")

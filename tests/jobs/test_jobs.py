@@ -22,11 +22,27 @@ from prunekit.jobs.finetune import modules_by_kind
 TEXT = "\n\n".join(
     f"Once upon a time there were {n} little numbers; {n + 1} came after {n}." for n in range(400)
 )
-SMALL = ["data.calibration.samples=8", "data.calibration.sequence_length=32", "data.calibration.path=text.txt",
-         "eval.corpora=[text.txt]", "eval.window=32", "eval.max_tokens=512", "eval.new_tokens=4",
-         "eval.latency.prompt=8", "eval.latency.new=2", "eval.latency.repeats=1", "eval.layer_tokens=64"]  # fmt: skip
-TRAIN = ["recovery.path=text.txt", "recovery.length=32", "recovery.batch_size=8", "recovery.samples=40",
-         "recovery.evaluations=2", "recovery.learning_rate=1e-2"]  # fmt: skip
+SMALL = [
+    "data.calibration.samples=8",
+    "data.calibration.sequence_length=32",
+    "data.calibration.path=text.txt",
+    "eval.corpora=[text.txt]",
+    "eval.window=32",
+    "eval.max_tokens=512",
+    "eval.new_tokens=4",
+    "eval.latency.prompt=8",
+    "eval.latency.new=2",
+    "eval.latency.repeats=1",
+    "eval.layer_tokens=64",
+]
+TRAIN = [
+    "recovery.path=text.txt",
+    "recovery.length=32",
+    "recovery.batch_size=8",
+    "recovery.samples=40",
+    "recovery.evaluations=2",
+    "recovery.learning_rate=1e-2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +53,19 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     (folder / "text.txt").write_text(TEXT)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=2048, hidden_size=32, tie_word_embeddings=True, intermediate_size=384,
-                         num_hidden_layers=2, head_dim=8, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0,
-                         eos_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        tie_word_embeddings=True,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model, tokenizer = LlamaForCausalLM(config), load_tokenizer(DEMO_MODEL)
     ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 64 * 32]).view(64, 32)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -177,8 +202,16 @@ def test_a_recovery_that_broke_off_goes_on(place, monkeypatch, tmp_path):
 
     train = place / "train.txt"
     train.write_text(TEXT)
-    options = ["model.path=dense", "method=magnitude", "recovery=lora", *TRAIN[1:], "recovery.path=train.txt",
-               "recovery.checkpoints=1", "eval.speed=false", "eval.cache=null"]  # fmt: skip
+    options = [
+        "model.path=dense",
+        "method=magnitude",
+        "recovery=lora",
+        *TRAIN[1:],
+        "recovery.path=train.txt",
+        "recovery.checkpoints=1",
+        "eval.speed=false",
+        "eval.cache=null",
+    ]
     whole, _ = done(*options, "output_dir=whole", cwd=place)
     with monkeypatch.context() as patch:
         name = next(
@@ -233,9 +266,17 @@ def test_short_models_corpora_of_one_name_and_dropped_layers(place):
     assert found["more"] == found["./text.txt"] < found["others/text.txt"]
     assert report["macs_protocol"] == "one forward pass of 64 tokens"
     assert len(load_tokenizer(DEMO_MODEL)(report["samples"][0]["model"])["input_ids"]) <= 64
-    dropped, _ = done("model.path=dense", "groups=layer", "policy=uniform", "importance=similarity",
-                      "compensation=none", "schedule=oneshot", "ratio=0.3", "output_dir=dropped",
-                      cwd=place)  # fmt: skip
+    dropped, _ = done(
+        "model.path=dense",
+        "groups=layer",
+        "policy=uniform",
+        "importance=similarity",
+        "compensation=none",
+        "schedule=oneshot",
+        "ratio=0.3",
+        "output_dir=dropped",
+        cwd=place,
+    )
     assert len(dropped["layer_error"]) == 1
     assert dropped["layer_error"][0]["index"] in (0, 1)
 
@@ -251,8 +292,16 @@ def test_two_processes_recover_as_one(place, recovered):
         "prunekit",
         *SMALL,
     ]
-    options = ["task=recover", "model.path=recovered", "eval.baseline=dense", "recovery=distill", *TRAIN,
-               "recovery.patience=1", "recovery.stop_on=text.txt", "recovery.micro_batch=4"]  # fmt: skip
+    options = [
+        "task=recover",
+        "model.path=recovered",
+        "eval.baseline=dense",
+        "recovery=distill",
+        *TRAIN,
+        "recovery.patience=1",
+        "recovery.stop_on=text.txt",
+        "recovery.micro_batch=4",
+    ]
     one, _ = done(*options, "output_dir=one", cwd=place)
     two = subprocess.run(
         [*command, *options, "output_dir=two"],
