@@ -37,7 +37,7 @@ from prunekit.report.record import Report
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
 from prunekit.schedules import Assignment, Schedule
-from prunekit.schedules.method import Backend, Method, describe_backends, split_choices
+from prunekit.schedules.method import Method, compose_pruning
 from prunekit.schedules.places import NOWHERE, Places, activations_folder
 from prunekit.surgery import apply_plan, shapes
 from prunekit.surgery.snapshot import note_biases, restore, snapshot
@@ -127,38 +127,6 @@ def prune(
     return prune_model(
         model, config, Method.build(config, backends), batches, stages, places=places
     )
-
-
-def compose_pruning(
-    call: cfg.Call,
-    method: str,
-    ratio: float,
-    choices: Mapping[str, str | Backend | None],
-    compensation: str | Compensation | EllipsisType | None,
-    overrides: Sequence[str],
-) -> tuple[RunConfig, dict[str, Backend | None]]:
-    """Compose and check the configuration of a call that prunes.
-
-    Returns:
-        The configuration, and the backends that were given as objects.
-
-    Raises:
-        ConfigError: an unknown choice; an option of a backend that was given as an object.
-    """
-    if compensation is None:
-        choices = {**choices, "compensation": "none"}
-    elif not isinstance(compensation, EllipsisType):
-        choices = {**choices, "compensation": compensation}
-    names, backends = split_choices(choices)
-    for key, value in cfg.split_overrides(overrides):
-        if (section := key.split(".")[0]) in backends:
-            raise ConfigError(
-                f"{key}={value}: {section} was given as an object; set its options there"
-            )
-    arguments = {"method": method, "ratio": str(ratio), **names}
-    config = cfg.check(call.compose(overrides, arguments))
-    describe_backends(config, backends)
-    return config, backends
 
 
 def _refuse_batch_size(overrides: Sequence[str]) -> None:

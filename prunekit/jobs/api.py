@@ -20,11 +20,11 @@ from prunekit.jobs.export import ExportSettings, run_export
 from prunekit.jobs.job import Inputs
 from prunekit.jobs.run import run_job
 from prunekit.jobs.sources import Source, check_source
-from prunekit.pipeline import compose_pruning
 from prunekit.policies import Policy
 from prunekit.recovery import Recovery
 from prunekit.report import Report
 from prunekit.schedules import Schedule
+from prunekit.schedules.method import compose_pruning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

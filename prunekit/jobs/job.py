@@ -48,7 +48,7 @@ class Inputs:
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     baseline: PreTrainedModel | None = None
-    backends: Mapping[str, Backend | None] = field(default_factory=dict)
+    backends: Mapping[str, Backend] = field(default_factory=dict)
     recovery: Recovery | None = None
 
 

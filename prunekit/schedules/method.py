@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import TypeVar
 
 from prunekit.allocation.costs.base import CostModel
@@ -11,7 +12,7 @@ from prunekit.allocation.costs.parameters import Parameters
 from prunekit.allocation.objective import select_cost
 from prunekit.allocation.scope import Scope
 from prunekit.compensation.base import Compensation
-from prunekit.config import RunConfig, build_as
+from prunekit.config import Call, RunConfig, build_as, check, split_overrides
 from prunekit.errors import ConfigError
 from prunekit.importance.base import Importance
 from prunekit.policies.base import Policy
@@ -42,7 +43,7 @@ class Method:
     cost: CostModel
 
     @classmethod
-    def build(cls, config: RunConfig, given: Mapping[str, Backend | None] | None = None) -> Method:
+    def build(cls, config: RunConfig, given: Mapping[str, Backend] | None = None) -> Method:
         """Build the backends that a configuration names, but for those that are `given` as objects.
 
         Raises:
@@ -61,26 +62,56 @@ class Method:
         )
 
 
-def split_choices(
+def compose_pruning(
+    call: Call,
+    method: str,
+    ratio: float,
     choices: Mapping[str, str | Backend | None],
-) -> tuple[dict[str, str], dict[str, Backend | None]]:
+    compensation: str | Compensation | EllipsisType | None,
+    overrides: Sequence[str],
+) -> tuple[RunConfig, dict[str, Backend]]:
+    """Compose and check the configuration of a call that prunes.
+
+    Returns:
+        The configuration, and the backends that were given as objects.
+
+    Raises:
+        ConfigError: an unknown choice; an option of a backend that was given as an object.
+    """
+    if compensation is None:
+        choices = {**choices, "compensation": "none"}
+    elif not isinstance(compensation, EllipsisType):
+        choices = {**choices, "compensation": compensation}
+    names, backends = _split_choices(choices)
+    for key, value in split_overrides(overrides):
+        if (section := key.split(".")[0]) in backends:
+            raise ConfigError(
+                f"{key}={value}: {section} was given as an object; set its options there"
+            )
+    arguments = {"method": method, "ratio": str(ratio), **names}
+    config = check(call.compose(overrides, arguments))
+    _describe_backends(config, backends)
+    return config, backends
+
+
+def _split_choices(
+    choices: Mapping[str, str | Backend | None],
+) -> tuple[dict[str, str], dict[str, Backend]]:
     """Tell names from objects: section → choice, and section → backend; None was not given."""
     given = {name: choice for name, choice in choices.items() if choice is not None}
     names = {name: choice for name, choice in given.items() if isinstance(choice, str)}
-    return names, {name: c for name, c in given.items() if not isinstance(c, str)}
+    backends = {name: choice for name, choice in given.items() if not isinstance(choice, str)}
+    return names, backends
 
 
-def describe_backends(config: RunConfig, backends: Mapping[str, Backend | None]) -> None:
+def _describe_backends(config: RunConfig, backends: Mapping[str, Backend]) -> None:
     """Write into the configuration which objects take the place of what its sections name.
 
     For what reads these sections without building them: the state of a run, and the record of it.
     """
     for name, backend in backends.items():
-        options = {
-            key: value
-            for key, value in getattr(backend, "__dict__", {}).items()
-            if _is_plain(value)
-        }
+        attributes = getattr(backend, "__dict__", {})
+        options = {key: value for key, value in attributes.items() if _is_plain(value)}
         kind = type(backend)
         setattr(config, name, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **options})
 
@@ -91,13 +122,12 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def _find(
-    kind: type[T], config: RunConfig, given: Mapping[str, Backend | None], name: str
-) -> T | None:
+def _find(kind: type[T], config: RunConfig, given: Mapping[str, Backend], name: str) -> T | None:
+    """The backend that was given for a section, else the one that the section names, if any."""
     if name not in given:
         return build_as(kind, getattr(config, name), name)
     backend = given[name]
-    if backend is not None and not isinstance(backend, kind):
+    if not isinstance(backend, kind):
         raise ConfigError(
             f"{name}: expected a name, or an object of a subclass of "
             f"{kind.__module__}.{kind.__qualname__}, got {backend!r}"
@@ -105,7 +135,8 @@ def _find(
     return backend
 
 
-def _require(kind: type[T], config: RunConfig, given: Mapping[str, Backend | None], name: str) -> T:
+def _require(kind: type[T], config: RunConfig, given: Mapping[str, Backend], name: str) -> T:
+    """As `_find`, where there must be one."""
     backend = _find(kind, config, given, name)
     if backend is None:
         raise ConfigError(f"{name}: expected one, got none; {name}=… names one")
