@@ -17,6 +17,7 @@ from prunekit.checkpoint import load_tokenizer
 from prunekit.compensation import Obs as Repair
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import ConfigError
+from prunekit.exports import Export, Written
 from prunekit.importance import Magnitude, ScoreImportance
 from prunekit.policies import Uniform
 from prunekit.recovery import Recovery
@@ -306,6 +307,7 @@ def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
         ),
         (lambda m: prunekit.export("x", "out"), "task=export: expected export=gguf"),
         (lambda m: prunekit.export("x", "out", format="guff"), "did you mean gguf"),
+        (lambda m: prunekit.export("x", "out", format=5), "export: expected a name, or an obj"),
     ],
 )
 def test_mistakes_of_the_other_functions(call, match):
@@ -320,18 +322,19 @@ def test_export_a_folder_and_a_model_in_memory(run, tmp_path):
     assert folder == tmp_path / "code" / "model"
     assert (folder / "README.md").exists(), "the card of the run"
 
-    class Lines:
-        """A format of one's own."""
+    class Lines(Export):
+        """A format of one's own: the names of the parameters, one a line."""
+
+        name = "lines"
+        target = "names.txt"
 
         def check_model(self, model):
             """Any model."""
 
-        def write(self, model, tokenizer, folder):
-            """The names of the parameters, one a line."""
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "names.txt"
+        def create(self, path, model, tokenizer):
+            """Write the file."""
             path.write_text("\n".join(name for name, _ in model.named_parameters()))
-            return path
+            return Written(file=path, about="names")
 
     model = prunekit.from_pretrained(out / "model")
     (path,) = prunekit.export(

@@ -86,6 +86,7 @@ STOREYS = {
         "demo",
         "errors",
         "evaluation",
+        "exports",
         "graph",
         "importance",
         "model",

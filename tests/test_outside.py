@@ -28,6 +28,7 @@ import torch
 from prunekit.allocation.costs.base import CostModel
 from prunekit.allocation.costs.parameters import Parameters
 from prunekit.compensation import Compensation
+from prunekit.exports import Export, Written
 from prunekit.importance import ScoreImportance
 from prunekit.policies import DepthPolicy
 from prunekit.schedules import OneShot
@@ -93,20 +94,23 @@ class Thousands(CostModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Names:
+class Names(Export):
     """The names of the parameters, one a line."""
 
+    name: ClassVar[str] = "names"
     ending: str = "txt"
+
+    @property
+    def target(self):
+        return f"names.{self.ending}"
 
     def check_model(self, model):
         ASKED.append(self)
 
-    def write(self, model, tokenizer, folder):
+    def create(self, path, model, tokenizer):
         ASKED.append(self)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"names.{self.ending}"
         path.write_text("\\n".join(name for name, _ in model.named_parameters()))
-        return path
+        return Written(file=path, about="names of parameters")
 '''
 RULES = '''
 """An operator that torch doesn't know, and its rule."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from prunekit import config as cfg
 from prunekit.allocation.costs.base import CostModel
 from prunekit.compensation import Compensation
 from prunekit.errors import ConfigError
+from prunekit.exports import Export
 from prunekit.importance import Importance
 from prunekit.jobs.export import ExportSettings, run_export
 from prunekit.jobs.job import Inputs
@@ -187,7 +188,7 @@ def export(
     out: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    format: str | Any | None = None,
+    format: str | Export | None = None,
     overrides: Sequence[str] = (),
 ) -> list[Path]:
     """Write a model for other programs, as `task=export` does.

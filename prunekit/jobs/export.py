@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from prunekit.config import BUILT, RunConfig, build, import_modules
+from prunekit.config import BUILT, RunConfig, build_as, import_modules
 from prunekit.errors import ConfigError, DataError, ExportError, PrunekitError
+from prunekit.exports import Export
 from prunekit.jobs.folder import clear_halves, ensure_empty
 from prunekit.jobs.sources import Source, loading_of, source_of
 from prunekit.report import Report, model_card
@@ -35,7 +36,7 @@ class ExportSettings:
         private: whether that repository is private, where it is new.
     """
 
-    writer: Any = None
+    writer: Export | None = None
     remote_code: bool = False
     push_to_hub: str | None = None
     private: bool = True
@@ -53,7 +54,7 @@ class ExportSettings:
             )
 
     @classmethod
-    def build(cls, section: Mapping[str, Any], writer: Any = None) -> ExportSettings:
+    def build(cls, section: Mapping[str, Any], writer: Export | None = None) -> ExportSettings:
         """Build what a section says; a `writer` that is given takes the place of its own.
 
         Raises:
@@ -63,7 +64,12 @@ class ExportSettings:
         common = {key: value for key, value in section.items() if key in BUILT["export"]}
         common = {key: value for key, value in common.items() if value is not None}
         own = {key: value for key, value in section.items() if key not in BUILT["export"]}
-        return cls(writer=writer or build(own, "export"), **common)
+        if writer is not None and not isinstance(writer, Export):
+            raise ConfigError(
+                "export: expected a name, or an object of a subclass of "
+                f"prunekit.exports.Export, got {writer!r}"
+            )
+        return cls(writer=writer or build_as(Export, own, "export"), **common)
 
     @property
     def wanted(self) -> bool:
@@ -143,9 +149,11 @@ def run_export(
 
 def _open(
     config: RunConfig, source: Source, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model with its tokenizer; one in memory is taken as it is."""
     if isinstance(source, PreTrainedModel):
+        if tokenizer is None:
+            raise ConfigError("tokenizer: expected the tokenizer of the model in memory, got none")
         return source, tokenizer
     trust = config.model.trust_remote_code
     model = from_pretrained(source, trust_remote_code=trust)
