@@ -98,8 +98,8 @@ def _dims(name: str, converter: Any, shards: Shards) -> tuple[int | None, int | 
         or len(converter.target_patterns) > 1
     ):
         raise CheckpointError(
-            f"{shards.where}: {name} is made by {', '.join(map(repr, operations))} of {converter.source_patterns[0]}: "
-            "such a checkpoint must be loaded whole"
+            f"{shards.where}: {name} is made by {', '.join(map(repr, operations))} "
+            f"of {converter.source_patterns[0]}: such a checkpoint must be loaded whole"
         )
     return next(iter(stacks), None), next(iter(joins), None)
 

@@ -2,16 +2,17 @@
 
 transformers stores such widths as `per_layer_config` but its stock models don't read it: the
 skeleton is built from the dense values without allocating a weight and brought to `pruned_sizes`
-(`prunekit.exports`), every parameter takes the shape it has in the file, and each layer gets its
-own view of the config. A folder that only has per-layer values will do; `extra_biases` in its
-config lists modules that were given a bias their class doesn't have.
+(`prunekit.model.modeling_prunekit`), every parameter takes the shape it has in the file, and each
+layer gets its own view of the config. A folder that only has per-layer values will do;
+`extra_biases` in its config lists modules that were given a bias their class doesn't have.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from prunekit.errors import CheckpointError, first_line
 from prunekit.model.build import adopt, build_pruned, make_dense_config, needs_prunekit
 from prunekit.model.compat import let_save_itself
 from prunekit.model.record import RECORD, is_ours
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def from_pretrained(
@@ -62,7 +66,7 @@ def from_pretrained(
             directory, dtype, device, attn_implementation, trust_remote_code, elements
         )
     with within(elements):
-        model = build_skeleton(folder, config, attn_implementation)
+        model: Any = build_skeleton(folder, config, attn_implementation)
     tensors = _read_tensors(folder)
     if dtype is not None:
         tables = dict(model.named_buffers())  # rotary frequencies, say
@@ -103,7 +107,7 @@ def build_skeleton(
     attention: str | None = None,
     trust_remote_code: bool = False,
     stored: torch.dtype | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """The model a folder describes, dense or pruned, in evaluation mode: parameters on meta,
     buffers real.
 
@@ -130,7 +134,7 @@ def build_skeleton(
     return model.eval()
 
 
-def _stock_config(folder: Path, trust_remote_code: bool) -> Any:
+def _stock_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
@@ -142,24 +146,19 @@ def _stock_config(folder: Path, trust_remote_code: bool) -> Any:
 def _load_dense(
     directory: str | Path,
     dtype: torch.dtype | None,
-    device: Any,
+    device: torch.device | str,
     attention: str | None,
     trust_remote_code: bool,
     elements: int | None,
 ) -> Any:
+    """A model that transformers' own loader can build, of a folder or from the hub."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     folder = Path(directory)
-    if not folder.is_dir() and (
-        folder.is_absolute() or str(directory).startswith((".", "~")) or folder.exists()
-    ):
+    if not folder.is_dir() and _looks_local(directory):
         raise CheckpointError(f"{directory}: no such model folder")
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        with nullcontext() if elements is None else within(elements):
+        with _quiet_loading(), nullcontext() if elements is None else within(elements):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype or "auto",
@@ -173,14 +172,33 @@ def _load_dense(
         raise CheckpointError(
             f"{directory}: {where}can't load the model: {first_line(error)}"
         ) from error
-    finally:
-        logging.set_verbosity(level)
     model, info = loaded
-    if missing := [*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))]:
+    misshapen = (key for key, *_ in info.get("mismatched_keys", ()))
+    if missing := sorted([*info["missing_keys"], *misshapen]):
         raise CheckpointError(
-            f"{directory}: damaged model folder: missing or misshapen {', '.join(sorted(missing)[:3])}"
+            f"{directory}: damaged model folder: missing or misshapen {', '.join(missing[:3])}"
         )
     return model.to(device).eval()
+
+
+def _looks_local(directory: str | Path) -> bool:
+    """Whether a name can only mean a path, and not a model of the hub."""
+    path = Path(directory)
+    return path.is_absolute() or path.exists() or str(directory).startswith((".", "~"))
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bar, from now on, and its warnings, during a `with` block."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -198,11 +216,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """A tensor as torch would have placed it: some kernels round otherwise where the file put it."""
+    """A tensor at an address as torch would have chosen it.
+
+    Some kernels round otherwise where a tensor is not aligned to 64 bytes, as files lay them out.
+    """
     return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
-def _generation_config(model: Any, folder: Path) -> None:
+def _generation_config(model: PreTrainedModel, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").exists():
@@ -214,8 +235,14 @@ def _generation_config(model: Any, folder: Path) -> None:
             ) from error
 
 
-def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder or hub name."""
+def load_tokenizer(
+    directory: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds no tokenizer.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(directory)

@@ -1,6 +1,4 @@
-"""The manifest of a saved model folder: checksums of what the model is made of, so that damage is
-seen before use.
-"""
+"""The manifest of a saved model folder: checksums of its files, against damage."""
 
 import json
 from pathlib import Path
@@ -45,7 +43,8 @@ def check_manifest(folder: Path, weights: bool = True) -> None:
     version, files = manifest.get("format"), manifest.get("sha256")
     if version != FORMAT or isinstance(version, bool):
         raise CheckpointError(
-            f"{path}: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit, or damaged"
+            f"{path}: expected format {FORMAT}, got {version!r:.40}: "
+            "made by another version of prunekit, or damaged"
         )
     if not isinstance(files, dict) or "config.json" not in files:
         raise CheckpointError(f"{path}: damaged: expected the checksums of the folder's files")

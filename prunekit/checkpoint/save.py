@@ -27,9 +27,9 @@ def save_pretrained(
     `prunekit.register_with_transformers` was called.
 
     Args:
-        model: of transformers.
+        model: a causal language model of transformers.
         directory: a new or empty folder.
-        tokenizer: the model's.
+        tokenizer: the tokenizer of the model, saved beside it.
         remote_code: put a file beside the model with which transformers loads it without prunekit,
             given `trust_remote_code=True`. Nothing where all layers are alike: transformers' own
             class loads that.
@@ -46,7 +46,8 @@ def save_pretrained(
         raise CheckpointError(f"expected a model of transformers, got {type(model).__name__}{hint}")
     if model.config.is_encoder_decoder:
         raise CheckpointError(
-            "a model of an encoder and a decoder can't be saved: config.json holds one list of layers"
+            "a model of an encoder and a decoder can't be saved: "
+            "config.json holds one list of layers"
         )
     check_free(Path(directory))
     with located(Path(directory)):

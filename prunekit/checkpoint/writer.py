@@ -1,4 +1,4 @@
-"""Write a model folder layer by layer, into a hidden folder that an interrupted run can go on with."""
+"""Write a model folder layer by layer, in a hidden folder that an interrupted run goes on with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prunekit.model.ties import parameter_places
 from prunekit.model.verify import check_loadable, required_record
 from prunekit.runtime.files import check_free, disk_errors, publish, write_text
 
-_KEY = "prunekit_key"  # in a shard's metadata: what it holds
+_KEY = "prunekit_key"  # the entry of a shard's metadata that names the part it holds
 
 
 class LayerWriter:
@@ -126,7 +126,7 @@ class LayerWriter:
 
         Args:
             model: cut like what was written; its weights may be on meta.
-            tokenizer: the model's.
+            tokenizer: the tokenizer of the model, saved beside it.
             remote_code: as `save_pretrained` has it.
 
         Raises:

@@ -1,4 +1,4 @@
-"""From documents to token batches: random windows for calibration, consecutive ones for evaluation."""
+"""Token windows of documents: random ones for calibration, consecutive ones for evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def calibration_windows(
     """
     if samples < 1 or length < 2:
         raise DataError(
-            f"data.calibration: expected samples ≥ 1 and sequence_length ≥ 2, got {samples} and {length}"
+            "data.calibration: expected samples ≥ 1 and sequence_length ≥ 2, "
+            f"got {samples} and {length}"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
@@ -38,7 +39,8 @@ def calibration_windows(
         joined = encode(tokenizer, "\n\n".join(documents), special=False)
         if len(joined) < length:
             raise DataError(
-                f"data.calibration: the text has {len(joined)} tokens, one window needs {length} (sequence_length)"
+                f"data.calibration: the text has {len(joined)} tokens, "
+                f"one window needs {length} (sequence_length)"
             )
         long = [joined]
     windows = []

@@ -65,8 +65,8 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """The token streams: training documents joined by the end-of-text token, held-out windows [N,
-    WINDOW].
+    """The training tokens [T], documents joined by the end-of-text token, and the held-out windows
+    [N, WINDOW].
     """
     train: list[int] = []
     for _, text in embedded.documents("train"):
@@ -221,48 +221,32 @@ def load_checkpoint(
 
 
 def train(config: TrainingConfig, output: Path, device: str, every: int) -> None:
-    """Run or resume the training; leave the best held-out model, its tokenizer and its card in
-    `output`.
+    """Run or resume the training; leave the best model, its tokenizer and its card in `output`.
+
+    Args:
+        config: what the result depends on.
+        output: a folder; checkpoints lie in `output/training`.
+        device: where the model is trained.
+        every: steps between evaluations and checkpoints.
     """
-    output.mkdir(parents=True, exist_ok=True)
     work = output / "training"
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(config.vocab_size)
     tokens, windows = encode_corpus(tokenizer)
     model: Any = build_model(config, tokenizer.eos_token_id)
     model.to(device)
     optimizers = make_optimizers(model, config)
-    state: dict[str, Any] = {
-        "config": asdict(config),
-        "step": 0,
-        "best": float("inf"),
-        "best_step": 0,
-        "history": [],
-    }
-    if (work / "last.safetensors").exists():
-        state = load_checkpoint(work / "last.safetensors", model, optimizers, asdict(config))
-        print(f"resumed at step {state['step']}")
-    sizes = [[config.matrix_lr], [config.embedding_lr] * 2]
+    state = begin_or_resume(config, work / "last.safetensors", model, optimizers)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, "
-        f"{windows.numel():,} held-out tokens, {config.steps} steps",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(tokens):,} training tokens, {windows.numel():,} held-out tokens, "
+        f"{config.steps} steps",
         flush=True,
     )
     began, seen = time.perf_counter(), 0
     for step in range(state["step"], config.steps):
-        for optimizer, lrs in zip(optimizers, sizes, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * lr_scale(step, config)
         batch = draw_batch(tokens, step, config).to(device)
-        torch.manual_seed(config.seed * 1_000_003 + step)  # the dropout masks of this step
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            logits = model(batch).logits[:, :-1]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = train_step(config, step, model, optimizers, batch)
         seen += batch.numel()
         if (step + 1) % 20 == 0:
             rate = seen / (time.perf_counter() - began)
@@ -272,14 +256,68 @@ def train(config: TrainingConfig, output: Path, device: str, every: int) -> None
             )
         if (step + 1) % every == 0 or step + 1 == config.steps:
             heldout = heldout_loss(model, windows, device)
-            state["history"].append([step + 1, heldout])
-            state["step"] = step + 1
-            print(f"step {step + 1}  held-out perplexity {math.exp(heldout):.2f}", flush=True)
-            if heldout < state["best"]:
-                state |= {"best": heldout, "best_step": step + 1}
-                save_checkpoint(work / "best.safetensors", model, [], state)
-            save_checkpoint(work / "last.safetensors", model, optimizers, state)
+            keep_checkpoints(work, step + 1, heldout, model, optimizers, state)
     finish(config, output, tokenizer, tokens, windows)
+
+
+def begin_or_resume(
+    config: TrainingConfig, last: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """The state of a run: a new one, or what its last checkpoint says, which is then restored.
+
+    It holds `config`, `step` (finished ones), `best` (held-out loss), `best_step` and `history`
+    (pairs of step and held-out loss).
+    """
+    if last.exists():
+        state = load_checkpoint(last, model, optimizers, asdict(config))
+        print(f"resumed at step {state['step']}")
+        return state
+    begun = {"step": 0, "best": float("inf"), "best_step": 0, "history": []}
+    return {"config": asdict(config), **begun}
+
+
+def train_step(
+    config: TrainingConfig,
+    step: int,
+    model: Any,
+    optimizers: list[torch.optim.Optimizer],
+    batch: Tensor,
+) -> Tensor:
+    """One step of all optimizers on token ids [B, T]; returns the mean next-token loss."""
+    rates = [[config.matrix_lr], [config.embedding_lr] * 2]  # [optimizer][group of parameters]
+    for optimizer, own in zip(optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate * lr_scale(step, config)
+    torch.manual_seed(config.seed * 1_000_003 + step)  # the dropout masks of this step
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        logits = model(batch).logits[:, :-1]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def keep_checkpoints(
+    work: Path,
+    step: int,
+    heldout: float,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+) -> None:
+    """Note the held-out loss after `step` steps in `state`; write the last checkpoint, and the
+    best where this is it.
+    """
+    state["history"].append([step, heldout])
+    state["step"] = step
+    print(f"step {step}  held-out perplexity {math.exp(heldout):.2f}", flush=True)
+    if heldout < state["best"]:
+        state |= {"best": heldout, "best_step": step}
+        save_checkpoint(work / "best.safetensors", model, [], state)
+    save_checkpoint(work / "last.safetensors", model, optimizers, state)
 
 
 def finish(
@@ -311,14 +349,21 @@ def finish(
 
 def card(config: TrainingConfig, figures: dict, state: dict) -> str:
     """The model card, as Markdown."""
-    shape = f"{config.layers} layers, {config.heads} heads, hidden {config.hidden_size}, FFN {config.intermediate_size}"
+    shape = (
+        f"{config.layers} layers, {config.heads} heads, hidden {config.hidden_size}, "
+        f"FFN {config.intermediate_size}"
+    )
+    vocabulary = f"byte-level BPE of {config.vocab_size:,} tokens"
     epochs = (
         state["best_step"] * config.batch_size * config.sequence_length / figures["training_tokens"]
     )
-    steps = f"{state['best_step']:,} of {config.steps:,}, {config.batch_size} × {config.sequence_length} tokens each"
+    steps = (
+        f"{state['best_step']:,} of {config.steps:,}, "
+        f"{config.batch_size} × {config.sequence_length} tokens each"
+    )
     table = {
-        "corpus": f"the standard library of Python {platform.python_version()}: module sources and `pydoc` topics; "
-        "no tests, no `encodings`",
+        "corpus": f"the standard library of Python {platform.python_version()}: "
+        "module sources and `pydoc` topics; no tests, no `encodings`",
         "split": f"by SHA-256 of the document's name, one in {embedded.HELDOUT_SHARE} held out",
         "training tokens": f"{figures['training_tokens']:,}",
         "steps": f"{steps} ({epochs:.1f} epochs)",
@@ -331,7 +376,7 @@ def card(config: TrainingConfig, figures: dict, state: dict) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
     return f"""# The embedded model
 
-A Llama of {figures["parameters"]:,} parameters ({shape}, byte-level BPE of {config.vocab_size:,} tokens), float16,
+A Llama of {figures["parameters"]:,} parameters ({shape}, {vocabulary}), float16,
 made by `python -m prunekit.demo.train`.
 
 | | |

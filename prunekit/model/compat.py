@@ -86,7 +86,7 @@ def unvalidated(config: PretrainedConfig) -> Iterator[None]:
 
 
 def let_save_itself(model: PreTrainedModel) -> None:
-    """Let transformers' own `save_pretrained` write a pruned model, whose config's class refuses it.
+    """Let transformers' own `save_pretrained` write a pruned model, whose config would refuse it.
 
     The config of this model, an instance, becomes one of a subclass without the check. It can't be
     made as one from the start: the auto classes look for the model's class by the config's.

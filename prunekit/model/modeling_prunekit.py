@@ -23,7 +23,7 @@ FORMAT = 1  # of `pruned_sizes`
 
 
 class LayerConfig:
-    """One layer's view of a model's config: its own sizes, everything else live from the model's."""
+    """One layer's view of a model's config: its own sizes; all else is read from the model's."""
 
     def __init__(self, base: Any, overrides: dict[str, Any]) -> None:
         self.__dict__.update(_base=base, _overrides=dict(overrides))

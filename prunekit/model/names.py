@@ -85,7 +85,7 @@ def layer_counts(config: Any) -> list[int]:
 
 
 def experts_per_token(config: Any) -> int | None:
-    """To how many experts a token is sent, the most that the config states; None without experts."""
+    """To how many experts a token is sent, the most the config states; None without experts."""
     values = [getattr(config, name, None) for name in _EXPERTS_PER_TOKEN]
     return max((value for value in values if isinstance(value, int)), default=None)
 

@@ -62,7 +62,7 @@ def _derived_sizes(config: Any, sizes: Sizes) -> list[Sizes]:
 
 
 def single_kv_head(config: Any, layer: int | None, units: int) -> bool:
-    """Whether all query heads of a layer read one key-value head, so that its units are query heads.
+    """Whether all query heads of a layer read one key-value head: then its units are query heads.
 
     Args:
         config: the model's, or None.
@@ -174,7 +174,7 @@ def keep_dense(config: Any, name: str) -> None:
 
 
 def _become_global(model: nn.Module, values: Mapping[str, int]) -> bool:
-    """Set values in the model's config; False, and nothing is set, where its class can't have them."""
+    """Set values in the model's config, or return False where its class can't have them."""
     config: Any = model.config
     if "head_dim" in values:  # the class takes the scores' scale and the rotary frequencies from it
         return False

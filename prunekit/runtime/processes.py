@@ -59,7 +59,10 @@ def add_up(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that every process runs on its part: a user's error in one of them is raised in all."""
+    """A block that each process runs on its part: a user's error in one of them is raised in all.
+
+    Otherwise the others would wait for ever for the process that failed.
+    """
     error: PrunekitError | None = None
     try:
         yield
