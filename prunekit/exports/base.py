@@ -90,7 +90,7 @@ class Export(ABC):
         """
         self.check_model(model)
         target = Path(folder) / self.target
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        if target.exists():
             raise ExportError(f"{target}: exists already; expected a folder without it")
         with _appear_whole(target) as temporary:
             written = self.create(temporary, model, tokenizer)

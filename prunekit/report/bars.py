@@ -1,6 +1,4 @@
-"""The figures of bars, in matplotlib; nothing is told by colour alone, but by panels, hatches and
-figures.
-"""
+"""The figures of bars, in matplotlib; panels, hatches and numbers tell what colours do."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ if TYPE_CHECKING:
 _PANEL = 1.45  # inches of height of a panel of upright bars
 
 
-def kept(entries: Sequence[Units]) -> Figure:
-    """A panel a kind, a bar a layer; groups outside of layers in a panel below.
+def draw_kept(entries: Sequence[Units]) -> Figure:
+    """Draw a panel a kind, a bar a layer; groups outside of layers in a panel below.
 
-    Those lie, with their names, where they are few.
+    The bars of those lie, with their names, where they are few.
     """
     kinds, others = by_kind(entries), outside(entries)
     few = len(others) <= NAMED
@@ -54,7 +52,7 @@ def _total(own: Sequence[Units]) -> str:
 def _draw_upright(
     panel: Axes, places: Sequence[int], own: Sequence[Units], limits: tuple[int, int]
 ) -> None:
-    """A bar at each place on a track of 100%; a cross where nothing was kept."""
+    """Draw a bar at each place on a track of 100%; a cross where nothing was kept."""
     panel.bar(places, [100] * len(own), 0.8, color=LIGHT["track"], linewidth=0)
     shares = [100 * entry.share for entry in own]
     panel.bar(places, shares, 0.8, color=LIGHT["pruned"], linewidth=0)
@@ -69,7 +67,7 @@ def _draw_upright(
 
 
 def _draw_lying(panel: Axes, own: Sequence[Units]) -> None:
-    """A bar a group, the first one on top, with its name and its units."""
+    """Draw a bar a group, the first one on top, with its name and its units."""
     from matplotlib.ticker import PercentFormatter
 
     places = list(range(len(own)))
@@ -85,10 +83,8 @@ def _draw_lying(panel: Axes, own: Sequence[Units]) -> None:
     panel.tick_params(length=0)
 
 
-def scores(tasks: Mapping[str, TaskScores], columns: Sequence[str]) -> Figure:
-    """Lying bars, a group a task and a bar a model, with the standard error; the average below, set
-    apart.
-    """
+def draw_scores(tasks: Mapping[str, TaskScores], columns: Sequence[str]) -> Figure:
+    """Draw lying bars with standard errors, a group a task and a bar a model; the average apart."""
     from matplotlib.ticker import PercentFormatter
 
     shown = [c for c in columns if any(c in task.columns for task in tasks.values())]
@@ -123,7 +119,7 @@ def _draw_column(
     name: str,
     look: int,
 ) -> None:
-    """One model's bars; `look` is an index into the palette's lists."""
+    """Draw one model's bars; `look` is an index into the palette's lists."""
     panel.barh(
         [y for y, _, _ in bars],
         [value for _, value, _ in bars],
@@ -137,7 +133,7 @@ def _draw_column(
 
 
 def _write_reading(panel: Axes, y: float, value: float, error: float) -> float:
-    """The error bar and the value behind it; returns where the bar ends."""
+    """Draw the error bar and write the value behind it; where the error bar ends."""
     if error:
         # A halo, so that the error bar is seen on the bar.
         panel.errorbar(value, y, xerr=error, color=LIGHT["paper"], linewidth=2.8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from prunekit.report.document import aim, title
-from prunekit.report.markdown import escaped, render_block
+from prunekit.report.markdown import escape, render_block
 from prunekit.report.record import Report
 from prunekit.report.tables import summary
 
@@ -53,15 +53,15 @@ def model_card(report: Report, loading: str) -> str:
         pipeline_tag="text-generation",
         tags=["prunekit", "pruning", "structured-pruning", *method],
     )
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {escaped(title(report))}", escaped(_done(report))]
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {escape(title(report))}", escape(_done(report))]
     parts += ["## Results", render_block(summary(report))]
     measured = (report.perplexity or {}).items()
-    parts += [escaped(f"{corpus}: {row.protocol}.") for corpus, row in measured]
+    parts += [escape(f"{corpus}: {row.protocol}.") for corpus, row in measured]
     parts += ["## Loading", _WHY[loading], f"```python\n{_LOAD[loading]}\n```"]
     if report.command:
         parts += ["## Made by", f"```sh\n{_FOLDERS.sub('', report.command)}\n```"]
     packages = [f"{name} {version}" for name, version in (report.versions or {}).items()]
-    parts.append(escaped(f"Seed {report.seed}; {', '.join(packages)}."))
+    parts.append(escape(f"Seed {report.seed}; {', '.join(packages)}."))
     return "\n\n".join(parts) + "\n"
 
 

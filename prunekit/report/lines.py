@@ -1,6 +1,4 @@
-"""The figures of lines, in matplotlib; nothing is told by colour alone, but by panels, markers and
-line styles.
-"""
+"""The figures of lines, in matplotlib; panels, markers and line styles tell what colours do."""
 
 from __future__ import annotations
 
@@ -21,15 +19,15 @@ Points = list[tuple[float, float]]
 _LOOKS = (3, 4, 1, 2, 0)  # the looks of corpora, in order; the models have the first three
 
 
-def ratios(entries: Sequence[Units]) -> Figure:
-    """A panel a kind: the share removed in each layer, and the policy's curve where it is known."""
+def draw_ratios(entries: Sequence[Units]) -> Figure:
+    """Draw a panel a kind: the share removed in each layer, and the policy's if it is known."""
     layered = by_kind(entries)
     kinds = layered or {"groups": list(entries)}
     figure, panels = new_figure([1.6] * len(kinds), 0.45)
     limits = layers_of(layered) if layered else (0, len(entries) - 1)
     top = 100 * max(max(entry.removed, entry.planned or 0) for entry in entries)
     for panel, (kind, own) in zip(panels, kinds.items(), strict=True):
-        _ratio_panel(panel, own, 5 if limits[1] - limits[0] < 40 else 3.5)
+        _draw_ratio_panel(panel, own, 5 if limits[1] - limits[0] < 40 else 3.5)
         panel.set_title(words.shorten(kind, 30))
         percent_axes(panel, limits, min(103.0, 1.12 * top) or 1)
     panels[-1].set_xlabel("layer" if layered else "group, in order")
@@ -37,7 +35,7 @@ def ratios(entries: Sequence[Units]) -> Figure:
     return figure
 
 
-def _ratio_panel(panel: Axes, entries: Sequence[Units], marker_size: float) -> None:
+def _draw_ratio_panel(panel: Axes, entries: Sequence[Units], marker_size: float) -> None:
     places = [i if entry.index is None else entry.index for i, entry in enumerate(entries)]
     planned = [
         (x, 100 * entry.planned)
@@ -52,8 +50,8 @@ def _ratio_panel(panel: Axes, entries: Sequence[Units], marker_size: float) -> N
     panel.plot(places, removed, "o", label="removed", **look)
 
 
-def errors(rows: Sequence[LayerError], columns: Sequence[str]) -> Figure:
-    """A line a model over the layers; a logarithmic scale where the errors span decades."""
+def draw_errors(rows: Sequence[LayerError], columns: Sequence[str]) -> Figure:
+    """Draw a line a model over the layers; a logarithmic scale where the errors span decades."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (panel,) = new_figure([2.7])
@@ -76,7 +74,7 @@ def errors(rows: Sequence[LayerError], columns: Sequence[str]) -> Figure:
 
 
 def _plot(panel: Axes, points: Points, name: str, look: int, markers: int = 40) -> None:
-    """A line with at most about `markers` markers; `look` is an index into the palette's lists."""
+    """Draw a line with about `markers` markers; `look` is an index into the palette's lists."""
     xs, ys = zip(*points, strict=True)
     panel.plot(
         xs,
@@ -138,8 +136,8 @@ def perplexities_of(curve: Sequence[CurvePoint]) -> dict[str, Points]:
     return lines
 
 
-def recovery(curve: Sequence[CurvePoint], best: int | None) -> Figure:
-    """Losses above, perplexities below, over the steps; the step that was kept is marked."""
+def draw_curve(curve: Sequence[CurvePoint], best: int | None) -> Figure:
+    """Draw losses above, perplexities below, over the steps; the step that was kept is marked."""
     parts = {"loss": losses_of(curve), "perplexity": perplexities_of(curve)}
     parts = {what: lines for what, lines in parts.items() if lines}
     heights = [1.8 + 0.2 * len(lines) / legend_columns(list(lines)) for lines in parts.values()]

@@ -10,12 +10,13 @@ from prunekit.report.pictures import Picture
 from prunekit.report.record import Report
 from prunekit.report.tables import Table
 
+# Characters that Markdown gives a meaning; an underscore has one only at the edge of a word.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def render_markdown(report: Report) -> str:
     """`report.md`, in GitHub's dialect; it shows the files that `write_pictures` leaves."""
-    lines = [f"# {escaped(title(report))}"]
+    lines = [f"# {escape(title(report))}"]
     for section in document(report):
         lines += _section(section)
     return "\n\n".join(lines) + "\n"
@@ -30,25 +31,26 @@ def render_block(block: Block) -> str:
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Picture):
-        return f"![{escaped(block.label)}]({block.name}.svg)"
+        return f"![{escape(block.label)}]({block.name}.svg)"
     if isinstance(block, Sample):
         return _sample(block)
     if isinstance(block, Code):
         return _fence(block.text, "sh")
     if isinstance(block, Items):
-        return "\n".join(f"- {escaped(line)}" for line in block.lines)
-    return escaped(block)
+        return "\n".join(f"- {escape(line)}" for line in block.lines)
+    return escape(block)
 
 
-def escaped(text: str) -> str:
-    """One line that Markdown and HTML read as it stands."""
-    return _SPECIAL.sub(lambda match: f"\\{match[0]}", " ".join(words.plain(text).split()))
+def escape(text: str) -> str:
+    """Make one line of a text, which Markdown and HTML then show as it stands."""
+    line = " ".join(words.plain(text).split())
+    return _SPECIAL.sub(lambda match: f"\\{match[0]}", line)
 
 
 def _table(table: Table) -> str:
     rules = ["---" if i < table.left else "---:" for i in range(len(table.header))]
-    lines = [_cells([escaped(cell) for cell in table.header]), _cells(rules)]
-    lines += [_cells([escaped(cell) for cell in row]) for row in table.rows]
+    lines = [_cells([escape(cell) for cell in table.header]), _cells(rules)]
+    lines += [_cells([escape(cell) for cell in row]) for row in table.rows]
     text = "\n".join(lines)
     if not table.folded:
         return text
@@ -60,15 +62,15 @@ def _cells(cells: list[str]) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    mode = f" ({escaped(sample.mode)})" if sample.mode else ""
+    mode = f" ({escape(sample.mode)})" if sample.mode else ""
     parts = [f"Prompt{mode}:", _fence(sample.prompt)]
     for column, answer in sample.answers.items():
-        parts += [f"{escaped(column)}:", _fence(answer)]
+        parts += [f"{escape(column)}:", _fence(answer)]
     return "\n\n".join(parts)
 
 
 def _fence(text: str, language: str = "") -> str:
-    """A code block, its fence longer than any run of backticks in it."""
+    """A code block; its fence is longer than any run of backticks in it."""
     runs = [len(run) for run in re.findall(r"`+", text)]
-    fence = "`" * max(3, *(run + 1 for run in runs), 3)
+    fence = "`" * max([3, *(run + 1 for run in runs)])
     return f"{fence}{language}\n{words.plain(text)}\n{fence}"

@@ -63,7 +63,7 @@ def _layers(report: Report) -> Picture | None:
     ]
     told += [f"{entry.kind} {entry.share:.0%}" for entry in outside(entries)[:6]]
     label = f"Bars, the share of units kept in each layer: {', '.join(told)}."
-    return Picture(name="layers", label=label, draw=lambda: bars.kept(entries))
+    return Picture(name="layers", label=label, draw=lambda: bars.draw_kept(entries))
 
 
 def _ratio(report: Report) -> Picture | None:
@@ -79,7 +79,7 @@ def _ratio(report: Report) -> Picture | None:
     shares = "planned and removed" if planned else "removed"
     spans = f": {', '.join(told)} removed." if told else "."
     label = f"Lines, the share of units {shares} in each layer{spans}"
-    return Picture(name="ratio", label=label, draw=lambda: lines.ratios(entries))
+    return Picture(name="ratio", label=label, draw=lambda: lines.draw_ratios(entries))
 
 
 def _error(report: Report) -> Picture | None:
@@ -94,7 +94,7 @@ def _error(report: Report) -> Picture | None:
         )
         told.append(f"{column} at most {words.decimal(worst)}, in layer {-index}")
     label = f"Lines, each layer's output error against the dense model: {'; '.join(told)}."
-    return Picture(name="error", label=label, draw=lambda: lines.errors(rows, columns))
+    return Picture(name="error", label=label, draw=lambda: lines.draw_errors(rows, columns))
 
 
 def _curve(report: Report) -> Picture | None:
@@ -112,7 +112,7 @@ def _curve(report: Report) -> Picture | None:
         for name, points in measured.items()
     ]
     label = f"Lines over the steps of recovery: {'; '.join(told)}."
-    draw = lambda: lines.recovery(recovery.curve, recovery.best_step)  # noqa: E731
+    draw = lambda: lines.draw_curve(recovery.curve, recovery.best_step)  # noqa: E731
     return Picture(name="curve", label=label, draw=draw)
 
 
@@ -127,4 +127,4 @@ def _tasks(report: Report) -> Picture | None:
         values = [f"{c} {task.columns[c].value:.1%}" for c in models if c in task.columns]
         told.append(f"{name} {', '.join(values)}")
     label = f"Bars with their standard errors, the score in each task: {'; '.join(told)}."
-    return Picture(name="tasks", label=label, draw=lambda: bars.scores(shown, models))
+    return Picture(name="tasks", label=label, draw=lambda: bars.draw_scores(shown, models))

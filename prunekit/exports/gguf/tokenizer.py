@@ -169,6 +169,7 @@ def _special_vocabulary(
         "bos": "bos" in ids and encoded[0] == ids["bos"],
         "eos": "eos" in ids and encoded[-1] == ids["eos"],
     }
+    # The caller writes the merges where they belong; asked for and empty, gguf would warn.
     merges, special.merges, special.load_merges = special.merges, [], False
     return merges, special
 
