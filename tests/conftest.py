@@ -117,7 +117,10 @@ def zero_consumers(model, graph, removed):
 
 
 def command_line(*arguments, cwd):
-    """`python -m prunekit …` in this process, which saves its start; as `subprocess.run` gives it."""
+    """`python -m prunekit …` in this process, which saves its start.
+
+    Returns what `subprocess.run` returns.
+    """
     from prunekit import cli
     from prunekit.runtime import console
 

@@ -1,4 +1,4 @@
-"""Small models of every architecture that the tests know, by the sizes their configurations take."""
+"""Small models of every architecture that the tests know, by the sizes of their configurations."""
 
 import torch
 from conftest import randomise

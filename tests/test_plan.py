@@ -1,4 +1,4 @@
-"""Plans travel: `plan.json` and the dense model give the pruned shapes again, and no other model's."""
+"""Plans travel: `plan.json` and the dense model give the pruned shapes, and no other model does."""
 
 import pytest
 import torch
@@ -48,8 +48,16 @@ def test_a_plan_and_the_dense_model_give_the_shapes_again(tmp_path, method):
 
 def test_the_plan_of_a_finished_run(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=2048, hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=8,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     prunekit.save_pretrained(
         LlamaForCausalLM(config), tmp_path / "dense", load_tokenizer(DEMO_MODEL)
     )
@@ -57,10 +65,20 @@ def test_the_plan_of_a_finished_run(tmp_path):
         "\n\n".join(f"There were {n} numbers, then {n + 1}." for n in range(400))
     )
     done = command_line(
-        "model.path=dense", "method=magnitude", "ratio=0.1", "eval=figures", "eval.corpora=[text.txt]",
-        "eval.window=32", "eval.max_tokens=256", "data.calibration.path=text.txt", "data.calibration.samples=8",
-        "data.calibration.sequence_length=32", "eval.cache=null", "output_dir=run", cwd=tmp_path,
-    )  # fmt: skip
+        "model.path=dense",
+        "method=magnitude",
+        "ratio=0.1",
+        "eval=figures",
+        "eval.corpora=[text.txt]",
+        "eval.window=32",
+        "eval.max_tokens=256",
+        "data.calibration.path=text.txt",
+        "data.calibration.samples=8",
+        "data.calibration.sequence_length=32",
+        "eval.cache=null",
+        "output_dir=run",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     dense = prunekit.from_pretrained(tmp_path / "dense")
     graph = prunekit.trace(dense, {"input_ids": token_ids(2, 32), "use_cache": False})

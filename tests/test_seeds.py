@@ -190,9 +190,16 @@ def test_seeds(name):
 
 SEQ2SEQ = {
     "t5": {"d_model": 48, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 8},
-    "bart": {"d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 8,
-             "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36},
-}  # fmt: skip
+    "bart": {
+        "d_model": 48,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 40,
+        "decoder_ffn_dim": 36,
+    },
+}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -1,4 +1,4 @@
-"""Costs against what is counted on models that were really cut; tables of seconds by their shape."""
+"""Costs against what is counted on models that were cut; tables of seconds by their shape."""
 
 import copy
 import random
@@ -69,7 +69,7 @@ class Stack(nn.Module):
 
 
 def counted(model, inputs):
-    """What torch counts, every product spelled out: attention as two of them, experts one by one."""
+    """What torch counts, every product spelled out: two for attention, experts one by one."""
     model = copy.deepcopy(model)
     if hasattr(model, "config"):
         model.config._experts_implementation = "eager"

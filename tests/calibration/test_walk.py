@@ -257,9 +257,16 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize(
     "how",
-    ["plain", "writes its input", "writes its block's output", "given the layer before", "given the first",
-     "given a function", "shares weights"],
-)  # fmt: skip
+    [
+        "plain",
+        "writes its input",
+        "writes its block's output",
+        "given the layer before",
+        "given the first",
+        "given a function",
+        "shares weights",
+    ],
+)
 def test_layers_however_they_are_written(how, monkeypatch):
     torch.manual_seed(0)
     dense = Stack(how)

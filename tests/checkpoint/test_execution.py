@@ -15,7 +15,10 @@ from prunekit.checkpoint import load_tokenizer, open_streamed
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import CheckpointError, PrunekitError
 
-EVIL = "from pathlib import Path\nPath({marker!r}).write_text('it ran')\ndef generate(*_, **__): pass\n"
+EVIL = """from pathlib import Path
+Path({marker!r}).write_text('it ran')
+def generate(*_, **__): pass
+"""
 CLASSES = """
 from transformers import {config}, {model}
 class Config({config}):
@@ -23,8 +26,12 @@ class Config({config}):
 class Model({model}):
     config_class = Config
 """
-ALL = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model",
-       "AutoTokenizer": ["evil.Slow", "evil.Fast"]}  # fmt: skip
+ALL = {
+    "AutoConfig": "evil.Config",
+    "AutoModel": "evil.Model",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoTokenizer": ["evil.Slow", "evil.Fast"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,18 @@ for where in sys.stdin.read().split():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, where
 """
-POINTS = ["transformers.modeling_utils.safe_save_file", "transformers.modeling_utils.safe_save_file:after",
-          "prunekit.checkpoint.save.describe", "prunekit.checkpoint.save.check_loadable",
-          "prunekit.checkpoint.save.write_manifest", "prunekit.checkpoint.save.write_manifest:after",
-          "prunekit.runtime.files.publish", "pathlib.Path.chmod", "pathlib.Path.replace",
-          "pathlib.Path.rmdir:after"]  # fmt: skip
+POINTS = [
+    "transformers.modeling_utils.safe_save_file",
+    "transformers.modeling_utils.safe_save_file:after",
+    "prunekit.checkpoint.save.describe",
+    "prunekit.checkpoint.save.check_loadable",
+    "prunekit.checkpoint.save.write_manifest",
+    "prunekit.checkpoint.save.write_manifest:after",
+    "prunekit.runtime.files.publish",
+    "pathlib.Path.chmod",
+    "pathlib.Path.replace",
+    "pathlib.Path.rmdir:after",
+]
 STREAM = """
 from prunekit.checkpoint import LayerWriter, Weights, open_streamed
 for where in sys.stdin.read().split():
@@ -62,8 +69,12 @@ for where in sys.stdin.read().split():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, where
 """
-STREAMED_POINTS = ["safetensors.torch.save_file:after", "pathlib.Path.replace:after",
-                   "prunekit.checkpoint.writer.write_text", "prunekit.checkpoint.writer.publish"]  # fmt: skip
+STREAMED_POINTS = [
+    "safetensors.torch.save_file:after",
+    "pathlib.Path.replace:after",
+    "prunekit.checkpoint.writer.write_text",
+    "prunekit.checkpoint.writer.publish",
+]
 
 
 def killed(code, points, place):

@@ -18,10 +18,29 @@ import prunekit
 from prunekit.checkpoint import LayerWriter
 from prunekit.errors import CheckpointError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "mixtral",
-            "qwen3_moe")  # fmt: skip
-CUTS = {"llama-narrow": "head_dim", "gpt2-channels": "channel", "opt-channels": "channel",
-        "gpt_neox-alike": "alike", "gpt2-alike": "alike", "llama-odd": "channel", "gemma2-odd": "channel"}  # fmt: skip
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+)
+CUTS = {
+    "llama-narrow": "head_dim",
+    "gpt2-channels": "channel",
+    "opt-channels": "channel",
+    "gpt_neox-alike": "alike",
+    "gpt2-alike": "alike",
+    "llama-odd": "channel",
+    "gemma2-odd": "channel",
+}
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 RUN = """
 import sys
@@ -50,7 +69,8 @@ for folder in sys.argv[1:]:
     found["backend"] = model.is_backend_compatible()
     model.set_attn_implementation("eager")
     found["eager"] = logits(model)
-    found["attentions"] = {m.config._attn_implementation for m in model.modules() if "config" in m.__dict__}
+    configs = [m.config for m in model.modules() if "config" in m.__dict__]
+    found["attentions"] = {c._attn_implementation for c in configs}
     found["half"] = logits(load(folder, dtype=torch.bfloat16))
     placed = load(folder, device_map="auto", attn_implementation="eager")
     found["placed"] = logits(placed)
@@ -58,13 +78,18 @@ for folder in sys.argv[1:]:
         body = load(folder, AutoModel)(input_ids=ids).last_hidden_state
         found["body"] = torch.equal(body, load(folder).base_model(input_ids=ids).last_hidden_state)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-                  .named_parameters()}
+        stock = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        shapes = {n: p.shape for n, p in stock.named_parameters()}
     found["built"] = shapes == {n: p.shape for n, p in model.named_parameters()}
-    with torch.device("meta"):  # as an inference engine does it that reads the heads of each layer from the config
+    # As an inference engine does it that reads the heads of each layer from the config.
+    with torch.device("meta"):
         bare = AutoModel.from_config(config, trust_remote_code=True)
-    layers = [(m, config.per_layer_config[m.layer_idx]) for m in bare.modules() if hasattr(m, "k_proj")]
-    found["heads"] = all(m.q_proj.out_features == c.num_attention_heads * m.head_dim for m, c in layers)
+    attentions = [m for m in bare.modules() if hasattr(m, "k_proj")]
+    found["heads"] = all(
+        m.q_proj.out_features
+        == config.per_layer_config[m.layer_idx].num_attention_heads * m.head_dim
+        for m in attentions
+    )
     found["stock"] = hasattr(transformers, config.architectures[0])
     placed.set_attn_implementation(load(folder).config._attn_implementation)
     placed.save_pretrained(f"{folder}-again", max_shard_size="20KB")
@@ -178,7 +203,8 @@ import prunekit
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 pruned, remote, dense, tokens = sys.argv[1:]
-assert AutoConfig.from_pretrained.__module__.startswith("transformers."), "importing patches nothing"
+module = AutoConfig.from_pretrained.__module__
+assert module.startswith("transformers."), "importing patches nothing"
 for folder in (pruned, remote):
     try:
         AutoModelForCausalLM.from_pretrained(folder)
@@ -201,10 +227,13 @@ for folder in (pruned, remote):
         found += [AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits.detach()]
         found += [prunekit.from_pretrained(path)(input_ids=ids).logits.detach()]
     assert AutoTokenizer.from_pretrained(folder)("import")["input_ids"]
-assert not any(name.startswith("transformers_modules") for name in sys.modules), "no code of a folder ran"
+ran = [name for name in sys.modules if name.startswith("transformers_modules")]
+assert not ran, "no code of a folder ran"
 stock = AutoModelForCausalLM.from_pretrained(dense)
-assert type(stock).__module__.startswith("transformers.models.") and type(stock.config) is LlamaConfig
-config, unused = AutoConfig.from_pretrained(pruned, return_unused_kwargs=True, use_cache=False, other=1)
+assert type(stock).__module__.startswith("transformers.models.")
+assert type(stock.config) is LlamaConfig
+options = {"use_cache": False, "other": 1}
+config, unused = AutoConfig.from_pretrained(pruned, return_unused_kwargs=True, **options)
 assert (config.use_cache, unused) == (False, {"other": 1})
 try:
     LlamaConfig(hidden_size=50, num_attention_heads=7)
@@ -269,8 +298,11 @@ def test_prunekit_does_not_run_the_code_and_notices_changes_to_it(tmp_path):
 def test_a_model_that_a_stock_class_builds_gets_no_code(tmp_path):
     prunekit.save_pretrained(tiny_llama(), tmp_path / "model", remote_code=True)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "prunekit.json"
-    ]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "prunekit.json",
+    ]
     assert (
         not {"auto_map", "pruned_sizes"}
         & json.loads((tmp_path / "model" / "config.json").read_text()).keys()
@@ -317,9 +349,16 @@ def test_a_folder_with_per_layer_values_only_is_loaded(tmp_path):
     )
 
 
-@pytest.mark.parametrize("record", [{}, {"shapes": {}}, {"shapes": {"model.norm.weight": "[1"}, "attributes": {}},
-                                    {"shapes": {"model.norm.weight": "3"}, "attributes": {}},
-                                    {"shapes": [], "attributes": {"model.layers.{}.mlp.x": "7"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"shapes": {}},
+        {"shapes": {"model.norm.weight": "[1"}, "attributes": {}},
+        {"shapes": {"model.norm.weight": "3"}, "attributes": {}},
+        {"shapes": [], "attributes": {"model.layers.{}.mlp.x": "7"}},
+    ],
+)
 def test_a_damaged_record_is_a_clean_error(tmp_path, record):
     prunekit.save_pretrained(pruned("llama"), tmp_path / "model")
     (tmp_path / "model" / "prunekit.json").unlink()

@@ -1,4 +1,4 @@
-"""A model larger than memory: weights come from the shards a layer at a time, and go to new ones."""
+"""A model larger than memory: its weights come from shards layer by layer, and go to new ones."""
 
 import copy
 import errno
@@ -18,8 +18,15 @@ from prunekit.model.modeling_prunekit import per_layer_overrides
 from prunekit.surgery.cut import cut_layer
 
 IDS = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
-NEW = IDS | {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 8,
-             "num_key_value_heads": 4, "head_dim": 6, "max_position_embeddings": 64}  # fmt: skip
+NEW = IDS | {
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+}
 FAMILIES = {
     "llama": (NEW, torch.float32),
     "gpt2": (IDS | {"n_embd": 48, "n_head": 8, "n_layer": 3, "n_positions": 64}, torch.float32),
@@ -151,8 +158,9 @@ def test_weights_that_are_read_past_their_module(tmp_path):
     streamed, shards = open_streamed(tmp_path / "dense")
 
     def past(self, x):
-        return torch.nn.functional.linear(self.act_fn(self.gate_proj.weight @ x.mT).mT * self.up_proj(x),
-                                          self.down_proj.weight)  # fmt: skip
+        return torch.nn.functional.linear(
+            self.act_fn(self.gate_proj.weight @ x.mT).mT * self.up_proj(x), self.down_proj.weight
+        )
 
     for one in (model, streamed):
         for layer in one.model.layers:
@@ -261,11 +269,25 @@ LATENT = {
 }
 PARTS = {  # families whose checkpoints hold some parameters in parts; more than ten experts
     "mixtral": NEW | {"num_local_experts": 12},
-    "deepseek_v3": NEW | LATENT | {"num_key_value_heads": 8, "n_routed_experts": 12, "n_group": 1, "topk_group": 1,
-                                   "moe_intermediate_size": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "olmo_hybrid": NEW | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
-                          "linear_num_value_heads": 4},
-}  # fmt: skip
+    "deepseek_v3": NEW
+    | LATENT
+    | {
+        "num_key_value_heads": 8,
+        "n_routed_experts": 12,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 8,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    "olmo_hybrid": NEW
+    | {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    },
+}
 
 
 def in_parts(family, folder):
@@ -342,19 +364,49 @@ def more(shape, *names):
 @pytest.mark.parametrize(
     ("family", "change", "match"),
     [
-        ("mixtral", without(f"{MLP}.3.w3.weight"), f"damaged weights: {MLP}.3.w3.weight is missing"),
+        (
+            "mixtral",
+            without(f"{MLP}.3.w3.weight"),
+            f"damaged weights: {MLP}.3.w3.weight is missing",
+        ),
         ("mixtral", without(f"{MLP}.11.w2.weight"), f"{MLP}.11.w2.weight is missing"),
-        ("mixtral", without(*(f"{MLP}.{i}.w1.weight" for i in range(12))), f"{MLP}.0.w1.weight is missing"),
-        ("mixtral", without(*(f"{MLP}.{i}.w2.weight" for i in range(12))), f"{OURS}.down_proj is missing"),
-        ("olmo_hybrid", without("model.layers.0.linear_attn.k_conv1d.weight"), "0.linear_attn.k_conv1d.weight is miss"),
-        ("mixtral", more((47, 40), f"{MLP}.0.w2.weight"),
-         rf"model.safetensors: {MLP}.0.w2.weight: expected shape \(48, 40\), got \(47, 40\)"),
-        ("mixtral", more((40, 47), *(f"{MLP}.{i}.w1.weight" for i in range(12))), f"{OURS}.gate_up_proj: Sizes of"),
-        ("mixtral", more((48, 40), f"{MLP}.12.w2.weight"),
-         rf"{OURS}.down_proj: expected shape \(12, 48, 40\), got \(13, 48, 40\)"),
-        ("mixtral", more((40, 48), "model.layers.7.mlp.experts.0.w1.weight"), "place for model.layers.7.mlp.exp"),
+        (
+            "mixtral",
+            without(*(f"{MLP}.{i}.w1.weight" for i in range(12))),
+            f"{MLP}.0.w1.weight is missing",
+        ),
+        (
+            "mixtral",
+            without(*(f"{MLP}.{i}.w2.weight" for i in range(12))),
+            f"{OURS}.down_proj is missing",
+        ),
+        (
+            "olmo_hybrid",
+            without("model.layers.0.linear_attn.k_conv1d.weight"),
+            "0.linear_attn.k_conv1d.weight is miss",
+        ),
+        (
+            "mixtral",
+            more((47, 40), f"{MLP}.0.w2.weight"),
+            rf"model.safetensors: {MLP}.0.w2.weight: expected shape \(48, 40\), got \(47, 40\)",
+        ),
+        (
+            "mixtral",
+            more((40, 47), *(f"{MLP}.{i}.w1.weight" for i in range(12))),
+            f"{OURS}.gate_up_proj: Sizes of",
+        ),
+        (
+            "mixtral",
+            more((48, 40), f"{MLP}.12.w2.weight"),
+            rf"{OURS}.down_proj: expected shape \(12, 48, 40\), got \(13, 48, 40\)",
+        ),
+        (
+            "mixtral",
+            more((40, 48), "model.layers.7.mlp.experts.0.w1.weight"),
+            "place for model.layers.7.mlp.exp",
+        ),
     ],
-)  # fmt: skip
+)
 def test_parts_that_do_not_fit(tmp_path, family, change, match):
     in_parts(family, tmp_path)
     changed(tmp_path, change)
@@ -556,9 +608,14 @@ def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
             logits.append(model(token_ids()).logits)
 
     again = written(
-        model, shards, weights, tmp_path / "out", LAYERS.get(family, "model.layers"),
-        change=lambda i: cut_layer(model, graph, per_layer[i]), measure=run,
-    )  # fmt: skip
+        model,
+        shards,
+        weights,
+        tmp_path / "out",
+        LAYERS.get(family, "model.layers"),
+        change=lambda i: cut_layer(model, graph, per_layer[i]),
+        measure=run,
+    )
     assert (
         per_layer_overrides(model.config)
         == per_layer_overrides(whole.config)
@@ -641,8 +698,11 @@ def test_a_run_that_goes_on_reads_cut_layers_again(tmp_path):
 
 def test_never_more_than_a_layer(tmp_path):
     """A folder of about 100 MB, itself written layer by layer, goes through layer by layer."""
-    config = AutoConfig.for_model("llama", **NEW | {"hidden_size": 512, "intermediate_size": 1600, "head_dim": 64,
-                                                    "num_hidden_layers": 8})  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        **NEW
+        | {"hidden_size": 512, "intermediate_size": 1600, "head_dim": 64, "num_hidden_layers": 8},
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     folder = tmp_path / "dense"
@@ -678,7 +738,7 @@ def build_from(config, writer):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_loop_of_a_layerwise_run(tmp_path, family):
-    """Activations stream through, each layer is cut while it is there, masked and cut layers agree."""
+    """Activations stream; each layer is cut while it is there; masked and cut layers agree."""
     whole, path = build(family), LAYERS.get(family, "model.layers")
     saved(whole, tmp_path / "dense")
     model, shards = open_streamed(tmp_path / "dense")

@@ -17,10 +17,11 @@ from prunekit.schedules.places import Places
 ONE_BY_ONE = {  # families whose checkpoints hold experts one by one
     "mixtral": EXPERTS["mixtral"] | {"num_key_value_heads": 2},
     "qwen2_moe": EXPERTS["qwen2_moe"] | {"num_key_value_heads": 8},
-    "qwen3_moe": MORE["qwen3_moe"] | {"num_experts": 12, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "qwen3_moe": MORE["qwen3_moe"]
+    | {"num_experts": 12, "num_hidden_layers": 3, "mlp_only_layers": [1]},
     "olmoe": NAMED | {"num_key_value_heads": 4, "num_experts": 3, "num_experts_per_tok": 2},
     "glm4_moe": MORE["glm4_moe"] | {"num_hidden_layers": 3, "first_k_dense_replace": 1},
-}  # fmt: skip
+}
 BATCHES = [{"input_ids": part, "use_cache": False} for part in token_ids(16, 12).split(6)]
 CPU = torch.device("cpu")
 

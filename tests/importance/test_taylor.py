@@ -85,7 +85,7 @@ def test_scores_of_a_plain_loop_over_the_samples(kind, kv_heads):
 
 @pytest.mark.parametrize("kind", TAYLOR)
 def test_heads_are_not_credited_as_repetition_by_kv_head(kind):
-    """With 2 KV heads of 4 query heads each, query head h belongs to KV head h // 4, not to h % 2."""
+    """With 2 KV heads of 4 query heads each, query head h belongs to KV head h // 4, not h % 2."""
     model = tiny_llama(2, layers=1).double()
     graph = trace(model, example())
     group, ids = graph["layers.0.self_attn"], token_ids(3, 6)
@@ -309,9 +309,11 @@ def test_the_model_is_left_as_it_was(importance, error, checkpointing):
 
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
     was = state()
-    run = lambda: importance(checkpointing=checkpointing).score(  # noqa: E731
-        model, graph, groups, batches(token_ids())
-    )
+
+    def run():
+        backend = importance(checkpointing=checkpointing)
+        return backend.score(model, graph, groups, batches(token_ids()))
+
     if error:
         with pytest.raises(error):
             run()

@@ -211,8 +211,15 @@ def test_killed_while_the_result_is_written(at, short_model, monkeypatch, tmp_pa
         cfg.check(cfg.compose([*overrides, "resume=true"])), tmp_path / "out", {"config.yaml": "x"}
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        ".hydra", "model", "plan.json", "report.json", "report.md", "report.html", "layers.svg", "ratio.svg"
-    }  # fmt: skip
+        ".hydra",
+        "model",
+        "plan.json",
+        "report.json",
+        "report.md",
+        "report.html",
+        "layers.svg",
+        "ratio.svg",
+    }
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])

@@ -70,7 +70,7 @@ def test_attention_implementation_can_be_switched_afterwards():
 
 
 class Fixed(nn.Module):
-    """Its forward multiplies by the width it was built with: cutting it changes what it computes."""
+    """Its forward multiplies by the width it was built with: a cut changes what it computes."""
 
     def __init__(self):
         super().__init__()
@@ -248,8 +248,15 @@ def test_layers_on_several_devices():
     model = tiny_llama()
     graph = trace(model, example())
     masked = zero_units(copy.deepcopy(model), graph, PLAN)
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": "cpu",
-              "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
+    places = {
+        "model.embed_tokens": 0,
+        "model.rotary_emb": 0,
+        "model.layers.0": 0,
+        "model.layers.1": "cpu",
+        "model.layers.2": 0,
+        "model.norm": 0,
+        "lm_head": 0,
+    }
     model = dispatch_model(model, places, main_device=0)
     apply_plan(model, graph, PruningPlan(PLAN))
     ids = token_ids(3, 9, seed=5)
