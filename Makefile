@@ -22,7 +22,7 @@ demo: $(DONE)  ## set up, then prune the embedded model by 20 %
 	$(BIN)/python -m prunekit method=slimgpt ratio=0.2 output_dir=outputs/demo
 
 test: $(DONE)  ## set up, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(DONE)  ## style, formatting, types
 	$(BIN)/ruff check .

@@ -141,6 +141,28 @@ def command_line(*arguments, cwd):
     return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
 
+# The files that take longest start first, so that two workers end at about the same time.
+LONGEST = (
+    "test_families.py",
+    "test_layers.py",
+    "test_state.py",
+    "test_contract.py",
+    "test_costs.py",
+    "test_demo.py",
+    "test_cli.py",
+    "test_gguf.py",
+    "test_remote_code.py",
+    "test_stream.py",
+    "test_recovery_training.py",
+    "test_jobs.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 @pytest.fixture(autouse=True)
 def traces(request):
     """Tests of the tracer itself trace anew; all others share the graphs of equal structures."""

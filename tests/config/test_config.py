@@ -38,15 +38,20 @@ def test_groups_override_the_method(method, importance, policy):
 
 
 def swept():
+    """Each value that an experiment sweeps over, in as few combinations as it takes."""
     for path in sorted((config_dir() / "experiment").glob("*.yaml")):
-        for key, values in OmegaConf.load(path).hydra.sweeper.params.items():
-            if "(" not in (text := str(values)):
-                yield from ((path.stem, f"{key}={value}") for value in text.split(","))
+        sweeps = [
+            [f"{key}={value}" for value in str(values).split(",")]
+            for key, values in OmegaConf.load(path).hydra.sweeper.params.items()
+            if "(" not in str(values)
+        ]
+        for overrides in itertools.zip_longest(*sweeps):
+            yield path.stem, [override for override in overrides if override]
 
 
-@pytest.mark.parametrize(("experiment", "override"), swept())
-def test_what_an_experiment_sweeps_over_composes_and_builds(experiment, override):
-    run = check(compose([f"experiment={experiment}", override]))
+@pytest.mark.parametrize(("experiment", "overrides"), swept())
+def test_what_an_experiment_sweeps_over_composes_and_builds(experiment, overrides):
+    run = check(compose([f"experiment={experiment}", *overrides]))
     for name in ("importance", "policy", "compensation", "schedule"):
         build(getattr(run, name), name)
 
