@@ -1,4 +1,4 @@
-"""Names of sizes, per-layer configs, stacks and ties of a tiny model, and what transformers needs."""
+"""Names of sizes, per-layer configs, stacks and ties of a tiny model; what transformers needs."""
 
 import copy
 import json
