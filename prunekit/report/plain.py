@@ -7,6 +7,7 @@ of the JSON while it is None. The items of a `flattened` mapping stand beside th
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 import typing
@@ -19,12 +20,14 @@ from prunekit.errors import DataError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# Type hint → the type's name in JSON Schema, and the Python types of its values.
 _SCALARS: dict[object, tuple[str, tuple[type, ...]]] = {
     str: ("string", (str,)),
     bool: ("boolean", (bool,)),
     int: ("integer", (int,)),
     float: ("number", (int, float)),
 }
+# One entry under "Attributes:" of a docstring: a name, and text that may go over several lines.
 _ATTRIBUTE = re.compile(r"^(?:Attributes:)?\s*(\w+): (.+?)(?=^\s*\w+: |\Z)", re.M | re.S)
 
 
@@ -108,6 +111,7 @@ def _check_object(value: object, where: str) -> Mapping[str, object]:
 
 
 def _read_object(kind: Any, value: object, where: str) -> Any:
+    """A dataclass from a JSON object; null for a required key that is missing and may be null."""
     hints, rest = get_type_hints(kind), dict(_check_object(value, where))
     arguments: dict[str, Any] = {}
     for own in fields(kind):
@@ -141,10 +145,12 @@ def schema_of(kind: type) -> dict[str, Any]:
 
 
 def _object_schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    summary, _, attributes = typing.cast(str, kind.__doc__).partition("\n\n    Attributes:")
+    """The schema of one dataclass, described by its docstring; its parts go to `definitions`."""
+    summary, _, attributes = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")
     described = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(attributes)}
     hints = get_type_hints(kind)
-    properties, others = {}, False
+    properties: dict[str, Any] = {}
+    others: object = False  # no other keys
     for own in fields(kind):
         if _is_flattened(own):
             others = _schema(get_args(hints[own.name])[1], definitions)
@@ -163,6 +169,7 @@ def _object_schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(kind: Any, definitions: dict[str, Any]) -> Any:
+    """The schema of a type hint; dataclasses in it go to `definitions`."""
     if kind is object or kind is Any:
         return True
     if (inner := _without_none(kind)) is not kind:

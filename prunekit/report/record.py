@@ -25,11 +25,12 @@ from prunekit.report.plain import from_plain, schema_of, to_plain
 
 # The first keys of the file that `task=prune` writes; the others follow in the order of the fields.
 _PRUNING_FIRST = (
-    "task", "seed", "command", "versions", "method", "ratio", "parameters", "target", "policy",
-    "layers", "seconds", "peak_memory_bytes", "activation_bytes", "base", "calibration",
-)  # fmt: skip
-# Keys whose null is written, once the key named beside them is there.
+    *("task", "seed", "command", "versions", "method", "ratio", "parameters", "target", "policy"),
+    *("layers", "seconds", "peak_memory_bytes", "activation_bytes", "base", "calibration"),
+)
+# Keys that are written as null too, where the key beside them is written.
 _NULL_BESIDE = {"command": "task", "base": "calibration"}
+# The keys that stay true of a pruned model once it is fine-tuned.
 _OF_PRUNING = ("base", "method", "ratio", "target", "policy", "layers", "calibration")
 
 
