@@ -1,19 +1,22 @@
-"""Modules inside a layer whose output is their consumer's: they need not run again once its inputs
-are put aside.
+"""Blocks: modules inside a layer whose output is that of their consumer.
+
+The output of an attention block is that of its output projection, the output of an FFN that of its
+down projection. Such a module need not run again once the inputs of its consumer are put aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.consumers import Consumer
-from prunekit.calibration.observe import Stop
+from prunekit.calibration.hooks import Stop
 from prunekit.calibration.store import Kept, Store
 
 _tree = torch.utils._pytree
@@ -21,11 +24,12 @@ _tree = torch.utils._pytree
 
 @dataclass(eq=False)
 class Block:
-    """A module whose output, in a structure of `leaves`, is its consumer's.
+    """A module whose output is that of its consumer, alone or in a structure with other values.
 
-    `first`: the consumer's output on the batch the block was found with. By batch: the consumer's
-    `inputs` until it is repaired, then its `outputs`; its `dense` outputs where a target needs
-    them.
+    `leaves`, `spec`: the flattened structure, with the consumer's output at `place` left out.
+    `first`: the consumer's output on the batch that the block was found with. By batch: `inputs` of
+    the consumer until it is repaired, its `outputs` from then on, and its `dense` outputs where a
+    target needs them.
     """
 
     module: nn.Module
@@ -39,63 +43,60 @@ class Block:
     dense: dict[int, Kept] = field(default_factory=dict)
 
     def answer(self, output: Tensor) -> Any:
-        """What the module returns where the consumer gives `output`."""
+        """The value that the module returns where its consumer gives `output`."""
         leaves = [*self.leaves[: self.place], output, *self.leaves[self.place + 1 :]]
         return _tree.tree_unflatten(leaves, self.spec)
 
     @torch.no_grad()
     def output(self, batch: int, store: Store) -> Tensor:
-        """What the consumer makes of the inputs put aside."""
+        """The output of the repaired consumer on the inputs put aside, computed once a batch."""
         if batch not in self.outputs:
-            self.outputs[batch] = store.put(
-                self.consumer.module(self.inputs[batch].get()), copy=False
-            )
+            output = self.consumer.module(self.inputs[batch].get())
+            self.outputs[batch] = store.put(output, copy=False)
             self.inputs.pop(batch).free()
         return self.outputs[batch].get()
 
     def free(self) -> None:
-        """Let go of all that was put aside."""
-        for kept in (self.inputs, self.outputs, self.dense):
-            for tensor in kept.values():
-                tensor.free()
-            kept.clear()
+        """Let go of all tensors that are put aside."""
+        for by_batch in (self.inputs, self.outputs, self.dense):
+            for kept in by_batch.values():
+                kept.free()
+            by_batch.clear()
 
 
 class Finder:
-    """Finds each consumer's block while a layer runs: the outermost module inside it that has the
-    same output.
+    """Finds the block of each consumer while a layer runs.
 
-    A block that is the consumer alone saves nothing; it counts only with `shallow`, for targets.
+    Of the modules around a consumer that return its output, the outermost inside the layer is the
+    block. The consumer alone saves nothing as a block; it counts only where `shallow` asks for it,
+    because targets need to know its output.
     """
 
     def __init__(self, layer: nn.Module, consumers: Sequence[Consumer], shallow: bool) -> None:
         self.layer, self.consumers, self.shallow = layer, list(consumers), shallow
-        self.found: dict[Consumer, Block | None] = {}
+        self._blocks: dict[Consumer, Block | None] = {}  # None: looked for, and there is none
 
     @property
     def blocks(self) -> list[Block]:
-        """What was found, in the consumers' order."""
-        return [block for consumer in self.consumers if (block := self.found.get(consumer))]
+        """The blocks known so far, in the order of their consumers."""
+        return [block for consumer in self.consumers if (block := self._blocks.get(consumer))]
 
     def unsettled(self, consumers: Sequence[Consumer]) -> bool:
-        """Whether a group's lone consumer may have a block that wasn't looked for yet."""
-        return (
-            len(consumers) == 1
-            and consumers[0] in self.consumers
-            and consumers[0] not in self.found
-        )
+        """Whether the block of a group's lone consumer has not been looked for yet."""
+        lone = consumers[0] if len(consumers) == 1 else None
+        return lone in self.consumers and lone not in self._blocks
 
     def block_of(self, consumers: Sequence[Consumer]) -> Block | None:
-        """The block of a group's lone consumer."""
-        return self.found.get(consumers[0]) if len(consumers) == 1 else None
+        """The block of a group's lone consumer; None where it has none, or none is known."""
+        return self._blocks.get(consumers[0]) if len(consumers) == 1 else None
 
     def around(self, block: Block) -> tuple[list[Block], list[Block]]:
-        """The blocks before it and behind it."""
+        """The blocks before this one and those behind it."""
         place = self.blocks.index(block)
         return self.blocks[:place], self.blocks[place + 1 :]
 
     def answers(self, batch: int, store: Store) -> dict[Block, Tensor]:
-        """The outputs of the blocks whose consumers are done with."""
+        """The outputs of the blocks whose consumers are finished."""
         return {
             block: block.output(batch, store)
             for block in self.blocks
@@ -104,87 +105,83 @@ class Finder:
 
     @contextmanager
     def looking(self, consumer: Consumer | None = None) -> Iterator[None]:
-        """Watch one run of the layer; for one consumer alone it ends behind the outermost module
-        around it.
+        """Watch one run of the layer, and find the blocks of all consumers at its end.
+
+        For one `consumer` alone the run ends behind the outermost module around it.
         """
-        alone, wanted = consumer is not None, [consumer] if consumer else self.consumers
-        own: dict[Consumer, list[tuple[Tensor, Tensor]]] = {consumer: [] for consumer in wanted}
-        outer: dict[Consumer, list[tuple[nn.Module, Any]]] = {consumer: [] for consumer in wanted}
+        consumers = self.consumers if consumer is None else [consumer]
+        sightings = {one: Sighting(one) for one in consumers}
         with ExitStack() as stack:
-            for consumer in wanted:
-                around = self._around(consumer.module)
+            for one, sighting in sightings.items():
+                around = self._around(one.module)
                 for module in around:
-                    hook = _note(consumer, module, own, outer, stop=alone and module is around[-1])
-                    stack.callback(module.register_forward_hook(hook).remove)
+                    last = consumer is not None and module is around[-1]
+                    note = partial(sighting.note, stop=last)
+                    stack.callback(module.register_forward_hook(note).remove)
             yield
-        for consumer in wanted:
-            block = _block(consumer, own[consumer], outer[consumer])
-            useful = block and (self.shallow or block.module is not consumer.module)
-            self.found[consumer] = block if useful else None
+        for one, sighting in sightings.items():
+            block = sighting.find_block()
+            useful = block and (self.shallow or block.module is not one.module)
+            self._blocks[one] = block if useful else None
 
     def _around(self, module: nn.Module) -> list[nn.Module]:
-        """The module and those around it, inside the layer; the innermost first."""
-        path = next(path for path, found in self.layer.named_modules() if found is module)
+        """The module and those around it inside the layer, the innermost first."""
+        path = next(path for path, other in self.layer.named_modules() if other is module)
         parts = path.split(".")
         return [self.layer.get_submodule(".".join(parts[:k])) for k in range(len(parts), 0, -1)]
 
 
-def _note(
-    consumer: Consumer, module: nn.Module, own: dict, outer: dict, stop: bool
-) -> Callable[..., None]:
-    def hook(_: nn.Module, args: Any, output: Any) -> None:
-        if module is consumer.module:
-            own[consumer].append((output, output.clone()))  # the layer may write to it later
-        outer[consumer].append((module, output))
+class Sighting:
+    """The outputs of a consumer, and of the modules around it, in one run of a layer."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer = consumer
+        # The output itself, to compare with, and a copy: the layer may write to its output later.
+        self.own: list[tuple[Tensor, Tensor]] = []
+        self.around: list[tuple[nn.Module, Any]] = []  # the innermost module returns first
+
+    def note(self, module: nn.Module, args: Any, output: Any, *, stop: bool) -> None:
+        """Forward hook of the consumer's module and of those around it.
+
+        Raises:
+            Stop: `stop` says that nothing behind this module is of interest.
+        """
+        if module is self.consumer.module:
+            self.own.append((output, output.clone()))
+        self.around.append((module, output))
         if stop:
             raise Stop
 
-    return hook
+    def find_block(self) -> Block | None:
+        """The outermost module that returned the consumer's output and no other tensor.
 
-
-def _block(
-    consumer: Consumer, own: list[tuple[Tensor, Tensor]], outer: list[tuple[nn.Module, Any]]
-) -> Block | None:
-    if len(own) != 1:
-        return None
-    output, first = own[0]
-    found = None
-    for module, given in outer:  # the innermost finish first
-        leaves, spec = _tree.tree_flatten(given)
-        tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        if len(tensors) == 1 and torch.equal(leaves[tensors[0]], output):
-            rest = [None if k in tensors else leaf for k, leaf in enumerate(leaves)]
-            found = Block(module, consumer, rest, spec, tensors[0], first)
-    return found
+        None where the consumer ran more than once, or not at all.
+        """
+        if len(self.own) != 1:
+            return None
+        output, first = self.own[0]
+        block = None
+        for module, returned in self.around:
+            leaves, spec = _tree.tree_flatten(returned)
+            places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            if len(places) == 1 and torch.equal(leaves[places[0]], output):
+                rest = [None if k in places else leaf for k, leaf in enumerate(leaves)]
+                block = Block(module, self.consumer, rest, spec, places[0], first)
+        return block
 
 
 @contextmanager
 def outputs_aside(blocks: Sequence[Block], store: Store, batch: int) -> Iterator[None]:
-    """Put the blocks' dense outputs aside."""
+    """Put the outputs of the blocks' consumers on a batch aside, as their dense outputs."""
     with ExitStack() as stack:
         for block in blocks:
-
-            def hook(_: nn.Module, args: Any, output: Tensor, block: Block = block) -> None:
-                block.dense[batch] = store.put(output)
-
-            stack.callback(block.consumer.module.register_forward_hook(hook).remove)
+            note = partial(_put_dense_aside, block, store, batch)
+            stack.callback(block.consumer.module.register_forward_hook(note).remove)
         yield
 
 
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for the duration of a `with` block."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own  # type: ignore[method-assign]
-
-
-def constant(value: Any) -> Callable[..., Any]:
-    """A forward that always gives `value`."""
-    return lambda *args, **kwargs: value
+def _put_dense_aside(
+    block: Block, store: Store, batch: int, module: nn.Module, args: Any, output: Tensor
+) -> None:
+    """Forward hook of a consumer's module, once the first three arguments are bound."""
+    block.dense[batch] = store.put(output)

@@ -21,10 +21,6 @@ from prunekit.runtime.numbers import wide
 HELD_OUT = 8  # every eighth sample tells whether a new target generalises
 
 
-class Stop(Exception):
-    """Everything wanted of this forward pass has been seen."""
-
-
 @dataclass(eq=False)
 class Site:
     """Consumers that are fed the same inputs x [n], their moments, and those of held-out samples

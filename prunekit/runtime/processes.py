@@ -57,6 +57,11 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def hold_everywhere(holds: bool, device: torch.device) -> bool:
+    """Whether something holds in all processes, for decisions that they must take alike."""
+    return add_up(torch.tensor([float(not holds)], device=device)).item() == 0
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """A block that each process runs on its part: a user's error in one of them is raised in all.

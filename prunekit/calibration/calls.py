@@ -1,0 +1,183 @@
+"""The calls of the layers: what each one is called with beside the hidden states, on every batch.
+
+They are recorded without running a layer: stand-ins note their arguments and pass the hidden states
+on. Layers whose other arguments depend on what the layers before them compute can't be run one by
+one; a recording with stand-ins that change the hidden states tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration.hooks import Stop, replaced
+from prunekit.calibration.store import Kept, Store
+from prunekit.data.batches import Batch, Numbered, copy_batch
+
+_tree = torch.utils._pytree
+
+
+@dataclass(frozen=True)
+class Call:
+    """The call of a layer on a batch, without its hidden states.
+
+    `key`: the name of the hidden states; None where they are the first positional argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    key: str | None
+
+    def make(self, layer: nn.Module, hidden: Tensor) -> Any:
+        """Call a layer with these hidden states [B, T, size]."""
+        if self.key is None:
+            return layer(hidden, *self.args, **self.kwargs)
+        return layer(*self.args, **{**self.kwargs, self.key: hidden})
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What goes into the layers: `hidden` [batch] before the first one, `calls` [batch][layer]."""
+
+    hidden: list[Kept]
+    calls: list[list[Call]]
+
+    def free(self) -> None:
+        """Let go of the hidden states."""
+        for kept in self.hidden:
+            kept.free()
+
+
+def record_calls(
+    model: nn.Module, layers: nn.ModuleList, batches: Sequence[Numbered], store: Store
+) -> Recording | None:
+    """Record the calls of the layers; None where they can't be run one by one.
+
+    Layers return their hidden states alone, or in a tuple: both are tried.
+    """
+    for in_tuples in (False, True):
+        recording = _record_batches(model, layers, batches, store, in_tuples)
+        if recording is not None:
+            return recording
+    return None
+
+
+def _record_batches(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batches: Sequence[Numbered],
+    store: Store,
+    in_tuples: bool,
+) -> Recording | None:
+    recording = Recording([], [])
+    for _, batch in batches:
+        recorder = _record_batch(model, layers, batch, in_tuples, changing=False)
+        if recorder is None or recorder.first is None:
+            recording.free()
+            return None
+        recording.hidden.append(store.put(recorder.first))
+        before = recording.calls[-1] if recording.calls else None
+        recording.calls.append(_share_tensors(recorder.calls, before))
+    again = _record_batch(model, layers, batches[0][1], in_tuples, changing=True)
+    if again is None or not _equal_tensors(recording.calls[0], again.calls):
+        recording.free()
+        return None
+    return recording
+
+
+@torch.no_grad()
+def _record_batch(
+    model: nn.Module, layers: nn.ModuleList, batch: Batch, in_tuples: bool, changing: bool
+) -> _Recorder | None:
+    """Run the model with stand-ins for its layers; None where not all are called, in order."""
+    recorder = _Recorder(len(layers), in_tuples, changing)
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            stack.enter_context(replaced(layer, partial(recorder.stand_in, i)))
+        try:
+            model(**copy_batch(batch))
+        except Stop:
+            pass
+        except Exception:  # the model takes more from a layer than its hidden states
+            return None
+    return recorder if len(recorder.calls) == len(layers) else None
+
+
+class _Recorder:
+    """Notes the calls of stand-ins that pass on the hidden states they are given.
+
+    Args:
+        num_layers: after the last layer's call the forward pass ends.
+        in_tuples: whether the stand-ins return a tuple, or the hidden states alone.
+        changing: whether the hidden states passed on are others than those given.
+
+    Attributes:
+        first: the hidden states before the first layer.
+        calls: one for each layer called so far.
+    """
+
+    def __init__(self, num_layers: int, in_tuples: bool, changing: bool) -> None:
+        self.num_layers, self.in_tuples, self.changing = num_layers, in_tuples, changing
+        self.first: Tensor | None = None
+        self.calls: list[Call] = []
+        self._passed_on: Tensor | None = None
+
+    def stand_in(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        """The forward method of one layer's stand-in.
+
+        Raises:
+            Stop: after the last layer; or where the layer can't be run by its own call alone: it is
+                out of order, is not given what the layer before it returned, or gets it twice.
+        """
+        key = None if args else "hidden_states"
+        hidden = args[0] if key is None else kwargs.pop(key)
+        others = _tree.tree_leaves((args[1:], kwargs))
+        chained = isinstance(hidden, Tensor) if self.first is None else hidden is self._passed_on
+        if layer != len(self.calls) or not chained or any(other is hidden for other in others):
+            raise Stop
+        if self.first is None:
+            self.first = hidden.clone()
+        self.calls.append(Call(args[1:], kwargs, key))
+        if len(self.calls) == self.num_layers:
+            raise Stop
+        # Any other values do: an argument that changes with them depends on the hidden states.
+        self._passed_on = 2 * hidden + 1 if self.changing else hidden
+        return (self._passed_on,) if self.in_tuples else self._passed_on
+
+
+def _share_tensors(calls: Sequence[Call], before: Sequence[Call] | None) -> list[Call]:
+    """Take tensors that equal those of the batch before from there: rotations, masks."""
+    if before is None:
+        return list(calls)
+    shared = []
+    for call, last in zip(calls, before, strict=True):
+        kwargs = {name: _share(value, last.kwargs.get(name)) for name, value in call.kwargs.items()}
+        shared.append(Call(call.args, kwargs, call.key))
+    return shared
+
+
+def _share(value: Any, last: Any) -> Any:
+    """`last` where it equals `value`; tuples part by part."""
+    if isinstance(value, tuple) and isinstance(last, tuple) and len(value) == len(last):
+        return tuple(_share(own, other) for own, other in zip(value, last, strict=True))
+    if not isinstance(value, Tensor) or not isinstance(last, Tensor) or value.shape != last.shape:
+        return value
+    return last if value is last or torch.equal(value, last) else value
+
+
+def _equal_tensors(left: Sequence[Call], right: Sequence[Call]) -> bool:
+    """Whether two recordings of the same batch hold equal tensors."""
+    leaves = [
+        _tree.tree_leaves([(call.args, call.kwargs) for call in calls]) for calls in (left, right)
+    ]
+    return all(
+        one.shape == two.shape and torch.equal(one, two)
+        for one, two in zip(*leaves, strict=False)
+        if isinstance(one, Tensor) and isinstance(two, Tensor)
+    )

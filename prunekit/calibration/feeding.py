@@ -1,0 +1,56 @@
+"""What happens to the inputs of a group's consumers while a layer runs on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prunekit.calibration.blocks import Block
+from prunekit.calibration.consumers import Consumer
+from prunekit.calibration.hooks import Stop
+from prunekit.calibration.observe import Observation
+from prunekit.calibration.store import Kept, Store
+
+
+@dataclass
+class Feeding:
+    """Takes in the inputs of consumers in one pass of a layer on one batch.
+
+    `observation`: takes them in, if given. `aside`: keeps them by batch, if given. `stops`: the
+    pass ends as soon as every consumer has been fed.
+    """
+
+    consumers: Sequence[Consumer]
+    observation: Observation | None
+    store: Store
+    batch: int
+    stops: bool
+    aside: dict[int, Kept] | None = None
+
+    def __post_init__(self) -> None:
+        self.missing = set(self.consumers)
+
+    def see(self, consumer: Consumer, inputs: Tensor) -> None:
+        """Take in the inputs [..., n] of a consumer.
+
+        Raises:
+            Stop: all consumers have been fed, and nothing else is looked for.
+        """
+        if self.observation is not None:
+            self.observation.see(consumer, inputs)
+        if self.aside is not None:
+            self.aside[self.batch] = self.store.put(inputs)
+        self.missing.discard(consumer)
+        if self.stops and not self.missing:
+            raise Stop
+
+    def hand_over(self, block: Block | None) -> None:
+        """Give the inputs put aside to the block that was found, or let go of them."""
+        assert self.aside is not None
+        if block is not None:
+            block.inputs.update(self.aside)
+            return
+        for kept in self.aside.values():
+            kept.free()

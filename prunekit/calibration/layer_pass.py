@@ -1,0 +1,102 @@
+"""One layer in turn, with everything that it takes to run it on each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration.blocks import Block, Finder, outputs_aside
+from prunekit.calibration.calls import Call
+from prunekit.calibration.hooks import Stop, replaced, return_always
+from prunekit.calibration.store import Kept, Store
+from prunekit.data.batches import Numbered
+from prunekit.errors import DataError
+
+
+@dataclass(kw_only=True)
+class LayerPass:
+    """A layer, its calls, the hidden states before it, and its blocks.
+
+    `calls`, `hidden` and `dense` have an entry for each batch. `hidden`: the states that the pruned
+    layers before this one give; `dense`: those of the dense model, where a target needs them.
+    `advance` replaces the hidden states by those behind the layer.
+    """
+
+    index: int
+    layer: nn.Module
+    calls: Sequence[Call]
+    batches: Sequence[Numbered]
+    hidden: list[Kept]
+    dense: list[Kept]
+    finder: Finder
+    store: Store
+
+    @torch.no_grad()
+    def run(
+        self, batch: int, answers: Mapping[Block, Tensor], hidden: Kept | Tensor | None = None
+    ) -> Tensor:
+        """Run the layer on a batch: its output [B, T, size], empty where `Stop` ended the pass.
+
+        Args:
+            batch: the place of the batch.
+            answers: outputs of the consumers of blocks that need not run.
+            hidden: the states to start from; those of the pruned layers by default.
+        """
+        hidden = self.hidden[batch] if hidden is None else hidden
+        # A copy, because some layers write to the hidden states that they are given.
+        states = hidden.get(copy=True) if isinstance(hidden, Kept) else hidden.clone()
+        with ExitStack() as stack:
+            for block, output in answers.items():
+                answer = partial(return_always, block.answer(output.clone()))
+                stack.enter_context(replaced(block.module, answer))
+            try:
+                return _hidden_of(self.calls[batch].make(self.layer, states))
+            except Stop:
+                return states.new_empty(0)
+
+    def run_pruned(self, batch: int) -> Tensor:
+        """Run the layer as it is by now; the blocks whose consumers are finished need not run."""
+        return self.run(batch, self.finder.answers(batch, self.store))
+
+    def run_dense(self) -> list[Kept]:
+        """Run the layer on the dense states, before it changes: its outputs, by batch.
+
+        The outputs of its blocks are put aside on the way, where targets take them from.
+        """
+        after = []
+        for batch in range(len(self.batches)):
+            aside = outputs_aside(self.finder.blocks, self.store, batch)
+            with self.finder.looking() if batch == 0 else aside:
+                output = self.run(batch, {}, self.dense[batch])
+                after.append(self.store.put(output, copy=False))
+        for block in self.finder.blocks:
+            block.dense[0] = self.store.put(block.first, copy=False)
+        return after
+
+    def advance(self) -> None:
+        """Replace the hidden states of all batches by those behind the layer.
+
+        Raises:
+            DataError: an output holds NaN or infinity.
+        """
+        for batch, (sample, _) in enumerate(self.batches):
+            output = self.run_pruned(batch)
+            if not torch.isfinite(output).all():
+                bad = (~torch.isfinite(output.flatten(1))).any(1).nonzero()[0].item()
+                raise DataError(
+                    f"layer {self.index}: its outputs hold NaN or infinity in calibration sample "
+                    f"{sample + bad}"
+                )
+            self.hidden[batch].free()
+            self.hidden[batch] = self.store.put(output, copy=False)
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """The hidden states that a layer returns, alone or first in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]

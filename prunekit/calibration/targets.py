@@ -1,0 +1,57 @@
+"""Targets: what the consumer of a block must give on the inputs that the pruned layers give it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekit.calibration.blocks import Block
+from prunekit.calibration.layer_pass import LayerPass
+from prunekit.runtime.numbers import wide
+from prunekit.runtime.processes import hold_everywhere
+
+
+def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> Tensor:
+    """Compute the target of a block's consumer on a batch [B, T, d].
+
+    dense: its output in the dense model. residual: what brings back the dense residual stream
+    behind the block, that is the stream of the dense layer up to this block, less that of the layer
+    as it is by now without this block; the blocks behind it give zero in both.
+    """
+    if target == "dense":
+        return block.dense[batch].get()
+    earlier, later = layer.finder.around(block)
+    zero = {other: torch.zeros_like(other.dense[batch].get()) for other in later}
+    dense = {other: other.dense[batch].get() for other in (*earlier, block)}
+    pruned = {other: other.output(batch, layer.store) for other in earlier}
+    stream = layer.run(batch, {**zero, **dense}, layer.dense[batch])
+    without = layer.run(batch, {**zero, **pruned, block: torch.zeros_like(dense[block])})
+    return wide(stream) - wide(without)
+
+
+def is_added(layer: LayerPass, block: Block) -> bool:
+    """Whether the block's output is simply added to the residual stream, in all processes.
+
+    Tried on the dense states of the first batch, with the blocks behind this one giving zero.
+    """
+    earlier, later = layer.finder.around(block)
+    own = block.dense[0].get()
+    rest = {other: other.dense[0].get() for other in earlier}
+    rest |= {other: torch.zeros_like(other.dense[0].get()) for other in later}
+    given = layer.run(0, {**rest, block: own}, layer.dense[0])
+    without = layer.run(0, {**rest, block: torch.zeros_like(own)}, layer.dense[0])
+    holds = own.numel() == given.numel() and _is_sum(
+        wide(given), wide(without), wide(own.view_as(given))
+    )
+    return hold_everywhere(holds, layer.store.device)
+
+
+def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> bool:
+    """Whether total = rest + part, but for rounding.
+
+    Only elements where the rest is small are looked at: rounding is small there, while elsewhere
+    massive activations may hide a difference.
+    """
+    small = rest.abs() <= rest.abs().median()
+    lost = (total - rest - part)[small].square().sum()
+    return bool(lost <= 0.01 * part[small].square().sum())
