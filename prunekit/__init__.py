@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prunekit.jobs.api import Recovered, evaluate, export, prune_checkpoint, recover
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
+    from prunekit.report import Report
     from prunekit.surgery import apply_plan
 
 # Public name → the module that holds it; it is imported when the name is first asked for.
@@ -21,6 +22,7 @@ _PUBLIC = {
     "PrunekitError": "errors",
     "PruningPlan": "plan",
     "Recovered": "jobs.api",
+    "Report": "report",
     "Result": "pipeline",
     "apply_plan": "surgery",
     "evaluate": "jobs.api",
@@ -40,6 +42,7 @@ __all__ = [
     "PrunekitError",
     "PruningPlan",
     "Recovered",
+    "Report",
     "Result",
     "apply_plan",
     "evaluate",

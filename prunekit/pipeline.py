@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,11 @@ from prunekit.schedules.places import NOWHERE, Places, activations_folder
 from prunekit.surgery import apply_plan, shapes
 from prunekit.surgery.snapshot import note_biases, restore, snapshot
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Generic[Model]):
     """What pruning leaves.
 
     Attributes:
@@ -54,14 +56,14 @@ class Result:
         graph: the coupled groups that the model was cut by.
     """
 
-    model: Any
+    model: Model
     plan: PruningPlan
     report: Report
     graph: CouplingGraph
 
 
 def prune(
-    model: nn.Module,
+    model: Model,
     *,
     ratio: float = 0.2,
     method: str = "slimgpt",
@@ -73,7 +75,7 @@ def prune(
     calibration: Tensor | Iterable[Batch] | None = None,
     overrides: Sequence[str] = (),
     state: str | Path | None = None,
-) -> Result:
+) -> Result[Model]:
     """Prune a model in place: trace it, choose units, repair what stays, cut.
 
     Example:
@@ -140,7 +142,7 @@ def _refuse_batch_size(overrides: Sequence[str]) -> None:
 
 
 def prune_model(
-    model: nn.Module,
+    model: Model,
     config: RunConfig,
     method: Method,
     batches: Sequence[Batch],
@@ -149,7 +151,7 @@ def prune_model(
     stored: torch.dtype | None = None,
     places: Places = NOWHERE,
     streamed: Streamed | None = None,
-) -> Result:
+) -> Result[Model]:
     """Trace, allocate, choose and repair, cut: the whole of pruning, in this order.
 
     Args:

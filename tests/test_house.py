@@ -100,7 +100,7 @@ STOREYS = {
     },
     "cli": {"config", "errors", "jobs", "report", "runtime"},
     "__main__": {"cli"},
-    "__init__": {"checkpoint", "errors", "graph", "pipeline", "plan", "surgery", "jobs"},
+    "__init__": {"checkpoint", "errors", "graph", "jobs", "pipeline", "plan", "report", "surgery"},
 }
 # What backends of one kind share; beside these a backend imports no other one.
 SHARED = {

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prunekit.config import RunConfig
 from prunekit.data.batches import make_batches
@@ -83,7 +84,7 @@ def load_windows(config: RunConfig, subject: Subject) -> Tensor:
     )
 
 
-def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result:
+def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
     """Prune the model on the windows; weights are then rounded to what will be saved."""
     config = job.config
     places = Places(
