@@ -118,7 +118,7 @@ def _to_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", str(v)))
 
 
-def _tokenizer_state(tokenizer: Any) -> list[Any]:
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """What the tokenizer does with a text.
 
     Padding and truncation are left out, for every call sets them anew.

@@ -72,22 +72,22 @@ def test_models_take_turns(monkeypatch):
 
     monkeypatch.setattr(speeds, "_time_passes", once)
     one, two = tiny_llama(), tiny_llama(layers=1)
-    found = measure_speed({"dense": one, "pruned": two}, batch=3, prompt=7, new=4, repeats=3)
+    speed = measure_speed({"dense": one, "pruned": two}, batch=3, prompt=7, new=4, repeats=3)
     assert [model is one for model, *_ in turns] == [True, False] * 4
     assert turns[0][1:] == ((3, 7), 4)
-    assert found.prefill_tokens_per_second == {
+    assert speed.prefill_tokens_per_second == {
         "dense": 21 / 4,
         "pruned": 21 / 5,
     }  # the first turn warms up
-    assert found.decode_tokens_per_second["dense"] == 6
-    assert "median of 3" in found.protocol
+    assert speed.decode_tokens_per_second["dense"] == 6
+    assert "median of 3" in speed.protocol
 
 
 def test_speed_and_peak_are_measured():
     model = tiny_llama()
-    found = measure_speed({"dense": model}, prompt=16, new=4, repeats=2)
-    assert found.prefill_tokens_per_second["dense"] > found.decode_tokens_per_second["dense"] > 1
-    assert found.peak_bytes["dense"] >= measure_size(model).weight_bytes
+    speed = measure_speed({"dense": model}, prompt=16, new=4, repeats=2)
+    assert speed.prefill_tokens_per_second["dense"] > speed.decode_tokens_per_second["dense"] > 1
+    assert speed.peak_bytes["dense"] >= measure_size(model).weight_bytes
 
 
 def test_odd_widths_are_those_that_pruning_made():
@@ -108,9 +108,9 @@ def test_errors_of_layers_are_those_of_hidden_states():
         ((x - y).double().square().sum() / x.double().square().sum()).item()
         for x, y in zip(a, b, strict=True)
     ]
-    found = relative_errors(layer_outputs(dense, windows), layer_outputs(pruned, windows))
-    assert found[:2] == pytest.approx(expected, rel=1e-4)
-    assert len(found) == 3
+    errors = relative_errors(layer_outputs(dense, windows), layer_outputs(pruned, windows))
+    assert errors[:2] == pytest.approx(expected, rel=1e-4)
+    assert len(errors) == 3
     assert (
         relative_errors(layer_outputs(dense, windows), layer_outputs(tiny_llama(layers=2), windows))
         == []
@@ -168,11 +168,11 @@ def test_results_are_kept_by_content(tmp_path):
     assert calls == [("a", "p"), ("b", "p"), ("a", "q"), (None, "p"), (None, "p")]
     for file in tmp_path.iterdir():
         assert json.loads(file.read_text())["value"] == {"x": 1.5}
-        found = json.loads(file.read_text())
+        entry = json.loads(file.read_text())
         file.write_text(
             file.read_text()[:-9]
-            if found["key"] == "q"
-            else json.dumps(found | {"value": {"x": 2.5}})
+            if entry["key"] == "q"
+            else json.dumps(entry | {"value": {"x": 2.5}})
         )
     assert Cache(tmp_path, "a").get("p") is None, "damaged: measured again"
     assert Cache(tmp_path, "a").get("q") is None

@@ -34,12 +34,12 @@ def compare(**columns):
 
 
 def test_an_evaluation_is_plain_json_without_its_outputs():
-    found = column(2.0, odd=("b", "a")).to_json()
-    assert json.loads(json.dumps(found)) == found
-    assert found["odd_widths"] == {"8": ["a", "b"], "64": ["a", "b"]}
-    assert found["tasks"]["mmlu_anatomy"]["of"] == "mmlu"
-    assert found["macs"] == {"total": 7, "by_module": {"lm_head": 7}}
-    assert "outputs" not in found
+    figures = column(2.0, odd=("b", "a")).to_json()
+    assert json.loads(json.dumps(figures)) == figures
+    assert figures["odd_widths"] == {"8": ["a", "b"], "64": ["a", "b"]}
+    assert figures["tasks"]["mmlu_anatomy"]["of"] == "mmlu"
+    assert figures["macs"] == {"total": 7, "by_module": {"lm_head": 7}}
+    assert "outputs" not in figures
     assert Evaluation(parameters=1, weight_bytes=4).to_json()["macs"] is None
 
 

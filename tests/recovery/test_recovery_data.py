@@ -46,10 +46,10 @@ class Merging(Plain):
     """
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
-        found = super().__call__(text, add_special_tokens)["input_ids"]
+        ids = super().__call__(text, add_special_tokens)["input_ids"]
         if isinstance(text, list):
-            return {"input_ids": found}
-        return {"input_ids": found[:-2] + [900] if text.endswith("\nZ") else found}
+            return {"input_ids": ids}
+        return {"input_ids": ids[:-2] + [900] if text.endswith("\nZ") else ids}
 
 
 def test_instructions_have_the_loss_on_the_response_and_the_end():
