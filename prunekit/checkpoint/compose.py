@@ -18,30 +18,27 @@ import torch
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.errors import CheckpointError, first_line
 
-Parts = dict[
-    tuple[str, int], str
-]  # pattern and number (0 where nothing is numbered) → the name in the shards
+# Pattern and number (0 where nothing is numbered) → the name of the part in the shards.
+Parts = dict[tuple[str, int], str]
 
 
 def number_of(pattern: str, name: str) -> int:
-    """Which of a pattern's tensors a name means: 3 for `experts.3.up.weight` of
-    `experts.*.up.weight`.
-    """
+    """The number in a name: 3 in `experts.3.up.weight`, of the pattern `experts.*.up.weight`."""
     if "*" not in pattern:
         return 0
-    found = re.search(rf"(\d+){pattern.partition('*')[2]}", name)
-    return int(found[1]) if found else 0
+    match = re.search(rf"(\d+){pattern.partition('*')[2]}", name)
+    return int(match[1]) if match else 0
 
 
 def compose(name: str, shape: torch.Size, converter: Any, parts: Parts, shards: Shards) -> Composed:
     """Where the tensors lie that a converter of transformers makes one parameter of.
 
     Args:
-        name: the parameter's.
-        shape: the parameter's in its class, which says how many parts are stacked.
-        converter: the parts' patterns and the operations.
-        parts: those that were found.
-        shards: what they are in.
+        name: the name of the parameter.
+        shape: its shape in the model's class, which says how many parts are stacked.
+        converter: transformers' patterns of the parts' names, and the operations on the parts.
+        parts: the parts that are there.
+        shards: the shards that they are in.
 
     Raises:
         CheckpointError: a part is missing or of another shape than the rest, or an operation does

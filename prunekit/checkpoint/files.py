@@ -1,6 +1,4 @@
-"""What a folder's small files say, read with suspicion: JSON, the shards' headers, how large a
-model they can mean.
-"""
+"""The small files of a model folder, read with suspicion: JSON, headers of shards, configs."""
 
 from __future__ import annotations
 
@@ -23,9 +21,9 @@ _KERNELS = (
     "_attn_implementation_internal",
     "experts_implementation",
 )
-MANY_LAYERS = 2**16
-_MOST_LABELS = 2**20  # a dictionary is made of them
-_LEAST = 2**24  # elements of a table that any model may compute
+MANY_LAYERS = 2**16  # a bound on the layers a config may count where no weights are at hand
+_MOST_LABELS = 2**20  # transformers makes a dictionary of a config's labels
+_LEAST = 2**24  # elements that a table may have in any model, however small
 
 
 @contextmanager
@@ -76,7 +74,7 @@ def check_name(where: Path, name: object) -> str:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """What a folder's index says: tensor → file; CheckpointError where it is damaged."""
+    """Tensor → file, as a folder's index says; CheckpointError where the index is damaged."""
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict):
         raise CheckpointError(f"{folder / INDEX}: damaged: expected a weight_map")
@@ -118,10 +116,10 @@ def check_config(
     elsewhere.
 
     Args:
-        path: the config's.
-        config: what it says; so do those inside it.
-        tensors: in the folder's weights; there are no more layers.
-        trust_remote_code: attention may be code of another repository.
+        path: the file of the config, for messages.
+        config: its content, configs inside it included.
+        tensors: how many tensors the folder's weights are; there can't be more layers.
+        trust_remote_code: allow an attention implementation that is code of another repository.
     """
     bounds = dict.fromkeys(SYNONYMS["num_hidden_layers"], tensors) | {"num_labels": _MOST_LABELS}
     waiting = [config]
@@ -141,15 +139,18 @@ def check_config(
 
 @contextmanager
 def within(elements: int) -> Iterator[None]:
-    """Refuse, for the duration of a `with` block, tensors that no model of so many elements needs.
+    """Refuse, during a `with` block, to make tensors that no model of so many elements needs.
 
-    A ValueError comes before the memory is asked for.
+    Raises:
+        ValueError: such a tensor is asked for; no memory is taken for it.
     """
     with _Bounded(max(_LEAST, 16 * elements)):
         yield
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[misc]
+    """Looks at every factory of tensors (a device, no tensor among its arguments) on meta first."""
+
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most

@@ -49,8 +49,8 @@ def from_pretrained(
 
     Args:
         directory: a local folder; or a hub name, for dense models.
-        dtype: of the weights; their stored one by default.
-        device: where the weights go.
+        dtype: the type of the weights; the stored one by default.
+        device: the device that the weights go to.
         attn_implementation: transformers' choice (sdpa, eager, …); its default for the model if
             None.
         trust_remote_code: allow transformers to run code that comes with the checkpoint.
@@ -115,10 +115,10 @@ def build_skeleton(
 
     Args:
         folder: a model folder.
-        config: its `config.json`.
-        attention: transformers' choice.
+        config: the content of its `config.json`.
+        attention: transformers' choice of an attention implementation.
         trust_remote_code: allow transformers to run code that comes with the checkpoint.
-        stored: the weights' type, for a config that doesn't say it.
+        stored: the type of the weights, for a config that doesn't say it.
 
     Raises:
         CheckpointError: the config makes no model.

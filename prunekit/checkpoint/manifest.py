@@ -10,8 +10,8 @@ from prunekit.runtime.files import checksum
 NAME = "prunekit.json"
 FORMAT = 1
 _WEIGHTS = "*.safetensors"
-_LOADED = (_WEIGHTS, "*.safetensors.index.json", "*.py")  # nothing of these may be added
-_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # config and tokenizer
+_LOADED = (_WEIGHTS, "*.safetensors.index.json", "*.py")  # no file of these kinds may be added
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # files of the config and the tokenizer
 
 
 def write_manifest(folder: Path) -> None:
@@ -34,7 +34,7 @@ def check_manifest(folder: Path, weights: bool = True) -> None:
 
     Args:
         folder: a model folder.
-        weights: read the weights too.
+        weights: read the weights too, and compare them with their checksums.
     """
     path = folder / NAME
     if not path.exists():

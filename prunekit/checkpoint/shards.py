@@ -1,6 +1,4 @@
-"""Safetensors shards read by name: their headers once, single tensors when they are wanted, never a
-whole file.
-"""
+"""Safetensors shards read by name: headers once, then single tensors, and never a whole file."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_ROWS = 4096  # compared at a time
+_ROWS = 4096  # rows of two matrices that are compared at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +42,11 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """Its size in the file."""
+        """Its bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def places(self, whole: Tensor) -> Iterator[tuple[Stored, Tensor]]:
-        """What is stored of a tensor, and where in it that belongs."""
+        """Pairs: a stored part of a tensor, and the view of the whole tensor that it belongs in."""
         yield self, whole
 
 
@@ -57,13 +55,13 @@ class Composed:
     """A tensor put together of several: every row of parts is stacked, then the rows are joined.
 
     Args:
-        folder: where the parts are.
-        rows: of parts, in order; of one part each where nothing is stacked.
+        folder: the folder that the parts are in.
+        rows: rows of parts, in order; of one part each where nothing is stacked.
         stacked: the new dimension along which the parts of a row lie; none if None.
         joined: the dimension along which the rows follow one another; there is one row if None.
-        shape,
-        dtype: of the whole.
-        widths: of the rows along `joined`.
+        shape: the shape of the whole tensor.
+        dtype: the number type of the whole tensor.
+        widths: the sizes of the rows along `joined`.
     """
 
     folder: Path
@@ -81,11 +79,11 @@ class Composed:
 
     @property
     def num_bytes(self) -> int:
-        """The parts' size in their files."""
+        """The bytes of its parts in their files."""
         return sum(part.num_bytes for row in self.rows for part in row)
 
     def places(self, whole: Tensor) -> Iterator[tuple[Stored, Tensor]]:
-        """What is stored of a tensor, and where in it that belongs."""
+        """Pairs: a stored part of a tensor, and the view of the whole tensor that it belongs in."""
         rows = (whole,) if self.joined is None else whole.split(self.widths, self.joined)
         for row, parts in zip(rows, self.rows, strict=True):
             yield from zip(
@@ -151,7 +149,7 @@ class Shards:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors together."""
         return sum(stored.num_bytes for stored in self.entries.values())
 
     @property
@@ -176,20 +174,20 @@ class Shards:
         Raises:
             CheckpointError: a name is missing, or its file is by now.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         places: list[tuple[Stored, Tensor]] = []
         for name in names:
             own = dtype if self[name].dtype.is_floating_point else None
-            found[name] = torch.empty(
+            tensors[name] = torch.empty(
                 self[name].shape, dtype=own or self[name].dtype, device=device
             )
-            places += self[name].places(found[name])
+            places += self[name].places(tensors[name])
         for file in {part.file: None for part, _ in places}:
             with _opened(file) as stored:
                 for part, place in places:
                     if part.file == file:
                         place.copy_(stored.get_tensor(part.name))
-        return found
+        return tensors
 
     def equal(self, left: str, right: str) -> bool:
         """Whether two matrices hold the same numbers, compared some rows at a time."""

@@ -1,6 +1,4 @@
-"""Models larger than memory: a skeleton on meta, and the weights of one layer at a time from the
-shards on disk.
-"""
+"""Models larger than memory: a skeleton on meta, and shards that its weights are read from."""
 
 from __future__ import annotations
 
@@ -86,8 +84,8 @@ def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
             parts.setdefault(new, (converter, {}))[1][part] = name
         elif new in tensors or not any(re.search(pattern, new) for pattern in ignored):
             entries[new if converter is None else name] = shards[name]
-    for new, (converter, found) in parts.items():
-        entries[new] = compose(new, tensors[new].shape, converter, found, shards)
+    for new, (converter, stored) in parts.items():
+        entries[new] = compose(new, tensors[new].shape, converter, stored, shards)
     return Shards(shards.where, entries)
 
 

@@ -1,6 +1,4 @@
-"""Where the weights of a streamed model are: on meta, but for the modules that are loaded at the
-time.
-"""
+"""The weights of a streamed model: on meta, but for those of the modules that are loaded."""
 
 from __future__ import annotations
 
@@ -26,9 +24,9 @@ class Weights:
     Buffers, which are small, stay on the device.
 
     Args:
-        model: what `open_streamed` returned; modules may have been cut since.
-        shards: likewise.
-        device: where weights are loaded to.
+        model: the model that `open_streamed` returned; modules may have been cut since.
+        shards: the shards that it returned.
+        device: the device that weights are loaded to.
     """
 
     def __init__(
@@ -83,23 +81,26 @@ class Weights:
             self._release(self._beside(layers))
 
     def state(self, path: str) -> dict[str, Tensor]:
-        """What a file must hold of a module: its parameters, tied ones once, and its persistent
-        buffers.
+        """What a file must hold of a module: its parameters and its persistent buffers, by name.
+
+        Of a tied parameter only its first name.
         """
-        found = {places[0].name: _held(places).detach() for places in self._under(path)}
-        return found | {
+        state = {places[0].name: _held(places).detach() for places in self._under(path)}
+        return state | {
             name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)
         }
 
     def outside_names(self, layers: str) -> dict[str, str]:
-        """What a file must hold of everything not inside the `ModuleList` at a path: name → the one
-        in the shards.
+        """The parameters and persistent buffers that are not inside the `ModuleList` at a path.
+
+        Returns:
+            The model's name → the name in the shards.
         """
-        found = {
+        names = {
             places[0].name: _stored_name(places, self.shards) for places in self._beside(layers)
         }
         buffers = (name for name in persistent_buffers(self.model) if not _lies_in(name, layers))
-        return found | {name: name for name in buffers}
+        return names | {name: name for name in buffers}
 
     def _under(self, path: str) -> list[_Places]:
         return [
@@ -123,8 +124,8 @@ class Weights:
         ]
 
     @torch.inference_mode(False)
-    def _load(self, found: list[_Places], source: Shards | None = None) -> None:
-        for places in found:
+    def _load(self, parameters: list[_Places], source: Shards | None = None) -> None:
+        for places in parameters:
             if not (old := _held(places)).is_meta:
                 continue
             shards = self.shards if source is None else source
@@ -135,19 +136,21 @@ class Weights:
                     f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
                 )
             tensor = shards.read([name], self.device, old.dtype)[name]
-            if not all(
-                torch.isfinite(end) for end in (tensor.aminmax() if tensor.numel() else ())
-            ):  # no temporaries
+            # The extremes of a tensor are NaN where any of it is; unlike `isfinite` of the whole
+            # tensor, they take no memory.
+            extremes = tensor.aminmax() if tensor.numel() else ()
+            if not all(torch.isfinite(extreme) for extreme in extremes):
                 raise DataError(f"{name}: the weights hold NaN or infinity")
             _put(places, tensor, old.requires_grad)
 
     @torch.inference_mode(False)
-    def _release(self, found: list[_Places]) -> None:
-        for places in found:
+    def _release(self, parameters: list[_Places]) -> None:
+        for places in parameters:
             if not (old := _held(places)).is_meta:
                 _put(places, torch.empty_like(old, device="meta"), old.requires_grad)
 
     def _take_additions(self, path: str, source: Shards) -> None:
+        """Take the buffers of a cut module, and make room on meta for biases that it was given."""
         for name in source:
             owner, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -201,16 +204,15 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def offloaded(
     model: nn.Module, shards: Shards, device: torch.device | str = "cpu"
 ) -> Iterator[Weights]:
-    """Let a streamed model run as it is, for the duration of a `with` block: weights are read when
-    they are needed.
+    """Let a streamed model run during a `with` block: weights are read when they are needed.
 
     Every entry of the outermost module lists (a decoder layer) is loaded when it is called and
     dropped after; so is what any other module owns itself. Inputs must be on the device. Not for
     training.
 
     Raises:
-        CheckpointError,
-        DataError: while the model runs, as `Weights.load` does.
+        CheckpointError: while the model runs, a tensor is missing or a shard is damaged.
+        DataError: while the model runs, a weight is NaN or infinite.
     """
     weights = Weights(model, shards, device)
     with ExitStack() as hooks:

@@ -1,3 +1,1 @@
-"""What a model is made of, known by no architecture's name: sizes, the decoder stack, ties,
-configs, workarounds.
-"""
+"""What a model is made of, whatever its architecture: sizes, layers, ties, per-layer configs."""

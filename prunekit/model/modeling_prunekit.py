@@ -84,8 +84,8 @@ def give_views(model: nn.Module, overrides: Mapping[int, dict[str, Any]]) -> Non
 
 @contextmanager
 def as_dense(config: Any) -> Iterator[None]:
-    """Let a config say what the dense model's class must be built with, for the duration of a
-    `with` block.
+    """Let a config state, during a `with` block, the sizes that its class builds the dense model
+    from.
     """
     overrides, sizes = per_layer_overrides(config), getattr(config, "dense_sizes", None) or {}
     config.per_layer_config = None
@@ -109,18 +109,18 @@ def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
     Args:
         model: built `as_dense`; weights, on meta or not, are cut to their first entries: they are
             to be loaded.
-        sizes: the config's `pruned_sizes`.
-        prefix: of the paths there, where the
-            model is the body of the one they are for.
+        sizes: the `pruned_sizes` of the config.
+        prefix: what the paths there begin with, where the model is the body of the one they are of.
 
     Raises:
-        ValueError: another version of prunekit wrote them, or they are of another dense model.
+        ValueError: another version of prunekit wrote the sizes, or they are of another model.
     """
     if (version := sizes.get("format", FORMAT)) != FORMAT:
         raise ValueError(
             f"pruned_sizes: expected format {FORMAT}, got {version!r:.40}: made by another version"
         )
-    if not prefix and sizes.get("dense", found := checksum(model)) != found:
+    own = checksum(model)
+    if not prefix and sizes.get("dense", own) != own:
         raise ValueError(
             "pruned_sizes: the config makes another dense model than the one that was cut"
         )
@@ -139,7 +139,7 @@ def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def checksum(model: nn.Module) -> str:
-    """Of the names and shapes of a model's parameters."""
+    """16 hexadecimal digits of a SHA-256 of the names and shapes of a model's parameters."""
     shapes = sorted(
         (name, *tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)
     )
@@ -159,21 +159,22 @@ def _cut(old: Tensor | None, shape: list[int], owner: nn.Module) -> Tensor:
 def _entries(
     model: nn.Module, packed: Mapping[str, str], prefix: str
 ) -> Iterator[tuple[nn.Module, str, Any]]:
-    """What a record says of a model's modules: module, name in it, value; modules the model lacks
-    are left out.
-    """
+    """The entries of a record: module, name in it, value. Modules the model lacks are left out."""
     modules = dict(model.named_modules())
     for pattern, text in packed.items():
-        found = json.loads(text)
-        single = [(pattern, found)] if "{}" not in pattern else []
-        for path, value in single or ((pattern.format(i), v) for i, v in enumerate(found)):
+        stored = json.loads(text)
+        if "{}" in pattern:  # a value for every layer, None where there is no entry
+            values = {pattern.format(layer): value for layer, value in enumerate(stored)}
+        else:
+            values = {pattern: stored}
+        for path, value in values.items():
             owner, _, name = path.removeprefix(prefix).rpartition(".")
             if value is not None and owner in modules:
                 yield modules[owner], name, value
 
 
 class _Config:
-    """Of transformers' class, but for its opinion on head counts and widths."""
+    """Goes before a config class of transformers: any head count and width is right."""
 
     def validate_architecture(self) -> None:
         """Any head count is right, whether it divides the hidden size or not."""
@@ -183,7 +184,7 @@ class _Config:
 
 
 class _Model:
-    """Of transformers' class, with layers of their own sizes."""
+    """Goes before a model class of transformers: lets each layer have its own sizes."""
 
     stock_class: Any = None
     path_prefix = ""

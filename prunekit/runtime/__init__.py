@@ -1,3 +1,1 @@
-"""The machine and the process: devices, memory, files, processes, the console, modes of a model
-that runs.
-"""
+"""The machine and the process: devices, memory, files, processes, the console, modes of models."""

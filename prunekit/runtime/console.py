@@ -1,5 +1,6 @@
-"""What a run says while it works: progress on a terminal, plain lines elsewhere, nothing inside a
-library call.
+"""What a run says while it works: progress on a terminal, plain lines elsewhere.
+
+A library call says nothing; the command line turns output on by `speak`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ _state = {"loud": False}
 
 
 def speak(loud: bool = True) -> None:
-    """Turn output on (the command line does) or off."""
+    """Turn the output of this process on or off."""
     _state["loud"] = loud
 
 
 def say(message: str) -> None:
-    """One line."""
+    """Print one line, as it is, where output is on."""
     if _state["loud"]:
         from rich.console import Console
 
@@ -25,7 +26,13 @@ def say(message: str) -> None:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Pass the items through and show how far they are."""
+    """Pass items through, and show on a terminal how many have passed; elsewhere the name once.
+
+    Args:
+        items: what is worked on, one after another.
+        description: a name for the work.
+        total: how many items there are, where they have no length.
+    """
     from rich.console import Console
 
     console = Console()

@@ -14,7 +14,7 @@ from prunekit.errors import CheckpointError
 
 
 def digest(parts: Iterable[str | bytes | memoryview]) -> str:
-    """A SHA-256 over parts, 32 hexadecimal digits of it."""
+    """32 hexadecimal digits of a SHA-256 over parts, which tells ("ab", "c") from ("a", "bc")."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -25,8 +25,12 @@ def digest(parts: Iterable[str | bytes | memoryview]) -> str:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it at the end of the `with` block, or
-    vanishes on an error.
+    """A temporary folder beside `target` that becomes it at the end of the `with` block.
+
+    After an error it is gone.
+
+    Raises:
+        CheckpointError: `target` exists and is not empty, or can't be written.
     """
     check_free(target)
     try:
@@ -44,7 +48,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def check_free(target: Path) -> None:
-    """Raise CheckpointError where a folder to be written exists and holds anything."""
+    """Raise CheckpointError where a folder that is to be written exists and holds anything."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(
             f"{target}: expected a new or empty folder, found one with files in it"
@@ -63,8 +67,10 @@ def publish(temporary: Path, target: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn what a full disk or one that forbids writing raises into a CheckpointError that names
-    `target`.
+    """Turn errors of a full disk, or of one that forbids writing, into a CheckpointError.
+
+    Args:
+        target: the file or folder that the message names.
     """
     try:
         yield
@@ -75,8 +81,9 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def _is_disk(error: BaseException) -> bool:
-    """Whether an exception means that the disk is full or forbids writing; safetensors wraps the
-    system's.
+    """Whether an error means that the disk is full or forbids writing.
+
+    safetensors wraps errors of the system in its own, of which only the text tells.
     """
     codes = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EIO}
     if isinstance(error, OSError):
@@ -85,7 +92,11 @@ def _is_disk(error: BaseException) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
+    """Write a small file as a whole: at any time it holds the old text or the new one.
+
+    Raises:
+        CheckpointError: it can't be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

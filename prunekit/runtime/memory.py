@@ -22,7 +22,7 @@ def return_freed() -> None:
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
         libc.malloc_trim(0)
     except (OSError, AttributeError, TypeError):
-        pass  # another C library
+        pass  # another C library, which has no such setting
 
 
 def run_within_memory(

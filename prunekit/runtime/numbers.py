@@ -18,10 +18,10 @@ def along(scores: Tensor, dim: int) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays."""
+    """A tensor as it is, but half precision as float32."""
     return tensor.float() if is_half(tensor.dtype) else tensor
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: differences of half precision are exact there."""
+    """A tensor of any type in float32 at least; differences of half precision are exact there."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

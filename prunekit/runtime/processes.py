@@ -1,5 +1,6 @@
-"""Several processes on one job: `torchrun --nproc-per-node N -m prunekit …` shares the calibration
-set among them.
+"""Several processes on one job, which share the calibration set.
+
+They are started by `torchrun --nproc-per-node N -m prunekit …`; alone, every function does nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def rank() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes torchrun started for the duration of a `with` block; nothing where there
-    is only one.
+    """Join the processes that torchrun started, during a `with` block; nothing where it did not.
+
+    Args:
+        device: the device of this process; GPUs talk by NCCL, all else by Gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or world_size() > 1:
         yield
@@ -76,6 +79,6 @@ def together() -> Iterator[None]:
     if world_size() > 1:
         errors: list[PrunekitError | None] = [None] * world_size()
         dist.all_gather_object(errors, error)
-        error = next((found for found in errors if found), None)
+        error = next((other for other in errors if other), None)
     if error is not None:
         raise error

@@ -14,7 +14,13 @@ from prunekit.runtime.memory import peak_memory, reset_peak
 
 @dataclass
 class Stages:
-    """Seconds and peak memory of every stage."""
+    """Measures the stages of a run, each as `with stages("prune"): ...`.
+
+    Args:
+        device: the device whose memory is measured.
+        seconds: stage → seconds; of a stage that runs several times their sum.
+        peak_memory_bytes: stage → peak bytes; of a stage that runs several times the largest.
+    """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -22,7 +28,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time one stage."""
+        """Measure one stage; one that fails is not noted."""
         reset_peak(self.device)
         began = time.perf_counter()
         yield

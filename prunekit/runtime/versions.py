@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
+    """Package → its version; "checkout" where it is not installed. Python is among them."""
+    known = {"python": platform.python_version()}
     for name in ("prunekit", "torch", "transformers", "peft", "lm_eval"):
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "checkout"
-    return found
+            known[name] = "checkout"
+    return known
