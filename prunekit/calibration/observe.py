@@ -16,7 +16,7 @@ from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
 from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.runtime.console import say
-from prunekit.runtime.numbers import wide
+from prunekit.runtime.numbers import at_least_float32
 
 HELD_OUT = 8  # every eighth sample tells whether a new target generalises
 
@@ -87,7 +87,7 @@ class Observation:
             site.moments.add(inputs, mask, None, self._sample)
             return
         output = site.consumers[0].module.forward(inputs)
-        error = wide(self._wanted.reshape(output.shape)) - wide(output)
+        error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
         if mask is None:
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
         rows = (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunekit.calibration.blocks import Block
 from prunekit.calibration.layer_pass import LayerPass
-from prunekit.runtime.numbers import wide
+from prunekit.runtime.numbers import at_least_float32
 from prunekit.runtime.processes import hold_everywhere
 
 
@@ -26,7 +26,7 @@ def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> T
     pruned = {other: other.output(batch, layer.store) for other in earlier}
     stream = layer.run(batch, {**zero, **dense}, layer.dense[batch])
     without = layer.run(batch, {**zero, **pruned, block: torch.zeros_like(dense[block])})
-    return wide(stream) - wide(without)
+    return at_least_float32(stream) - at_least_float32(without)
 
 
 def is_added(layer: LayerPass, block: Block) -> bool:
@@ -41,7 +41,7 @@ def is_added(layer: LayerPass, block: Block) -> bool:
     given = layer.run(0, {**rest, block: own}, layer.dense[0])
     without = layer.run(0, {**rest, block: torch.zeros_like(own)}, layer.dense[0])
     holds = own.numel() == given.numel() and _is_sum(
-        wide(given), wide(without), wide(own.view_as(given))
+        at_least_float32(given), at_least_float32(without), at_least_float32(own.view_as(given))
     )
     return hold_everywhere(holds, layer.store.device)
 

@@ -22,7 +22,7 @@ from prunekit.errors import CheckpointError, first_line
 Parts = dict[tuple[str, int], str]
 
 
-def number_of(pattern: str, name: str) -> int:
+def read_number(pattern: str, name: str) -> int:
     """The number in a name: 3 in `experts.3.up.weight`, of the pattern `experts.*.up.weight`."""
     if "*" not in pattern:
         return 0
@@ -51,9 +51,8 @@ def compose(name: str, shape: torch.Size, converter: Any, parts: Parts, shards: 
     for pattern in converter.source_patterns:
         numbers = range(last + 1 if "*" in pattern else 1)
         if missing := [number for number in numbers if (pattern, number) not in parts]:
-            raise CheckpointError(
-                f"{shards.where}: damaged weights: {_called(pattern, missing[0], parts)} is missing"
-            )
+            name_missing = _name_missing(pattern, missing[0], parts)
+            raise CheckpointError(f"{shards.where}: damaged weights: {name_missing} is missing")
         rows.append(tuple(_stored(shards, parts[pattern, number]) for number in numbers))
     if stacked is None:
         rows = [(part,) for row in rows for part in row]
@@ -101,8 +100,8 @@ def _dims(name: str, converter: Any, shards: Shards) -> tuple[int | None, int | 
     return next(iter(stacks), None), next(iter(joins), None)
 
 
-def _called(pattern: str, number: int, parts: Mapping[tuple[str, int], str]) -> str:
-    """What a part that is missing would be called, after one that is there."""
+def _name_missing(pattern: str, number: int, parts: Mapping[tuple[str, int], str]) -> str:
+    """The name that a missing part would have, after the name of one that is there."""
 
     def text(pattern: str, number: int) -> str:
         return (f"{number}{pattern.partition('*')[2]}" if "*" in pattern else pattern).replace(

@@ -207,15 +207,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
     try:
         return {
-            name: _aligned(t)
-            for file in weight_files(folder)
-            for name, t in load_file(file).items()
+            name: _align(t) for file in weight_files(folder) for name, t in load_file(file).items()
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged weights: {first_line(error)}") from error
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _align(tensor: Tensor) -> Tensor:
     """A tensor at an address as torch would have chosen it.
 
     Some kernels round otherwise where a tensor is not aligned to 64 bytes, as files lay them out.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.checkpoint.compose import Parts, compose, number_of
+from prunekit.checkpoint.compose import Parts, compose, read_number
 from prunekit.checkpoint.files import located, within
 from prunekit.checkpoint.load import build_skeleton, check_folder
 from prunekit.checkpoint.shards import Composed, Shards, Stored
@@ -20,7 +21,11 @@ from prunekit.model.build import adopt, needs_prunekit
 from prunekit.model.record import is_ours
 from prunekit.model.ties import parameter_places
 
-_OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # tables that older checkpoints hold
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tables that older checkpoints hold and no class reads.
+_OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
 def open_streamed(
@@ -28,14 +33,14 @@ def open_streamed(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
-) -> tuple[Any, Shards]:
+) -> tuple[PreTrainedModel, Shards]:
     """A local model folder, dense or pruned, without its weights.
 
     Args:
         directory: a local folder.
-        dtype: the parameters' once they are loaded; their stored one by default.
+        dtype: the type of the parameters once they are loaded; the stored one by default.
         trust_remote_code: allow transformers to run code that comes with the checkpoint.
-        attn_implementation: transformers' choice.
+        attn_implementation: transformers' choice (sdpa, eager, …).
 
     Returns:
         The model in evaluation mode, every parameter on meta in the file's shape and every buffer
@@ -61,12 +66,27 @@ def open_streamed(
     return model, shards
 
 
-def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
-    """The shards by the model's names: those of its class before a renaming, or of a body without
-    its prefix.
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """What a tensor of a checkpoint is in the model.
 
-    A parameter that is stored in parts is one entry. Tables that no class wants any more are left
-    out. A pruned model may store tables that its class would compute: they were cut.
+    Args:
+        name: the name of the model's tensor.
+        converter: transformers' converter, where the checkpoint's tensor is only a part of that.
+        part: then the pattern and the number of the part.
+    """
+
+    name: str
+    converter: Any = None
+    part: tuple[str, int] = ("", 0)
+
+
+def _by_names_of(model: PreTrainedModel, shards: Shards, dense: bool) -> Shards:
+    """The shards by the names of the model's tensors.
+
+    Checkpoints may hold names of before a renaming in transformers, or those of a body without its
+    prefix. A parameter that is stored in parts becomes one entry. Tables that no class wants any
+    more are left out. A pruned model may store tables that its class would compute: they were cut.
     """
     from transformers.core_model_loading import dot_natural_key
 
@@ -74,24 +94,26 @@ def _by_names_of(model: Any, shards: Shards, dense: bool) -> Shards:
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     ignored = [*_OBSOLETE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    rename = _renaming(model)
+    find_key = _key_finder(model)
     entries: dict[str, Stored | Composed] = {}
-    parts: dict[str, tuple[Any, Parts]] = {}  # of a tensor: what makes it, of what
+    parts: dict[str, tuple[Any, Parts]] = {}  # the model's name → the converter, and its parts
     for name in sorted(shards, key=dot_natural_key):
-        new, converter, part = (name, None, ("", 0)) if name in tensors else rename(name)
-        new = prefix + new if new not in tensors and prefix + new in tensors else new
-        if new in tensors and converter is not None:
-            parts.setdefault(new, (converter, {}))[1][part] = name
+        key = _Key(name=name) if name in tensors else find_key(name)
+        prefixed = key.name not in tensors and prefix + key.name in tensors
+        new = prefix + key.name if prefixed else key.name
+        if new in tensors and key.converter is not None:
+            parts.setdefault(new, (key.converter, {}))[1][key.part] = name
         elif new in tensors or not any(re.search(pattern, new) for pattern in ignored):
-            entries[new if converter is None else name] = shards[name]
+            entries[new if key.converter is None else name] = shards[name]
     for new, (converter, stored) in parts.items():
         entries[new] = compose(new, tensors[new].shape, converter, stored, shards)
     return Shards(shards.where, entries)
 
 
-def _renaming(model: Any) -> Callable[[str], tuple[str, Any, tuple[str, int]]]:
-    """What transformers calls otherwise than the checkpoints it loads: a name there → the model's;
-    and where the tensor is only a part of that, the converter, the part's pattern and its number.
+def _key_finder(model: PreTrainedModel) -> Callable[[str], _Key]:
+    """A function from the name of a checkpoint's tensor to what it is in the model.
+
+    transformers describes what it names otherwise than the checkpoints that it loads.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
@@ -100,16 +122,17 @@ def _renaming(model: Any) -> Callable[[str], tuple[str, Any, tuple[str, int]]]:
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]
 
-    def rename(name: str) -> tuple[str, Any, tuple[str, int]]:
+    def find_key(name: str) -> _Key:
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
         for converter in converters:
             new, pattern = converter.rename_source_key(name)
             if pattern is not None:
-                return new, converter, (pattern, number_of(pattern, name))
-        return name, None, ("", 0)
+                part = (pattern, read_number(pattern, name))
+                return _Key(name=new, converter=converter, part=part)
+        return _Key(name=name)
 
-    return rename
+    return find_key
 
 
 def _check_shapes(model: nn.Module, shards: Shards) -> None:

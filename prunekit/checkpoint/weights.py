@@ -85,7 +85,7 @@ class Weights:
 
         Of a tied parameter only its first name.
         """
-        state = {places[0].name: _held(places).detach() for places in self._under(path)}
+        state = {places[0].name: _parameter_at(places).detach() for places in self._under(path)}
         return state | {
             name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)
         }
@@ -126,7 +126,7 @@ class Weights:
     @torch.inference_mode(False)
     def _load(self, parameters: list[_Places], source: Shards | None = None) -> None:
         for places in parameters:
-            if not (old := _held(places)).is_meta:
+            if not (old := _parameter_at(places)).is_meta:
                 continue
             shards = self.shards if source is None else source
             name = _stored_name(places, shards)
@@ -146,7 +146,7 @@ class Weights:
     @torch.inference_mode(False)
     def _release(self, parameters: list[_Places]) -> None:
         for places in parameters:
-            if not (old := _held(places)).is_meta:
+            if not (old := _parameter_at(places)).is_meta:
                 _put(places, torch.empty_like(old, device="meta"), old.requires_grad)
 
     def _take_additions(self, path: str, source: Shards) -> None:
@@ -168,7 +168,7 @@ class Weights:
                 )
 
 
-def _held(places: _Places) -> nn.Parameter:
+def _parameter_at(places: _Places) -> nn.Parameter:
     module, attribute, _ = places[0]
     parameter = module._parameters[attribute]
     assert parameter is not None

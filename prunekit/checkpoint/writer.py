@@ -28,17 +28,16 @@ _KEY = "prunekit_key"  # the entry of a shard's metadata that names the part it 
 
 
 class LayerWriter:
-    """The folder of a model that never is in memory as a whole, one shard for every part that is
-    finished.
+    """Writes the folder of a model that never is in memory as a whole, one shard for each part.
 
     Until `finish` the shards lie in a hidden folder beside it, which stays there when a run is
     interrupted; each of them is whole or isn't there.
 
     Args:
         folder: a new or empty folder.
-        dtype: what floating tensors are stored as; as they come if None.
-        resume: go on with what an interrupted run left; files that are damaged count as not
-            written.
+        dtype: the type that floating tensors are stored in; None: as they come.
+        resume: go on with the parts that an interrupted run left; a damaged file counts as a part
+            that was not written.
 
     Raises:
         CheckpointError: the folder is in use or can't be written, or an interrupted run's parts are
@@ -73,7 +72,7 @@ class LayerWriter:
         return key in self.parts
 
     def stored(self, key: str) -> Shards:
-        """A part that is written, to read it again."""
+        """The shard of a part that is written."""
         return self.parts[key]
 
     @property
@@ -87,8 +86,8 @@ class LayerWriter:
         """Store a part's tensors in one shard.
 
         Args:
-            key: names the part: a module's path, say.
-            tensors: the model's names → tensors, tied ones once.
+            key: a name for the part, for example the path of a module.
+            tensors: the model's name → tensor; of a tied tensor one name only.
 
         Raises:
             CheckpointError: the disk is full or can't be written; nothing of the part is left then.
@@ -111,8 +110,11 @@ class LayerWriter:
         self.parts[key] = Shards.of_file(file)
 
     def copy(self, shards: Shards, names: Mapping[str, str]) -> None:
-        """Store tensors of other shards as they are, each as a part of its own: the model's name →
-        the one there.
+        """Store tensors of other shards as they are, each as a part of its own.
+
+        Args:
+            shards: the other shards.
+            names: the model's name → the name there.
         """
         for name, stored in names.items():
             if not self.has(name):
@@ -176,7 +178,7 @@ class LayerWriter:
     def _number(self) -> dict[str, str]:
         """Give the shards their final names; tensor → file."""
         places = {}
-        for number, key in enumerate(sorted(self.parts, key=_natural), 1):
+        for number, key in enumerate(sorted(self.parts, key=_natural_key), 1):
             name = f"model-{number:05}-of-{len(self.parts):05}.safetensors"
             file = self.parts[key].where
             if file.name != name:
@@ -199,5 +201,5 @@ class LayerWriter:
             model.generation_config.save_pretrained(self.folder)
 
 
-def _natural(key: str) -> list[Any]:
+def _natural_key(key: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]

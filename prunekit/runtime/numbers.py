@@ -12,16 +12,15 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 def along(scores: Tensor, dim: int) -> Tensor:
-    """Sum elementwise scores over all dims but one: float64 [size of that dim]."""
+    """Sum elementwise scores over all dims but one.
+
+    Returns:
+        float64 [size of that dim].
+    """
     others = [d for d in range(scores.ndim) if d != dim]
     return scores.sum(others, dtype=torch.float64) if others else scores.double()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """A tensor as it is, but half precision as float32."""
+    """A tensor as it is, but half precision as float32, in which its differences are exact."""
     return tensor.float() if is_half(tensor.dtype) else tensor
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """A tensor of any type in float32 at least; differences of half precision are exact there."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -25,7 +25,7 @@ from prunekit.runtime.modes import (
     restoring,
     undisturbed,
 )
-from prunekit.runtime.numbers import along, at_least_float32, wide
+from prunekit.runtime.numbers import along, at_least_float32
 from prunekit.runtime.processes import own_part, rank, together, world_size
 from prunekit.runtime.stages import Stages
 
@@ -208,8 +208,7 @@ def test_half_precision_is_widened_before_it_is_summed():
     assert along(ones[:, 0], 0).dtype == torch.float64
     types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     widened = [torch.float32, torch.float32, torch.float32, torch.float64]
-    for widen in (at_least_float32, wide):
-        assert [widen(torch.ones(1, dtype=dtype)).dtype for dtype in types] == widened
+    assert [at_least_float32(torch.ones(1, dtype=dtype)).dtype for dtype in types] == widened
 
 
 def test_one_process_works_on_everything():
