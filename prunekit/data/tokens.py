@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prunekit.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DENSEST = 16  # characters: no tokenizer known to us packs more into a token on average
+
 
 def calibration_windows(
-    documents: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
 ) -> Tensor:
-    """LongTensor [samples, length]: random crops of random documents that are long enough.
+    """Random crops of random documents that are long enough.
 
-    Where no document has `length` tokens, crops of all documents joined by blank lines.
+    Where no document has `length` tokens, they are crops of all documents joined by blank lines.
+
+    Args:
+        documents: the texts.
+        tokenizer: turns text into token ids, here without special tokens.
+        samples: how many crops.
+        length: tokens of a crop.
+        seed: of the random numbers.
+
+    Returns:
+        LongTensor [samples, length].
 
     Raises:
-        DataError: the whole text is shorter than one window.
+        DataError: no sample is asked for, or the whole text is shorter than one window.
     """
     if samples < 1 or length < 2:
         raise DataError(
@@ -28,21 +47,7 @@ def calibration_windows(
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
-    long: list[Tensor] = []
-    for i in order:
-        ids = encode(tokenizer, documents[i], special=False)
-        if len(ids) >= length:
-            long.append(ids)
-        if len(long) == samples:
-            break
-    if not long:
-        joined = encode(tokenizer, "\n\n".join(documents), special=False)
-        if len(joined) < length:
-            raise DataError(
-                f"data.calibration: the text has {len(joined)} tokens, "
-                f"one window needs {length} (sequence_length)"
-            )
-        long = [joined]
+    long = _long_documents([documents[i] for i in order], tokenizer, samples, length)
     windows = []
     for i in range(samples):
         ids = long[i % len(long)]
@@ -51,28 +56,58 @@ def calibration_windows(
     return torch.stack(windows)
 
 
+def _long_documents(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int, length: int
+) -> list[Tensor]:
+    """Token ids of the first documents, `most` of them, that have `length` tokens at least.
+
+    Where none has so many: those of all documents joined.
+    """
+    long: list[Tensor] = []
+    for document in documents:
+        ids = encode(tokenizer, document, special=False)
+        if len(ids) >= length:
+            long.append(ids)
+        if len(long) == most:
+            break
+    if long:
+        return long
+    joined = encode(tokenizer, "\n\n".join(documents), special=False)
+    if len(joined) < length:
+        raise DataError(
+            f"data.calibration: the text has {len(joined)} tokens, "
+            f"one window needs {length} (sequence_length)"
+        )
+    return [joined]
+
+
 def evaluation_windows(
     documents: Sequence[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     limit: int | None,
     name: str,
     stride: int | None = None,
 ) -> Tensor:
-    """LongTensor [N, length]: the documents joined by blank lines, tokenised once, cut every
-    `stride` tokens.
+    """Consecutive windows of the documents, joined by blank lines and tokenised once.
 
-    Without a stride there is no overlap; the tail is dropped; at most `limit` tokens where one is
-    given.
+    Args:
+        documents: the texts.
+        tokenizer: turns text into token ids, with the special tokens that begin a text.
+        length: tokens of a window.
+        limit: use at most so many tokens; None: all.
+        name: what the corpus is called, for the message.
+        stride: tokens from the beginning of one window to that of the next; None: no overlap.
+
+    Returns:
+        LongTensor [N, length]; the tail that fills no window is dropped.
 
     Raises:
         DataError: the text is shorter than one window.
     """
     text = "\n\n".join(documents)
     if limit is not None:
-        text = text[
-            : limit * 16
-        ]  # no tokenizer here packs more than 16 characters into a token on average
+        text = text[: limit * _DENSEST]
     ids = encode(tokenizer, text, special=True)[:limit]
     if len(ids) < length:
         raise DataError(
@@ -81,9 +116,10 @@ def evaluation_windows(
     return ids.unfold(0, length, stride or length)
 
 
-def encode(tokenizer: Any, text: str, *, special: bool) -> Tensor:
-    """Token ids [T] of a text, however long, without the tokenizer's warning about its maximum
-    length.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> Tensor:
+    """Token ids, LongTensor [T], of a text of any length, with special tokens or without.
+
+    The tokenizer is kept from warning that the text is longer than its model allows.
     """
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
