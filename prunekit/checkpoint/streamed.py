@@ -1,6 +1,4 @@
-"""A model that memory need not hold: layers come from the shards on disk one by one and are written
-before the next.
-"""
+"""A model larger than memory while it is pruned: layers are read, cut and written one by one."""
 
 from __future__ import annotations
 
@@ -28,10 +26,10 @@ class Streamed:
     """A model on meta, its shards, and the folder its pruned layers go to.
 
     Args:
-        source: the model's folder.
-        device: where layers are worked on.
-        stored: the type of the result; the checkpoint's by default. Half precision is computed in
-            float32 on a CPU.
+        source: the folder of the model.
+        device: the device that layers are worked on.
+        stored: the type that the result is stored in; the checkpoint's by default. Half precision
+            is computed in float32 on a CPU.
         trust_remote_code: as for `from_pretrained`.
     """
 
@@ -51,22 +49,24 @@ class Streamed:
         self.writer: LayerWriter | None = None
 
     def write_to(self, folder: Path, resume: bool) -> None:
-        """Where the result goes; layers an unfinished run has left there are kept with `resume`."""
+        """Let the result go to a folder; of several processes the first one writes.
+
+        Args:
+            folder: the folder of the pruned model.
+            resume: keep the layers that an unfinished run has left there; else they are removed.
+        """
         if rank():
-            return  # the first process writes
+            return
         self.writer = LayerWriter(folder, self.stored, resume=True)
         if not resume:
             self.writer.abandon()
             self.writer = LayerWriter(folder, self.stored)
 
     def evaluated(self) -> AbstractContextManager[Weights]:
-        """The model can run inside the `with` block: the dense one before pruning, the pruned one
-        after.
-        """
+        """Let the model run inside a `with` block: dense before pruning, pruned afterwards."""
         written = self.writer is not None and bool(self.writer.parts)
-        return offloaded(
-            self.model, self.writer.shards if written and self.writer else self.shards, self.device
-        )
+        shards = self.writer.shards if written and self.writer else self.shards
+        return offloaded(self.model, shards, self.device)
 
     def layers(self, graph: CouplingGraph) -> StreamedLayers:
         """The layers, read one by one; each is cut and written as soon as it is left."""
