@@ -1,5 +1,7 @@
-"""Statistics of what linear modules are fed: one forward pass over the calibration set, vectors
-only.
+"""Statistics of the single inputs of linear modules, from one pass over the calibration set.
+
+`moments` hold the products of all inputs of one consumer; these are vectors, gathered for all
+modules of the model at once.
 """
 
 from __future__ import annotations
@@ -24,19 +26,16 @@ from prunekit.runtime.modes import undisturbed
 
 @dataclass
 class Inputs:
-    """Running sums over tokens of a module's input features x [n], float64."""
+    """Sums over tokens of a module's inputs x [n] and of their squares, in float64."""
 
     tokens: int = 0
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 
     def add(self, mask: Tensor | None, x: Tensor) -> None:
-        """Take in x [..., n]; `mask` [...] is False at positions that don't count (padding)."""
-        rows = (
-            x[mask.to(x.device)]
-            if mask is not None and mask.shape == x.shape[:-1]
-            else x.flatten(0, -2)
-        )
+        """Take in x [..., n]; `mask` [...] is False at padding."""
+        fits = mask is not None and mask.shape == x.shape[:-1]
+        rows = x[mask.to(x.device)] if mask is not None and fits else x.flatten(0, -2)
         rows = rows.detach().double()
         self.tokens += len(rows)
         self.total = self.total + rows.sum(0)
@@ -48,7 +47,7 @@ class Inputs:
         return self.squares.sqrt()
 
     def variance(self) -> Tensor:
-        """Mean squared distance from the mean [n]."""
+        """Var(x_j) [n], the mean squared distance from the mean."""
         assert isinstance(self.squares, Tensor)
         mean = self.total / self.tokens
         return (self.squares / self.tokens - mean * mean).clamp_min(0)
@@ -57,27 +56,44 @@ class Inputs:
 def input_statistics(
     model: nn.Module, names: Iterable[str], batches: Sequence[Batch]
 ) -> dict[str, Inputs]:
-    """Weight of a stock linear module among the parameters `names` → what its module is fed, in
-    evaluation mode.
+    """Gather statistics of the inputs of all stock linear modules, in evaluation mode.
+
+    Args:
+        model: the model; it is left as it was.
+        names: the parameters of interest; those that are no weight of such a module are left out.
+        batches: the calibration set, keyword arguments of forward calls.
+
+    Returns:
+        Name of the weight → statistics, for modules that ran.
 
     Raises:
         DataError: inputs hold NaN or infinity.
     """
     places = tensor_places(model)
-    modules = {n: places[n][0].module for n in names if places[n][0].attribute == "weight"}
-    found = {name: Inputs() for name, module in modules.items() if is_stock(module)}
+    weights = [name for name in names if places[name][0].attribute == "weight"]
+    modules = {name: places[name][0].module for name in weights}
+    watcher = _Watcher({name: Inputs() for name, module in modules.items() if is_stock(module)})
+    with undisturbed(model), ExitStack() as stack, torch.no_grad():
+        for name in watcher.inputs:
+            see = partial(watcher.see, name)
+            stack.callback(modules[name].register_forward_pre_hook(see).remove)
+        for batch in track(batches, "activations", len(batches)):
+            watcher.mask = padding_mask(batch)
+            model(**without_cache(model, batch))
+    fed = {name: inputs for name, inputs in watcher.inputs.items() if inputs.tokens}
+    for name, inputs in fed.items():
+        if not torch.isfinite(inputs.norm()).all():
+            raise DataError(f"{name}: its inputs hold NaN or infinity")
+    return fed
+
+
+@dataclass
+class _Watcher:
+    """The statistics by weight, and the padding mask of the batch in turn [B, T]."""
+
+    inputs: dict[str, Inputs]
     mask: Tensor | None = None
 
-    def hook(inputs: Inputs, _: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.add(mask, args[0])
-
-    with undisturbed(model), ExitStack() as stack, torch.no_grad():
-        for name, inputs in found.items():
-            stack.callback(modules[name].register_forward_pre_hook(partial(hook, inputs)).remove)
-        for batch in track(batches, "activations", len(batches)):
-            mask = padding_mask(batch)
-            model(**without_cache(model, batch))
-    for name, inputs in found.items():
-        if inputs.tokens and not torch.isfinite(inputs.norm()).all():
-            raise DataError(f"{name}: its inputs hold NaN or infinity")
-    return {name: inputs for name, inputs in found.items() if inputs.tokens}
+    def see(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of a module, once its weight's `name` is bound."""
+        self.inputs[name].add(self.mask, args[0])

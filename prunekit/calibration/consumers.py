@@ -1,10 +1,11 @@
-"""The matrices a group's units feed, whatever their layout, and what they are fed."""
+"""Consumers: the matrices that the units of a group feed, whatever their layout in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
 
-See = Callable[["Consumer", Tensor], None]
+See = Callable[["Consumer", Tensor], None]  # see(consumer, inputs [..., n])
 _PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Consumer:
-    """A linear consumer: its weight as W [d_out, n] whatever its layout; of stacked experts one
-    expert's.
+    """A linear consumer, with its weight as W [d_out, n] whatever its layout.
+
+    `expert`: its place in a stacked parameter [experts, …]; None for a matrix of its own.
     """
 
     module: nn.Module
@@ -33,7 +35,7 @@ class Consumer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The stored weight."""
+        """The parameter that holds the weight, of all experts where they are stacked."""
         parameter = getattr(self.module, self.member.parameter.rsplit(".", 1)[-1])
         assert isinstance(parameter, nn.Parameter)
         return parameter
@@ -56,13 +58,14 @@ class Consumer:
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """What the module adds to W x [d_out], if it does."""
+        """The bias [d_out] that the module adds to W x; None without one, and for experts."""
         bias = getattr(self.module, "bias", None) if self.expert is None else None
         return bias if isinstance(bias, nn.Parameter) else None
 
     def store(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Write W [d_out, n] back; add `bias` [d_out] to the module's, which gets one where it has
-        none.
+        """Write W [d_out, n] back, and add `bias` [d_out] to the one of the module.
+
+        A module without a bias gets this one.
         """
         self._stored.copy_(weight)
         if bias is not None:
@@ -78,57 +81,63 @@ class Consumer:
 
 
 def consumers_of(model: nn.Module, group: Group) -> list[Consumer]:
-    """The group's linear consumers; TraceError where it has none, or one that is no matrix.
+    """The linear consumers of a group.
 
     A parameter that also makes the units (a tied embedding) is left out: it can't be repaired.
+
+    Raises:
+        TraceError: the group has no consumer, or one that is no matrix.
     """
     made = {member.parameter for member in group.members if member.role == "producer"}
-    found = []
+    consumers = []
     for member in group.consumers:
         shape = model.get_parameter(member.parameter).shape
-        path = member.parameter.rpartition(".")[0]
         if len(shape) not in (2, 3) or (len(shape) == 3 and member.dim == 0):
             raise TraceError(
                 f"{group.name}: layer-wise pruning expects matrices, {member.parameter} is none"
             )
+        if member.parameter in made:
+            continue
+        path = member.parameter.rpartition(".")[0]
+        module = model.get_submodule(path)
         experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
-        if member.parameter not in made:
-            module = model.get_submodule(path)
-            found += [
-                Consumer(module=module, member=member, name=path, expert=expert)
-                for expert in experts
-            ]
-    if not found:
+        for expert in experts:
+            consumers.append(Consumer(module=module, member=member, name=path, expert=expert))
+    if not consumers:
         raise TraceError(f"{group.name}: layer-wise pruning expects a linear consumer, found none")
-    return found
+    return consumers
 
 
 @contextmanager
 def watched(consumers: Sequence[Consumer], see: See) -> Iterator[None]:
-    """Call `see(consumer, inputs)` for all that the consumers are fed during a `with` block."""
+    """Inside the `with` block, call `see(consumer, inputs)` for everything consumers are fed."""
     with ExitStack() as stack:
         for consumer in (c for c in consumers if c.expert is None):
-            stack.callback(consumer.module.register_forward_pre_hook(_hook(consumer, see)).remove)
+            show = partial(_show_inputs, consumer, see)
+            stack.callback(consumer.module.register_forward_pre_hook(show).remove)
         if stacked := [c for c in consumers if c.expert is not None]:
             stack.enter_context(_Products(stacked, see))
         yield
 
 
-def _hook(consumer: Consumer, see: See) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda module, args: see(consumer, args[0])
+def _show_inputs(consumer: Consumer, see: See, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook of a consumer's module, once the first two arguments are bound."""
+    see(consumer, args[0])
 
 
 @contextmanager
 def experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> Iterator[None]:
-    """Let stacked experts multiply one by one, so that each one's inputs can be seen."""
+    """Inside the `with` block, stacked experts multiply one by one, so that `watched` sees each."""
     stacked = any(consumer.expert is not None for consumer in consumers)
     with experts_computed(model, "eager") if stacked else nullcontext():
         yield
 
 
 class _Products(TorchFunctionMode):
-    """Sees matrix products with a slice of a stacked parameter [experts, …] by where its memory
-    lies.
+    """Sees matrix products with stacked parameters [experts, …].
+
+    A product with one expert's slice, which is a new tensor each time, is known by the address of
+    its memory; a batched product with the whole parameter shows the inputs of all experts.
     """
 
     def __init__(self, consumers: Sequence[Consumer], see: See) -> None:
@@ -145,11 +154,12 @@ class _Products(TorchFunctionMode):
             inputs, weight = args[0], args[1]
             if weight.ndim == 2 and (consumer := self.places.get(weight.data_ptr())):
                 self.see(consumer, inputs)
-            elif weight.ndim == inputs.ndim == 3 and (found := self.whole.get(weight.data_ptr())):
-                for consumer, own in zip(found, inputs, strict=True):
+            elif weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
+                for consumer, own in zip(all_, inputs, strict=True):
                     self.see(consumer, own)
         return func(*args, **(kwargs or {}))
 
 
 def _stride(consumer: Consumer) -> int:
+    """Bytes from one expert's slice to the next."""
     return consumer.parameter.stride(0) * consumer.parameter.element_size()

@@ -28,4 +28,4 @@ class Layers(Protocol):
         """Note the units that a group of the present layer has lost; their columns are zero."""
 
     def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
-        """Take a finished layer away; `run` gives its output on one batch, before and after cuts."""
+        """Take a finished layer away; `run` gives its output on one batch, also once it is cut."""

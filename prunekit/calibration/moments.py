@@ -1,5 +1,6 @@
-"""Streaming second moments of a layer's inputs: H = X Xᵀ / tokens, the Hessian of the layer's
-squared error.
+"""Second moments of a consumer's inputs: H = X Xᵀ / tokens, the Hessian of its squared error.
+
+They are running means, so that they are right after any number of batches.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ from prunekit.errors import DataError
 from prunekit.runtime.numbers import is_half
 from prunekit.runtime.processes import add_up, world_size
 
-_PANEL = 1024  # columns of H that are updated at once: only blocks on and below the diagonal are
+# Columns of H that are updated at once. Of the symmetric H only the blocks on and below the
+# diagonal are computed: half the work for large layers.
+_PANEL = 1024
 
 
 class Moments:
-    """Running means over tokens of x xᵀ, of x, and of e xᵀ and e where an error e of the outputs is
-    given.
+    """Means over tokens: of the inputs, their products, and the errors of the outputs.
 
-    `hessian` [n, n] holds only its lower half until `finish`; `cross` [d, n] and `error` [d] are
-    None without errors. float32, float64 for float64 inputs, on the inputs' device.
+    All are float32, or float64 for float64 inputs.
 
     Args:
         size: number of input features n.
-        name: of the layer, for messages.
-        dtype: of the inputs.
-        outputs: number of output features d, where errors will be given.
+        name: the name of the layer, for messages.
+        device: the device of the inputs, and of the means.
+        dtype: the dtype of the inputs.
+        outputs: number of output features d; None where no errors will be given.
+
+    Attributes:
+        tokens: number of tokens taken in.
+        hessian: E[x xᵀ] [n, n]; only its lower half is valid until `finish`.
+        mean: E[x] [n].
+        cross: E[e xᵀ] [d, n] for the errors e, or None.
+        error: E[e] [d], or None.
     """
 
     def __init__(
@@ -57,16 +66,15 @@ class Moments:
         error: Tensor | None = None,
         sample: int = 0,
     ) -> None:
-        """Take in inputs [..., n] and errors [..., d]; `mask` [...] is False at positions that
-        don't count (padding).
+        """Take in inputs [..., n], and errors [..., d] where there are `outputs`.
 
-        `sample` is the number of the first row, for messages.
+        `mask` [...] is False at padding. `sample` is the number of the first row, for messages.
 
         Raises:
-            DataError: NaN or infinity among them.
+            DataError: the inputs hold NaN or infinity.
         """
         if mask is not None and mask.shape != inputs.shape[:-1]:
-            mask = None  # positions were regrouped: an expert's tokens
+            mask = None  # the positions were regrouped, as the tokens of an expert are
         x = (inputs.flatten(0, -2) if mask is None else inputs[mask]).detach()
         new = self.tokens + len(x)
         if not len(x):
@@ -86,7 +94,7 @@ class Moments:
         self.tokens = new
 
     def finish(self) -> Moments:
-        """Add up what the processes saw, and fill the upper half of the Hessian."""
+        """Merge the means of all processes, and fill the upper half of the Hessian."""
         if world_size() > 1:
             count = int(add_up(torch.tensor([self.tokens], device=self.hessian.device)))
             for mean in (self.hessian, self.mean, self.cross, self.error):
@@ -94,19 +102,19 @@ class Moments:
                     add_up(mean.mul_(self.tokens / max(count, 1)))
             self.tokens = count
         self._mirror()
-        if self.hessian.device.type == "mps":  # it has no float64, which the solver may need
+        if self.hessian.device.type == "mps":  # without float64, which the inversion may need
             self.hessian, self.mean = self.hessian.cpu(), self.mean.cpu()
             self.cross = None if self.cross is None else self.cross.cpu()
             self.error = None if self.error is None else self.error.cpu()
         return self
 
     def drop(self) -> None:
-        """Let go of the Hessian: its inverse is all that is needed from here on."""
+        """Let go of the Hessian, once its inverse is all that is needed."""
         self.hessian = self.hessian.new_empty(0, 0)
 
     @staticmethod
     def together(parts: Sequence[Moments]) -> Moments:
-        """The moments of all the parts' tokens."""
+        """The moments of the tokens of all parts; the parts stay as they are."""
         first = parts[0]
         total = Moments(len(first.hessian), first.name, first.hessian.device, first.dtype)
         total.cross = None if first.cross is None else torch.zeros_like(first.cross)
@@ -126,8 +134,9 @@ class Moments:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: float) -> None:
-    """Total ← old·total + share·leftᵀ right; products of half precision are exact and summed in
-    float32.
+    """Total ← old · total + share · leftᵀ right, in place.
+
+    On a GPU half precision is multiplied as it is: the products are exact and summed in float32.
     """
     half = left.dtype == right.dtype and is_half(left.dtype)
     if half and left.is_cuda:
@@ -137,7 +146,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: 
 
 
 def _where(inputs: Tensor, sample: int) -> str:
-    """The first row of [B, ..., n] with a value that isn't finite, in words."""
+    """Which sample of inputs [B, ..., n] is not finite, in words; empty where no one can tell."""
     if inputs.ndim < 3:
         return ""
     bad = (~torch.isfinite(inputs.flatten(1))).any(1).nonzero().flatten()

@@ -1,5 +1,7 @@
-"""What a group's consumers are fed, gathered over the batches: one set of moments for those with
-the same inputs.
+"""The inputs of a group's consumers, gathered over the batches.
+
+Consumers that are fed the same inputs (q, k and v, or gate and up) form a site, and share one set
+of moments.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
-HELD_OUT = 8  # every eighth sample tells whether a new target generalises
+HELD_OUT = 8  # every eighth sample is held out: it tells whether a target generalises
 
 
 @dataclass(eq=False)
 class Site:
-    """Consumers that are fed the same inputs x [n], their moments, and those of held-out samples
-    where a target is.
+    """Consumers that are fed the same inputs x [n], and the moments of these inputs.
+
+    `held`: the moments of the held-out samples, which are not in `moments`; None without a target.
     """
 
     consumers: list[Consumer]
@@ -32,7 +35,7 @@ class Site:
     held: Moments | None = None
 
     def weight(self) -> Tensor:
-        """The consumers' weights below one another [d, n]."""
+        """The weights of all consumers, below one another: [d, n], a copy in float32 at least."""
         return torch.cat([consumer.weight() for consumer in self.consumers]).to(
             self.moments.hessian.device
         )
@@ -43,14 +46,18 @@ class Site:
             self.moments, self.held = Moments.together([self.moments, self.held]), None
 
     def energy(self) -> float:
-        """E‖W x‖²: what removing everything would cost."""
+        """E‖W x‖²: the error that removing all columns would leave."""
         weight = self.weight()
         return float(((weight @ self.moments.hessian.to(weight)) * weight).sum())
 
 
 @dataclass
 class Observation:
-    """Moments of a group's consumers, of all that they are fed in every batch."""
+    """Gathers the moments of everything that a group's consumers are fed.
+
+    `targeted`: whether the consumers have a target; samples are then held out, and the errors of
+    the outputs are gathered with the inputs.
+    """
 
     consumers: Sequence[Consumer]
     targeted: bool = False
@@ -58,9 +65,12 @@ class Observation:
 
     @contextmanager
     def of(self, sample: int, batch: Batch, wanted: Tensor | None = None) -> Iterator[None]:
-        """One batch, whose first row is calibration sample number `sample`.
+        """Inside the `with` block, the consumers are fed this batch.
 
-        `wanted` [..., d]: what a lone consumer should give.
+        Args:
+            sample: the number of the batch's first calibration sample.
+            batch: the keyword arguments of the forward call.
+            wanted: the target of a lone consumer [..., d], if it has one.
         """
         self._mask, self._positions = padding_mask(batch), count_positions(batch)
         self._sample, self._wanted = sample, wanted
@@ -69,24 +79,22 @@ class Observation:
         self._fed.clear()
 
     def see(self, consumer: Consumer, inputs: Tensor) -> None:
-        """Take in what a consumer is fed [..., n], and what its outputs lack [..., d]."""
-        site = self.sites.get(consumer) or self._site(consumer, inputs)
-        if site.consumers[0] is consumer:
-            self._fed.append((inputs, site))
-            if inputs.ndim == 2 and len(inputs) == math.prod(
-                self._positions
-            ):  # flattened, or no tokens at all
-                inputs = inputs.view(*self._positions, -1)
-            self._add(site, inputs)
+        """Take in the inputs [..., n] of a consumer, and the errors [..., d] of its outputs."""
+        site = self.sites.get(consumer) or self._find_site(consumer, inputs)
+        if site.consumers[0] is not consumer:
+            return  # the first consumer of the site has taken in the same inputs
+        self._fed.append((inputs, site))
+        flattened = inputs.ndim == 2 and len(inputs) == math.prod(self._positions)
+        self._add(site, inputs.view(*self._positions, -1) if flattened else inputs)
 
     def _add(self, site: Site, inputs: Tensor) -> None:
-        mask = (
-            self._mask if self._mask is not None and self._mask.shape == inputs.shape[:-1] else None
-        )
+        """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments."""
+        fits = self._mask is not None and self._mask.shape == inputs.shape[:-1]
+        mask = self._mask if fits else None
         if self._wanted is None or site.held is None:
             site.moments.add(inputs, mask, None, self._sample)
             return
-        output = site.consumers[0].module.forward(inputs)
+        output = site.consumers[0].module.forward(inputs)  # not called: hooks would see it
         error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
         if mask is None:
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
@@ -97,16 +105,17 @@ class Observation:
         site.moments.add(inputs, mask & ~rows, error, self._sample)
         site.held.add(inputs, mask & rows, error, self._sample)
 
-    def _site(self, consumer: Consumer, inputs: Tensor) -> Site:
-        """The site of others that were fed this very tensor, or a new one."""
+    def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
+        """The site of other consumers that were fed this very tensor, or a new one."""
         for fed, site in self._fed:
             if fed is inputs and torch.equal(site.consumers[0].member.index, consumer.member.index):
                 site.consumers.append(consumer)
                 self.sites[consumer] = site
                 return site
-        return self._new_site(consumer)
+        return self._open_site(consumer)
 
-    def _new_site(self, consumer: Consumer) -> Site:
+    def _open_site(self, consumer: Consumer) -> Site:
+        """A site of this consumer alone, whose moments are still empty."""
         weight = consumer.parameter
         size = weight.shape[consumer.member.dim]
         outputs = consumer.outputs if self.targeted else None
@@ -118,25 +127,25 @@ class Observation:
         return self.sites[consumer]
 
     def finish(self) -> list[Site]:
-        """The sites with their moments over all processes, in the consumers' order.
+        """The sites with their moments over all processes, in the order of their consumers.
 
-        Consumers that no process saw fed get moments of nothing; a stacked expert that saw fewer
-        tokens than it has inputs gets those of all experts together.
+        A consumer that was fed nothing in any process gets moments of no token. A stacked expert
+        that was routed fewer tokens than it has inputs gets the moments of all experts together.
         """
         for consumer in self.consumers:
             if consumer not in self.sites:
-                self._new_site(consumer)
+                self._open_site(consumer)
         sites = list(dict.fromkeys(self.sites[consumer] for consumer in self.consumers))
         for site in sites:
             site.moments.finish()
             if site.held is not None:
                 site.held.finish()
-        _share(sites)
+        _share_moments(sites)
         return sites
 
 
-def _share(sites: Sequence[Site]) -> None:
-    """Give stacked experts that saw too few tokens the moments of all of them."""
+def _share_moments(sites: Sequence[Site]) -> None:
+    """Give stacked experts that saw too few tokens one and the same moments of all experts."""
     for module in {
         site.consumers[0].module for site in sites if site.consumers[0].expert is not None
     }:
@@ -147,8 +156,8 @@ def _share(sites: Sequence[Site]) -> None:
         shared = Moments.together([site.moments for site in own])
         experts = ", ".join(f"{s.consumers[0].expert} ({s.moments.tokens})" for s in short)
         say(
-            f"{own[0].moments.name}: experts that saw fewer tokens than they have inputs take the moments of all "
-            f"{shared.tokens:,} routed tokens: {experts}"
+            f"{own[0].moments.name}: experts that saw fewer tokens than they have inputs take the "
+            f"moments of all {shared.tokens:,} routed tokens: {experts}"
         )
         for site in short:
             site.moments = shared

@@ -1,5 +1,6 @@
-"""Activations between two passes: on the device, in (pinned) host memory, or in files mapped when
-read, by budget.
+"""Activations between two passes: on the device, in host memory, or in files, by budget.
+
+Host memory is pinned, so that copies to a GPU run beside its work; files are mapped when read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from prunekit.runtime.memory import free_bytes
 
 
 class Kept:
-    """A tensor put aside; `get` brings it to the device, `free` lets it go."""
+    """A tensor that a store keeps: `get` brings it to the device, `free` lets it go."""
 
     def __init__(self, store: Store, tensor: Tensor, level: str, path: Path | None = None) -> None:
         self._store, self._level, self._path = store, level, path
@@ -24,7 +25,7 @@ class Kept:
         self.nbytes = tensor.nbytes
 
     def get(self, copy: bool = False) -> Tensor:
-        """The tensor, on the store's device; with `copy` one that may be written to."""
+        """The tensor on the store's device; with `copy` one that the caller may write to."""
         tensor = self._tensor
         assert tensor is not None
         if self._path is not None:
@@ -37,7 +38,7 @@ class Kept:
         )
 
     def free(self) -> None:
-        """Give its bytes back."""
+        """Give the bytes of the tensor back to the store; it can't be had any more."""
         if self._tensor is not None:
             self._tensor = None
             self._store.used[self._level] -= self.nbytes
@@ -46,17 +47,16 @@ class Kept:
 
 
 class Store:
-    """Keeps tensors: the first `budget` bytes on `device`, then `host` bytes in pinned memory, the
-    rest in files.
+    """Keeps tensors: the first bytes on the device, the next in host memory, the rest in files.
 
-    On a CPU `host` counts for nothing: what `budget` doesn't hold goes to files.
+    On a CPU, where host memory is that of the device, there is no second step.
 
     Args:
-        device: where the tensors are used.
-        budget: bytes kept there; half of what is free by default.
-        host: bytes kept in host memory for another device; half of what is free by default.
-        folder: for the files alone; what is there goes. A new temporary folder by default. Removed
-            by `close`.
+        device: the device that the tensors are used on.
+        budget: bytes kept on the device; half of its free memory by default.
+        host: bytes kept in host memory for another device; half of the free memory by default.
+        folder: the place of the files alone: whatever lies there is removed. A new temporary
+            folder by default. `close` removes it.
     """
 
     def __init__(
@@ -80,30 +80,34 @@ class Store:
         self._folder: Path | None = None
 
     def put(self, tensor: Tensor, copy: bool = True) -> Kept:
-        """Put a tensor aside; without a `copy` it must not change afterwards."""
+        """Put a tensor aside; without a `copy` the caller must not change it afterwards.
+
+        Raises:
+            DataError: the folder can't hold it.
+        """
         tensor = tensor.detach()
-        level = next(
-            (
-                name
-                for name, limit in self.limits.items()
-                if self.used[name] + tensor.nbytes <= limit
-            ),
-            "file",
-        )
+        level = self._find_room(tensor.nbytes)
         path = self._write(tensor) if level == "file" else None
         self.used[level] += tensor.nbytes
         self.peak[level] = max(self.peak[level], self.used[level])
         if level == "host":
-            tensor = torch.empty_like(
-                tensor, device="cpu", pin_memory=self.device.type == "cuda"
-            ).copy_(tensor)
-        elif level == "device" and copy:
+            pinned = self.device.type == "cuda"
+            tensor = torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor)
+        elif level == "file":
+            tensor = torch.empty_like(tensor, device="meta")  # shape and dtype, to read it back
+        elif copy:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        return Kept(
-            self, tensor if path is None else torch.empty_like(tensor, device="meta"), level, path
-        )
+        return Kept(self, tensor, level, path)
+
+    def _find_room(self, nbytes: int) -> str:
+        """The first level that so many more bytes fit into: device, host or file."""
+        for level, limit in self.limits.items():
+            if self.used[level] + nbytes <= limit:
+                return level
+        return "file"
 
     def _write(self, tensor: Tensor) -> Path:
+        """Write the bytes of a tensor to a file of its own; the first one makes the folder."""
         folder = self._folder or self._given
         try:
             if self._folder is None:
@@ -125,7 +129,7 @@ class Store:
         return path
 
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the folder with the files."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -1,9 +1,8 @@
-"""Walk a model's groups in execution order and show each one the second moments of its consumers'
-inputs.
+"""Walk the groups of a model in execution order; show each the moments of its consumers' inputs.
 
-Between two groups the caller may change the consumers' weights: what comes later sees the new
-activations (SlimGPT: the inputs of a layer come from the pruned layers before it; in a layer
-attention first, then its FFN on the new inputs).
+Between two groups the caller may change the weights of the consumers: later groups see the
+activations that these give (SlimGPT: a layer's inputs come from the pruned layers before it; inside
+a layer attention comes first, then the FFN on its new inputs).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from prunekit.calibration.layers import Layers
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Observation, Site
 from prunekit.calibration.store import Store
-from prunekit.calibration.stream import Stream
+from prunekit.calibration.stream import Stream, Visit
 from prunekit.data.batches import Batch, Numbered, copy_batch, count_positions, remove_padding
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import Group
@@ -32,12 +31,13 @@ __all__ = ["Batch", "Consumer", "Layers", "Moments", "Site", "Walk", "consumers_
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """How to go through a model.
+    """A way through a model.
 
-    `targets`: group name → dense or residual, where its consumers must reproduce more than what
-    they compute on the inputs they get; `done`: groups that are as they will be: nothing is
-    measured there. `store`: where activations wait, `layers`: where the layers' weights come from,
-    if not from memory.
+    `targets`: group name → "dense" or "residual", where the consumers of the group must reproduce
+    something else than their own outputs on the inputs that they get.
+    `done`: the names of groups that are finished; nothing is measured there.
+    `store`: keeps activations between two layers.
+    `layers`: reads the weights of the layers; None where all are in memory.
     """
 
     model: nn.Module
@@ -48,74 +48,83 @@ class Walk:
     store: Store | None = None
     layers: Layers | None = None
 
-    def __iter__(self) -> Iterator[tuple[Group, list[Site]]]:
-        """Yield (group, sites) in execution order; the caller may change the consumers before going
-        on.
+    def __iter__(self) -> Iterator[Visit]:
+        """Yield (group, sites) in execution order; the caller may change consumers in between.
 
-        Every site holds consumers that are fed the same inputs, and the moments of these. Without
-        sites: a group that is done.
+        Every site holds consumers that are fed the same inputs, and the moments of these inputs. A
+        group that is done has no sites.
 
         Raises:
-            DataError: NaN or infinity among the activations.
+            DataError: NaN or infinity among the activations; fewer batches than processes.
+            TraceError: a group without linear consumers; streamed layers that can't be run one by
+                one.
         """
         consumers = {group.name: consumers_of(self.model, group) for group in self.groups}
+        everyone = [consumer for own in consumers.values() for consumer in own]
+        batches = self._own_batches(with_experts=any(c.expert is not None for c in everyone))
         store = self.store or Store(next(self.model.parameters()).device)
-        everyone = [consumer for found in consumers.values() for consumer in found]
-        experts = any(consumer.expert is not None for consumer in everyone)
-        batches = (
-            remove_padding(self.batches) if experts else self.batches
-        )  # routed tokens no longer know their place
+        try:
+            with evaluating(self.model), experts_in_turn(self.model, everyone):
+                stream = Stream.open(
+                    self.model, self.groups, consumers, batches, store, self.layers
+                )
+                if stream is not None:
+                    yield from stream.walk(self.targets, self.done)
+                else:
+                    yield from self._visit_with_whole_passes(consumers, batches)
+        finally:
+            store.close()
+
+    def _own_batches(self, with_experts: bool) -> list[Numbered]:
+        """The batches of this process, numbered.
+
+        Experts get their tokens without a place in the batch, so that padding goes beforehand.
+        """
+        batches = remove_padding(self.batches) if with_experts else self.batches
         if len(batches) < world_size():
             raise DataError(
                 f"expected a batch for each of {world_size()} processes, got {len(batches)}: "
                 "lower data.calibration.batch_size"
             )
-        numbered = own_part(_numbered(batches))
-        try:
-            with evaluating(self.model), experts_in_turn(self.model, everyone):
-                stream = Stream.open(
-                    self.model, self.groups, consumers, numbered, store, self.layers
-                )
-                if stream is not None:
-                    yield from stream.walk(self.targets, self.done)
-                    return
-                if self.layers:
-                    raise TraceError(
-                        "memory.stream: the layers can't be run one by one; load the model whole "
-                        "(memory.stream=false)"
-                    )
-                say(
-                    "the layers can't be run one by one: every group takes forward passes of the whole model"
-                )
-                for group in self.groups:
-                    done = group.name in self.done
-                    yield (
-                        group,
-                        [] if done else _observed(self.model, consumers[group.name], numbered),
-                    )
-        finally:
-            store.close()
+        return own_part(number_batches(batches))
+
+    def _visit_with_whole_passes(
+        self, consumers: Mapping[str, list[Consumer]], batches: Sequence[Numbered]
+    ) -> Iterator[Visit]:
+        """Yield (group, sites) where every group takes forward passes of the whole model."""
+        if self.layers:
+            raise TraceError(
+                "memory.stream: the layers can't be run one by one; load the model whole "
+                "(memory.stream=false)"
+            )
+        say(
+            "the layers can't be run one by one: every group takes forward passes of the whole "
+            "model"
+        )
+        for group in self.groups:
+            if group.name in self.done:
+                yield group, []
+            else:
+                yield group, observe_whole_model(self.model, consumers[group.name], batches)
 
 
-def _numbered(batches: Sequence[Batch]) -> list[Numbered]:
+def number_batches(batches: Sequence[Batch]) -> list[Numbered]:
     """Each batch with the number of its first sample."""
-    found, count = [], 0
+    numbered, count = [], 0
     for batch in batches:
-        found.append((count, batch))
+        numbered.append((count, batch))
         count += count_positions(batch)[0]
-    return found
+    return numbered
 
 
-def _observed(
+@torch.no_grad()
+def observe_whole_model(
     model: nn.Module, consumers: Sequence[Consumer], batches: Sequence[Numbered]
 ) -> list[Site]:
+    """The sites of consumers, after a forward pass of the whole model on each batch."""
     observation = Observation(consumers)
     with together():
         for sample, batch in batches:
-            with (
-                observation.of(sample, batch),
-                watched(consumers, observation.see),
-                torch.no_grad(),
-            ):
+            with observation.of(sample, batch), watched(consumers, observation.see):
                 model(**copy_batch(batch))
     return observation.finish()

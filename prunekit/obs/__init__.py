@@ -1,3 +1,5 @@
-"""Optimal Brain Surgeon as pure functions of tensors (SlimGPT, sections 3 and 4): no hooks, no
-devices, no output.
+"""Optimal Brain Surgeon as pure functions of tensors (SlimGPT, sections 3 and 4).
+
+No module here runs a model, places a tensor on a device, or prints. `inverse` holds the equations;
+`choose` decides which units go, `downdate` makes that cheap for single columns, `swap` improves it.
 """

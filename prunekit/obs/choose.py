@@ -1,8 +1,7 @@
-"""Which units go (SlimGPT, section 4.2): heads one after another, columns one after another or in
-groups.
+"""Choose the units that go (SlimGPT, section 4.2): heads singly, columns singly or in groups.
 
-With one consumer or several, the unit with the least Σ E(S) over them goes, then all are brought up
-to date.
+Next goes the unit S with the least Σ E(S) over all consumers of its group; then W and A of each
+consumer are brought up to date (`prunekit.obs.inverse` has the equations).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,20 +16,15 @@ from prunekit.obs.downdate import Downdate, vacancies
 from prunekit.obs.inverse import HeadScore, Problem, cholesky, unit_errors
 
 Groups = Literal["greedy", "dynamic_group", "released_group", "fixed_group"]
-_BLOCK = 256  # greedy steps between two folds
-_LARGEST, _SMALLEST, _SHARE = (
-    1024,
-    8,
-    4,
-)  # the paper's; its groups take a quarter of what is left to remove
-_RELEASED_OFFSET, _RELEASED_SMALLEST = 512, 64
-_FIXED = 128
+_BLOCK = 256  # greedy steps between two updates of the whole A and WᵀW
+_LARGEST, _SMALLEST = 1024, 8  # columns of a group, in the paper
+_SHARE = 4  # a group takes a quarter of the columns that are left to remove
+_RELEASED_OFFSET, _RELEASED_SMALLEST = 512, 64  # of the paper's released code
+_FIXED = 128  # columns of every group in the paper's ablation
 
 
 def choose_units(problems: Sequence[Problem], count: int, score: HeadScore) -> list[int]:
-    """Greedy order in which `count` whole units go, one at a time with an update of every W and A
-    after each.
-    """
+    """Choose `count` units of any width, the first to go first; every W and A follows each one."""
     work = [
         replace(p, weight=p.weight.to(p.inverse.dtype, copy=True), inverse=p.inverse.clone())
         for p in problems
@@ -47,7 +41,7 @@ def choose_units(problems: Sequence[Problem], count: int, score: HeadScore) -> l
 
 
 def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
-    """Remove `columns` [width] from W and A, in place."""
+    """Remove `columns` [width] from W [d, n] and A [n, n], in place."""
     rows = inverse[columns]
     gain = torch.cholesky_solve(rows, cholesky(rows[:, columns]))  # (A_SS)⁻¹ A_S:
     weight.addmm_(weight[:, columns], gain, alpha=-1)
@@ -55,12 +49,11 @@ def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
 
 
 def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "greedy") -> list[int]:
-    """Order in which `count` units of width one go: the least Σ ‖w_p‖² / A_pp first, W and A
-    updated in between.
+    """Choose `count` units of width one, the first to go first: the least Σ ‖w_p‖² / A_pp.
 
-    greedy: one at a time, exact; it folds them into A and WᵀW a block at a time. The others remove
-    the best k columns at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` say how many.
-    Beside A it takes one more [n, n] a problem, and some rows of it.
+    With `groups` greedy they go one at a time, and each choice is exact. The other ways remove the
+    best k columns at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` give the k.
+    Each problem takes one more matrix [n, n] beside A, and some rows of it.
     """
     block = min(_BLOCK, count)
     work = [Downdate(problem, block) for problem in problems]
@@ -80,7 +73,7 @@ def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "gr
 
 
 def _greedy(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Tensor:
-    """The next `size` columns, one after another; nothing waits for the device."""
+    """Remove the next `size` columns, one after another; nothing waits for the device."""
     picked = []
     for _ in range(size):
         picked.append(_total(work, shares).argmin(0, keepdim=True))
@@ -90,7 +83,7 @@ def _greedy(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Ten
 
 
 def _at_once(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Tensor:
-    """The `size` columns with the least errors now, the least first."""
+    """Remove the `size` columns that have the least errors now, the least first."""
     picked = _total(work, shares).topk(size, largest=False).indices
     for downdate in work:
         downdate.remove_group(picked)
@@ -98,6 +91,7 @@ def _at_once(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Te
 
 
 def _total(work: Sequence[Downdate], shares: Sequence[float]) -> Tensor:
+    """The errors of the columns [n], summed over the consumers in one common unit."""
     errors = work[0].errors()
     if len(work) == 1:
         return errors
@@ -106,7 +100,7 @@ def _total(work: Sequence[Downdate], shares: Sequence[float]) -> Tensor:
 
 
 def _capped(sizes: Iterator[int], count: int) -> Iterator[int]:
-    """`sizes` until they add up to `count`, the last one cut to fit."""
+    """Pass `sizes` on until they add up to `count`, the last one cut to fit."""
     while count > 0:
         size = min(next(sizes), count)
         yield size
@@ -114,16 +108,16 @@ def _capped(sizes: Iterator[int], count: int) -> Iterator[int]:
 
 
 def greedy_sizes(count: int) -> Iterator[int]:
-    """Steps between two folds of the greedy choice."""
+    """Greedy steps between two updates of the whole A and WᵀW."""
     return _capped(repeat(_BLOCK), count)
 
 
 def dynamic_sizes(count: int) -> Iterator[int]:
-    """SlimGPT's Dynamic Group Size: from 1,024 at most shrinking to 8.
+    """SlimGPT's Dynamic Group Size, which shrinks from 1,024 at most to 8.
 
-    The paper does not say how it shrinks. Here each group is a quarter of what is left to remove,
-    so that the first is no more than a quarter of `count`, and the last, most expensive columns go
-    8 at a time.
+    The paper does not say how. Here each group is a quarter of the columns that are left to remove:
+    the first is no more than a quarter of `count`, and the last columns, which cost the most, go 8
+    at a time.
     """
     while count > 0:
         size = min(max(min(count // _SHARE, _LARGEST), _SMALLEST), count)
@@ -132,22 +126,25 @@ def dynamic_sizes(count: int) -> Iterator[int]:
 
 
 def released_sizes(count: int) -> Iterator[int]:
-    """The released code's: k₁ = (count − 512) / 2, then k ← (k − 512) / 2; never under 64, 1,024 at
-    most.
-    """
+    """The sizes of the released code: k₁ = (count − 512) / 2, k ← (k − 512) / 2, in [64, 1024]."""
     return _capped(_released(count), count)
 
 
 def _released(k: int) -> Iterator[int]:
+    """The sizes of the released code without an end."""
     while True:
         k = (k - _RELEASED_OFFSET) // 2
         yield min(max(k, _RELEASED_SMALLEST), _LARGEST)
 
 
 def fixed_sizes(count: int) -> Iterator[int]:
-    """The paper's "−DGS" ablation: 128 at a time."""
+    """The sizes of the paper's "−DGS" ablation: 128 columns at a time."""
     return _capped(repeat(_FIXED), count)
 
 
-SIZES = {"greedy": greedy_sizes, "dynamic_group": dynamic_sizes, "released_group": released_sizes}
-SIZES |= {"fixed_group": fixed_sizes}
+SIZES = {
+    "greedy": greedy_sizes,
+    "dynamic_group": dynamic_sizes,
+    "released_group": released_sizes,
+    "fixed_group": fixed_sizes,
+}

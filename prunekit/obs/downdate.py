@@ -1,14 +1,13 @@
-"""A = (H + λI)⁻¹ and G = WᵀW while columns go: two symmetric matrices in the room of one, folded a
-block at a time.
+"""A = (H + λI)⁻¹ and G = WᵀW while columns go: two symmetric matrices in the room of one.
 
-Removing the columns S, with A_SS = L Lᵀ, U = L⁻¹ A_S:, Z = L⁻¹ G_S:, M = L⁻¹ G_SS L⁻ᵀ and V = Z − ½
-M U:
+Removing the columns S, with A_SS = L Lᵀ, U = L⁻¹ A_S:, Z = L⁻¹ G_S:, M = L⁻¹ G_SS L⁻ᵀ and
+V = Z − ½ M U:
 
     A ← A − UᵀU,   G ← G − UᵀV − VᵀU
 
-W itself is not needed: ‖w_p‖² = G_pp. Single columns in a row are the same with one row of U and V
-each (a Cholesky factorisation of A with weighted pivots); inside a block only the row of the pivot
-is evaluated.
+W itself is not needed: ‖w_p‖² = G_pp. Single columns one after another are the same with one row of
+U and of V each (a Cholesky factorisation of A with weighted pivots). Rows are gathered to a block;
+inside it only the row of the next pivot is evaluated, and A and G are updated at its end.
 """
 
 from collections.abc import Iterator
@@ -18,14 +17,22 @@ from torch import Tensor
 
 from prunekit.obs.inverse import Problem, cholesky
 
-_PANEL = 512  # columns at most, an eighth of them where they are fewer than 4,096
+_PANEL = 512  # columns of a panel at most; an eighth of all where these are fewer than 4,096
 
 
 class Downdate:
     """The columns of a problem of width one that are still there.
 
-    Where i and j lie in panels I ≥ J of P columns, A_ij is `store[i, j]` and G_ij is `store[j, i +
-    P]`, in a `store` [n, n + P]: only half of each symmetric matrix is kept and computed.
+    Columns are divided into panels of P. Where i and j lie in panels I ≥ J, A_ij is `store[i, j]`
+    and G_ij is `store[j, i + P]`, in a `store` [n, n + P]: only half of each symmetric matrix is
+    kept and computed.
+
+    Attributes:
+        n: number of columns that are still there.
+        factors: [2, block, n], the rows of U and V of the block's steps.
+        steps: number of columns that the present block has removed.
+        diagonals: [2, n], A_pp and ½ G_pp, after every step.
+        unit: the error that an error of one stands for.
     """
 
     def __init__(self, problem: Problem, block: int) -> None:
@@ -34,15 +41,13 @@ class Downdate:
         self.panels = torch.arange(self.n, device=columns.device) // self.panel
         self.sides = torch.tensor([0, self.panel], device=columns.device)
         self.store = problem.inverse.new_empty(self.n, self.n + self.panel)
-        self.factors = problem.inverse.new_empty(2, block, self.n)  # U and V of the block's steps
+        self.factors = problem.inverse.new_empty(2, block, self.n)
         self.steps = 0
         self._load(problem, columns)
         self._refresh()
 
     def _load(self, problem: Problem, columns: Tensor) -> None:
-        """Fill the store; A and G are brought to a mean diagonal of one, `unit` is what an error of
-        one stands for.
-        """
+        """Fill the store with A and G, each scaled to a mean diagonal of one, and set `unit`."""
         inverse = problem.inverse
         whole = self.n == len(inverse) and bool(
             (columns == torch.arange(self.n, device=columns.device)).all()
@@ -75,25 +80,23 @@ class Downdate:
         return [(lo, min(lo + self.panel, self.n)) for lo in range(0, self.n, self.panel)]
 
     def _refresh(self) -> None:
-        """`diagonals` [2, n]: A_pp and ½ G_pp."""
+        """Read the diagonals off A and G."""
         self.diagonals = torch.stack([self.a.diagonal(), 0.5 * self.g.diagonal()])
         self._bound()
 
     def _bound(self) -> None:
+        """Keep A_pp positive: rounding may take a column that the others explain below zero."""
         self.diagonals[0].clamp_min_(torch.finfo(self.store.dtype).tiny)
 
     def errors(self) -> Tensor:
-        """½ ‖w_p‖² / A_pp [n], in units of `unit`; infinite for the block's columns."""
+        """½ ‖w_p‖² / A_pp [n], in units of `unit`; infinite for columns the block has removed."""
         return self.diagonals[1].clamp_min(0).div_(self.diagonals[0])
 
     def _row(self, p: Tensor) -> Tensor:
-        """The row `p` [1] of A and of G, [2, n], as they were before the block; nothing waits for
-        the device.
-        """
+        """The row `p` [1] of A and of G before the block, [2, n]; nothing waits for the device."""
         n, panel = self.n, self.panel
-        across = self.store.index_select(0, p)[
-            0
-        ]  # of the whole store: of a part it would copy that
+        # Of the whole store, because index_select would copy a part of it first.
+        across = self.store.index_select(0, p)[0]
         if n <= panel:
             return torch.stack([across[:n], across[panel : panel + n]])
         down = self.store.index_select(1, p + self.sides)[:n].T
@@ -114,7 +117,7 @@ class Downdate:
         return rows
 
     def _write(self, index: Tensor, rows: Tensor) -> None:
-        """Make `rows` [2, m, n] the rows and columns `index` [m] of A and of G."""
+        """Write `rows` [2, m, n] to the rows and the columns `index` [m] of A and of G."""
         for lo, hi, here in self._by_panel(index):
             at, (a, g) = index[here], rows[:, here]
             self.store[at, :hi], self.store[at, self.panel + lo : self.panel + self.n] = (
@@ -124,14 +127,14 @@ class Downdate:
             self.store[lo : self.n, at], self.store[:hi, at + self.panel] = a[:, lo:].T, g[:, :hi].T
 
     def _by_panel(self, index: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """The bounds of each panel, and where in `index` its members are."""
+        """The bounds of each panel that `index` has columns of, and their places in `index`."""
         for lo, hi in self._bounds():
             here = ((index >= lo) & (index < hi)).nonzero()[:, 0]
             if len(here):
                 yield lo, hi, here
 
     def remove(self, p: Tensor) -> None:
-        """Remove one column `p` [1], as the next step of the block."""
+        """Remove one column `p` [1], the next step of the block; nothing waits for the device."""
         k = self.steps
         step, before = self.factors[:, k, : self.n], self.factors[:, :k, : self.n]
         rows = self._row(p)
@@ -148,7 +151,7 @@ class Downdate:
         self.steps += 1
 
     def remove_group(self, index: Tensor) -> None:
-        """Remove the columns `index` [k] at once, as a block."""
+        """Remove the columns `index` [k] at once, as a block of their own."""
         a, g = self._rows(index)
         factor = cholesky(a[:, index])
         u, z = (torch.linalg.solve_triangular(factor, rows, upper=False) for rows in (a, g))
@@ -157,9 +160,7 @@ class Downdate:
         self.steps = len(index)
 
     def settle(self, holes: Tensor, movers: Tensor) -> None:
-        """End the block: `movers` [m] take the places `holes` [m] of its columns (`vacancies`); A
-        and G are updated.
-        """
+        """End the block: `movers` [m] fill the `holes` [m] (`vacancies`), A and G are updated."""
         factors = self.factors[:, : self.steps]
         n = self.n - self.steps
         factors[..., holes] = factors[..., movers]
@@ -169,13 +170,14 @@ class Downdate:
         self._refresh()
 
     def _move(self, holes: Tensor, movers: Tensor, n: int) -> None:
-        """Move the columns `movers` [m] to `holes` [m] and leave it at `n` columns."""
+        """Move the columns `movers` [m] to `holes` [m]; `n` columns are left."""
         rows = self._rows(movers)
         rows[..., holes] = rows[..., movers]
         self.n = n
         self._write(holes, rows[..., :n])
 
     def _fold(self, factors: Tensor) -> None:
+        """A ← A − UᵀU and G ← G − UᵀV − VᵀU for the `factors` U and V [2, steps, n]."""
         u, v = factors
         for lo, hi in self._bounds():
             self.a[lo:, lo:hi].addmm_(u[:, lo:].T, u[:, lo:hi], alpha=-1)
@@ -184,12 +186,15 @@ class Downdate:
 
 
 def _panel(n: int) -> int:
+    """Columns of a panel, for n columns in all."""
     return min(max(n // 8, 64), _PANEL, n)
 
 
 def vacancies(picked: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Of n columns the `picked` [k] go: which of the first n − k places come free, and which others
-    move there.
+    """The holes that removing `picked` [k] of n columns leaves, and the columns that fill them.
+
+    Holes are the places [m] that come free among the first n − k; movers are the columns [m] that
+    stay behind these places.
     """
     n -= len(picked)
     stays = torch.ones(len(picked), dtype=torch.bool, device=picked.device)

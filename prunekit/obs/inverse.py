@@ -1,5 +1,4 @@
-"""Optimal Brain Surgeon on columns (SlimGPT, sections 3 and 4): the inverse, removals and their
-errors; pure tensors.
+"""Optimal Brain Surgeon on columns (SlimGPT, sections 3 and 4): inverse, removals, their errors.
 
 W [d, n] is a consumer's weight, H [n, n] the mean of x xᵀ over its inputs, A = (H + λI)⁻¹. Removing
 the columns S:
@@ -7,8 +6,8 @@ the columns S:
     error   E(S) = tr(W_S (A_SS)⁻¹ W_Sᵀ) = ‖L⁻¹ W_Sᵀ‖²,  A_SS = L Lᵀ
     update  W ← W − W_S (A_SS)⁻¹ A_S:,   A ← A − A_:S (A_SS)⁻¹ A_S:
 
-so that after any sequence of removals the kept columns are the least-squares optimum W H_:K
-(H_KK)⁻¹.
+so that after any sequence of removals the kept columns are the least-squares optimum
+W H_:K (H_KK)⁻¹.
 """
 
 from collections.abc import Sequence
@@ -32,8 +31,10 @@ _DEAD = 1e-20  # an input of less than this share of the largest mean square can
 
 @dataclass(frozen=True, kw_only=True)
 class Inverse:
-    """A = (H + λI)⁻¹ [n, n], float32 or float64, with the `dead` [n] inputs apart; `damping` is λ /
-    mean(diag H).
+    """A = (H + λI)⁻¹ [n, n], in float32 or float64.
+
+    `dead` [n]: the inputs that can't be told from zero; A has zeros beside the diagonal there.
+    `damping`: λ / mean(diag H), as much as it took.
     """
 
     matrix: Tensor
@@ -43,11 +44,10 @@ class Inverse:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A consumer that a group's units feed: W [d, n], A = (H + λI)⁻¹ [n, n], and the columns
-    `index` [units, width].
+    """A consumer that a group's units feed: its W [d, n], A = (H + λI)⁻¹ [n, n], and its columns.
 
-    W may be of any float dtype, whatever is computed is of A's. Where a group has several consumers
-    a unit's error is the sum over their problems.
+    `index` [units, width]: the columns of each unit. W may have any float dtype; results have that
+    of A. Where a group has several consumers, the error of a unit is the sum over their problems.
     """
 
     weight: Tensor
@@ -56,16 +56,16 @@ class Problem:
 
 
 def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
-    """Invert a Hessian [n, n], damped no more than it takes: float32 where that is accurate,
-    float64 elsewhere.
+    """Invert a Hessian [n, n], damped no more than it takes.
 
-    Starts at `damping`·mean(diag H); λ rises tenfold until the Cholesky factorisation succeeds with
-    pivots that the Hessian's own dtype can tell from zero. Dead inputs are set apart first; H never
-    becomes the identity. All is done on D^-½ (H + λI) D^-½ with a unit diagonal, so that the scale
-    of H, or of one input, does not matter.
+    The result is float32 where that is accurate, float64 elsewhere. λ starts at
+    `damping`·mean(diag H), and rises tenfold until the Cholesky factorisation succeeds with pivots
+    that the dtype of the Hessian can tell from zero. Dead inputs are set apart first; H never
+    becomes the identity. All is computed on D^-½ (H + λI) D^-½ with a unit diagonal, so that the
+    scale of H, or of one input, does not matter.
 
     Raises:
-        DataError: NaN or infinity in it, or no second moments at all.
+        DataError: the Hessian holds NaN or infinity, or no second moments at all.
     """
     diagonal = hessian.diagonal().double()
     dead = diagonal <= _DEAD * diagonal.max().clamp_min(0)
@@ -73,26 +73,27 @@ def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
     double = hessian.dtype == torch.float64
     floor = 1e-12 if double else torch.finfo(torch.float32).eps
     share = damping
-    found = (
-        None
-        if double
-        else _inverted(hessian, diagonal + share * mean, dead, mean, 1 / _INFLATION, torch.float32)
-    )
-    if found is None:
-        found = _inverted(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
-    while found is None:
+    inverse = None
+    if not double:
+        raised = diagonal + share * mean
+        inverse = _try_to_invert(hessian, raised, dead, mean, 1 / _INFLATION, torch.float32)
+    if inverse is None:
+        inverse = _try_to_invert(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
+    while inverse is None:
         if not share < 1:
             raise DataError("the Hessian can't be inverted: expected finite second moments")
         share = max(share * 10, floor)
-        found = _inverted(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
-    return Inverse(matrix=found, dead=dead, damping=share)
+        inverse = _try_to_invert(hessian, diagonal + share * mean, dead, mean, floor, torch.float64)
+    return Inverse(matrix=inverse, dead=dead, damping=share)
 
 
-def _inverted(
+def _try_to_invert(
     hessian: Tensor, diagonal: Tensor, dead: Tensor, mean: float, floor: float, dtype: torch.dtype
 ) -> Tensor | None:
-    """The inverse of `hessian` [n, n] with another `diagonal` [n]; None where it is worse
-    conditioned than `floor`.
+    """Invert `hessian` [n, n] with another `diagonal` [n]; None where that would be inaccurate.
+
+    It would be where a squared pivot is not above `floor`; in float32 also where an inflation
+    factor is above 1 / `floor`.
     """
     root = diagonal.masked_fill(dead, torch.inf).rsqrt().to(dtype)
     scaled = hessian.to(dtype, copy=True).mul_(root[:, None]).mul_(root)
@@ -111,8 +112,9 @@ def _inverted(
 
 
 def cholesky(blocks: Tensor) -> Tensor:
-    """L of positive definite `blocks` [..., k, k]; what rounding took from one is given back on its
-    diagonal.
+    """L of positive definite `blocks` [..., k, k].
+
+    Where rounding has made a block indefinite, its diagonal is raised as little as it takes.
     """
     factor, info = torch.linalg.cholesky_ex(blocks)
     share = torch.finfo(blocks.dtype).eps
@@ -125,8 +127,9 @@ def cholesky(blocks: Tensor) -> Tensor:
 
 
 def remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
-    """W [d, n] with the columns `removed` [k] zero and the others at their least-squares optimum,
-    in A's dtype.
+    """W [d, n] with the columns `removed` [k] zero and the others at their least-squares optimum.
+
+    The result has the dtype of A; `weight` does not change.
     """
     weight = weight.to(inverse.dtype)
     rows = inverse.index_select(0, removed)
@@ -139,7 +142,7 @@ def remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
 
 
 def removal_error(problem: Problem, units: Sequence[int]) -> Tensor:
-    """E(S), float64, of the columns S of all `units` removed together."""
+    """E(S) in float64, where S are the columns of all `units`, removed together."""
     columns = problem.index[
         torch.as_tensor(units, dtype=torch.long, device=problem.index.device)
     ].flatten()

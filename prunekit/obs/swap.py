@@ -18,13 +18,14 @@ from torch import Tensor
 
 from prunekit.obs.inverse import Problem, cholesky, removal_error
 
-_CHUNK = 1 << 22  # elements of a temporary
-_BLOCK = 256  # columns swept at once
+_CHUNK = 1 << 22  # elements of a temporary tensor at most
+_BLOCK = 256  # columns that are swept at once
 
 
 class _Swept:
-    """T and the Gram matrix of [Y, W'] [units · h, units · h], unit after unit, with nothing
-    removed yet.
+    """T and the Gram matrix of [Y, W'], both [units · h, units · h], unit after unit.
+
+    Nothing is removed at first: T is A, and the Gram matrix is WᵀW.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -40,7 +41,7 @@ class _Swept:
         ).flatten()
 
     def sweep(self, units: Tensor, sign: int) -> None:
-        """Remove `units` [k] that are kept (sign 1), or take back units that are removed (−1)."""
+        """Remove `units` [k] that are kept (sign 1), or take back removed ones (sign −1)."""
         at = self.columns(units)
         rows = self.t[at]
         inverse = sign * torch.cholesky_inverse(cholesky(sign * rows[:, at]))
@@ -53,11 +54,10 @@ class _Swept:
         self.gram.addmm_(side.T, gain, alpha=-1).addmm_(gain.T, side, alpha=-1)
 
     def changes(self, p: Tensor, q: Tensor) -> Tensor:
-        """Δ [len(p), len(q)], float64, of taking back the removed units p and removing the kept q."""
+        """Δ [len(p), len(q)] in float64: taking back the removed units p, removing the kept q."""
         view = (self.units, self.width, self.units, self.width)
-        t, gram = (
-            matrix.view(view).transpose(1, 2) for matrix in (self.t, self.gram)
-        )  # [units, units, h, h]
+        # Both as [units, units, h, h].
+        t, gram = (matrix.view(view).transpose(1, 2) for matrix in (self.t, self.gram))
         freed, lost = (t[p, p].neg(), gram[p, p]), (t[q, q], gram[q, q])
         pairs = t[p[:, None], q], gram[p[:, None], q]
         return (_narrow if self.width == 1 else _wide)(freed, lost, pairs)
@@ -90,11 +90,10 @@ def _wide(
 
 
 def swap(problems: Sequence[Problem], removed: Iterable[int]) -> list[int]:
-    """The units `removed`, the best pair exchanged again and again while Σ E(S) falls; as many
-    swaps as units at most.
+    """Exchange the best pair of a removed and a kept unit while Σ E(S) falls; the units removed.
 
-    A swap must lower the error by more than the share √eps of A's dtype, below which rounding could
-    turn it round. Beside A it takes two [n, n] a problem.
+    There are no more swaps than units. Each must lower the error by more than the share √eps of A's
+    dtype, below which rounding could turn it round. A problem takes two matrices [n, n] beside A.
     """
     order, device = list(removed), problems[0].index.device
     kept = sorted(set(range(len(problems[0].index))) - set(order))
@@ -121,8 +120,8 @@ def swap(problems: Sequence[Problem], removed: Iterable[int]) -> list[int]:
 
 
 def _best(swept: Sequence[_Swept], p: Tensor, q: Tensor) -> tuple[float, int, int]:
-    """The least Σ Δ, and where in `p` and `q` it is."""
-    found = []
+    """The least Σ Δ over all pairs, and its places in `p` and `q`."""
+    least = []
     rows = max(1, _CHUNK // (len(q) * swept[0].width ** 2))
     for lo in range(0, len(p), rows):
         changes = sum(
@@ -130,5 +129,5 @@ def _best(swept: Sequence[_Swept], p: Tensor, q: Tensor) -> tuple[float, int, in
             swept[0].changes(p[lo : lo + rows], q),
         )
         value, place = changes.nan_to_num_(torch.inf).flatten().min(0)
-        found.append((float(value), lo + int(place) // len(q), int(place) % len(q)))
-    return min(found)
+        least.append((float(value), lo + int(place) // len(q), int(place) % len(q)))
+    return min(least)

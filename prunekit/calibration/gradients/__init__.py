@@ -1,5 +1,6 @@
-"""Gradients of the calibration loss, seen one matrix at a time and dropped as soon as they are
-reduced to scores.
+"""Gradients of the calibration loss.
+
+They are seen one matrix at a time, and let go of as soon as they are reduced to scores.
 """
 
 from prunekit.calibration.gradients.loss import Loss, mean_loss

@@ -1,4 +1,4 @@
-"""The loss whose gradient is wanted: the mean next-token loss, or whatever scalar a model returns."""
+"""The calibration loss: the mean next-token loss, or the scalar that another model returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.runtime.numbers import at_least_float32
 
-IGNORED = -100
+IGNORED = -100  # the target of positions that don't count, as in transformers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A scalar to differentiate, and how many next tokens (padding excluded) or samples stand
-    behind its parts.
+    """A scalar to differentiate, and the number of targets behind it.
 
-    `counts` has one number a sample where `value` is the sum of the samples' own means, otherwise a
-    single one.
+    Targets are next tokens without padding, or samples where the model is no language model.
+    `counts` has a number for each sample where `value` is the sum of the samples' own means, and a
+    single one where it is the mean over all targets.
     """
 
     value: Tensor
@@ -32,8 +32,8 @@ class Loss:
 def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Loss:
     """The mean loss of a batch; `by_sample`: the sum over samples of each one's own mean.
 
-    A language model's loss is taken from its logits [B, T, V]; any other model must return one
-    (`.loss` or ["loss"]), which is taken as it is.
+    The loss of a language model is computed from its logits [B, T, V]. Any other model must return
+    one (`.loss` or ["loss"]), which is taken as it is.
 
     Raises:
         DataError: the model has no loss.
@@ -46,7 +46,8 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
     )
     if not isinstance(value, Tensor) or value.ndim:
         raise DataError(
-            f"{type(model).__name__}: the calibration loss takes a model that returns a scalar `loss`"
+            f"{type(model).__name__}: the calibration loss takes a model that returns a scalar "
+            "`loss`"
         )
     return Loss(value=value, counts=(num_samples(batch),))
 
@@ -67,31 +68,30 @@ def is_language_model(outputs: Any, batch: Batch) -> bool:
 
 
 def num_samples(batch: Batch) -> int:
-    """The size of dim 0: of `input_ids` where there are some, otherwise of the first tensor."""
+    """The number of samples: dim 0 of `input_ids`, or of the first tensor where there are none."""
     tensors = [batch.get("input_ids"), *batch.values()]
     return next((len(v) for v in tensors if isinstance(v, Tensor) and v.ndim), 1)
 
 
-def split(batch: Batch) -> Sequence[Batch]:
-    """The batch's samples, each as a batch of one: every tensor with a sample a row is cut along
-    dim 0.
-    """
+def split_samples(batch: Batch) -> Sequence[Batch]:
+    """The samples of a batch, each as a batch of one."""
     size = num_samples(batch)
+    return [
+        {key: _take_sample(value, j, size) for key, value in batch.items()} for j in range(size)
+    ]
 
-    def cut(value: Any, j: int) -> Any:
-        return (
-            value[j : j + 1]
-            if isinstance(value, Tensor) and value.ndim and len(value) == size
-            else value
-        )
 
-    return [{key: cut(value, j) for key, value in batch.items()} for j in range(size)]
+def _take_sample(value: Any, j: int, size: int) -> Any:
+    """Row j of a tensor that has a row for each of `size` samples; any other value as it is."""
+    by_sample = isinstance(value, Tensor) and value.ndim and len(value) == size
+    return value[j : j + 1] if by_sample else value
 
 
 def _next_token_loss(logits: Tensor, batch: Batch, by_sample: bool) -> Loss:
-    """From logits [B, T, V]; padding is no target and predicts none.
+    """The loss of predicting each token from those before it, given logits [B, T, V].
 
-    The last position has no target, so that no logits are copied to leave it out.
+    Padding is no target and predicts none. The last position gets a target that doesn't count:
+    leaving it out would copy all logits.
     """
     ids, mask = batch["input_ids"], padding_mask(batch)
     targets = ids[:, 1:]

@@ -1,10 +1,9 @@
-"""Scores from gradients over a calibration set: g = ∂L/∂W and the Fisher information's diagonal
-F_kk = Σ_j g_jk².
+"""Scores from gradients: g = ∂L/∂W, and the diagonal F_kk = Σ_j g_jk² of the Fisher information.
 
-L is the mean loss over all targets, g_j the gradient of sample j's own mean loss over its n_j
-targets, so that g = Σ_j n_j g_j / Σ_j n_j. A linear module's g_j is the product of its inputs and
-its output's gradients over sample j's positions: one backward pass gives those of all samples of a
-batch. For any other parameter each sample takes its own.
+L is the mean loss over all targets of the calibration set, g_j the gradient of sample j's own mean
+loss over its n_j targets, so that g = Σ_j n_j g_j / Σ_j n_j. For a linear module g_j is the product
+of its inputs and its output gradients over the positions of sample j: one backward pass gives those
+of all samples of a batch. For any other parameter each sample takes a backward pass of its own.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients.loss import is_language_model, mean_loss, split
+from prunekit.calibration.gradients.loss import is_language_model, mean_loss, split_samples
 from prunekit.calibration.gradients.state import checkpointed
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
@@ -28,7 +27,7 @@ from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import along, at_least_float32
 
-MEAN, FISHER = "mean", "fisher"
+MEAN, FISHER = "mean", "fisher"  # of the gradients: g and F
 Moments = Mapping[str, Tensor]
 Elements = Callable[[Tensor, Moments], Tensor]
 
@@ -44,24 +43,23 @@ def position_scores(
     memory: int | None = None,
     checkpointing: bool = False,
 ) -> dict[Place, Tensor]:
-    """For each (parameter, dim) among the groups' members, |Σ_k e_k| at every position along that
-    dim.
+    """Score every position along every (parameter, dim) among the members of groups: |Σ_k e_k|.
 
-    The model is left as it was, whatever happens.
+    The sum runs over the elements k at this position. The model is left as it was, after an error
+    too.
 
     Args:
         model: any module with a loss.
         graph: its coupling graph.
-        groups: whose members are scored.
+        groups: the groups whose members are scored.
         batches: the calibration set, keyword arguments of forward calls.
-        elements: (parameter, moments) → e of the parameter's shape.
-        moments: what `elements` needs: "mean", g, and "fisher", F, of the parameter's shape,
-            float32 or better.
-        memory: the bytes that accumulated moments may take; parameters
-            beyond that wait for further passes over the
-            calibration set. None for one pass. A single batch is reduced gradient by gradient and
-            needs none of it.
-        checkpointing: recompute layers in the backward pass instead of keeping their activations.
+        elements: (parameter, moments) → e, of the shape of the parameter.
+        moments: the moments that `elements` needs: "mean" is g, "fisher" is F; both have the shape
+            of the parameter, and are float32 at least.
+        memory: the bytes that accumulated moments may take; parameters beyond that wait for another
+            pass over the calibration set. None: all in one pass. The gradients of a single batch
+            are reduced one by one, and need no such memory.
+        checkpointing: compute layers again in the backward pass instead of keeping activations.
 
     Returns:
         (parameter, dim) → float64 [size of that dim].
@@ -75,24 +73,25 @@ def position_scores(
         dims[name].append(dim)
     scores: dict[Place, Tensor] = {}
     with undisturbed(model):
-        tapped = _tapped(model, batches, dims) if FISHER in moments else {}
+        tapped = _find_tapped(model, batches, dims) if FISHER in moments else {}
         if FISHER in moments and (others := [name for name in dims if name not in tapped]):
             say(f"Fisher information: sample by sample, for {others[0]} and {len(others) - 1} more")
         with checkpointed(model, checkpointing):
-            for part in _parts(
-                model, _passes(batches, dims, tapped, moments), dims, moments, memory
+            for part in _split_parameters(
+                model, _split_batches(batches, dims, tapped, moments), dims, moments, memory
             ):
                 run = _Pass(
                     model, {name: dims[name] for name in part}, tapped, tuple(moments), elements
                 )
-                scores |= run.scores(_passes(batches, part, tapped, moments))
+                scores |= run.score(_split_batches(batches, part, tapped, moments))
     return scores
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A module of which a single call makes x [B, T, in] into [B, T, out]; the parameter is its
-    weight or its bias.
+    """A linear module that runs once a forward pass, on x [B, T, in].
+
+    `attribute`: weight or bias, whichever the parameter is.
     """
 
     module: nn.Module
@@ -101,7 +100,12 @@ class _Linear:
 
 @dataclass
 class _Pass:
-    """One pass over the calibration set for some parameters."""
+    """One pass over the calibration set for some parameters.
+
+    `dims`: parameter → the dims to score. `tapped`: parameter → its linear module, for those whose
+    gradients come from taps. `counts`: the targets of the batch in turn (`Loss.counts`). `totals`:
+    parameter → its moments so far. `reduced`: the scores of the parameters that are finished.
+    """
 
     model: nn.Module
     dims: Mapping[str, Sequence[int]]
@@ -112,9 +116,9 @@ class _Pass:
     calls: set[nn.Module] = field(default_factory=set)
     forward: bool = False
     totals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    found: dict[Place, Tensor] = field(default_factory=dict)
+    reduced: dict[Place, Tensor] = field(default_factory=dict)
 
-    def scores(self, batches: Sequence[Batch]) -> dict[Place, Tensor]:
+    def score(self, batches: Sequence[Batch]) -> dict[Place, Tensor]:
         """(parameter, dim) → |Σ_k e_k| per position."""
         targets = 0
         with self._hooks(single=len(batches) == 1):
@@ -123,12 +127,12 @@ class _Pass:
         if not targets:
             raise DataError("calibration: it holds not a single token to predict")
         for name in self.dims:
-            if (name, self.dims[name][0]) not in self.found:
+            if (name, self.dims[name][0]) not in self.reduced:
                 self._finish(name, targets)
-        return self.found
+        return self.reduced
 
     def _backward(self, batch: Batch) -> int:
-        """Run the model forwards and backwards; how many targets the batch holds."""
+        """Run the model forwards and backwards on a batch; the number of its targets."""
         self.calls.clear()
         self.forward = True
         loss = mean_loss(self.model, batch, by_sample=bool(self.tapped))
@@ -139,8 +143,9 @@ class _Pass:
 
     @contextmanager
     def _hooks(self, single: bool) -> Iterator[None]:
-        """Collect what the backward passes bring; `single`: it is one, and a gradient's last use
-        follows at once.
+        """Collect gradients in the backward passes inside the `with` block.
+
+        With a `single` batch each parameter is finished as soon as its gradient is there.
         """
         modules: dict[nn.Module, dict[str, str]] = {}
         with ExitStack() as stack:
@@ -158,7 +163,7 @@ class _Pass:
             yield
 
     def _take(self, name: str, single: bool, parameter: Tensor) -> None:
-        """A gradient of the batch's mean loss, from autograd itself."""
+        """Take the gradient of a batch's mean loss from autograd (a hook of the parameter)."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         self._add(name, gradient, sum(self.counts))
@@ -166,9 +171,11 @@ class _Pass:
             self._finish(name, sum(self.counts))
 
     def _keep(self, module: nn.Module, names: Mapping[str, str], x: Tensor) -> Tensor:
+        """Keep x, and refuse modules that run twice: `_find_tapped` tried one sample alone."""
         if self.forward and module in self.calls:
             raise DataError(
-                f"{next(iter(names.values()))}: its module runs more than once for some of the samples"
+                f"{next(iter(names.values()))}: its module runs more than once for some of the "
+                "samples"
             )
         if self.forward:
             self.calls.add(module)
@@ -177,8 +184,9 @@ class _Pass:
     def _receive(
         self, names: Mapping[str, str], transposed: bool, single: bool, x: Tensor, delta: Tensor
     ) -> None:
-        """From x [B, T, in], δ [B, T, out] of a linear module, each sample's δ that of its own mean
-        loss.
+        """Add each sample's gradients from x [B, T, in] and δ [B, T, out] of a linear module.
+
+        The loss is the sum of the samples' own means, so that δ[j] is of sample j's mean alone.
         """
         for j, count in enumerate(self.counts):
             if count and (name := names.get("weight")):
@@ -190,7 +198,7 @@ class _Pass:
             self._finish(name, sum(self.counts))
 
     def _add(self, name: str, gradient: Tensor, count: int) -> None:
-        """Count in a gradient of the mean loss over `count` targets."""
+        """Add the gradient of a mean loss over `count` targets to the moments."""
         gradient = at_least_float32(gradient)
         totals = self.totals.setdefault(name, {})
         if FISHER in self.moments:
@@ -203,8 +211,9 @@ class _Pass:
             )
 
     def _finish(self, name: str, targets: int) -> None:
-        """Reduce a parameter's moments to scores and let go of them; one without a gradient has
-        zeros.
+        """Reduce the moments of a parameter to scores, and let go of them.
+
+        A parameter that the loss does not depend on has moments of zero.
         """
         weight = self.model.get_parameter(name).detach()
         moments = self.totals.pop(name, {})
@@ -215,35 +224,32 @@ class _Pass:
             moments[MEAN].div_(targets)
         if not all(torch.isfinite(moment).all() for moment in moments.values()):
             raise DataError(f"{name}: its gradient holds NaN or infinity")
-        found = self.elements(weight, moments)
-        self.found |= {(name, dim): along(found, dim).abs().cpu() for dim in self.dims[name]}
+        elements = self.elements(weight, moments)
+        self.reduced |= {(name, dim): along(elements, dim).abs().cpu() for dim in self.dims[name]}
 
 
-def _passes(
+def _split_batches(
     batches: Sequence[Batch],
     names: Collection[str],
     tapped: Mapping[str, _Linear],
     moments: Collection[str],
 ) -> Sequence[Batch]:
-    """The batches, or each sample in one of its own where the Fisher information of an untapped
-    parameter wants it.
-    """
+    """The batches; or each sample as a batch, for the Fisher information of untapped parameters."""
     if FISHER not in moments or all(name in tapped for name in names):
         return batches
-    return [sample for batch in batches for sample in split(batch)]
+    return [sample for batch in batches for sample in split_samples(batch)]
 
 
-def _parts(
+def _split_parameters(
     model: nn.Module,
     batches: Sequence[Batch],
     names: Collection[str],
     moments: Collection[str],
     memory: int | None,
 ) -> list[list[str]]:
-    """Runs of parameters in execution order whose accumulated moments fit into `memory`, the last
-    layers first.
+    """Split parameters, in execution order, into runs whose moments fit into `memory` bytes.
 
-    A part's backward pass ends at its first parameter.
+    The last layers come first: a backward pass ends at the first parameter of its run.
     """
     if memory is None or len(batches) == 1:
         return [list(names)]
@@ -260,14 +266,13 @@ def _parts(
     return parts
 
 
-def _tapped(
+def _find_tapped(
     model: nn.Module, batches: Sequence[Batch], names: Collection[str]
 ) -> dict[str, _Linear]:
-    """Which of these parameters a stock linear module alone holds and uses once a forward pass on
-    [B, T, in].
+    """The parameters that one stock linear module holds and uses once, on inputs [B, T, in].
 
-    Tried on the first sample, whose [1, T] can be no other two axes. None where the model isn't a
-    language model.
+    Tried on the first sample alone, where no other two axes have the sizes [1, T]. Empty where the
+    model is no language model.
     """
     places = tensor_places(model)
     candidates = {
@@ -284,7 +289,7 @@ def _tapped(
 
     if not batches:
         return {}
-    sample = split(batches[0])[0]
+    sample = split_samples(batches[0])[0]
     with ExitStack() as stack, torch.no_grad():
         for module in shapes:
             stack.callback(module.register_forward_hook(watch).remove)

@@ -1,4 +1,4 @@
-"""Layers that are computed again in the backward pass, so that their activations need not be kept."""
+"""Layers that are computed again in the backward pass, which saves keeping their activations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

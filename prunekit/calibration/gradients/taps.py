@@ -1,8 +1,7 @@
-"""Taps: read the input and the output's gradient of a linear module in the backward pass, its
-weight left frozen.
+"""Taps: the inputs and the output gradients of a linear module, read in the backward pass.
 
-y = x Wᵀ + b  ⇒  ∂L/∂W = Σ_t δ_t x_tᵀ, ∂L/∂b = Σ_t δ_t, with δ = ∂L/∂y: whatever of it is wanted,
-and nothing else.
+y = x Wᵀ + b  ⇒  ∂L/∂W = Σ_t δ_t x_tᵀ, ∂L/∂b = Σ_t δ_t, with δ = ∂L/∂y. The weight stays frozen, so
+that autograd computes no gradient of it: whoever taps computes the part that is needed.
 """
 
 from collections.abc import Callable
@@ -17,9 +16,7 @@ Receive = Callable[[Tensor, Tensor], None]
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Whether a module computes x Wᵀ + b (Linear) or x W + b (transformers' Conv1D) and nothing
-    else.
-    """
+    """Whether a module computes only x Wᵀ + b (Linear), or x W + b (transformers' Conv1D)."""
     from transformers.pytorch_utils import Conv1D
 
     return "forward" not in vars(module) and type(module).forward in (
@@ -36,10 +33,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
-    """In each backward pass, once a call: receive(keep(x), δ).
+    """Have `receive(keep(x), δ)` called in each backward pass, once for each call of the module.
 
-    x [..., in] is the module's input, δ [..., out] its output's gradient. Only keep(x) is held
-    until then, and it is recomputed where gradient checkpointing recomputes the rest.
+    x [..., in] is the input of the module, δ [..., out] the gradient of its output. Only keep(x) is
+    held until then, and it is computed again where gradient checkpointing computes all else again.
     """
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -56,13 +53,13 @@ def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; the scalar that requires a gradient makes the output require one."""
+    """The identity on `output`; the `anchor`, which requires a gradient, makes it require one."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, kept: Tensor, anchor: Tensor, receive: Receive) -> Tensor:
         ctx.save_for_backward(kept)
         ctx.receive = receive
-        ctx.mark_dirty(output)  # not a view: the model may go on in place
+        ctx.mark_dirty(output)  # the same tensor and no view: the model may write to it
         return output
 
     @staticmethod
