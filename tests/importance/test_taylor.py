@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import prunekit
-from prunekit.calibration.gradients import scores as backend
+from prunekit.calibration.gradients import tapped as tapped_modules
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import trace
 from prunekit.importance import LoraGradient, TaylorFirst, TaylorMixed, TaylorSecond, TaylorVector
@@ -223,7 +223,7 @@ def test_hooks_equal_one_backward_a_sample(importance, make, monkeypatch):
     model.register_forward_hook(lambda *_: calls.append(1))
     tapped = importance().score(model, graph, groups, batches(ids))
     assert len(calls) == 1 + 2  # one sample to see what the modules do, two batches
-    monkeypatch.setattr(backend, "is_stock", lambda module: False)
+    monkeypatch.setattr(tapped_modules, "is_stock", lambda module: False)
     assert_same(tapped, importance().score(model, graph, groups, batches(ids)))
     assert len(calls) == 3 + 1 + 4
 
@@ -270,7 +270,7 @@ def test_modules_that_hooks_cannot_read(kind):
 def test_which_modules_are_read_by_hooks():
     model = Oddities()
     names = [name for name, _ in model.named_parameters()]
-    found = backend._tapped(model, batches(token_ids(4, 7, vocabulary=53)), names)
+    found = tapped_modules.find_tapped(model, batches(token_ids(4, 7, vocabulary=53)), names)
     assert set(found) == {"plain.weight", "plain.bias", "out.weight", "out.bias"}
 
 
