@@ -18,7 +18,7 @@ from prunekit.allocation.groups import choose_groups
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
 from prunekit.allocation.slots import make_slots
-from prunekit.calibration.consumers import consumers_of
+from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.store import Store
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.compensation import Compensation
@@ -324,7 +324,7 @@ def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group])
     section = "schedule" if method.compensation is None else "compensation"
     for group in groups:
         try:
-            consumers_of(model, group)
+            find_consumers(model, group)
         except TraceError as error:
             raise ConfigError(
                 f"{section}={type(backend).__name__.lower()}: {error} ({group.kind}); "

@@ -53,7 +53,7 @@ class Inputs:
         return (self.squares / self.tokens - mean * mean).clamp_min(0)
 
 
-def input_statistics(
+def gather_input_statistics(
     model: nn.Module, names: Iterable[str], batches: Sequence[Batch]
 ) -> dict[str, Inputs]:
     """Gather statistics of the inputs of all stock linear modules, in evaluation mode.

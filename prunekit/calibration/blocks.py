@@ -171,7 +171,7 @@ class Sighting:
 
 
 @contextmanager
-def outputs_aside(blocks: Sequence[Block], store: Store, batch: int) -> Iterator[None]:
+def keeping_dense_outputs(blocks: Sequence[Block], store: Store, batch: int) -> Iterator[None]:
     """Put the outputs of the blocks' consumers on a batch aside, as their dense outputs."""
     with ExitStack() as stack:
         for block in blocks:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.hooks import Stop, replaced
+from prunekit.calibration.hooks import Stop, replacing
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Batch, Numbered, copy_batch
 
@@ -99,7 +99,7 @@ def _record_batch(
     recorder = _Recorder(len(layers), in_tuples, changing)
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
-            stack.enter_context(replaced(layer, partial(recorder.stand_in, i)))
+            stack.enter_context(replacing(layer, partial(recorder.stand_in, i)))
         try:
             model(**copy_batch(batch))
         except Stop:

@@ -80,7 +80,7 @@ class Consumer:
             self.bias.data.copy_(bias)
 
 
-def consumers_of(model: nn.Module, group: Group) -> list[Consumer]:
+def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
     """The linear consumers of a group.
 
     A parameter that also makes the units (a tied embedding) is left out: it can't be repaired.
@@ -109,7 +109,7 @@ def consumers_of(model: nn.Module, group: Group) -> list[Consumer]:
 
 
 @contextmanager
-def watched(consumers: Sequence[Consumer], see: See) -> Iterator[None]:
+def watching(consumers: Sequence[Consumer], see: See) -> Iterator[None]:
     """Inside the `with` block, call `see(consumer, inputs)` for everything consumers are fed."""
     with ExitStack() as stack:
         for consumer in (c for c in consumers if c.expert is None):
@@ -126,8 +126,8 @@ def _show_inputs(consumer: Consumer, see: See, module: nn.Module, args: tuple[Te
 
 
 @contextmanager
-def experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> Iterator[None]:
-    """Inside the `with` block, stacked experts multiply one by one, so that `watched` sees each."""
+def running_experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> Iterator[None]:
+    """Inside the `with` block, stacked experts multiply singly, so that `watching` sees each."""
     stacked = any(consumer.expert is not None for consumer in consumers)
     with experts_computed(model, "eager") if stacked else nullcontext():
         yield

@@ -16,7 +16,7 @@ class Stop(Exception):
 
 
 @contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replacing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside the `with` block the module has another forward method."""
     with restoring(keep_attributes([module], "forward")):
         module.forward = forward  # type: ignore[method-assign]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.blocks import Block, Finder, outputs_aside
+from prunekit.calibration.blocks import Block, Finder, keeping_dense_outputs
 from prunekit.calibration.calls import Call
-from prunekit.calibration.hooks import Stop, replaced, return_always
+from prunekit.calibration.hooks import Stop, replacing, return_always
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Numbered
 from prunekit.errors import DataError
@@ -54,7 +54,7 @@ class LayerPass:
         with ExitStack() as stack:
             for block, output in answers.items():
                 answer = partial(return_always, block.answer(output.clone()))
-                stack.enter_context(replaced(block.module, answer))
+                stack.enter_context(replacing(block.module, answer))
             try:
                 return _hidden_of(self.calls[batch].make(self.layer, states))
             except Stop:
@@ -71,7 +71,7 @@ class LayerPass:
         """
         after = []
         for batch in range(len(self.batches)):
-            aside = outputs_aside(self.finder.blocks, self.store, batch)
+            aside = keeping_dense_outputs(self.finder.blocks, self.store, batch)
             with self.finder.looking() if batch == 0 else aside:
                 output = self.run(batch, {}, self.dense[batch])
                 after.append(self.store.put(output, copy=False))

@@ -18,7 +18,7 @@ from torch import nn
 
 from prunekit.calibration.blocks import Finder
 from prunekit.calibration.calls import Recording, record_calls
-from prunekit.calibration.consumers import Consumer, watched
+from prunekit.calibration.consumers import Consumer, watching
 from prunekit.calibration.feeding import Feeding
 from prunekit.calibration.layer_pass import LayerPass
 from prunekit.calibration.layers import Layers
@@ -207,7 +207,7 @@ class Stream:
                 feeding.aside = {} if block is None else block.inputs
             observing = observation.of(sample, batch, wanted) if observation else nullcontext()
             looking = finder.looking(consumers[0]) if looks else nullcontext()
-            with observing, watched(consumers, feeding.see), looking:
+            with observing, watching(consumers, feeding.see), looking:
                 layer.run_pruned(b)
             if looks:
                 block = finder.block_of(consumers)

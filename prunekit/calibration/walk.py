@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from prunekit.calibration.consumers import Consumer, consumers_of, experts_in_turn, watched
+from prunekit.calibration.consumers import (
+    Consumer,
+    find_consumers,
+    running_experts_in_turn,
+    watching,
+)
 from prunekit.calibration.layers import Layers
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Observation, Site
@@ -26,7 +31,7 @@ from prunekit.runtime.console import say
 from prunekit.runtime.modes import evaluating
 from prunekit.runtime.processes import own_part, together, world_size
 
-__all__ = ["Batch", "Consumer", "Layers", "Moments", "Site", "Walk", "consumers_of"]
+__all__ = ["Batch", "Consumer", "Layers", "Moments", "Site", "Walk", "find_consumers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +64,12 @@ class Walk:
             TraceError: a group without linear consumers; streamed layers that can't be run one by
                 one.
         """
-        consumers = {group.name: consumers_of(self.model, group) for group in self.groups}
+        consumers = {group.name: find_consumers(self.model, group) for group in self.groups}
         everyone = [consumer for own in consumers.values() for consumer in own]
         batches = self._own_batches(with_experts=any(c.expert is not None for c in everyone))
         store = self.store or Store(next(self.model.parameters()).device)
         try:
-            with evaluating(self.model), experts_in_turn(self.model, everyone):
+            with evaluating(self.model), running_experts_in_turn(self.model, everyone):
                 stream = Stream.open(
                     self.model, self.groups, consumers, batches, store, self.layers
                 )
@@ -125,6 +130,6 @@ def observe_whole_model(
     observation = Observation(consumers)
     with together():
         for sample, batch in batches:
-            with observation.of(sample, batch), watched(consumers, observation.see):
+            with observation.of(sample, batch), watching(consumers, observation.see):
                 model(**copy_batch(batch))
     return observation.finish()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from prunekit.calibration.activations import input_statistics
+from prunekit.calibration.activations import gather_input_statistics
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group, Member
@@ -30,7 +30,7 @@ class Fluctuation(ScoreImportance):
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
-        inputs = input_statistics(
+        inputs = gather_input_statistics(
             model, {m.parameter for g in groups for m in g.consumers}, batches
         )
         for group in groups:

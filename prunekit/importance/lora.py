@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
-from prunekit.calibration.gradients.state import checkpointed
+from prunekit.calibration.gradients.state import recomputing
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
@@ -152,7 +152,7 @@ def _accumulate(
                 stack.callback(
                     tap(module, adapter.project, partial(adapter.receive, lambda: count)).remove
                 )
-        stack.enter_context(checkpointed(model, checkpointing))
+        stack.enter_context(recomputing(model, checkpointing))
         for batch in track(batches, "gradients", len(batches)):
             loss = mean_loss(model, batch)
             count = sum(loss.counts)

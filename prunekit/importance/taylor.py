@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients import FISHER, MEAN, Moments
-from prunekit.calibration.gradients.scores import position_scores
+from prunekit.calibration.gradients.scores import score_positions
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
@@ -62,7 +62,7 @@ class _Taylor(ScoreImportance, ABC):
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """The model's own gradients, flags and hooks are left as they were."""
-        scores = position_scores(
+        scores = score_positions(
             model,
             graph,
             groups,

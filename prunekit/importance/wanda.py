@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from prunekit.calibration.activations import input_statistics
+from prunekit.calibration.activations import gather_input_statistics
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
@@ -32,7 +32,7 @@ class Wanda(ScoreImportance):
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
         names = {m.parameter for g in groups for m in g.scored_members(graph)}
-        inputs = input_statistics(model, names, batches)
+        inputs = gather_input_statistics(model, names, batches)
 
         def positions(member: Member) -> Tensor | None:
             if member.parameter not in inputs:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunekit.calibration.activations import input_statistics
+from prunekit.calibration.activations import gather_input_statistics
 from prunekit.errors import ConfigError
 from prunekit.importance.structures import scale_by_inputs
 from prunekit.policies.base import Policy, Setting
@@ -37,7 +37,7 @@ class Owl(Policy):
         places: dict[str, set[str]] = defaultdict(set)
         for group in setting.groups:
             places[keys[group.name]] |= {member.parameter for member in group.members}
-        inputs = input_statistics(
+        inputs = gather_input_statistics(
             setting.model, set().union(*places.values()) - setting.graph.buffers, setting.batches
         )
         shares = {

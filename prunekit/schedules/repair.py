@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from prunekit.calibration.consumers import consumers_of
+from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.observe import Site
 from prunekit.calibration.statistics import SiteWork, prepare_site
 from prunekit.calibration.walk import Walk
@@ -68,7 +68,7 @@ def walk_through(assignment: Assignment, groups: Sequence[Group]) -> Walk:
 def restore_group(assignment: Assignment, group: Group) -> list[int]:
     """Give the consumers of a group that is finished their weights; the units removed."""
     assert assignment.state is not None
-    return assignment.state.restore(group.name, consumers_of(assignment.model, group))
+    return assignment.state.restore(group.name, find_consumers(assignment.model, group))
 
 
 def cut_group(
@@ -103,7 +103,7 @@ def cut_group(
     for part in work:
         repair_site(part, compensation, units)
     if assignment.state:
-        assignment.state.record(group.name, units, consumers_of(assignment.model, group))
+        assignment.state.record(group.name, units, find_consumers(assignment.model, group))
     return units
 
 

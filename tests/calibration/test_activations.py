@@ -6,7 +6,7 @@ from conftest import example, inputs_of, tiny_llama, token_ids
 from torch import nn
 
 from prunekit.allocation.costs.weights import weights_cost
-from prunekit.calibration.activations import input_statistics
+from prunekit.calibration.activations import gather_input_statistics
 from prunekit.calibration.gradients.loss import calibration_loss
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
@@ -67,7 +67,7 @@ def test_padding_does_not_count(backend):
 
 def test_the_model_is_left_in_its_mode():
     model = tiny_llama(layers=2).train()
-    input_statistics(model, ["model.layers.0.mlp.up_proj.weight"], BATCHES)
+    gather_input_statistics(model, ["model.layers.0.mlp.up_proj.weight"], BATCHES)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
 

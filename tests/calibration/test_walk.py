@@ -11,7 +11,7 @@ from torch import nn
 
 import prunekit
 from prunekit.calibration import walk as walking
-from prunekit.calibration.consumers import consumers_of
+from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.store import Store
 from prunekit.errors import DataError
 from prunekit.graph import trace
@@ -134,7 +134,7 @@ def test_every_expert_has_the_moments_of_its_own_tokens(family, streamed, monkey
         g for g in graph.groups if any(len(graph.shapes[m.parameter]) == 3 for m in g.consumers)
     )
     ids = token_ids(40, 30)
-    consumers = consumers_of(model, group)
+    consumers = find_consumers(model, group)
     if not streamed:
         monkeypatch.setattr(walking.Stream, "open", classmethod(lambda *_: None))
     ((_, sites),) = walking.Walk(model=model, groups=[group], batches=batches(ids, 10))

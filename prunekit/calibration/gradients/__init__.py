@@ -5,8 +5,8 @@ They are seen one matrix at a time, and let go of as soon as they are reduced to
 
 from prunekit.calibration.gradients.loss import Loss, mean_loss
 from prunekit.calibration.gradients.passes import FISHER, MEAN, Moments
-from prunekit.calibration.gradients.scores import position_scores
-from prunekit.calibration.gradients.state import checkpointed
+from prunekit.calibration.gradients.scores import score_positions
+from prunekit.calibration.gradients.state import recomputing
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 
 __all__ = [
@@ -14,10 +14,10 @@ __all__ = [
     "MEAN",
     "Loss",
     "Moments",
-    "checkpointed",
+    "recomputing",
     "is_stock",
     "is_transposed",
     "mean_loss",
-    "position_scores",
+    "score_positions",
     "tap",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import split_samples
 from prunekit.calibration.gradients.passes import FISHER, Elements, GradientPass
-from prunekit.calibration.gradients.state import checkpointed
+from prunekit.calibration.gradients.state import recomputing
 from prunekit.calibration.gradients.tapped import TappedLinear, find_tapped
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group
@@ -21,7 +21,7 @@ from prunekit.runtime.console import say
 from prunekit.runtime.modes import undisturbed
 
 
-def position_scores(
+def score_positions(
     model: nn.Module,
     graph: CouplingGraph,
     groups: Sequence[Group],
@@ -65,7 +65,7 @@ def position_scores(
         tapped = find_tapped(model, batches, dims) if FISHER in moments else {}
         if FISHER in moments and (others := [name for name in dims if name not in tapped]):
             say(f"Fisher information: sample by sample, for {others[0]} and {len(others) - 1} more")
-        with checkpointed(model, checkpointing):
+        with recomputing(model, checkpointing):
             for part in split_parameters(
                 model, split_batches(batches, dims, tapped, moments), dims, moments, memory
             ):

@@ -12,7 +12,7 @@ from prunekit.runtime.modes import keep_attributes, restoring
 
 
 @contextmanager
-def checkpointed(model: nn.Module, on: bool = True) -> Iterator[None]:
+def recomputing(model: nn.Module, on: bool = True) -> Iterator[None]:
     """Compute each layer of the model's outermost `ModuleList`s again in the backward pass.
 
     Afterwards every layer has the forward method that it had. Without `on` nothing changes.
