@@ -104,7 +104,7 @@ STOREYS = {
 }
 # What backends of one kind share; beside these a backend imports no other one.
 SHARED = {
-    "importance": {"base", "aggregation", "structures"},
+    "importance": {"aggregation", "base", "seeds", "structures"},
     "policies": {"base"},
     "compensation": {"base"},
     "allocation/costs": {"base", "curves", "forward", "terms", "timing", "weights"},

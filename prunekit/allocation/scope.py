@@ -1,4 +1,4 @@
-"""The scope of a cut: where units compete, how few may stay, what is left alone, which widths fit."""
+"""The scope of a cut: where units compete, how few stay, what is left alone, which widths fit."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Importance(ABC):  # noqa: B024 - each of its two kinds below has an abstra
 
     @property
     def name(self) -> str:
-        """How messages and the option `importance` call it: the name of its class, in snake case."""
+        """What messages call it: the name of its class in snake case."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property

@@ -1,7 +1,7 @@
-"""FLAP's fluctuation (An et al. 2023, arXiv 2312.11983): inputs that hardly vary can be replaced by
-their mean.
+"""Fluctuation (FLAP, An et al. 2023, arXiv 2312.11983): inputs that hardly vary can be constants.
 
-The mean then goes into the consumer's bias: `compensation=bias`.
+I_u = Σ_{j ∈ u} Var(x_j) ‖W_:j‖² (its metric WIFV): what replacing the inputs of a unit by
+their means changes in what reads them. `compensation=bias` puts these means into the biases.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from prunekit.runtime.numbers import along, at_least_float32
 
 @dataclass(frozen=True, kw_only=True)
 class Fluctuation(ScoreImportance):
-    """Var(x_j) ‖W_:j‖² over the columns a unit owns in the linear modules that read it."""
+    """Var(x_j) ‖W_:j‖² over the columns that a unit owns in the linear modules that read it."""
 
     def structures(
         self,
@@ -30,9 +30,8 @@ class Fluctuation(ScoreImportance):
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One forward pass over the calibration set; padding does not count."""
-        inputs = gather_input_statistics(
-            model, {m.parameter for g in groups for m in g.consumers}, batches
-        )
+        names = {member.parameter for group in groups for member in group.consumers}
+        inputs = gather_input_statistics(model, names, batches)
         for group in groups:
             if not any(member.parameter in inputs for member in group.consumers):
                 raise ConfigError(

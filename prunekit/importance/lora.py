@@ -1,13 +1,15 @@
-"""LoRAPrune's gradients (Zhang et al. 2023, arXiv 2305.18403): ∂L/∂W estimated from an adapter's,
-the weights frozen.
+"""Gradients of adapters instead of weights (LoRAPrune, Zhang et al. 2023, arXiv 2305.18403).
 
-With y = x Wᵀ + (x Aᵀ) Bᵀ and B = 0:   ∂L/∂W ≈ ∇B A + B ∇A − ∇B ∇A = ∇B A,   ∇B = Σ_t δ_t (A x_t)ᵀ,
-δ = ∂L/∂y (B = 0 also leaves y and makes ∇A = 0). Since ∇B A = (∂L/∂W) AᵀA, the estimate is unbiased
-where E[AᵀA] = I: A is √(n/r) times r orthonormal rows in R^n, drawn uniformly; with r = n it is
+∂L/∂W is estimated from the gradients of a LoRA adapter, with the weights frozen. With
+y = x Wᵀ + (x Aᵀ) Bᵀ and B = 0:
+
+    ∂L/∂W ≈ ∇B A + B ∇A − ∇B ∇A = ∇B A,    ∇B = Σ_t δ_t (A x_t)ᵀ,    δ = ∂L/∂y,
+
+for B = 0 leaves y as it is and makes ∇A = 0. Since ∇B A = (∂L/∂W) AᵀA, the estimate is unbiased
+where E[AᵀA] = I: A is √(n/r) times r orthonormal rows in R^n, drawn uniformly. With r = n it is
 exact.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
+from prunekit.importance.seeds import make_generator
 from prunekit.importance.structures import sum_by_structure
 from prunekit.model.ties import Place, tensor_places
 from prunekit.runtime.console import track
@@ -33,11 +36,15 @@ from prunekit.runtime.numbers import along, at_least_float32
 
 @dataclass(frozen=True, kw_only=True)
 class LoraGradient(ScoreImportance):
-    """Σ_k |ĝ_k w_k|^p over the matrices of linear modules; other parameters don't count.
+    """I_u = Σ_{k ∈ u} |ĝ_k w_k|^p over the weights of linear modules; other parameters don't count.
 
-    `rank` of the adapters; `p` = 1, or 2 as in LoRAPrune; `checkpointing`: recompute layers in the
-    backward pass instead of keeping their activations. Gradients take the adapters' memory, never
-    the weights'.
+    The gradients take the memory of the adapters, never that of the weights.
+
+    Args:
+        rank: r of the adapters.
+        p: 1, or 2 as in LoRAPrune.
+        seed: of the directions A.
+        checkpointing: recompute layers in the backward pass instead of keeping their activations.
     """
 
     rank: int = 8
@@ -63,9 +70,9 @@ class LoraGradient(ScoreImportance):
         names = dict.fromkeys(m.parameter for group in groups for m in group.scored_members(graph))
         places = tensor_places(model)
         adapters = {
-            name: self._adapter(model, name, places[name])
+            name: self._make_adapter(model, name, places[name])
             for name in names
-            if _adaptable(places[name])
+            if _takes_adapter(places[name])
         }
         for group in groups:
             if not any(member.parameter in adapters for member in group.scored_members(graph)):
@@ -82,12 +89,12 @@ class LoraGradient(ScoreImportance):
 
         return {group.name: sum_by_structure(graph, group, positions) for group in groups}
 
-    def _adapter(self, model: nn.Module, name: str, places: Sequence[Place]) -> "_Adapter":
+    def _make_adapter(self, model: nn.Module, name: str, places: Sequence[Place]) -> "_Adapter":
         weight = model.get_parameter(name).detach()
         modules = list(dict.fromkeys(place.module for place in places))
         transposed = is_transposed(modules[0])
         outputs, inputs = weight.T.shape if transposed else weight.shape
-        down = _directions(name, self.seed, min(self.rank, inputs), inputs).to(weight)
+        down = _draw_directions(name, self.seed, min(self.rank, inputs), inputs).to(weight)
         up = torch.zeros(
             outputs, len(down), device=weight.device, dtype=at_least_float32(weight[:0]).dtype
         )
@@ -108,17 +115,17 @@ class _Adapter:
         return x @ self.down.T
 
     def receive(self, count: Callable[[], int], kept: Tensor, delta: Tensor) -> None:
-        """Add a batch's ∇B = Σ_t δ_t (A x_t)ᵀ, weighted with its targets."""
+        """Add ∇B = Σ_t δ_t (A x_t)ᵀ of a batch, weighted with how many targets it has."""
         gradient = delta.flatten(0, -2).T @ kept.flatten(0, -2)
         self.up.add_(gradient, alpha=count())
 
     def estimate(self) -> Tensor:
-        """∇B A, of the weight's shape."""
+        """∇B A, of the shape of the weight."""
         down = self.down.to(self.up)
         return down.T @ self.up.T if self.transposed else self.up @ down
 
 
-def _adaptable(places: Sequence[Place]) -> bool:
+def _takes_adapter(places: Sequence[Place]) -> bool:
     """Whether stock linear modules alone hold a parameter, as their weight."""
     kinds = {
         is_transposed(module)
@@ -130,12 +137,10 @@ def _adaptable(places: Sequence[Place]) -> bool:
     )
 
 
-def _directions(name: str, seed: int, rank: int, size: int) -> Tensor:
+def _draw_directions(name: str, seed: int, rank: int, size: int) -> Tensor:
     """√(size/rank) × `rank` orthonormal rows in R^size [rank, size], float64: E[AᵀA] = I."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    basis = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
-    return basis.T * math.sqrt(size / rank)
+    drawn = torch.randn(size, rank, generator=make_generator(seed, name), dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q.T * math.sqrt(size / rank)
 
 
 def _accumulate(
@@ -144,15 +149,22 @@ def _accumulate(
     batches: Sequence[Batch],
     checkpointing: bool,
 ) -> None:
-    """∇B of the mean loss over the calibration set, into the adapters."""
+    """Leave ∇B of the mean loss over the calibration set in the adapters.
+
+    Raises:
+        DataError: no token to predict; a gradient that holds NaN or infinity.
+    """
     total, count = 0, 0
-    with undisturbed(model), ExitStack() as stack:
+
+    def targets_now() -> int:
+        return count  # of the batch whose backward pass runs
+
+    with undisturbed(model), ExitStack() as taps:
         for adapter in adapters.values():
+            receive = partial(adapter.receive, targets_now)
             for module in adapter.modules:
-                stack.callback(
-                    tap(module, adapter.project, partial(adapter.receive, lambda: count)).remove
-                )
-        stack.enter_context(recomputing(model, checkpointing))
+                taps.callback(tap(module, adapter.project, receive).remove)
+        taps.enter_context(recomputing(model, checkpointing))
         for batch in track(batches, "gradients", len(batches)):
             loss = mean_loss(model, batch)
             count = sum(loss.counts)
@@ -161,6 +173,9 @@ def _accumulate(
                 loss.value.backward()
     if not total:
         raise DataError("calibration: it holds not a single token to predict")
-    for name, adapter in adapters.items():
-        if not torch.isfinite(adapter.up.div_(total)).all():
+    finite = {
+        name: torch.isfinite(adapter.up.div_(total)).all() for name, adapter in adapters.items()
+    }
+    for name, every in finite.items():
+        if not every:
             raise DataError(f"{name}: its gradient holds NaN or infinity")

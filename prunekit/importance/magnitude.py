@@ -1,4 +1,4 @@
-"""Weight magnitude: Σ |w|^p over everything a unit owns. Needs no data."""
+"""Weight magnitude: I_u = Σ_{k ∈ u} |w_k|^p over all weights of a unit. Needs no data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from prunekit.runtime.numbers import along, at_least_float32
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(ScoreImportance):
-    """`p` = 2 (L2) or 1 (L1)."""
+    """`p` = 2 (L2) or 1 (L1); biases and norms of a unit count like any weight."""
 
     p: int = 2
 
@@ -31,12 +31,10 @@ class Magnitude(ScoreImportance):
         groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """Σ_k |w_k|^p."""
+        """Σ_k |w_k|^p of each structure."""
 
         def positions(member: Member) -> Tensor:
-            return along(
-                at_least_float32(model.get_parameter(member.parameter).detach()).abs() ** self.p,
-                member.dim,
-            )
+            weight = at_least_float32(model.get_parameter(member.parameter).detach())
+            return along(weight.abs() ** self.p, member.dim)
 
         return {group.name: sum_by_structure(graph, group, positions) for group in groups}

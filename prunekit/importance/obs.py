@@ -1,7 +1,10 @@
-"""Optimal Brain Surgeon as an importance: the error that is left after the best repair (SlimGPT,
-section 4.2).
+"""Optimal Brain Surgeon: the error that is left after the best repair (SlimGPT, section 4.2).
+
+For a consumer W [d, n] whose inputs have the Hessian H = E[x xᵀ], and A = (H + λI)⁻¹, removing the
+columns S costs E(S) = tr(W_S (A_SS)⁻¹ W_Sᵀ) once the other columns are repaired.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,9 +15,9 @@ from torch import Tensor, nn
 from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.data.batches import Batch
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
-from prunekit.importance.base import LayerImportance, ScoreImportance
+from prunekit.importance.base import LayerImportance, ScoreImportance, expect_one_of
 from prunekit.obs.choose import Groups, choose_columns, choose_units
 from prunekit.obs.inverse import HeadScore, Problem, unit_errors
 from prunekit.obs.swap import swap
@@ -24,13 +27,18 @@ Refine = Literal["none", "swap"]
 
 @dataclass(frozen=True, kw_only=True)
 class Obs(ScoreImportance, LayerImportance):
-    """Units of several columns by `heads`: exact, grouped_cholesky or diagonal; single columns by
-    `columns`.
+    """Units by E(S): chosen one after another layer by layer, or ranked at once.
 
-    Layer by layer it chooses one unit after another, or single columns in groups (dynamic_group,
-    released_group, fixed_group); `refine=swap` then exchanges removed and kept units while the
-    exact error falls. At once, or where groups compete, units rank by the error each of them leaves
-    alone in the dense model. `damping`: of the Hessians of that ranking, as the schedule's.
+    Layer by layer each choice takes the repair of those before it into account. At once, or where
+    groups compete, units rank by the error that each of them leaves alone in the dense model.
+
+    Args:
+        heads: how units of several columns are scored: exact (E(S)), grouped_cholesky (the paper's
+            Σ_j ‖w_j‖² / L_jj², A = L Lᵀ) or diagonal (Σ_j ‖w_j‖² / A_jj, the paper's ablation).
+        columns: how single columns are taken: greedy (one at a time, exact), or several at once:
+            dynamic_group (the paper's), released_group (its code's), fixed_group (of 128).
+        refine: swap exchanges removed with kept units afterwards, while the exact error falls.
+        damping: λ / mean(diag H) of the ranking at once; layer by layer the schedule's counts.
     """
 
     heads: HeadScore = "exact"
@@ -40,16 +48,14 @@ class Obs(ScoreImportance, LayerImportance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, known in (("heads", HeadScore), ("columns", Groups), ("refine", Refine)):
-            if (value := getattr(self, key)) not in get_args(known):
-                raise ConfigError(
-                    f"importance.{key}: unknown {value!r}: {suggest(str(value), list(get_args(known)))}"
-                )
+        expect_one_of("heads", self.heads, get_args(HeadScore))
+        expect_one_of("columns", self.columns, get_args(Groups))
+        expect_one_of("refine", self.refine, get_args(Refine))
+        if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
+            raise ConfigError(f"importance.damping: expected a number ≥ 0, got {self.damping}")
 
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
-        """The least error after what went before; then exchanged one by one where that is asked
-        for.
-        """
+        """The units with the least error after those before them; then swapped where asked to."""
         if all(problem.index.shape[1] == 1 for problem in problems):
             chosen = choose_columns(problems, count, self.columns)
         else:
@@ -63,8 +69,8 @@ class Obs(ScoreImportance, LayerImportance):
         groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """E(S) of each unit alone on the model's own activations."""
-        found = {}
+        """E(S) of each unit alone, on the activations of the dense model; a row for each site."""
+        scores = {}
         for group, sites in Walk(model=model, groups=groups, batches=batches):
             errors = []
             for site in sites:
@@ -72,5 +78,5 @@ class Obs(ScoreImportance, LayerImportance):
                 problem = pose_problem(site, site.weight(), inverse)
                 errors.append(unit_errors([problem], self.heads))
                 del inverse, problem  # the next site's inverse takes their room
-            found[group.name] = torch.stack(errors).cpu()
-        return found
+            scores[group.name] = torch.stack(errors).cpu()
+        return scores

@@ -1,6 +1,5 @@
-"""Seeded uniform scores: the baseline every method must beat."""
+"""Seeded uniform scores: the baseline that every method must beat. Needs no data."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
+from prunekit.importance.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Random(ScoreImportance):
-    """Each group's scores depend on the seed and the group's name alone."""
+    """The scores of a group depend on the seed and the name of the group alone."""
 
     seed: int = 0
 
@@ -25,8 +25,9 @@ class Random(ScoreImportance):
         groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """Uniform in [0, 1), times the parameters a unit frees: so that no kind goes first where
-        groups compete.
+        """Uniform in [0, 1), times the parameters that go with a unit.
+
+        Where groups compete by score per parameter, no kind of unit then goes before another.
         """
         return {
             group.name: self._draw(group)[None] * max(group.parameters_per_unit, 1)
@@ -34,6 +35,5 @@ class Random(ScoreImportance):
         }
 
     def _draw(self, group: Group) -> Tensor:
-        digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = make_generator(self.seed, group.name)
         return torch.rand(group.num_units, generator=generator, dtype=torch.float64)

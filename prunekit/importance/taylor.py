@@ -1,8 +1,7 @@
-"""Taylor importance (LLM-Pruner, section 3.2): how much the loss changes when a unit's weights
-become zero.
+"""Taylor importance (LLM-Pruner, section 3.2): what zeroing the weights of a unit does to the loss.
 
-g is the gradient of the mean loss over the calibration set, F_kk = Σ_j g_jk² over its samples' own
-gradients.
+g is the gradient of the mean loss over the calibration set, and F_kk = Σ_j g_jk², g_j the gradient
+of sample j alone: the diagonal of the Fisher information, in place of the Hessian.
 
 first order, by channel (Vector)         |Σ_k g_k w_k|, channels summed over a unit
 first order, elementwise (Element¹)      Σ_k |g_k w_k|
@@ -28,14 +27,15 @@ from prunekit.importance.structures import sum_by_structure
 
 @dataclass(frozen=True, kw_only=True)
 class _Taylor(ScoreImportance, ABC):
-    """Over every member of a unit, biases and norms included.
+    """Over all weights of a unit, biases and norms included.
 
-    `memory`: bytes that accumulated gradients may take, further passes over the data make up for
-    it; null: no limit. `checkpointing`: recompute layers in the backward pass instead of keeping
-    their activations.
+    Args:
+        memory: bytes that accumulated gradients may take; more passes over the data make up for a
+            small number. None: no limit.
+        checkpointing: recompute layers in the backward pass instead of keeping their activations.
     """
 
-    moments: ClassVar[tuple[str, ...]]
+    moments: ClassVar[tuple[str, ...]]  # which moments of the gradients `elements` needs
     memory: int | None = None
     checkpointing: bool = False
 
@@ -48,10 +48,10 @@ class _Taylor(ScoreImportance, ABC):
 
     @abstractmethod
     def elements(self, weight: Tensor, moments: Moments) -> Tensor:
-        """A parameter, and its gradient and Fisher information as asked for in `moments` → a term
-        per element.
+        """A term for each element of a parameter, given the `moments` of its gradients.
 
-        All have the parameter's shape. A position's score is |the sum of its elements' terms|.
+        All have the shape of the parameter. The score of a position along a dim is the absolute
+        value of the sum of its elements' terms.
         """
 
     def structures(
@@ -61,7 +61,7 @@ class _Taylor(ScoreImportance, ABC):
         groups: Sequence[Group],
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
-        """The model's own gradients, flags and hooks are left as they were."""
+        """Backward passes over the calibration set; gradients, flags, hooks stay as they were."""
         scores = score_positions(
             model,
             graph,

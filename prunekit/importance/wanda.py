@@ -1,6 +1,6 @@
 """Wanda over whole units (Sun et al. 2023, arXiv 2306.11695): I_u = Σ_{ij ∈ u} |w_ij| ‖x_j‖₂.
 
-‖x_j‖₂ is the norm of input feature j over all tokens of the calibration set (equation 1).
+‖x_j‖₂ is the norm of input feature j over all tokens of the calibration set.
 """
 
 from collections.abc import Sequence

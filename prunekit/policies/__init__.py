@@ -1,4 +1,4 @@
-"""How much to cut where: a policy gives the share that each group loses."""
+"""Policies: how much is cut where. One backend a file; `base` says what one is."""
 
 from prunekit.policies.base import DepthPolicy, Policy, Setting
 from prunekit.policies.manual import Manual

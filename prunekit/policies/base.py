@@ -1,33 +1,39 @@
-"""What every ratio policy is: relative shares of the groups; only proportions count, the budget
-scales them.
-"""
+"""The base of every policy: relative shares of the groups, which the budget scales to its limit."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
 
 from prunekit.allocation.costs.base import Cost
+from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import Importance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a policy may look at: the `limit` is what `cost` must come down to once units of
-    `groups` are gone.
+    """What a policy may look at.
 
-    What a policy measures and a reader may want to see goes into `notes`, for the report.
+    Args:
+        model: the dense model, to be left as it is.
+        graph: its groups.
+        groups: those of them that may be cut.
+        batches: the calibration set.
+        importance: what will choose the units.
+        cost: what counts.
+        limit: what `cost` must come down to once units of `groups` are gone.
+        notes: a policy writes here what it measured and a reader of the report may want to see.
     """
 
     model: nn.Module
     graph: CouplingGraph
     groups: Sequence[Group]
-    batches: Sequence[Mapping[str, Any]]
+    batches: Sequence[Batch]
     importance: Importance
     cost: Cost
     limit: float
@@ -35,29 +41,41 @@ class Setting:
 
 
 class Policy(ABC):
-    """How the pruning ratio is spread over a model; `measures`: it runs the model for that."""
+    """How a cut is spread over a model.
+
+    Attributes:
+        measures: the policy runs the model, so that its weights must be in memory.
+    """
 
     measures: ClassVar[bool] = False
 
     @abstractmethod
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """Group name → relative share ≥ 0 of its units, not all zero. Raises ConfigError where it
-        doesn't fit.
+        """Group name → share of its units, ≥ 0 and not all zero; only their proportions count.
+
+        Raises:
+            ConfigError: the policy does not fit the model or the importance.
         """
 
 
-class DepthPolicy(Policy):
-    """A shape over the depth: a group takes the share of the layer it lies in."""
+class DepthPolicy(Policy, ABC):
+    """A shape over the depth: a group takes the share of the layer it lies in.
+
+    Backends implement `shares`.
+    """
 
     @abstractmethod
     def shares(self, depth: int) -> list[float]:
-        """`depth` relative shares ≥ 0, one a layer, not all zero. Raises ConfigError where it
-        doesn't fit the depth.
+        """The shares of `depth` ≥ 1 layers, ≥ 0 and not all zero.
+
+        Raises:
+            ConfigError: the shape does not fit this depth.
         """
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """By layer; groups of no layer take the mean share; where none has a layer, execution order
-        is the depth.
+        """Each group's share by its layer; groups of no layer take the mean share of the layers.
+
+        Where no group has a layer, the depth is that of the groups in execution order.
         """
         layers = {group.layer for group in setting.graph.groups if group.layer is not None}
         inside = [group for group in setting.groups if group.layer is not None]

@@ -1,24 +1,33 @@
-"""OWL (Yin et al. 2023, arXiv 2310.05175): layers whose weights meet more outlying activations keep
-more.
+"""OWL (Yin et al. 2023, arXiv 2310.05175): layers with more outliers keep more.
+
+An outlier is a weight with |w| ‖x‖₂ over M times the mean of its layer; D_l is the share of
+outliers among the weights of layer l. With d_l = D_l scaled to [0, 1] over the layers:
+
+    r_l = r (1 + spread (1 − 2 d_l)),    so that r_l lies in [r − λ, r + λ] with λ = r · spread.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunekit.calibration.activations import gather_input_statistics
+import torch
+
+from prunekit.calibration.activations import Inputs, gather_input_statistics
 from prunekit.errors import ConfigError
 from prunekit.importance.structures import scale_by_inputs
 from prunekit.policies.base import Policy, Setting
 
+_LEAST = 1e-6  # a share of zero would leave the group out of the cut
+
 
 @dataclass(frozen=True, kw_only=True)
 class Owl(Policy):
-    """r_l = r (1 + spread (1 − 2 d_l)), d_l the layer's share of outliers scaled to [0, 1] over the
-    layers.
+    """Shares by outliers.
 
-    An outlier is a weight with |w| ‖x‖₂ over `multiple` times its layer's mean (equation 2; its λ
-    is r · spread).
+    Args:
+        multiple: M, how many times the mean an outlier is at least.
+        spread: λ / r, in [0, 1]: how far a share may be from the mean share, relative to it.
     """
 
     measures: ClassVar[bool] = True
@@ -32,31 +41,35 @@ class Owl(Policy):
             raise ConfigError(f"policy.spread: expected a number in [0, 1], got {self.spread}")
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """One forward pass over the calibration set; a group of no layer counts as one."""
+        """One forward pass over the calibration set; a group of no layer is a layer of its own."""
         keys = {g.name: g.name if g.layer is None else f"layer {g.layer}" for g in setting.groups}
-        places: dict[str, set[str]] = defaultdict(set)
+        parameters: dict[str, set[str]] = defaultdict(set)
         for group in setting.groups:
-            places[keys[group.name]] |= {member.parameter for member in group.members}
-        inputs = gather_input_statistics(
-            setting.model, set().union(*places.values()) - setting.graph.buffers, setting.batches
-        )
-        shares = {
-            key: self._outliers(setting, names & inputs.keys(), inputs)
-            for key, names in places.items()
+            parameters[keys[group.name]] |= {member.parameter for member in group.members}
+        names = set().union(*parameters.values()) - setting.graph.buffers
+        inputs = gather_input_statistics(setting.model, names, setting.batches)
+        outliers = {
+            key: self._outlier_share(setting, inside & inputs.keys(), inputs)
+            for key, inside in parameters.items()
         }
-        setting.notes["outliers"] = shares
-        low, high = min(shares.values()), max(shares.values())
-        scaled = {key: (share - low) / max(high - low, 1e-300) for key, share in shares.items()}
+        setting.notes["outliers"] = outliers
+        low, high = min(outliers.values()), max(outliers.values())
+        scaled = {key: (share - low) / max(high - low, 1e-300) for key, share in outliers.items()}
         return {
-            name: max(1 + self.spread * (1 - 2 * scaled[key]), 1e-6) for name, key in keys.items()
+            name: max(1 + self.spread * (1 - 2 * scaled[key]), _LEAST) for name, key in keys.items()
         }
 
-    def _outliers(self, setting: Setting, names: set[str], inputs: dict) -> float:
+    def _outlier_share(
+        self, setting: Setting, names: set[str], inputs: Mapping[str, Inputs]
+    ) -> float:
+        """The share of outliers among the weights of these names, which make up a layer."""
         if not names:
             raise ConfigError("policy=owl: expected linear modules in every layer that is cut")
-        found = [
+        products = [
             scale_by_inputs(setting.model, name, inputs[name].norm()) for name in sorted(names)
         ]
-        size = sum(p.numel() for p in found)
-        mean = sum(p.double().sum().item() for p in found) / size
-        return sum(int((p > self.multiple * mean).sum()) for p in found) / size
+        size = sum(product.numel() for product in products)
+        sums = torch.stack([product.double().sum() for product in products]).tolist()
+        mean = sum(sums) / size
+        over = torch.stack([(product > self.multiple * mean).sum() for product in products])
+        return sum(over.tolist()) / size

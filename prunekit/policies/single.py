@@ -1,4 +1,4 @@
-"""One layer alone, for measuring how much each of them matters (LLM-Pruner, figure 3)."""
+"""One layer alone: shows how much each layer matters (LLM-Pruner, figure 3)."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Single(DepthPolicy):
     layer: int = 0
 
     def shares(self, depth: int) -> list[float]:
-        """All in one layer."""
+        """One in the layer, zero elsewhere."""
         if not 0 <= self.layer < depth:
             raise ConfigError(f"policy.layer: expected a layer in [0, {depth}), got {self.layer}")
         return [float(i == self.layer) for i in range(depth)]

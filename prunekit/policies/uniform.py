@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from prunekit.policies.base import DepthPolicy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Uniform(DepthPolicy):
-    """r_i = r."""
+    """r_i = r for every layer i."""
 
     def shares(self, depth: int) -> list[float]:
         """One for every layer."""

@@ -1,4 +1,7 @@
-"""LLM-Pruner's policy: the first and the last layers are spared."""
+"""The policy of LLM-Pruner: the first and the last layers are spared.
+
+r_i = r for start ≤ i < end, and 0 outside: layers [4, 30) of the 32 of LLaMA-7B.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +12,10 @@ from prunekit.policies.base import DepthPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class Window(DepthPolicy):
-    """1 inside layers [start, end) of a model of `reference_depth` layers, 0 outside; both ends
-    scale with depth.
+    """1 inside layers [start, end) of a model of `reference_depth` layers, 0 outside.
 
-    The number of spared layers at each end is rounded up, so that one is spared wherever the
-    reference spares some.
+    Both ends scale with the depth of the model. The number of spared layers at each end is rounded
+    up, so that one is spared wherever the reference spares some.
     """
 
     start: int = 4
@@ -23,8 +25,8 @@ class Window(DepthPolicy):
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= self.reference_depth:
             raise ConfigError(
-                f"policy.window: expected 0 ≤ start < end ≤ reference_depth, got start={self.start}, end={self.end}, "
-                f"reference_depth={self.reference_depth}"
+                "policy.window: expected 0 ≤ start < end ≤ reference_depth, got "
+                f"start={self.start}, end={self.end}, reference_depth={self.reference_depth}"
             )
 
     def shares(self, depth: int) -> list[float]:
@@ -33,6 +35,7 @@ class Window(DepthPolicy):
         last = math.ceil((self.reference_depth - self.end) * depth / self.reference_depth)
         if first + last >= depth:
             raise ConfigError(
-                f"policy.window: spares {first} + {last} layers of a model that has {depth}; use uniform"
+                f"policy.window: spares {first} + {last} layers of a model that has {depth}; use "
+                "uniform"
             )
         return [float(first <= i < depth - last) for i in range(depth)]

@@ -1,4 +1,4 @@
-"""The base of every cost: what a model costs as a function of how many units of each group are gone.
+"""The base of every cost: what a model costs once so many units of each group are gone.
 
 A cost is a backend: a frozen dataclass with its own options, derived from `CostModel`, that looks
 at the dense model once and answers with a `Cost`. From then on no model is run: the budget calls
@@ -107,7 +107,7 @@ class CostModel(ABC):
 
     @abstractmethod
     def measure(self, setting: CostSetting) -> Cost:
-        """The cost of the dense model and of all that can be left of it; never rises as units go."""
+        """The cost of the dense model and of all that can be left of it; it never rises."""
 
 
 def _interpolate(table: tuple[float, ...], kept: float) -> float:
