@@ -17,13 +17,11 @@ from prunekit.policies import (
     LinearIncrease,
     LogDecrease,
     LogIncrease,
-    Manual,
     Setting,
     Single,
     Uniform,
     Window,
 )
-from prunekit.policies.sensitivity import knapsack
 
 POLICIES = [Uniform(), Window(), LogIncrease(), LogDecrease(), LinearIncrease(), LinearDecrease()]
 GRAPH = trace(tiny_llama(kv_heads=4, layers=5), example())
@@ -160,37 +158,6 @@ def test_heads_of_one_width_are_cut_in_step():
     assert {counts[g.name] for g in groups if g.layer is not None} == {2 * counts[rotary.name]}
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.lists(st.floats(0, 3), min_size=3, max_size=3), min_size=3, max_size=3),
-    st.floats(0.05, 2.5),
-)
-def test_the_knapsack_is_no_worse_than_any_grid_point(steps, target):
-    """Convex curves (sorted slopes) of savings 1/3, 2/3, 1: against every combination on a fine
-    grid.
-    """
-    points = (0.0, 1 / 3, 2 / 3, 1.0)
-    curves, tables = {}, []
-    for k, slopes in enumerate(steps):
-        errors = [0.0, *torch.tensor(sorted(slopes)).cumsum(0).tolist()]
-        curves[str(k)] = list(zip(points, points, errors, strict=True))
-        tables.append(errors)
-
-    def error(k, ratio):
-        i = min(int(ratio * 3), 2)
-        return tables[k][i] + (tables[k][i + 1] - tables[k][i]) * (ratio * 3 - i)
-
-    best = knapsack(curves, target)
-    assert sum(best.values()) == pytest.approx(target)
-    mine = sum(error(int(k), min(ratio, 1)) for k, ratio in best.items())
-    grid = [i / 12 for i in range(13)]
-    for a in grid:
-        for b in grid:
-            c = target - a - b
-            if 0 <= c <= 1:
-                assert mine <= error(0, a) + error(1, b) + error(2, c) + 1e-6
-
-
 def test_bad_scopes():
     with pytest.raises(
         ConfigError, match=r"scope.exclude: 'layers.9' matches nothing: did you mean layers"
@@ -233,45 +200,3 @@ def test_matrices_cut_on_both_sides_are_counted_once():
     counts = allocate(graph, groups, Uniform(), 0.5)
     removed = graph.removed_parameters({name: list(range(count)) for name, count in counts.items()})
     assert abs(removed / graph.num_parameters() - 0.5) < 0.01
-
-
-def test_shapes_are_those_of_the_papers():
-    log = LogIncrease().shares(32)
-    assert log[0] == 0.25
-    assert log[31] == 1
-    scale = 0.25  # SlimGPT's command: r_0 = 0.0625, r_31 = 0.25, the mean is 0.2004
-    assert sum(log) / 32 * scale == pytest.approx(0.2004, abs=5e-5)
-    window = Window().shares(32)
-    assert [i for i, share in enumerate(window) if share] == list(range(4, 30))
-    assert Window().shares(8) == [0, 1, 1, 1, 1, 1, 1, 0]
-    assert LogDecrease().shares(7) == pytest.approx(LogIncrease().shares(7)[::-1])
-    assert LinearIncrease().shares(4) == pytest.approx([0.25, 0.5, 0.75, 1])
-    assert LinearIncrease().shares(1) == [1]
-
-
-def test_manual_shares():
-    assert Manual(values=[1, 2, 0]).shares(3) == [1, 2, 0]
-    with pytest.raises(ConfigError, match="expected 4 numbers, one a layer, got 3"):
-        Manual(values=[1, 2, 0]).shares(4)
-    with pytest.raises(ConfigError, match="≥ 0"):
-        Manual(values=[1, -2]).shares(2)
-    with pytest.raises(ConfigError, match=r"policy.values or policy.path"):
-        Manual()
-
-
-def test_manual_shares_from_a_csv(tmp_path):
-    path = tmp_path / "shares.csv"
-    path.write_text("layer,share\n0,0.5\n1,1\n\n2,0.25\n")
-    assert Manual(path=str(path)).shares(3) == [0.5, 1, 0.25]
-    with pytest.raises(ConfigError, match="expected 4 numbers, one a layer, got 3"):
-        Manual(path=str(path)).shares(4)
-    path.write_text("0.5\n1\nnan\n")
-    with pytest.raises(ConfigError, match="expected a number, got 'nan'"):
-        Manual(path=str(path)).shares(3)
-    with pytest.raises(ConfigError, match="No such file"):
-        Manual(path=str(tmp_path / "none.csv")).shares(3)
-
-
-def test_window_of_a_model_too_shallow():
-    with pytest.raises(ConfigError, match="use uniform"):
-        Window().shares(2)

@@ -1,0 +1,37 @@
+"""What the contract tests of importances, policies and costs share: names, models, runs."""
+
+from conftest import tiny_llama, token_ids
+
+import prunekit
+from prunekit import config as cfg
+
+LAYERS_ONLY = ("alternate", "similarity")
+IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))
+POLICIES = sorted(path.stem for path in (cfg.config_dir() / "policy").glob("*.yaml"))
+SCOPES = sorted(path.stem for path in (cfg.config_dir() / "scope").glob("*.yaml"))
+COSTS = sorted(path.stem for path in (cfg.config_dir() / "cost").glob("*.yaml"))
+AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
+VALUES = {"manual": ["policy.values=[1,0.5,0,2]"], "single": ["policy.layer=1"]}
+
+
+def overrides(importance, aggregation, policy, scope):
+    chosen = [
+        f"importance={importance}",
+        f"policy={policy}",
+        f"scope={scope}",
+        *VALUES.get(policy, ()),
+    ]
+    if importance not in (*LAYERS_ONLY, "ablation"):
+        chosen.append(f"importance.aggregation={aggregation}")
+    return chosen
+
+
+def run_on(model, chosen, ratio=0.2):
+    return prunekit.prune(
+        model, ratio=ratio, method="llm_pruner", calibration=token_ids(4, 8), overrides=chosen
+    )
+
+
+def run(chosen, groups="block", ratio=0.08):
+    model = tiny_llama(kv_heads=2, layers=4)
+    return model, run_on(model, [*chosen, f"groups={groups}"], ratio)
