@@ -31,6 +31,7 @@ STOREYS = {
     "policies": {
         "allocation",
         "calibration",
+        "data",
         "errors",
         "graph",
         "importance",
@@ -105,7 +106,7 @@ STOREYS = {
 # What backends of one kind share; beside these a backend imports no other one.
 SHARED = {
     "importance": {"aggregation", "base", "seeds", "structures"},
-    "policies": {"base"},
+    "policies": {"base", "knapsack"},
     "compensation": {"base"},
     "allocation/costs": {"base", "curves", "forward", "terms", "timing", "weights"},
 }
