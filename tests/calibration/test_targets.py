@@ -2,12 +2,15 @@
 bear it out.
 """
 
+import gc
+
 import pytest
 import torch
 from conftest import inputs_of, tiny_llama, token_ids
 from families import FIRST, build
 
 import prunekit
+from prunekit.calibration import statistics
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Site
@@ -15,6 +18,7 @@ from prunekit.calibration.statistics import measure_share, prepare_site
 from prunekit.compensation.obs import Obs
 from prunekit.errors import ConfigError
 from prunekit.graph import Member
+from prunekit.obs.inverse import invert
 
 
 def site(x, errors, weight, bias=None):
@@ -57,11 +61,11 @@ def test_a_target_that_is_linear_is_met():
     x, weight, generator = drawn(4000)
     wanted = torch.randn(weight.shape, generator=generator)
     place = site(x, x @ (wanted - weight).T, weight)
-    moved, share, statistics = take_step(place)
+    moved, share, known = take_step(place)
     torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-3)
     assert share == pytest.approx(1, abs=1e-3)
     assert place.held is None
-    assert statistics.moments.tokens == 4000
+    assert known.moments.tokens == 4000
 
 
 def test_noise_is_not_followed():
@@ -91,6 +95,23 @@ def test_the_share_is_the_best_on_what_was_held_out():
     assert place.held.tokens == 20  # nothing is merged or let go of behind the caller's back
 
 
+def test_held_out_moments_are_let_go_of_before_the_second_inversion(monkeypatch):
+    """Peak memory depends on how many matrices [n, n] are alive when moments are inverted."""
+    x, weight, _ = drawn(160, n=37)
+    place = site(x, torch.zeros(160, len(weight)), weight)
+    alive = []
+
+    def count(hessian, damping):
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        alive.append(sum(tensor.shape == (37, 37) for tensor in tensors))
+        return invert(hessian, damping)
+
+    monkeypatch.setattr(statistics, "invert", count)
+    take_step(place)
+    assert alive == [2, 1]
+
+
 def test_a_bias_takes_up_the_mean():
     """Against the affine least squares on the columns that stay."""
     x, weight, _ = drawn(3000)
@@ -100,10 +121,10 @@ def test_a_bias_takes_up_the_mean():
     place.merge_held_out()
     repairs = Obs(bias=True)
     assert repairs.centred(place)
-    _, share, statistics = take_step(place, centred=True)
+    _, share, known = take_step(place, centred=True)
     assert share == 0  # nothing is held out: there is no target
     removed = torch.tensor([0, 3, 7])
-    repaired, added = repairs.repair(weight, statistics, removed)
+    repaired, added = repairs.repair(weight, known, removed)
     kept = [i for i in range(12) if i not in removed.tolist()]
     augmented = torch.cat([x[:, kept], torch.ones(3000, 1)], 1).double()
     solution = torch.linalg.lstsq(augmented, (x @ weight.T).double()).solution.T
@@ -120,9 +141,9 @@ def test_a_target_with_biases_is_met_by_both():
         torch.randn(len(weight), generator=generator),
     )
     place = site(x, x @ (wanted - weight).T + constant, weight, torch.zeros(len(weight)))
-    moved, _, statistics = take_step(place, centred=True)
+    moved, _, known = take_step(place, centred=True)
     torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-3)
-    repaired, bias = Obs(bias=True).repair(moved, statistics, torch.tensor([1, 4]))
+    repaired, bias = Obs(bias=True).repair(moved, known, torch.tensor([1, 4]))
     kept = [i for i in range(12) if i not in (1, 4)]
     augmented = torch.cat([x[:, kept], torch.ones(4000, 1)], 1).double()
     solution = torch.linalg.lstsq(augmented, (x @ wanted.T + constant).double()).solution.T
