@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ class Allocation:
     assignment: Assignment
     groups: Sequence[Group]
     shares: Mapping[str, float]
-    notes: Mapping[str, Any]
+    notes: Mapping[str, object]
 
 
 def allocate(
