@@ -40,7 +40,7 @@ from prunekit.schedules import Assignment, Schedule
 from prunekit.schedules.method import Method, compose_pruning
 from prunekit.schedules.places import NOWHERE, Places, activations_folder
 from prunekit.surgery import apply_plan, shapes
-from prunekit.surgery.snapshot import note_biases, restore, snapshot
+from prunekit.surgery.snapshot import note_biases, restore, take_snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -254,8 +254,8 @@ def _find_shares(setting: Setting, config: RunConfig, method: Method) -> dict[st
     """Group → its relative share; the same for layers that are to keep the same shapes."""
     shares = method.policy.group_shares(setting)
     if config.shapes == "uniform":
-        shapes.check_all_there(setting.groups, setting.graph)
-        shares = shapes.shared(shares, setting.groups)
+        shapes.check_layers_together(setting.groups, setting.graph)
+        shares = shapes.average_shares(shares, setting.groups)
     return shares
 
 
@@ -296,7 +296,7 @@ def choose_and_cut(
     repairs = assignment.compensation is not None or method.schedule.layerwise
     if repairs or assignment.independent:
         copies = places.undo and streamed is None
-        before = snapshot(model, assignment.groups, assignment.independent, copies=copies)
+        before = take_snapshot(model, assignment.groups, assignment.independent, copies=copies)
     # Modules, not names: where whole layers go, the names of those behind them change.
     without_bias = [
         model.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,7 @@
-"""The pruning plan: which units of which group go. JSON in and out; two plans compared."""
+"""The pruning plan: which units of which group are removed; two plans compared.
+
+A plan is written as JSON and read back.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,17 @@ FORMAT = 1
 
 
 class PruningPlan:
-    """Group name → the units removed from it, sorted; groups nothing is removed from are left out.
+    """The units that are removed from each group.
+
+    `removed` maps the name of a group to the indices of its units, rising; groups from which
+    nothing is removed are left out.
 
     Args:
-        removed: group name → unit indices, each once.
-        fingerprint: of the graph the plan was made for, where it is known.
+        removed: name of a group → unit indices, each once, in any order.
+        fingerprint: the fingerprint of the graph that the plan was made for, where it is known.
+
+    Raises:
+        TraceError: a unit is removed twice.
     """
 
     def __init__(
@@ -38,11 +47,15 @@ class PruningPlan:
         return isinstance(other, PruningPlan) and self.removed == other.removed
 
     def __repr__(self) -> str:
-        return f"PruningPlan({sum(map(len, self.removed.values()))} units of {len(self.removed)} groups)"
+        units = sum(map(len, self.removed.values()))
+        return f"PruningPlan({units} units of {len(self.removed)} groups)"
 
     def check(self, graph: CouplingGraph) -> None:
-        """Raise TraceError where the plan doesn't fit the graph: a name, an index, a group that
-        can't be pruned.
+        """Check that the plan fits a graph.
+
+        Raises:
+            TraceError: the graph is another model's, has no such group, the group can't be pruned,
+                an index is out of range, or no unit of a group would stay.
         """
         if self.fingerprint and self.fingerprint != graph.fingerprint:
             raise TraceError(
@@ -54,7 +67,8 @@ class PruningPlan:
                 raise TraceError(f"{name}: not prunable: {group.reason}")
             if units[0] < 0 or units[-1] >= group.num_units:
                 raise TraceError(
-                    f"{name}: units must lie in [0, {group.num_units}), got {units[0]} to {units[-1]}"
+                    f"{name}: units must lie in [0, {group.num_units}), "
+                    f"got {units[0]} to {units[-1]}"
                 )
             if len(units) == group.num_units:
                 raise TraceError(f"{name}: at least one of {group.num_units} units must stay")
@@ -68,7 +82,11 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        """Read what `to_json` wrote; TraceError where it is something else."""
+        """Read the text that `to_json` wrote.
+
+        Raises:
+            TraceError: the text is something else.
+        """
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -77,7 +95,8 @@ class PruningPlan:
             raise TraceError("plan: not a pruning plan: expected an object with a format")
         if type(version := content["format"]) is not int or version != FORMAT:
             raise TraceError(
-                f"plan: expected format {FORMAT}, got {version!r:.40}: made by another version of prunekit"
+                f"plan: expected format {FORMAT}, got {version!r:.40}: "
+                "made by another version of prunekit"
             )
         if not {"removed", "fingerprint"} <= content.keys():
             raise TraceError("plan: not a pruning plan: expected removed and fingerprint")
@@ -94,7 +113,11 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read a plan file."""
+        """Read a plan file.
+
+        Raises:
+            TraceError: the file can't be read, or holds no plan.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:

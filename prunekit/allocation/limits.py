@@ -32,7 +32,7 @@ def find_demands(
     return Demands(
         floors=_find_floors(model, groups),
         multiples=_find_multiples(model, groups, config, scope),
-        possible=shapes.stock_counts(model, graph, groups) if uniform else {},
+        possible=shapes.find_stock_counts(model, graph, groups) if uniform else {},
         uniform=uniform,
     )
 
@@ -60,7 +60,7 @@ def _find_multiples(
         and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }
     aligned = scope.width_multiple if scope.width_multiple > 1 else shapes.ALIGNMENT
-    multiples = shapes.alignments(groups, aligned) if config.shapes == "aligned" else {}
+    multiples = shapes.find_multiples(groups, aligned) if config.shapes == "aligned" else {}
     for group in groups:
         for member in group.members if group.kind != "expert" else ():
             if member.parameter in stacked and member.dim > 0:

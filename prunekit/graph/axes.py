@@ -228,8 +228,9 @@ def _cut_parts(parts: tuple[Axis, ...], offset: int) -> tuple[Axis, Axis]:
 
 
 def regroup(axes: list[Axis], sizes: list[int]) -> list[Axis]:
-    """Reshape: the row-major product of `axes` divided anew into axes of `sizes`; atoms split at
-    new borders.
+    """Reshape: divide the row-major product of `axes` anew into axes of `sizes`.
+
+    Atoms are split at the new borders.
     """
     factors = resolve(tuple(factor for axis in axes for factor in axis))
     grouped: list[Axis] = []
@@ -261,8 +262,10 @@ def _give_up(axes: list[Axis], sizes: list[int]) -> list[Axis]:
 
 
 def monomials(axes: Iterable[Axis], variables: Container[Atom]) -> dict[tuple[Atom, ...], int]:
-    """The number of positions of a product of axes as a polynomial: product of `variables` → its
-    coefficient.
+    """The number of positions of a product of axes, as a polynomial in the sizes of `variables`.
+
+    Returns:
+        Product of variables → its coefficient.
     """
     polynomial: dict[tuple[Atom, ...], int] = {(): 1}
     for factor in (factor for axis in axes for factor in resolve(axis)):
@@ -280,8 +283,7 @@ def monomials(axes: Iterable[Axis], variables: Container[Atom]) -> dict[tuple[At
 
 
 def owners(axis: Axis, atom: Atom) -> Tensor:
-    """LongTensor [size]: at each position the index of `atom` it belongs to, −1 where it belongs to
-    none.
+    """Int64 [size]: the index of `atom` that each position belongs to, −1 where to none.
 
     All `DIAGONAL` where the atom stands twice in one product: no slice of the axis removes one of
     its indices.

@@ -17,9 +17,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The module's structure with all its tensors on the meta device; ties are kept, no weight is
-    copied.
-    """
+    """Copy a module with all its tensors on the meta device; ties stay, no weight is copied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(
@@ -37,8 +35,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 class _ListsAsSlices(TorchFunctionMode):
-    """Reads `x[:, [-2]]` as the slice it is: an index list would become a constant whose numbers
-    meta does not keep.
+    """Reads `x[:, [-2]]` as the slice that it is.
+
+    The list of indices would become a constant, and meta does not keep a constant's numbers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,18 +63,19 @@ def capture(
     example_inputs: Mapping[str, Any] | tuple[Any, ...],
     watch: Callable[[nn.Module], None] = lambda _: None,
 ) -> ExportedProgram:
-    """The ATen graph of `model(*example_inputs)` or `model(**example_inputs)`, in evaluation mode.
+    """Capture `model(*example_inputs)` or `model(**example_inputs)`, in evaluation mode.
 
     `watch` may put hooks on the copy of the model that is run.
 
     Raises:
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
     """
-    args, kwargs = (
-        ((), dict(example_inputs))
-        if isinstance(example_inputs, Mapping)
-        else (tuple(example_inputs), {})
-    )
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    else:
+        args = tuple(example_inputs)
     skeleton = meta_copy(model).eval()
     watch(skeleton)
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
@@ -86,9 +86,7 @@ def capture(
             warnings.simplefilter("ignore")
             return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
-        first_line = (
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TraceError(
-            f"{type(model).__name__}: torch.export can't capture its forward pass: {first_line}"
+            f"{type(model).__name__}: torch.export can't capture its forward pass: {lines[0]}"
         ) from error

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def example_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A small example for tracing: two samples, of token ids the first eight."""
+    """Make a small example of a batch: two samples, of token ids the first eight of each."""
 
-    def small(value: Any) -> Any:
+    def shrink(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
             return value
         value = value[:2] if len(value) > 1 else torch.cat([value, value])
         return value[:, :8] if value.ndim == 2 and not value.is_floating_point() else value
 
-    return {name: small(value) for name, value in batch.items()}
+    return {name: shrink(value) for name, value in batch.items()}

@@ -1,5 +1,4 @@
-"""A coupled group as a torch-pruning group, so that its pruners and importances work on what our
-tracer found.
+"""A coupled group as a torch-pruning group, for the pruners and importances of that library.
 
 torch-pruning follows dependencies from member to member; here they form a star around one member,
 and each maps a position to its unit and on to every position that unit owns, so that the whole
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
     from prunekit.graph.groups import CoupledGroup
 
-# What torch-pruning's own pruners cut: module class → (attribute, dim) → its output or its input
-# channels.
+# What torch-pruning's own pruners cut: module class → (attribute, dim) → whether these are output
+# or input channels of the module.
 _NORM = {(name, 0): "out" for name in ("weight", "bias", "running_mean", "running_var")}
 _LINEAR = {("weight", 0): "out", ("bias", 0): "out", ("weight", 1): "in"}
 _SIDES: dict[type[nn.Module], dict[tuple[str, int], str]] = {
@@ -52,15 +51,14 @@ _HOLDERS = (
 )
 # Sizes that transformers' Conv1D keeps beside its weight: attribute → the weight's dim.
 _SIZES = {"nx": 0, "nf": 1}
-Item = tuple[
-    "Node", Any, Tensor
-]  # a module, the function that cuts it, the units' positions [num_units, width] there
+# A module, the function that cuts it, and the positions of the units there: [num_units, width].
+Item = tuple["Node", Any, Tensor]
 
 
 def to_torch_pruning(
     group: CoupledGroup, model: nn.Module, units: Sequence[int] | None = None
 ) -> TorchPruningGroup:
-    """The torch-pruning group that cuts these units of `group` out of `model`.
+    """Convert units of a group to the torch-pruning group that cuts them out of the model.
 
     Its `prune()` cuts them in place; `prune(idxs)` cuts, as wholes, the units that own these
     positions of its first item; torch-pruning's importances score it. Neither it nor the coupling
@@ -89,12 +87,10 @@ def to_torch_pruning(
             f"{group.name}: units must be some of 0 to {group.num_units - 1}, got {list(units)}"
         )
     graph = DependencyGraph()
-    graph.model, graph._module2name = (
-        model,
-        {module: name for name, module in model.named_modules()},
-    )
+    graph.model = model
+    graph._module2name = {module: name for name, module in model.named_modules()}
     graph.module2node, graph._param_to_name = {}, {}
-    items = _items(graph, group)
+    items = _collect_items(graph, group)
     for item in items:
         items[0][0].dependencies.append(_dependency(items[0], item))
         item[0].dependencies.append(_dependency(item, items[0]))
@@ -102,9 +98,10 @@ def to_torch_pruning(
     return graph.get_pruning_group(hub.module, prune, index[list(units)].flatten().tolist())
 
 
-def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
-    """What there is to cut, its own modules' outputs first; a weight and the bias that goes with it
-    are one item.
+def _collect_items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
+    """Everything there is to cut, what torch-pruning has pruners for first.
+
+    A weight and the bias that goes with it are one item.
     """
     from torch_pruning.dependency import Node
 
@@ -114,7 +111,7 @@ def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
         if member.parameter not in places:
             raise TraceError(f"{group.name}: the model has no tensor called {member.parameter}")
         for module, attribute, _ in places[member.parameter]:
-            cut = _pruning_function(
+            cut = _find_cutter(
                 graph, module, attribute, f"{member.parameter}[{member.dim}]", member.dim
             )
             node = graph.module2node.setdefault(
@@ -124,7 +121,8 @@ def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
                 node.pruning_dim = -len(module.normalized_shape)
             if isinstance(module, nn.GroupNorm) and not _keeps_groups(module, member.index):
                 raise TraceError(
-                    f"{member.parameter}: torch-pruning has no pruner for whole groups of a GroupNorm"
+                    f"{member.parameter}: torch-pruning has no pruner "
+                    "for whole groups of a GroupNorm"
                 )
             item = items.setdefault((module, cut), (node, cut, member.index))
             assert torch.equal(item[2], member.index), (
@@ -133,12 +131,10 @@ def _items(graph: DependencyGraph, group: CoupledGroup) -> list[Item]:
     return sorted(items.values(), key=lambda item: isinstance(item[1].__self__, _TensorPruner))
 
 
-def _pruning_function(
+def _find_cutter(
     graph: DependencyGraph, module: nn.Module, attribute: str, where: str, dim: int
 ) -> Any:
-    """torch-pruning's function where it has one for this dim, ours for this tensor alone where it
-    knows no better.
-    """
+    """torch-pruning's function for this dim; where it has none, ours for this tensor alone."""
     from torch_pruning.ops import OPTYPE, module2type
 
     optype, kind = module2type(module), type(module)
@@ -173,8 +169,9 @@ def _dependency(source: Item, target: Item) -> Dependency:
 
 
 class _UnitMapping:
-    """Positions in one member → all positions of the same units in another; tables [num_units,
-    width] of both.
+    """Positions in one member → all positions of the same units in another.
+
+    `source` and `target` are the members' index tables, int64 [num_units, width].
     """
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
@@ -200,8 +197,9 @@ class _UnitMapping:
 
 
 class _TensorPruner:
-    """Cuts one dim of one tensor of a module that torch-pruning has no pruner for; works as its
-    pruners do.
+    """Cuts one dim of one tensor of a module that torch-pruning has no pruner for.
+
+    It is called as torch-pruning's own pruners are.
     """
 
     def __init__(self, attribute: str, dim: int) -> None:

@@ -1,9 +1,9 @@
-"""What a rule sees of an operator call, and the register of rules: how an output's axes follow from
-the inputs'.
+"""The register of rules, and what a rule sees of an operator call.
 
-A rule takes a `Call` and returns a `Value` (or a tuple of them). It may unify axes, pin them, mark
-them inexact, and note a contraction, which makes the weight's axis a consumer, and the
-multiply-adds this takes. Register one for an operator of your own:
+A rule says how the axes of an operator's output follow from those of its inputs. It takes a `Call`
+and returns a `Value` (or a tuple of them). It may unify axes, pin them, and mark them inexact. It
+may note a contraction, which makes the axis of a weight a consumer, and the multiply-adds that the
+operator takes. Register a rule for an operator of your own:
 
     @prunekit.graph.operator_rule("aten.foo.default")
     def foo(call: Call) -> Value:
@@ -55,8 +55,9 @@ class Contraction:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A size a module may keep in an attribute: the path of the module, what it is a size of, the
-    axis it counts.
+    """A size that a module may keep in an attribute.
+
+    `module` is its path, `quantity` what the size is called, `axis` the axis that has this size.
     """
 
     module: str
@@ -81,8 +82,8 @@ class Call:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The argument `name`, or the default where it is absent or None."""
-        found = self.arguments.get(name)
-        return default if found is None else found
+        value = self.arguments.get(name)
+        return default if value is None else value
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,9 +107,7 @@ class Call:
         self.notes.append(Note(module=self.module, quantity=quantity, axis=axis))
 
     def multiply_adds(self, *axes: Axis) -> None:
-        """Note that the operator takes as many multiply-adds as the product of these axes has
-        positions.
-        """
+        """Note multiply-adds: as many as the product of these axes has positions."""
         self.products.append(axes)
 
     def inputs(self) -> list[Value]:
@@ -137,9 +136,7 @@ class Call:
         )
 
     def elementwise(self, *values: Value) -> Value:
-        """Broadcast the values against each other, unifying axes position by position; axes of size
-        1 aside.
-        """
+        """Broadcast values against each other: axes of more than one position are unified."""
         rank = max(len(value.axes) for value in values)
         merged: list[Axis] = [()] * rank
         for value in values:
@@ -153,8 +150,9 @@ class Call:
         return self.make(merged, *values, softmax=any(value.softmax for value in values))
 
     def contract(self, left: Value, left_axis: Axis, right: Value, right_axis: Axis) -> None:
-        """Sum over two axes against each other; in a weight summed against activations this makes
-        the axis a consumer.
+        """Sum over two axes against each other.
+
+        Against activations this makes the axis of a weight a consumer.
         """
         ax.unify(left_axis, right_axis)
         if not left.data and not right.data:
@@ -170,9 +168,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def operator_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators: "aten.mul.Tensor" for one overload, "aten.mul" for all of
-    them.
-    """
+    """Register a rule: under "aten.mul.Tensor" for one overload, under "aten.mul" for them all."""
 
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(names, rule))
@@ -182,8 +178,9 @@ def operator_rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def aten(names: str, in_place: bool = False) -> list[str]:
-    """Full names of space-separated ATen operators; with their in-place forms where those follow
-    the same rule.
+    """Full names of space-separated ATen operators.
+
+    `in_place`: their in-place forms follow the same rule, and are named too.
     """
     return [
         f"aten.{name}{suffix}"
@@ -203,6 +200,6 @@ def dim_of(value: Value, dim: int) -> int:
     return dim % len(value.axes) if value.axes else 0
 
 
-def replaced(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
+def replace_axis(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
     """The axes with the one at `dim` replaced by others, or by none."""
     return [*axes[:dim], *new, *axes[dim + 1 :]]

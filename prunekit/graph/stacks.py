@@ -30,11 +30,12 @@ _SHAPELESS = "a layer takes or returns no hidden states that another could take"
 
 @dataclass
 class Watch:
-    """Sees in which order the layers of every outermost `ModuleList` run, and whether each could be
-    passed over.
+    """Sees how the layers of every outermost `ModuleList` run while the model is captured.
 
-    `problems` maps a list's path to why not, `calls` to the indices of its layers as they were
-    called.
+    Args:
+        calls: path of a list → the indices of its layers, in the order in which they were called.
+        problems: path of a list → why its layers can't be passed over.
+        last: path of a list → the hidden states that the layer called last was given.
     """
 
     calls: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -42,12 +43,12 @@ class Watch:
     last: dict[str, Tensor] = field(default_factory=dict)
 
     def attach(self, model: nn.Module) -> None:
-        """Look at every call from now on."""
+        """Look at every call of a layer from now on."""
         for path, stack in module_lists(model).items():
             for index, layer in enumerate(stack):
-                layer.register_forward_hook(partial(self._called, path, index), with_kwargs=True)
+                layer.register_forward_hook(partial(self._note_call, path, index), with_kwargs=True)
 
-    def _called(
+    def _note_call(
         self, path: str, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         self.calls[path].append(index)
@@ -59,8 +60,8 @@ class Watch:
         if before is not None:
             self.last[path] = before
 
-    def problem(self, path: str, layers: int) -> str | None:
-        """Why the layers of a list can't be passed over, if so."""
+    def find_problem(self, path: str, layers: int) -> str | None:
+        """Why the layers of a list can't be passed over; None where they can."""
         calls = self.calls[path]
         if not calls or calls != [i % layers for i in range(len(calls))]:
             return "its layers don't run one after another"
@@ -83,38 +84,34 @@ def find_stacks(
         aliases: canonical name of a shared tensor → all its names.
         watch: what was seen while the model was captured.
     """
-    tensors = list(tensors)
+    tensors, taken = list(tensors), set(taken)
     lists = {
-        p: stack
-        for p, stack in module_lists(model).items()
-        if len(stack) > 1 and _holds(p, tensors)
+        path: layers
+        for path, layers in module_lists(model).items()
+        if len(layers) > 1 and any(name.startswith(f"{path}.") for name in tensors)
     }
-    short = Counter(path.rpartition(".")[2] for path in lists)
+    short_names = Counter(path.rpartition(".")[2] for path in lists)
     stacks = []
-    for path, stack in lists.items():
-        name = path.rpartition(".")[2]
-        name = name if short[name] == 1 and name not in taken else path
-        reason = watch.problem(path, len(stack)) or _misfit(model, path, stack)
+    for path, layers in lists.items():
+        short = path.rpartition(".")[2]
+        name = short if short_names[short] == 1 and short not in taken else path
+        reason = watch.find_problem(path, len(layers)) or _find_misfit(model, path, layers)
         stacks.append(
             LayerStack(
                 name=name if name not in taken else f"{name}.layer",
                 module=path,
-                num_units=len(stack),
+                num_units=len(layers),
                 prunable=reason is None,
                 exact=reason is None,
                 reason=reason,
-                parameters_per_unit=_mean_parameters(model, path, stack, aliases),
+                parameters_per_unit=_mean_parameters(model, path, layers, aliases),
             )
         )
     return tuple(stacks)
 
 
-def _holds(path: str, tensors: list[str]) -> bool:
-    return any(name.startswith(f"{path}.") for name in tensors)
-
-
-def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
-    """Why what is kept beside the layers could not follow, if so."""
+def _find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
+    """Why the config and the layers' own indices could not follow; None where they can."""
     config = config_around(model, path)
     if getattr(config, "is_encoder_decoder", False):
         return "its model has an encoder and a decoder, and config.json holds one list of layers"
@@ -134,13 +131,14 @@ def _misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
 def _mean_parameters(
     model: nn.Module, path: str, stack: nn.ModuleList, aliases: Mapping[str, Sequence[str]]
 ) -> int:
-    shapes = {
+    """How many parameters go with one layer, on average; those it shares with others stay."""
+    sizes = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
         if name.startswith(f"{path}.")
     }
     total = 0
     for index in range(len(stack)):
-        left = names_after(shapes, aliases, {path: [index]})
-        total += sum(size for name, size in shapes.items() if name not in left)
+        left = names_after(sizes, aliases, {path: [index]})
+        total += sum(size for name, size in sizes.items() if name not in left)
     return round(total / len(stack))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,105 +16,134 @@ from prunekit.model.verify import required_record
 from prunekit.plan import PruningPlan
 from prunekit.surgery.apply import apply_plan
 from prunekit.surgery.cut import cut_layer
+from prunekit.surgery.sizes import HEADS
 
-ALIGNMENT = 64  # what `shapes=aligned` makes widths multiples of, unless `scope.width_multiple` says otherwise
-_HEADS = ("attention", "query_head")
-_COUNTED = (*_HEADS, "expert")  # kinds whose numbers a class may refuse one by one
+# The widths of `shapes=aligned` are multiples of this unless `scope.width_multiple` is given.
+ALIGNMENT = 64
+# A class may refuse some numbers of these: each number is tried. Of the others one stands for all.
+_COUNTED = (*HEADS, "expert")
 
 
-def alignments(groups: Sequence[Group], to: int) -> dict[str, int]:
-    """Group → what its kept units must be a multiple of so that each of its sides is a multiple of
-    `to`.
+def find_multiples(groups: Sequence[Group], to: int) -> dict[str, int]:
+    """Tell what the kept units must be a multiple of for each matrix's width to be one of `to`.
+
+    Returns:
+        Name of a group → the multiple; groups whose units are counted and set no width are left
+        out.
     """
-    found = {}
+    multiples = {}
     for group in groups:
         if group.sets_width:
+            # A unit owns `width` positions: `to` / gcd units fill a multiple of `to`.
             widths = {member.index.shape[1] for member in group.members}
-            found[group.name] = math.lcm(*(to // math.gcd(to, width) for width in widths))
-    return found
+            multiples[group.name] = math.lcm(*(to // math.gcd(to, width) for width in widths))
+    return multiples
 
 
-def shared(shares: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
-    """The policy's shares, with the mean of them for groups that are alike but for their layer."""
-    classes = _classes(groups)
+def average_shares(shares: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+    """Give groups that differ in nothing but their layer the mean of their shares."""
     means = {
-        key: sum(shares[group.name] for group in members) / len(members)
-        for key, members in classes.items()
+        likeness: sum(shares[group.name] for group in alike) / len(alike)
+        for likeness, alike in _sort_by_likeness(groups).items()
     }
     return {group.name: means[group.likeness] for group in groups}
 
 
-def check_all_there(groups: Sequence[Group], graph: CouplingGraph) -> None:
-    """Raise ConfigError where a group is left alone whose likes in other layers are cut."""
-    names, classes = {group.name for group in groups}, _classes(groups)
+def check_layers_together(groups: Sequence[Group], graph: CouplingGraph) -> None:
+    """Check that no group stays whole whose likes in other layers are cut.
+
+    Raises:
+        ConfigError: there is such a group; the message names it and tells why it stays.
+    """
+    names = {group.name for group in groups}
+    cut = {group.likeness for group in groups}
     for group in graph.groups:
-        if group.layer is not None and group.name not in names and group.likeness in classes:
+        if group.layer is not None and group.name not in names and group.likeness in cut:
             raise ConfigError(
-                f"shapes=uniform: {group.name} stays whole ({group.reason or 'scope.exclude'}), others like it don't"
+                f"shapes=uniform: {group.name} stays whole ({group.reason or 'scope.exclude'}), "
+                "others like it don't"
             )
 
 
-def stock_counts(
+def find_stock_counts(
     model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
 ) -> dict[str, Container[int]]:
-    """Group → how many units may stay in it, and in all like it, so that the model's own class can
-    hold the result.
+    """Find how many units may stay for the model's own class to hold the result.
 
-    Found by trying, on a copy without weights: some configs refuse numbers of heads that don't
-    divide the hidden size, some classes derive the heads' width from their number.
+    They are found by trying, on a copy without weights: some configs refuse numbers of heads that
+    don't divide the hidden size, some classes derive the width of heads from their number.
+
+    Returns:
+        Name of a group → the numbers of units that may stay in it and in all groups like it. A
+        group that is missing may keep any number.
+
+    Raises:
+        ConfigError: the class can hold the dense model only, or groups are cut whose numbers a
+            class may refuse in combination.
     """
-    if len({group.kind for group in groups} & {"channel", "head_dim", *_HEADS}) > 1:
+    if len({group.kind for group in groups} & {"channel", "head_dim", *HEADS}) > 1:
         raise ConfigError(
-            "shapes=uniform: expected heads, their width or channels to be cut, got more than one of them: whether the "
-            "model's own class holds the result can't be told before"
+            "shapes=uniform: expected heads, their width or channels to be cut, got more than one "
+            "of them: whether the model's own class holds the result can't be told before"
         )
-    found: dict[str, Container[int]] = {}
-    for members in _classes(groups).values():
-        n, kind = members[0].num_units, members[0].kind
-        if not members[0].members or not hasattr(model, "config"):
-            continue
-        each = kind in _COUNTED
-        step = _heads(model) if kind == "channel" else 1  # which many a config wants to divide them
-        tried = range(1, n) if each else (n // 2 // step * step,)
-        fitting = {kept for kept in tried if kept and _is_stock(model, graph, members, kept)}
-        possible: Container[int] = range(0, n, step) if fitting and not each else fitting
-        found |= {group.name: possible for group in members}
-    if found and not any(found.values()):
+    counts: dict[str, Container[int]] = {}
+    for alike in _sort_by_likeness(groups).values():
+        # Without members, as in a stack of layers, no shape changes: every number will do.
+        if alike[0].members and hasattr(model, "config"):
+            possible = _possible_counts(model, graph, alike)
+            counts.update({group.name: possible for group in alike})
+    if counts and not any(counts.values()):
         raise ConfigError(
-            "shapes=uniform: the model's own class can hold no number of units but the dense model's"
+            "shapes=uniform: the model's own class can hold no number of units "
+            "but the dense model's"
         )
-    return found
+    return counts
+
+
+def _possible_counts(
+    model: nn.Module, graph: CouplingGraph, alike: Sequence[Group]
+) -> Container[int]:
+    """The numbers below `num_units` with which the model's own class builds the cut model."""
+    n, kind = alike[0].num_units, alike[0].kind
+    if kind in _COUNTED:
+        return {kept for kept in range(1, n) if _is_stock(model, graph, alike, kept)}
+    # A config may want the number of heads to divide the width of the residual stream.
+    step = _num_heads(model) if kind == "channel" else 1
+    half = n // 2 // step * step
+    return range(0, n, step) if half and _is_stock(model, graph, alike, half) else set()
 
 
 def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], kept: int) -> bool:
-    """Whether the class of the model would build it from its config alone with `kept` units in each
-    of the groups.
+    """Whether the model's class would build the cut model from its config alone.
+
+    `kept` is the number of units that stay in each of the groups.
     """
-    memo = {
+    on_meta = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
-    skeleton = copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, on_meta)
+    removed = {group.name: list(range(kept, group.num_units)) for group in groups}
     try:
-        gone = {group.name: list(range(kept, group.num_units)) for group in groups}
         if any(group.layer is None for group in groups):
-            apply_plan(skeleton, graph, PruningPlan(gone))
+            apply_plan(skeleton, graph, PruningPlan(removed))
         else:
-            for name, units in gone.items():
+            for name, units in removed.items():
                 cut_layer(skeleton, graph, {name: units})
         return required_record(skeleton) is None
     except (CheckpointError, SurgeryError):
         return False
 
 
-def _heads(model: nn.Module) -> int:
+def _num_heads(model: nn.Module) -> int:
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(config, "num_attention_heads", None) or 1)
 
 
-def _classes(groups: Sequence[Group]) -> dict[Hashable, list[Group]]:
-    found: dict[Hashable, list[Group]] = {}
+def _sort_by_likeness(groups: Sequence[Group]) -> dict[Hashable, list[Group]]:
+    """Groups that differ in nothing but their layer, together."""
+    classes: dict[Hashable, list[Group]] = defaultdict(list)
     for group in groups:
-        found.setdefault(group.likeness, []).append(group)
-    return found
+        classes[group.likeness].append(group)
+    return dict(classes)

@@ -1,4 +1,4 @@
-"""Copies of the weights that choosing and repairing may change, to put them back after a failure."""
+"""Copies of the weights that choosing and repairing may change, to undo both after a failure."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from prunekit.graph import Group
 from prunekit.runtime.console import say
 
 
-def snapshot(
+def take_snapshot(
     model: nn.Module, groups: Sequence[Group], everything: bool, copies: bool = True
 ) -> dict[str, Tensor | None]:
-    """Copies of what choosing may change: the consumers and their biases (None where there is
-    none), or all members.
+    """Copy the weights that may change to host memory.
 
-    They are in host memory. Without `copies` only which biases there are not.
+    Args:
+        model: the model.
+        groups: the groups that are to be pruned.
+        everything: all members may change, and not only consumers and their biases.
+        copies: copy weights at all; otherwise only note which biases there are not.
+
+    Returns:
+        Name of a parameter → a copy of it; None for a bias that the module could have and has not.
     """
     names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
     parameters = dict(model.named_parameters())
-    held = [name for name in names if name in parameters and copies]
-    found: dict[str, Tensor | None] = {
-        name: parameters[name].detach().to("cpu", copy=True) for name in held
-    }
+    kept: dict[str, Tensor | None] = {}
+    if copies:
+        for name in names & parameters.keys():
+            kept[name] = parameters[name].detach().to("cpu", copy=True)
     for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
         module = model.get_submodule(name.rpartition(".")[0])
-        if "bias" in module._parameters:
-            if (bias := module._parameters["bias"]) is None:
-                found[name] = None
-            elif copies:
-                found[name] = bias.detach().to("cpu", copy=True)
-    return found
+        if "bias" not in module._parameters:
+            continue
+        if (bias := module._parameters["bias"]) is None:
+            kept[name] = None
+        elif copies:
+            kept[name] = bias.detach().to("cpu", copy=True)
+    return kept
 
 
 def restore(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
@@ -51,5 +58,6 @@ def note_biases(model: nn.Module, given: Sequence[nn.Module]) -> None:
     if paths and config is not None:
         config.extra_biases = sorted({*paths, *(getattr(config, "extra_biases", None) or ())})
         say(
-            f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, other loaders leave it out"
+            f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, "
+            "other loaders leave it out"
         )

@@ -179,9 +179,14 @@ def images(draw):
         else:
             layers.append(nn.ConvTranspose2d(width, new := draw(WIDTHS), 2, stride=2))
             width = new
-    head = draw(st.sampled_from([
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)), nn.Conv2d(width, 3, 1),
-    ]))  # fmt: skip
+    head = draw(
+        st.sampled_from(
+            [
+                nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)),
+                nn.Conv2d(width, 3, 1),
+            ]
+        )
+    )
     return nn.Sequential(*layers, head), torch.randn(2, 3, 4, 4)
 
 

@@ -321,15 +321,27 @@ def test_importances_score_our_groups_as_torch_prunings_own(name):
 
 
 UNCONVERTIBLE = {
-    r"1.weight\[0\]: .* no pruner for this part of RMSNorm": lambda: [nn.Linear(3, 8), nn.RMSNorm(8), nn.Linear(8, 2)],
-    r"1.weight\[.\]: .* no pruner for this part of Squared": lambda: [nn.Linear(3, 8), Squared(), nn.Linear(5, 2)],
+    r"1.weight\[0\]: .* no pruner for this part of RMSNorm": lambda: [
+        nn.Linear(3, 8),
+        nn.RMSNorm(8),
+        nn.Linear(8, 2),
+    ],
+    r"1.weight\[.\]: .* no pruner for this part of Squared": lambda: [
+        nn.Linear(3, 8),
+        Squared(),
+        nn.Linear(5, 2),
+    ],
     r"1.weight\[.\]: .* no pruner for this part of Conv2d": lambda: [
-        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 2, 1)
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(8, 12, 1, groups=4),
+        nn.Conv2d(12, 2, 1),
     ],
     "1.weight: .* no pruner for whole groups of a GroupNorm": lambda: [
-        nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 2, 1)
+        nn.Conv2d(3, 8, 1),
+        nn.GroupNorm(4, 8),
+        nn.Conv2d(8, 2, 1),
     ],
-}  # fmt: skip
+}
 
 
 class Squared(nn.Bilinear):

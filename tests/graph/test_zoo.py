@@ -58,7 +58,7 @@ def residual(net, x):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, a class token, learned positions and a fused qkv, with attribute names of its own."""
+    """Patches, a class token, learned positions and a fused qkv, under names of its own."""
 
     def __init__(self, width=24, heads=4, head_width=6):
         super().__init__()
@@ -158,87 +158,178 @@ def mlp(*sizes, activation=nn.ReLU):
 NETS = {  # name → a network, its input, (kind, units) of what is prunable
     "mlp": (lambda: mlp(5, 8, 6, 3), ROWS, [("mlp", 8), ("mlp", 6)]),
     "resnet": (
-        lambda: Net(residual, stem=conv(3, 8), inner=conv(8, 6), norm=nn.BatchNorm2d(6), outer=conv(6, 8),
-                    wide=conv(8, 12, stride=2), head=nn.Linear(12, 4)),
-        IMAGES, [("channel", 6), ("channel", 8)],
+        lambda: Net(
+            residual,
+            stem=conv(3, 8),
+            inner=conv(8, 6),
+            norm=nn.BatchNorm2d(6),
+            outer=conv(6, 8),
+            wide=conv(8, 12, stride=2),
+            head=nn.Linear(12, 4),
+        ),
+        IMAGES,
+        [("channel", 6), ("channel", 8)],
     ),
     "depthwise": (
-        lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), conv(8, 4)),
-        IMAGES, [("channel", 8)],
+        lambda: nn.Sequential(
+            conv(3, 8), conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), conv(8, 4)
+        ),
+        IMAGES,
+        [("channel", 8)],
     ),
     "depth multiplier": (
         lambda: nn.Sequential(conv(3, 6), conv(6, 12, groups=6), nn.ReLU(), conv(12, 4)),
-        IMAGES, [("channel", 6), ("channel", 2)],
+        IMAGES,
+        [("channel", 6), ("channel", 2)],
     ),
     "grouped convolution": (
         lambda: nn.Sequential(conv(3, 12), nn.ReLU(), conv(12, 8, groups=4), nn.ReLU(), conv(8, 4)),
-        IMAGES, [("channel", 3), ("channel", 4), ("channel", 2)],
+        IMAGES,
+        [("channel", 3), ("channel", 4), ("channel", 2)],
     ),
     "depthwise after a concatenation": (
-        lambda: Net(lambda n, x: n.out(n.depth(torch.cat([n.a(x), n.b(x)], 1))), a=conv(3, 5), b=conv(3, 4),
-                    depth=conv(9, 9, groups=9), out=conv(9, 2)),
-        IMAGES, [("channel", 5), ("channel", 4)],
+        lambda: Net(
+            lambda n, x: n.out(n.depth(torch.cat([n.a(x), n.b(x)], 1))),
+            a=conv(3, 5),
+            b=conv(3, 4),
+            depth=conv(9, 9, groups=9),
+            out=conv(9, 2),
+        ),
+        IMAGES,
+        [("channel", 5), ("channel", 4)],
     ),
     "densenet": (
-        lambda: Net(densenet, first=conv(3, 6), second=conv(6, 5), third=conv(11, 4), norm=nn.BatchNorm2d(15),
-                    head=nn.Linear(15, 3)),
-        IMAGES, [("channel", 6), ("channel", 5), ("channel", 4)],
+        lambda: Net(
+            densenet,
+            first=conv(3, 6),
+            second=conv(6, 5),
+            third=conv(11, 4),
+            norm=nn.BatchNorm2d(15),
+            head=nn.Linear(15, 3),
+        ),
+        IMAGES,
+        [("channel", 6), ("channel", 5), ("channel", 4)],
     ),
     "u-net": (
-        lambda: Net(unet, down=conv(3, 6), deep=conv(6, 8), up=nn.ConvTranspose2d(8, 5, 2, stride=2), join=conv(11, 7),
-                    out=conv(7, 2)),
-        IMAGES, [("channel", 8), ("channel", 6), ("channel", 5), ("channel", 7)],
+        lambda: Net(
+            unet,
+            down=conv(3, 6),
+            deep=conv(6, 8),
+            up=nn.ConvTranspose2d(8, 5, 2, stride=2),
+            join=conv(11, 7),
+            out=conv(7, 2),
+        ),
+        IMAGES,
+        [("channel", 8), ("channel", 6), ("channel", 5), ("channel", 7)],
     ),
     "transposed in groups": (
-        lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 6, 3, groups=2), nn.PReLU(6),
-                              nn.Conv1d(6, 4, 1)),
-        (2, 3, 9), [("channel", 4), ("channel", 2), ("channel", 3)],
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 8, 3),
+            nn.ReLU(),
+            nn.ConvTranspose1d(8, 6, 3, groups=2),
+            nn.PReLU(6),
+            nn.Conv1d(6, 4, 1),
+        ),
+        (2, 3, 9),
+        [("channel", 4), ("channel", 2), ("channel", 3)],
     ),
     "norms of groups": (
-        lambda: nn.Sequential(conv(3, 12), nn.GroupNorm(4, 12), nn.ReLU(), conv(12, 4), nn.InstanceNorm2d(4),
-                              conv(4, 2)),
-        IMAGES, [("channel", 4), ("channel", 3), ("channel", 4)],
+        lambda: nn.Sequential(
+            conv(3, 12),
+            nn.GroupNorm(4, 12),
+            nn.ReLU(),
+            conv(12, 4),
+            nn.InstanceNorm2d(4),
+            conv(4, 2),
+        ),
+        IMAGES,
+        [("channel", 4), ("channel", 3), ("channel", 4)],
     ),
     "flattened": (
-        lambda: nn.Sequential(conv(3, 6), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 10), nn.ReLU(),
-                              nn.Linear(10, 2)),
-        IMAGES, [("channel", 6), ("mlp", 10)],
+        lambda: nn.Sequential(
+            conv(3, 6),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(96, 10),
+            nn.ReLU(),
+            nn.Linear(10, 2),
+        ),
+        IMAGES,
+        [("channel", 6), ("mlp", 10)],
     ),
-    "gated": (lambda: nn.Sequential(nn.Linear(5, 16), nn.GLU(), nn.Linear(8, 3)), ROWS, [("mlp", 8)]),
+    "gated": (
+        lambda: nn.Sequential(nn.Linear(5, 16), nn.GLU(), nn.Linear(8, 3)),
+        ROWS,
+        [("mlp", 8)],
+    ),
     "pixel shuffle": (
-        lambda: nn.Sequential(conv(3, 20), nn.PixelShuffle(2), nn.ReLU(), conv(5, 2)), IMAGES, [("channel", 5)],
+        lambda: nn.Sequential(conv(3, 20), nn.PixelShuffle(2), nn.ReLU(), conv(5, 2)),
+        IMAGES,
+        [("channel", 5)],
     ),
     "vision transformer": (
-        VisionTransformer, IMAGES, [("attention", 4), ("head_dim", 6), ("mlp", 40), ("channel", 24)],
+        VisionTransformer,
+        IMAGES,
+        [("attention", 4), ("head_dim", 6), ("mlp", 40), ("channel", 24)],
     ),
     "einsum": (
-        Einsum, ROWS, [("head_dim", 6), ("attention", 4), ("channel", 3), ("other", 7)],
+        Einsum,
+        ROWS,
+        [("head_dim", 6), ("attention", 4), ("channel", 3), ("other", 7)],
     ),
     "shared": (Shared, None, [("mlp", 12), ("channel", 8)]),
     "checkpointed": (
-        lambda: Net(lambda n, x: n.out(torch.utils.checkpoint.checkpoint(n.block, n.stem(x), use_reentrant=False)),
-                    stem=nn.Linear(5, 8), block=mlp(8, 12, 8), out=nn.Linear(8, 3)),
-        ROWS, [("mlp", 12), ("other", 8), ("other", 8)],
+        lambda: Net(
+            lambda n, x: n.out(
+                torch.utils.checkpoint.checkpoint(n.block, n.stem(x), use_reentrant=False)
+            ),
+            stem=nn.Linear(5, 8),
+            block=mlp(8, 12, 8),
+            out=nn.Linear(8, 3),
+        ),
+        ROWS,
+        [("mlp", 12), ("other", 8), ("other", 8)],
     ),
     "buffers": (Buffers, ROWS, [("channel", 8)]),
     "weight norm": (
-        lambda: nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)), ROWS, [("mlp", 8)],
+        lambda: nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)),
+        ROWS,
+        [("mlp", 8)],
     ),
     "spectral norm": (
-        lambda: nn.Sequential(spectral_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)), ROWS, [("mlp", 8)],
+        lambda: nn.Sequential(spectral_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)),
+        ROWS,
+        [("mlp", 8)],
     ),
-    "bags": (lambda: nn.Sequential(nn.EmbeddingBag(11, 8), nn.ReLU(), nn.Linear(8, 3)), None, [("mlp", 8)]),
+    "bags": (
+        lambda: nn.Sequential(nn.EmbeddingBag(11, 8), nn.ReLU(), nn.Linear(8, 3)),
+        None,
+        [("mlp", 8)],
+    ),
     "recurrent": (
-        lambda: Net(lambda n, x: n.out(n.cell(n.stem(x))[0]), stem=nn.Linear(5, 6), cell=nn.LSTM(6, 8, num_layers=2),
-                    out=mlp(8, 10, 3)),
-        ROWS, [("mlp", 10)],
+        lambda: Net(
+            lambda n, x: n.out(n.cell(n.stem(x))[0]),
+            stem=nn.Linear(5, 6),
+            cell=nn.LSTM(6, 8, num_layers=2),
+            out=mlp(8, 10, 3),
+        ),
+        ROWS,
+        [("mlp", 10)],
     ),
     "torch's attention": (
-        lambda: nn.Sequential(nn.Linear(5, 16), nn.TransformerEncoder(nn.TransformerEncoderLayer(
-            16, 4, 24, batch_first=True, activation="gelu"), 2, enable_nested_tensor=False), nn.Linear(16, 3)),
-        ROWS, [("mlp", 24), ("mlp", 24)],
+        lambda: nn.Sequential(
+            nn.Linear(5, 16),
+            nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, activation="gelu"),
+                2,
+                enable_nested_tensor=False,
+            ),
+            nn.Linear(16, 3),
+        ),
+        ROWS,
+        [("mlp", 24), ("mlp", 24)],
     ),
-}  # fmt: skip
+}
 
 
 def build(name):

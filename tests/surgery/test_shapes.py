@@ -19,7 +19,7 @@ from transformers import (
 
 import prunekit
 from prunekit.errors import ConfigError
-from prunekit.surgery.shapes import alignments, stock_counts
+from prunekit.surgery.shapes import find_multiples, find_stock_counts
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8}
 
@@ -62,11 +62,11 @@ def test_numbers_of_heads_that_a_class_can_hold():
     graph = prunekit.trace(gpt2, example())
     heads = [group for group in graph.groups if group.kind == "attention"]
     with pytest.raises(ConfigError, match="no number of units but the dense model's"):
-        stock_counts(gpt2, graph, heads)  # its class derives the heads' width
+        find_stock_counts(gpt2, graph, heads)  # its class derives the heads' width
     llama = tiny_llama(kv_heads=8)
     graph = prunekit.trace(llama, example())
     heads = [group for group in graph.groups if group.kind == "attention"]
-    assert {frozenset(kept) for kept in stock_counts(llama, graph, heads).values()} == {
+    assert {frozenset(kept) for kept in find_stock_counts(llama, graph, heads).values()} == {
         frozenset(
             n for n in range(1, 8) if 48 % n == 0
         )  # its config wants them to divide the hidden size
@@ -131,7 +131,7 @@ def test_aligned_widths(multiple, expected):
     assert len(widths) > 1
     assert all(mlp % expected == 0 for mlp, _ in widths)
     assert all(heads % expected == 0 or heads == 48 for _, heads in widths)
-    sides = alignments(result.graph.groups, expected)
+    sides = find_multiples(result.graph.groups, expected)
     assert {sides[group.name] for group in result.graph.groups if group.kind == "mlp"} == {expected}
 
 

@@ -1,6 +1,4 @@
-"""Operators that sum weights against activations: products, convolutions, attention, embeddings,
-recurrent cells.
-"""
+"""Operators that sum weights against activations: products, convolutions, attention, lookups."""
 
 from __future__ import annotations
 
@@ -85,51 +83,64 @@ def _addmm(call: Call) -> Value:
 @operator_rule("aten.einsum")
 def _einsum(call: Call) -> Value:
     operands = call.inputs()
-    left, _, output = call.arguments["equation"].replace(" ", "").partition("->")
-    terms = left.split(",")
-    hidden = max(
-        len(v.axes) - len(t.replace("...", "")) for t, v in zip(terms, operands, strict=True)
-    )
-    spare = "".join(c for c in "ZYXWVUTS" if c not in left)[:hidden]  # what an ellipsis stands for
-    terms = [
-        t.replace("...", spare[hidden - len(v.axes) + len(t) - 3 :])
-        for t, v in zip(terms, operands, strict=True)
-    ]
-    output = output.replace("...", spare)
-    if "->" not in call.arguments["equation"]:
-        output = "".join(sorted(c for c in set("".join(terms)) if "".join(terms).count(c) == 1))
-    seen: dict[str, tuple[Value, Axis]] = {}
+    ranks = [len(value.axes) for value in operands]
+    terms, output = _read_equation(call.arguments["equation"], ranks)
+    seen: dict[str, tuple[Value, Axis]] = {}  # label → the value and axis that stand for it
     for labels, value in zip(terms, operands, strict=True):
         for label, axis in zip(labels, value.axes, strict=True):
-            if label in seen and ax.axis_size(axis) > 1:
-                other, other_axis = seen[label]
-                if label in output or ax.axis_size(other_axis) == 1:
-                    ax.unify(other_axis, axis) if ax.axis_size(other_axis) > 1 else seen.update(
-                        {label: (value, axis)}
-                    )
-                    continue
-                call.contract(other, other_axis, value, axis)
-                if other.data and value.data and not (other.softmax or value.softmax):
-                    ax.tag(axis, "head_dim")
-                    call.note("qk_head_dim", axis)
-            else:
+            if label not in seen or ax.axis_size(axis) == 1:
                 seen.setdefault(label, (value, axis))
+            elif ax.axis_size(seen[label][1]) == 1:
+                seen[label] = (value, axis)
+            elif label in output:
+                ax.unify(seen[label][1], axis)
+            else:
+                _contract_label(call, seen[label], (value, axis))
     joined = "".join(terms)
+    shared = [label for label in seen if joined.count(label) > 1]
     if len(operands) == 2:
         call.multiply_adds(
-            *(
-                axis
-                for label, (_, axis) in seen.items()
-                if joined.count(label) > 1 or label in output
-            )
+            *(axis for label, (_, axis) in seen.items() if label in shared or label in output)
         )
+    # All labels but the last of softmax probabilities: batch axes, heads among them.
     weighted = [labels[:-1] for labels, value in zip(terms, operands, strict=True) if value.softmax]
     for label, (_, axis) in seen.items():
-        if joined.count(label) == 1 and label not in output:
+        if label not in shared and label not in output:
             ax.mark_inexact(axis, f"{call.where} sums over it")
-        if joined.count(label) > 1 and any(label in labels for labels in weighted):
+        if label in shared and any(label in labels for labels in weighted):
             ax.tag(axis, "attention")
     return call.make([seen[label][1] for label in output])
+
+
+def _read_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The labels of every operand and of the output.
+
+    Ellipses are spelt out in letters that the equation leaves free; an output that the equation
+    doesn't state is stated.
+    """
+    left, arrow, output = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    named = [len(term.replace("...", "")) for term in terms]
+    hidden = max(rank - letters for rank, letters in zip(ranks, named, strict=True))
+    spare = "".join(letter for letter in "ZYXWVUTS" if letter not in left)[:hidden]
+    terms = [
+        # An ellipsis stands for the last of the hidden axes, as many as this operand has.
+        term.replace("...", spare[hidden - rank + letters :])
+        for term, rank, letters in zip(terms, ranks, named, strict=True)
+    ]
+    if not arrow:
+        joined = "".join(terms)
+        return terms, "".join(sorted(letter for letter in joined if joined.count(letter) == 1))
+    return terms, output.replace("...", spare)
+
+
+def _contract_label(call: Call, first: tuple[Value, Axis], second: tuple[Value, Axis]) -> None:
+    """Sum over a label that two operands share and the output lacks."""
+    (left, left_axis), (right, right_axis) = first, second
+    call.contract(left, left_axis, right, right_axis)
+    if left.data and right.data and not (left.softmax or right.softmax):
+        ax.tag(right_axis, "head_dim")  # what queries and keys are compared over
+        call.note("qk_head_dim", right_axis)
 
 
 @operator_rule("aten.scaled_dot_product_attention")
@@ -142,9 +153,9 @@ def _attention(call: Call) -> Value:
         call.note(quantity, axis)
     if call.get("scale") is None:
         ax.mark_inexact(key.axes[-1], f"{call.where} divides by the root of its size")
-    batch = [_heads(q, k) for q, k in zip(query.axes[:-2], key.axes[:-2], strict=True)]
+    batch = [_unify_heads(q, k) for q, k in zip(query.axes[:-2], key.axes[:-2], strict=True)]
     for q, v in zip(batch, value.axes[:-2], strict=True):
-        _heads(q, v)
+        _unify_heads(q, v)
     for axis in batch[1:] if len(batch) > 1 else batch:
         ax.tag(axis, "attention")
     scores = Value(axes=(*batch, query.axes[-2], key.axes[-2]))
@@ -155,9 +166,10 @@ def _attention(call: Call) -> Value:
     return call.make([*batch, query.axes[-2], value.axes[-1]])
 
 
-def _heads(query: Axis, key: Axis) -> Axis:
-    """Unify head axes; with `enable_gqa` a query head is (key head, repeat), like torch's
-    repeat_interleave.
+def _unify_heads(query: Axis, key: Axis) -> Axis:
+    """Unify head axes; with `enable_gqa` a query head is (key head, repeat).
+
+    This is the order of torch's `repeat_interleave`.
     """
     heads, kv = ax.axis_size(query), ax.axis_size(key)
     if heads != kv and kv:
@@ -197,8 +209,9 @@ def _embedding_bag(call: Call) -> tuple[Value, ...]:
     "aten.conv_transpose3d",
 )
 def _convolution(call: Call) -> Value:
-    """Weight [out, in / groups, …], transposed [in, out / groups, …]; the groups are an axis of
-    input and output.
+    """Weight [out, in / groups, …], transposed [in, out / groups, …].
+
+    The groups are an axis of the input and of the output.
     """
     x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
     transposed = "transpose" in str(call.node.target) or call.get("transposed", False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from prunekit.graph import axes as ax
-from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, replaced
+from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, replace_axis
 
 
 @operator_rule("aten.mul", "aten.mul_")
@@ -17,9 +17,11 @@ def _mul(call: Call) -> Value:
     return out
 
 
-_BINARY = """sub div pow masked_fill lerp clamp copy addcmul remainder floor_divide fmod atan2 addcdiv clamp_min
-clamp_max true_divide bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor eq ne lt le gt ge xlogy
-hypot"""
+_BINARY = """
+sub div pow masked_fill lerp clamp copy addcmul remainder floor_divide fmod atan2 addcdiv clamp_min
+clamp_max true_divide bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor
+eq ne lt le gt ge xlogy hypot
+"""
 
 
 @operator_rule(*aten(_BINARY, in_place=True))
@@ -50,20 +52,23 @@ def _add(call: Call) -> Value:
     return out
 
 
-_PLAIN = """neg sqrt rsqrt reciprocal log log1p log2 log10 expm1 logit sign floor ceil round trunc frac nan_to_num
-positive dropout feature_dropout alpha_dropout detach zero fill bitwise_not logical_not"""
-_ACTIVATIONS = """silu gelu relu relu6 leaky_relu elu selu celu mish sigmoid hardsigmoid log_sigmoid tanh hardtanh
-softplus hardswish softshrink hardshrink tanhshrink threshold rrelu exp exp2 erf erfc abs square sin cos tan asin acos
-atan sinh cosh"""
+_PLAIN = """
+neg sqrt rsqrt reciprocal log log1p log2 log10 expm1 logit sign floor ceil round trunc frac
+nan_to_num positive dropout feature_dropout alpha_dropout detach zero fill bitwise_not logical_not
+"""
+_COPIES = """
+to _to_copy type_as float contiguous clone alias lift_fresh lift_fresh_copy isnan isinf isfinite
+zeros_like ones_like empty_like full_like bernoulli
+"""
+_ACTIVATIONS = """
+silu gelu relu relu6 leaky_relu elu selu celu mish sigmoid hardsigmoid log_sigmoid tanh hardtanh
+softplus hardswish softshrink hardshrink tanhshrink threshold rrelu exp exp2 erf erfc abs square
+sin cos tan asin acos atan sinh cosh
+"""
 
 
 @operator_rule(*aten(_PLAIN, in_place=True))
-@operator_rule(
-    *aten(
-        "to _to_copy type_as float contiguous clone alias lift_fresh lift_fresh_copy isnan isinf isfinite"
-    )
-)
-@operator_rule(*aten("zeros_like ones_like empty_like full_like bernoulli"))
+@operator_rule(*aten(_COPIES))
 def _unary(call: Call) -> Value:
     first = call.inputs()[0]
     return replace(call.make(first.axes, first, softmax=first.softmax), indexes=first.indexes)
@@ -92,7 +97,7 @@ def _glu(call: Call) -> Value:
     half, gate = ax.cut(value.axes[dim], value.shape[dim] // 2)
     ax.unify(half, gate)
     ax.tag(half, "nonlinear")
-    return call.make(replaced(value.axes, dim, half))
+    return call.make(replace_axis(value.axes, dim, half))
 
 
 @operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")

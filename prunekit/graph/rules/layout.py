@@ -1,4 +1,4 @@
-"""Operators that move positions about: reshapes, slices, splits, concatenations, padding, indexing."""
+"""Operators that move positions about: reshapes, slices, joins, padding, indexing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
-from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, replaced
+from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, replace_axis
 
 
 @operator_rule(*aten("view reshape _unsafe_view flatten unflatten view_as _reshape_alias"))
@@ -86,7 +86,7 @@ def _repeat_interleave(call: Call) -> Value:
     dim = dim_of(value, call.arguments["dim"])
     copies = ax.fresh(call.arguments["repeats"])
     ax.tag(copies, "broadcast")
-    return call.make(replaced(value.axes, dim, value.axes[dim] + copies), value)
+    return call.make(replace_axis(value.axes, dim, value.axes[dim] + copies), value)
 
 
 @operator_rule("aten.slice")
@@ -97,13 +97,14 @@ def _slice(call: Call) -> Value:
     start, stop, _ = slice(call.get("start"), call.get("end")).indices(size)
     step = call.get("step", 1)
     if step > 1:
-        axis = _every(axis, size, start, stop, step, call)
+        axis = _take_every(axis, size, start, stop, step, call)
     else:
-        axis = _between(axis, start, stop)
-    return call.make(replaced(value.axes, dim, axis), value, softmax=value.softmax)
+        axis = _take_range(axis, start, stop)
+    return call.make(replace_axis(value.axes, dim, axis), value, softmax=value.softmax)
 
 
-def _between(axis: Axis, start: int, stop: int) -> Axis:
+def _take_range(axis: Axis, start: int, stop: int) -> Axis:
+    """The positions from start to stop of an axis."""
     if stop <= start:
         return ax.fresh(0, "an empty slice")
     if stop < ax.axis_size(axis):
@@ -111,9 +112,10 @@ def _between(axis: Axis, start: int, stop: int) -> Axis:
     return ax.cut(axis, start)[1] if start else axis
 
 
-def _every(axis: Axis, size: int, start: int, stop: int, step: int, call: Call) -> Axis:
-    """Every step-th position (interleaved rotary): the axis splits into (size / step, step), the
-    inner one is fixed.
+def _take_every(axis: Axis, size: int, start: int, stop: int, step: int, call: Call) -> Axis:
+    """Every step-th position (interleaved rotary).
+
+    The axis splits into (size / step, step), and the inner axis is fixed.
     """
     if size % step == 0 and start < step and stop > size - step + start:
         outer, inner = ax.regroup([axis], [size // step, step])
@@ -128,8 +130,8 @@ def _narrow(call: Call) -> Value:
     value, start = call.value("self"), call.arguments["start"]
     dim = dim_of(value, call.arguments["dim"])
     start %= max(value.shape[dim], 1)
-    axis = _between(value.axes[dim], start, start + call.arguments["length"])
-    return call.make(replaced(value.axes, dim, axis), value, softmax=value.softmax)
+    axis = _take_range(value.axes[dim], start, start + call.arguments["length"])
+    return call.make(replace_axis(value.axes, dim, axis), value, softmax=value.softmax)
 
 
 @operator_rule("aten.slice_scatter", "aten.select_scatter")
@@ -156,7 +158,7 @@ def _pad(call: Call) -> Value:
     axes = list(value.axes)
     for i in range(len(pad) // 2):
         dim, before, after = len(axes) - 1 - i, pad[2 * i], pad[2 * i + 1]
-        axis = _between(axes[dim], max(-before, 0), ax.axis_size(axes[dim]) - max(-after, 0))
+        axis = _take_range(axes[dim], max(-before, 0), ax.axis_size(axes[dim]) - max(-after, 0))
         reason = f"padded by {call.where}"
         if call.get("mode", "constant") == "constant":
             axes[dim] = ax.concatenate(
@@ -197,7 +199,7 @@ def _select(call: Call) -> Value:
     value = call.value("self")
     dim = dim_of(value, call.arguments["dim"])
     ax.pin(value.axes[dim], f"{call.where} takes one index of it")
-    return call.make(replaced(value.axes, dim), value)
+    return call.make(replace_axis(value.axes, dim), value)
 
 
 @operator_rule("aten.unbind")
@@ -205,7 +207,7 @@ def _unbind(call: Call) -> tuple[Value, ...]:
     value = call.value("self")
     dim = dim_of(value, call.get("dim", 0))
     ax.pin(value.axes[dim], f"{call.where} takes its indices apart")
-    return tuple(call.make(replaced(value.axes, dim), value) for _ in range(value.shape[dim]))
+    return tuple(call.make(replace_axis(value.axes, dim), value) for _ in range(value.shape[dim]))
 
 
 @operator_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split")
@@ -225,7 +227,9 @@ def _split(call: Call) -> tuple[Value, ...]:
     )
     for part in outputs[1:] if by_number and len(set(sizes)) == 1 else ():
         ax.unify(outputs[0], part)  # one number cuts it into equal parts, which must stay equal
-    return tuple(call.make(replaced(value.axes, dim, ax.resolve(axis)), value) for axis in outputs)
+    return tuple(
+        call.make(replace_axis(value.axes, dim, ax.resolve(axis)), value) for axis in outputs
+    )
 
 
 @operator_rule("aten.cat")
@@ -237,7 +241,7 @@ def _cat(call: Call) -> Value:
         for value in values[1:]:
             if i != dim:
                 ax.unify(values[0].axes[i], value.axes[i])
-    return call.make(replaced(values[0].axes, dim, joined), *values)
+    return call.make(replace_axis(values[0].axes, dim, joined), *values)
 
 
 @operator_rule("aten.stack")
@@ -306,4 +310,4 @@ def _pick(call: Call) -> Value:
     value = call.value("self")
     dim = dim_of(value, call.get("dim", 0))
     ax.pin(value.axes[dim], f"{call.where} looks its indices up")
-    return call.make(replaced(value.axes, dim, ax.fresh(call.shape[dim], "looked up by index")))
+    return call.make(replace_axis(value.axes, dim, ax.fresh(call.shape[dim], "looked up by index")))

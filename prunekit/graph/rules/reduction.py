@@ -7,12 +7,13 @@ from typing import Any
 from prunekit.graph import axes as ax
 from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
 
+_REDUCTIONS = """
+mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm
+logsumexp
+"""
 
-@operator_rule(
-    *aten(
-        "mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm logsumexp"
-    )
-)
+
+@operator_rule(*aten(_REDUCTIONS))
 def _reduce(call: Call) -> Value:
     value = call.inputs()[0]
     dims = call.get("dim", list(range(len(value.axes))))
@@ -85,9 +86,7 @@ def _batch_norm(call: Call) -> Value:
 
 @operator_rule("aten.group_norm")
 def _group_norm(call: Call) -> Value:
-    """A whole group leaves the others as they are; a channel inside each group changes the
-    statistics.
-    """
+    """A whole group leaves the others as they are; a channel of each group changes its mean."""
     value, groups = call.value("input"), call.arguments["num_groups"]
     for name in ("weight", "bias"):
         if (own := call.get(name)) is not None:
@@ -99,8 +98,10 @@ def _group_norm(call: Call) -> Value:
     return call.make(value.axes)
 
 
-_LOSSES = """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
-soft_margin_loss poisson_nll_loss"""
+_LOSSES = """
+mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits
+kl_div soft_margin_loss poisson_nll_loss
+"""
 
 
 @operator_rule(*aten(_LOSSES))
@@ -128,8 +129,11 @@ _POOLS = [
     for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp")
     for rank in (1, 2, 3)
 ]
-_UPSAMPLES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
-upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa"""
+_UPSAMPLES = """
+upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_bilinear2d_aa
+"""
 
 
 @operator_rule(

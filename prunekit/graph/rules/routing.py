@@ -1,27 +1,23 @@
-"""Routing of mixtures of experts: who is chosen, how often, and the products of each expert's own
-rows.
-"""
+"""Routing in mixtures of experts: which are chosen, how often, and each expert's product."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from prunekit.graph import axes as ax
-from prunekit.graph.operators import Call, Value, dim_of, operator_rule, replaced
+from prunekit.graph.operators import Call, Value, dim_of, operator_rule, replace_axis
 
 
 @operator_rule("aten.topk", "aten.sort")
 def _ranked(call: Call) -> tuple[Value, Value]:
-    """Values and the positions they came from: of `topk`, positions of the axis chosen from (the
-    experts).
-    """
+    """Values, and the positions they came from: of `topk` positions among the experts."""
     value = call.value("self")
     dim = dim_of(value, call.get("dim", -1))
     chosen_from = value.axes[dim]
     ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
     if str(call.node.target).startswith("aten.topk"):
         ax.tag(chosen_from, "expert")
-    axes = replaced(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
+    axes = replace_axis(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
     return replace(call.make(axes, value), indexes=value.indexes), replace(
         call.make(axes, value), indexes=chosen_from
     )
