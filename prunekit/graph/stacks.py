@@ -7,7 +7,7 @@ layer adds little to a residual stream (Men et al. 2024, section 3).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -90,15 +90,13 @@ def find_stacks(
         for path, layers in module_lists(model).items()
         if len(layers) > 1 and any(name.startswith(f"{path}.") for name in tensors)
     }
-    short_names = Counter(path.rpartition(".")[2] for path in lists)
+    names = _choose_names(list(lists), taken)
     stacks = []
     for path, layers in lists.items():
-        short = path.rpartition(".")[2]
-        name = short if short_names[short] == 1 and short not in taken else path
         reason = watch.find_problem(path, len(layers)) or _find_misfit(model, path, layers)
         stacks.append(
             LayerStack(
-                name=name if name not in taken else f"{name}.layer",
+                name=names[path],
                 module=path,
                 num_units=len(layers),
                 prunable=reason is None,
@@ -108,6 +106,17 @@ def find_stacks(
             )
         )
     return tuple(stacks)
+
+
+def _choose_names(paths: Sequence[str], taken: Container[str]) -> dict[str, str]:
+    """Path of a list → its last part where that is enough, or the path; no name that is taken."""
+    counts = Counter(path.rpartition(".")[2] for path in paths)
+    names = {}
+    for path in paths:
+        short = path.rpartition(".")[2]
+        name = short if counts[short] == 1 and short not in taken else path
+        names[path] = name if name not in taken else f"{name}.layer"
+    return names
 
 
 def _find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
