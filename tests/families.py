@@ -162,8 +162,14 @@ def build_with(family, values, attention):
     return randomise(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
 
 
-def build_deep(family, *wanted, layers=5, **more):
+def layers_of(family):
+    """How many layers `build_deep` gives the family: five where they differ from one another."""
+    return 5 if family in MORE else 4
+
+
+def build_deep(family, *wanted, layers=None, **more):
     """A model of the family with more layers."""
+    layers = layers or layers_of(family)
     values = MORE[family] if family in MORE else values_of(family)
     names = [name for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values]
     return build(family, values | {names[0]: layers} | more, *wanted)

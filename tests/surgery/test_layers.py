@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids, zero_units
-from families import DEEP, alternate, build_deep
+from families import DEEP, alternate, build_deep, layers_of
 from sharing import trace_anew
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -18,8 +18,6 @@ from prunekit.errors import CheckpointError, SurgeryError, TraceError
 from prunekit.surgery import check
 from prunekit.surgery.masking import masked as masking
 from prunekit.surgery.masking import run_example
-
-LAYERS = 5
 
 
 def ask(model, ids, **kwargs):
@@ -49,12 +47,13 @@ def generated(model, *ids, **kwargs):
 
 @pytest.mark.parametrize(("family", "attention"), alternate(DEEP))
 def test_dropped_equals_passed_over(family, attention, tmp_path):
-    model = build_deep(family, attention, layers=LAYERS)
+    model = build_deep(family, attention)
+    number = layers_of(family)
     graph = prunekit.trace(model, example())
     (stack,) = graph.stacks
     assert (stack.kind, stack.num_units, stack.prunable, stack.members) == (
         "layer",
-        LAYERS,
+        number,
         True,
         (),
     )
@@ -65,7 +64,7 @@ def test_dropped_equals_passed_over(family, attention, tmp_path):
     before = model.num_parameters()
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     assert before - model.num_parameters() == graph.removed_parameters(removed)
-    assert len(model.get_submodule(stack.module)) == model.config.num_hidden_layers == LAYERS - 2
+    assert len(model.get_submodule(stack.module)) == model.config.num_hidden_layers == number - 2
     ids = token_ids(3, 9, seed=2)
     logits = ask(model, ids, use_cache=False)
     torch.testing.assert_close(logits, ask(expected, ids, use_cache=False), rtol=1e-4, atol=1e-4)
@@ -99,7 +98,7 @@ def plan_beside(graph, stack, dropped):
 
 @pytest.mark.parametrize(("family", "attention"), alternate(DEEP))
 def test_layers_with_heads_and_channels(family, attention, tmp_path):
-    model = build_deep(family, attention, layers=LAYERS)
+    model = build_deep(family, attention)
     graph = prunekit.trace(model, example())
     (stack,) = graph.stacks
     removed = plan_beside(graph, stack, [1, 2])
