@@ -165,14 +165,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def traces(request):
-    """Tests of the tracer itself trace anew; all others share the graphs of equal structures.
-
-    All others also do without the lines of code that each operator comes from, which only the
-    message about an unknown operator names: they take a tenth of the time of a trace.
-    """
+    """Tests of the tracer itself trace anew; all others share the graphs of equal structures."""
     sharing.SHARES = "graph" not in request.path.parts
-    with torch.fx.config.patch(do_not_emit_stack_traces=sharing.SHARES):
-        yield
+    yield
     sharing.SHARES = True
 
 
