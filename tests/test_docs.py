@@ -1,4 +1,4 @@
-"""The pages under docs/ that people wrote: the names they use exist, their pictures and links too."""
+"""The pages under docs/ that people wrote: the names, pictures and links they use exist."""
 
 import importlib
 import re
