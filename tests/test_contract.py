@@ -170,7 +170,6 @@ def test_bad_input():
         (["target.flops=1e3"], r"target.flops: 1,000 of .* flops is out of reach.*leaves"),
         (["policy=manual", "policy.values=shares.csv"], "a file is policy.path"),
         (["target.flops=1e6", "target.bytes=10"], "expected one of"),
-        (["memory.stream=1"], "memory.stream: expected true, false or auto, got 1"),
         (["memory.budget=nan"], "memory.budget: expected a number of bytes ≥ 0"),
         (
             ["compensation=obs", "compensation.bias=maybe"],

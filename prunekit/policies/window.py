@@ -1,6 +1,6 @@
 """The policy of LLM-Pruner: the first and the last layers are spared.
 
-r_i = r for start ≤ i < end, and 0 outside: layers [4, 30) of the 32 of LLaMA-7B.
+r_i = r for start ≤ i < end, and 0 outside: the paper cuts layers [4, 30) of 32.
 """
 
 import math

@@ -80,6 +80,7 @@ def test_seed_and_values_reach_their_places():
         ("ratio=much", "much"),
         ("ratio=1.2", r"ratio: expected a number in \(0, 1\), got 1.2"),
         ("ratio=0", r"got 0$"),
+        ("memory.stream=1", "memory.stream: expected true, false or auto, got 1"),
         ("ratio=nan", r"got nan"),
         ("task=purne", "did you mean prune"),
         ("groups=heads", "groups: unknown choice"),
