@@ -3,15 +3,20 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
+
+try:  # private to torch (seen in 2.13): where it is gone, tracing is slower, no more
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graphs
+except ImportError:
+    use_lazy_graphs = nullcontext  # type: ignore[assignment]
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
@@ -82,7 +87,7 @@ def capture(
     try:
         # The graph is read and never run: writing Python code for it, as torch.export does after
         # each of its passes, would take a third of the time.
-        with _ListsAsSlices(), _use_lazy_graph_module(True), warnings.catch_warnings():
+        with _ListsAsSlices(), use_lazy_graphs(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
