@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
 from prunekit.importance import LoraGradient, Magnitude
-from prunekit.importance.lora import _directions
+from prunekit.importance.lora import _draw_directions
 
 
 def tiny_conv1d():
@@ -75,11 +75,11 @@ def test_the_estimate_is_unbiased(make):
 
 
 def test_directions_are_orthogonal_and_seeded():
-    a = _directions("x", 0, 8, 40)
+    a = _draw_directions("x", 0, 8, 40)
     torch.testing.assert_close(a @ a.T, 5 * torch.eye(8, dtype=torch.float64))
-    assert torch.equal(a, _directions("x", 0, 8, 40))
-    assert not torch.equal(a, _directions("x", 1, 8, 40))
-    assert not torch.equal(a, _directions("y", 0, 8, 40))
+    assert torch.equal(a, _draw_directions("x", 0, 8, 40))
+    assert not torch.equal(a, _draw_directions("x", 1, 8, 40))
+    assert not torch.equal(a, _draw_directions("y", 0, 8, 40))
 
 
 @pytest.mark.parametrize("p", [1, 2])
