@@ -1,9 +1,12 @@
-"""A walk that runs the layers one by one, so that no layer takes more than one forward pass.
+"""A walk that runs the layers one by one, so that each layer takes one forward pass only.
 
-Between two layers only the hidden states of all batches are kept. Inside a layer, a module whose
-output is that of its consumer (an attention block, an FFN) need not run again once the consumer is
-repaired: from then on it answers with the consumer's output on the inputs that were put aside. So a
-layer takes one forward pass, in pieces.
+Between two layers only the hidden states of all batches are kept. Inside a layer, a module that
+returns the output of its consumer (an attention block, an FFN) need not run again once the consumer
+is repaired: the output of the consumer is computed from the inputs that were put aside, and the
+module returns it. So the forward pass of a layer is run in pieces, each of them once.
+
+"Stream" means this stream of hidden states. A model whose weights come from disk layer by layer is
+`prunekit.checkpoint.streamed.Streamed`; a stream reads its layers through `source`.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ class Stream:
     def _open_layer(
         self, i: int, hidden: list[Kept], dense: list[Kept], shallow: bool
     ) -> LayerPass:
-        """The pass of a layer; blocks are looked for around consumers that feed nobody else."""
+        """Begin the pass of a layer; blocks are looked for around the lone consumers of groups."""
         lone = [
             self.consumers[group.name][0]
             for group in self.groups

@@ -117,9 +117,10 @@ def latency_cost(
 
 
 def _share(total: float, least: float | None, gains: float) -> float:
-    """The share of the gains, measured apart, that the whole model has.
+    """The share of the gains, measured layer by layer, that the whole model has.
 
-    All that there can be where the narrowest model could not be measured (`least` is None).
+    Where the narrowest model could not be measured (`least` is None), it is the largest share that
+    is possible.
     """
     if not gains:
         return 0.0
@@ -153,9 +154,9 @@ class Stopwatch:
         return Curve([group.num_units], [0.0])
 
     def seconds(self, place: str, kept: Mapping[str, int]) -> float | None:
-        """Seconds of one call of the module at `place` with so many units of each group kept.
+        """Seconds of one call of the module at `place`, with `kept` units of the groups left.
 
-        None where the model can't be cut so, or the module can't be run alone.
+        None where the model can't be cut to these units, or the module can't be run alone.
         """
         skeleton = meta_copy(self.model).eval()
         plan = PruningPlan(

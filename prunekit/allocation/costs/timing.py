@@ -28,7 +28,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def __call__(self, module: nn.Module) -> Any:
-        """Call a module with these arguments; its answer."""
+        """Call a module with these arguments; the value that it returns."""
         return module(*self.args, **self.kwargs)
 
 
