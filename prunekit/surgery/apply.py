@@ -1,4 +1,4 @@
-"""Apply a plan: cut, check, and undo the cut where it is not what it must be."""
+"""Apply a plan: cut the model, check it, and put it back where the check fails."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def _is_on_meta(model: nn.Module) -> bool:
 def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed) -> None:
     """Cut the exact groups, check them, and put them back.
 
-    Where inexact groups are cut with them only the shapes of the outputs can be compared.
+    Once inexact groups are cut as well, only the shapes of the outputs can be compared.
     """
     expectation = expect(model, graph, exact)
     changes, problem = try_cut(partial(cut_model, model, graph, exact), expectation.check)
-    if problem and problem.runs:  # some only run together with the others
+    if problem and problem.runs:  # exact groups may not run without the inexact ones
         raise _refusal(model, graph, exact, problem)
     if changes:
         changes.undo()
 
 
 def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Problem | None:
-    """Cut without guesses: where shapes alone are compared nothing tells a wrong guess."""
+    """Cut without guesses: a check that compares shapes alone can't tell a wrong guess."""
     expectation = expect(model, graph, removed)
     return try_cut(partial(cut_model, model, graph, removed), expectation.check)[1]
 
@@ -80,7 +80,7 @@ def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Probl
 def _refusal(
     model: nn.Module, graph: CouplingGraph, removed: Removed, problem: Problem
 ) -> SurgeryError:
-    """The error, with the first group that fails when it is cut alone; or all of them."""
+    """The error; it names the first group that fails when it is cut alone, or else all groups."""
     culprit = problem.group or _find_culprit(model, graph, removed)
     hint = ""
     if graph[culprit or next(iter(removed))].kind == "head_dim":

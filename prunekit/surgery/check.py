@@ -1,6 +1,6 @@
-"""What is wrong with a cut model: it must compute what the masked model computes.
+"""Checks of a cut model: it must compute the outputs of the masked model.
 
-How it was cut plays no part here.
+How the model was cut plays no part here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expectation:
-    """What a model must compute, and how many units it must have, once these units are gone.
+    """The outputs and the numbers of units that a model must have after a cut.
 
     Args:
         model: the model, before or after the cut.
@@ -89,7 +89,7 @@ def catch_problem(action: Check) -> Problem | None:
 def compare_outputs(
     expected: Sequence[Tensor], outputs: Sequence[Tensor], exact: bool
 ) -> Problem | None:
-    """Compare what was computed with what was expected, tensor by tensor.
+    """Compare the outputs of the cut model with the expected ones, tensor by tensor.
 
     Args:
         expected: output tensors of the masked model.
@@ -123,8 +123,8 @@ def count_units(
 ) -> Problem | None:
     """Trace the cut model and look for a group that has another number of units than were left.
 
-    This sees what outputs are too small to show. A model that can't be traced again passes where it
-    was run: its outputs must do.
+    This finds mistakes whose effect on the outputs is too small. A model that can't be traced again
+    passes if it was run, because its outputs were compared.
     """
     try:
         again = trace(model, graph.example_inputs)
