@@ -40,7 +40,7 @@ def describe(
 
 
 def _forget_our_code(folder: Path, config: dict[str, Any]) -> None:
-    """Remove the modelling file, and what the config says of it: a loaded model may bring both."""
+    """Remove the modelling file and its entries in the config: a loaded model may bring both."""
     (folder / CODE).unlink(missing_ok=True)
     codes = config.pop("auto_map", {})
     if others := {key: name for key, name in codes.items() if not names_our_code(name)}:

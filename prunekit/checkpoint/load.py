@@ -44,8 +44,7 @@ def from_pretrained(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model of a folder written by `save_pretrained`, or of any Hugging Face causal language
-    model.
+    """Load a folder that `save_pretrained` wrote, or any Hugging Face causal language model.
 
     Args:
         directory: a local folder; or a hub name, for dense models.
@@ -108,10 +107,10 @@ def build_skeleton(
     trust_remote_code: bool = False,
     stored: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The model a folder describes, dense or pruned, in evaluation mode: parameters on meta,
-    buffers real.
+    """Build the model that a folder describes, dense or pruned, in evaluation mode.
 
-    Parameters have their class's shapes until `adopt` gives them the file's.
+    Its parameters are on meta, its buffers hold numbers. Parameters have the
+    shapes that their class gives them, until `adopt` replaces them by the tensors of the file.
 
     Args:
         folder: a model folder.
@@ -214,9 +213,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _align(tensor: Tensor) -> Tensor:
-    """A tensor at an address as torch would have chosen it.
+    """The tensor, copied where its address is no multiple of 64 as torch's own addresses are.
 
-    Some kernels round otherwise where a tensor is not aligned to 64 bytes, as files lay them out.
+    Tensors of a file lie at any address, and some kernels round otherwise where it is not aligned.
     """
     return tensor.clone() if tensor.data_ptr() % 64 else tensor
 

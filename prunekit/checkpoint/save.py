@@ -1,6 +1,4 @@
-"""Save a model folder: `config.json` with transformers' own `per_layer_config`, safetensors, the
-tokenizer.
-"""
+"""Save a model folder: config (with `per_layer_config`), safetensors, manifest, tokenizer."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from prunekit.runtime.files import check_free, new_folder
 def save_pretrained(
     model: Any, directory: str | Path, tokenizer: Any = None, remote_code: bool = False
 ) -> None:
-    """Write `model` (and its tokenizer) to a folder that `prunekit.from_pretrained` loads bit for
-    bit.
+    """Write a model and its tokenizer to a folder, from which it can be loaded bit for bit.
 
     The folder appears whole or not at all. transformers' own `from_pretrained` loads it where
     `prunekit.register_with_transformers` was called.

@@ -33,7 +33,7 @@ _ROWS = 4096  # rows of two matrices that are compared at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor of a shard: which file, what it is called there, shape and type."""
+    """One tensor of a shard: its file, its name there, its shape and its type."""
 
     file: Path
     name: str
@@ -93,9 +93,7 @@ class Composed:
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of a model folder or of some safetensors files: name → where it is stored, whole
-    or in parts.
-    """
+    """Name of a tensor → where it is stored, whole or in parts: of a folder or of some files."""
 
     where: Path
     entries: Mapping[str, Stored | Composed]
@@ -208,8 +206,9 @@ class Shards:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; opening compares its header with its size. Unmapped at the end of the
-    `with` block.
+    """A safetensors file, which is unmapped at the end of the `with` block.
+
+    Opening it compares its header with its size.
     """
     from safetensors import SafetensorError, safe_open
 

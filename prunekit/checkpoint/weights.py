@@ -60,9 +60,7 @@ class Weights:
 
     @contextmanager
     def enter(self, path: str, source: Shards | None = None) -> Iterator[nn.Module]:
-        """The module at a path with its weights loaded (`load`), for the duration of a `with`
-        block.
-        """
+        """Load the weights of the module at a path (`load`) during a `with` block."""
         try:
             self.load(path, source)
             yield self.model.get_submodule(path)
@@ -71,9 +69,7 @@ class Weights:
 
     @contextmanager
     def outside(self, layers: str) -> Iterator[None]:
-        """Load everything that is not inside the `ModuleList` at a path, for the duration of a
-        `with` block.
-        """
+        """Load all weights outside the `ModuleList` at a path during a `with` block."""
         try:
             self._load(self._beside(layers))
             yield
@@ -176,7 +172,7 @@ def _parameter_at(places: _Places) -> nn.Parameter:
 
 
 def _stored_name(places: _Places, shards: Shards) -> str:
-    """Which of a parameter's names the shards know it by; the first where they know none."""
+    """The name of a parameter in the shards; its first name where they hold none of its names."""
     return next((place.name for place in places if place.name in shards), places[0].name)
 
 
@@ -206,9 +202,9 @@ def offloaded(
 ) -> Iterator[Weights]:
     """Let a streamed model run during a `with` block: weights are read when they are needed.
 
-    Every entry of the outermost module lists (a decoder layer) is loaded when it is called and
-    dropped after; so is what any other module owns itself. Inputs must be on the device. Not for
-    training.
+    Every entry of the outermost module lists (a decoder layer) is loaded when it is called, and
+    dropped afterwards; so are the parameters that any other module owns itself. Inputs must be on
+    the device. Training is not possible.
 
     Raises:
         CheckpointError: while the model runs, a tensor is missing or a shard is damaged.
@@ -236,10 +232,10 @@ def _caller(
 
 
 def _units(weights: Weights) -> Iterator[tuple[nn.Module, Callable[[], list[_Places]]]]:
-    """The modules to load at once, each with a function that finds what it holds.
+    """The modules to load, each with a function that finds the parameters to load for it.
 
-    The entries of the outermost module lists are loaded whole; of any other module, what it owns
-    itself.
+    For an entry of an outermost module list these are all parameters inside it; for any other
+    module, the parameters that it owns itself.
     """
     for path, module in weights.model.named_modules():
         if module._parameters and place_in_stack(weights.model, path) is None:

@@ -77,7 +77,7 @@ class LayerWriter:
 
     @property
     def shards(self) -> Shards:
-        """Everything that is written, to run the model with before it is finished."""
+        """All parts written so far; the model can run with them before the folder is finished."""
         return Shards(
             self.folder, {name: part[name] for part in self.parts.values() for name in part}
         )
@@ -124,10 +124,10 @@ class LayerWriter:
         return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     def finish(self, model: Any, tokenizer: Any = None, remote_code: bool = False) -> None:
-        """Write config, index, tokenizer and manifest; then the folder is at its place.
+        """Write config, index, tokenizer and manifest, and rename the folder to `target`.
 
         Args:
-            model: cut like what was written; its weights may be on meta.
+            model: the cut model, of the shapes that were written; its weights may be on meta.
             tokenizer: the tokenizer of the model, saved beside it.
             remote_code: as `save_pretrained` has it.
 
@@ -155,7 +155,7 @@ class LayerWriter:
             publish(self.folder, self.target)
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove all parts written so far."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check_complete(self, model: Any) -> None:
