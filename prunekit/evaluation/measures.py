@@ -1,6 +1,4 @@
-"""Measures every model of a run alike, dense, pruned or recovered: on the same windows, tasks and
-prompts.
-"""
+"""Measure the models of a run alike: on the same windows, with the same tasks and prompts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A traced model for people: a table of its groups, a GraphML file, and a picture of the couplings
-in one layer.
-"""
+"""A traced model for people: a table of its groups, a GraphML file, a picture of one layer."""
 
 from __future__ import annotations
 

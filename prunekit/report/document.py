@@ -1,6 +1,4 @@
-"""The report as sections of text, tables, pictures and samples; Markdown and the page only differ
-in how they look.
-"""
+"""The report as sections of text, tables, pictures and samples, whatever they look like."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ def summary(report: Report) -> Table:
 
 
 def layers(report: Report) -> Table | None:
-    """A row a layer and kind: kept and total units, the share removed, and the policy's share where
-    it is known.
-    """
+    """A row for each layer and kind: units kept and in all, share removed, share of the policy."""
     entries = units(report)
     if not entries:
         return None
@@ -137,9 +135,7 @@ def errors(report: Report) -> Table | None:
 
 
 def tasks(report: Report) -> list[Table]:
-    """The tasks with their metric, shots and number of samples; members of groups in a table of
-    their own.
-    """
+    """Two tables of scores at most: of the tasks, and of the members of task groups."""
     parts = [("Scores with their standard errors", average_last(report), False)]
     parts += [("Members of task groups", members(report), True)]
     head = ("task", "metric", "shots", "samples", *(report.models or ()))

@@ -1,6 +1,4 @@
-"""The units that were kept, series by series: a kind of group over the layers; groups outside of
-layers by name.
-"""
+"""The units that were kept: a series for each kind over the layers, and for each other group."""
 
 from __future__ import annotations
 

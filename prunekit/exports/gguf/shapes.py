@@ -214,8 +214,9 @@ def architecture_of(shapes: Shapes) -> str:
 
 
 def _normalised(shapes: Shapes) -> str:
-    """The architecture of normalised queries and keys: `qwen3`, or `openelm` for layers that
-    differ.
+    """Choose the architecture for normalised queries and keys: `qwen3`, or `openelm`.
+
+    The latter is for models whose layers differ.
     """
     name = "qwen3" if shapes.uniform else "openelm"
     if shapes.biases:

@@ -151,8 +151,10 @@ def _type(shape: tuple[int, ...], dtype: str) -> str:
 
 
 def _change(path: str, layer: int, shapes: Shapes, architecture: str) -> Callable[[Tensor], Tensor]:
-    """What a parameter goes through: rotary order in queries and keys, the scale of the scores in
-    queries.
+    """The function that a parameter goes through before it is stored.
+
+    Queries and keys get llama.cpp's rotary order; queries the scale of the scores as well.
+
 
     Args:
         path: the parameter's name in its layer.

@@ -1,7 +1,7 @@
-"""A fast tokenizer as GGUF's vocabulary: `gpt2` for byte-level BPE, `llama` for SentencePiece's
-with byte fallback.
+"""A fast tokenizer as GGUF's vocabulary: `gpt2` for byte-level BPE, `llama` for SentencePiece.
 
-What llama.cpp does otherwise stays so: it leaves out Unicode normalisation, and puts
+The latter needs byte fallback. Where llama.cpp tokenises otherwise, the file can't change that: it
+leaves out Unicode normalisation, and puts
 SentencePiece's first space before a text that begins with one and after special tokens too.
 """
 
