@@ -142,9 +142,9 @@ class StreamedLayers:
         expected = run()
         # A group that is not exact changes the outputs: a norm runs over its units.
         exact = all(self.graph[name].exact for name in units)
-        problem = cut_until_right(
+        fault = cut_until_right(
             cut=partial(cut_layer, self.streamed.model, self.graph, units),
             check=lambda: compare_outputs([expected], [run()], exact),
         )
-        if problem:
-            raise SurgeryError(f"{', '.join(units)}: {problem.text}")
+        if fault:
+            raise SurgeryError(f"{', '.join(units)}: {fault.text}")
