@@ -22,7 +22,7 @@ class Patience(EarlyStoppingCallback):
     """transformers' early stopping, without its check of how a training is set up.
 
     The check expects evaluations and checkpoints at fixed numbers of steps, and transformers to
-    load the best one. Here `Schedule` asks for evaluations, and `RecoveryTrainer` keeps the best
+    load the best one. Here `Monitor` asks for evaluations, and `RecoveryTrainer` keeps the best
     state, of the trained weights alone.
     """
 
@@ -30,7 +30,7 @@ class Patience(EarlyStoppingCallback):
         """Check nothing."""
 
 
-class Schedule(TrainerCallback):
+class Monitor(TrainerCallback):
     """Asks for evaluations and checkpoints, says how it goes, and ends a training that diverged."""
 
     def __init__(self, recovery: Recovery) -> None:
