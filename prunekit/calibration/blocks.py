@@ -81,8 +81,8 @@ class Finder:
         """The blocks known so far, in the order of their consumers."""
         return [block for consumer in self.consumers if (block := self._blocks.get(consumer))]
 
-    def unsettled(self, consumers: Sequence[Consumer]) -> bool:
-        """Whether the block of a group's lone consumer has not been looked for yet."""
+    def must_look_for(self, consumers: Sequence[Consumer]) -> bool:
+        """Whether these are a lone consumer whose block has not been looked for yet."""
         lone = consumers[0] if len(consumers) == 1 else None
         return lone in self.consumers and lone not in self._blocks
 

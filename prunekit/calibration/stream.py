@@ -199,7 +199,7 @@ class Stream:
         consumers, finder = self.consumers[group.name], layer.finder
         block = finder.block_of(consumers)
         for b, (sample, batch) in enumerate(self.batches):
-            looks = block is None and b == 0 and finder.unsettled(consumers)
+            looks = block is None and b == 0 and finder.must_look_for(consumers)
             if observation is None and block is None and not looks:
                 return  # there is nothing to observe, and nothing to put aside
             wanted = None

@@ -27,7 +27,7 @@ _LEAST = 2**24  # elements that a table may have in any model, however small
 
 
 @contextmanager
-def located(where: Path) -> Iterator[None]:
+def locating_errors(where: Path) -> Iterator[None]:
     """Put a file or folder before the message of a CheckpointError raised in a `with` block.
 
     Meant for functions of `prunekit.model`, which know of no folder.

@@ -21,7 +21,7 @@ from prunekit.checkpoint.files import (
     MANY_LAYERS,
     check_config,
     count_tensors,
-    located,
+    locating_errors,
     read_config,
     weight_files,
     within,
@@ -73,7 +73,7 @@ def from_pretrained(
             name for name, t in tensors.items() if t.is_floating_point() and name not in tables
         }
         tensors = {name: t.to(dtype) if name in weights else t for name, t in tensors.items()}
-    with located(folder):
+    with locating_errors(folder):
         adopt(model, tensors, exact=is_ours(config))
     model.config.dtype = dtype or model.config.dtype
     if is_ours(config):
@@ -122,7 +122,7 @@ def build_skeleton(
     Raises:
         CheckpointError: the config makes no model.
     """
-    with located(folder / "config.json"):
+    with locating_errors(folder / "config.json"):
         if needs_prunekit(config):
             dense = make_dense_config(config)
         else:
@@ -248,7 +248,7 @@ def load_tokenizer(
         check_manifest(folder, weights=False)
         config = read_config(folder)
     check_config(folder / "config.json", config, MANY_LAYERS, trust_remote_code)
-    with located(folder / "config.json"):
+    with locating_errors(folder / "config.json"):
         dense = make_dense_config(config) if needs_prunekit(config) else None
     try:
         return AutoTokenizer.from_pretrained(

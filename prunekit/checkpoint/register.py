@@ -39,11 +39,11 @@ def _load_config(source: str | Path, config: Mapping[str, Any], **kwargs: Any) -
         if key not in ("trust_remote_code", "code_revision")
     }
     kwargs |= {"_from_auto": True, "name_or_path": source}
-    return _registered(config["model_type"]).from_pretrained(source, **kwargs)
+    return _register_classes(config["model_type"]).from_pretrained(source, **kwargs)
 
 
 @cache
-def _registered(model_type: str) -> Any:
+def _register_classes(model_type: str) -> Any:
     """The config class of a type's pruned models, known to the auto classes."""
     from transformers import AutoModel, AutoModelForCausalLM
 

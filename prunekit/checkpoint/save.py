@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import located, read_config
+from prunekit.checkpoint.files import locating_errors, read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 from prunekit.model.build import needs_prunekit
@@ -47,13 +47,13 @@ def save_pretrained(
             "config.json holds one list of layers"
         )
     check_free(Path(directory))
-    with located(Path(directory)):
+    with locating_errors(Path(directory)):
         record = required_record(model)
     original = record is None and not needs_prunekit(model.config.to_dict())
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
         model.save_pretrained(folder, save_original_format=original)
         describe(folder, model, record, remote_code)
-        with located(Path(directory)):
+        with locating_errors(Path(directory)):
             check_loadable(model, read_config(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

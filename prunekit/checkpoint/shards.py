@@ -123,7 +123,7 @@ class Shards:
     def of_file(cls, file: Path) -> Shards:
         """Read one file's header; CheckpointError where it is missing, cut short or damaged."""
         entries = {}
-        with _opened(file) as stored:
+        with _open(file) as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
                 part = stored.get_slice(name)
                 if (dtype := part.get_dtype()) not in _DTYPES:
@@ -181,7 +181,7 @@ class Shards:
             )
             places += self[name].places(tensors[name])
         for file in {part.file: None for part, _ in places}:
-            with _opened(file) as stored:
+            with _open(file) as stored:
                 for part, place in places:
                     if part.file == file:
                         place.copy_(stored.get_tensor(part.name))
@@ -194,7 +194,7 @@ class Shards:
             return False
         if isinstance(one, Composed) or isinstance(other, Composed):
             return torch.equal(self.read([left])[left], self.read([right])[right])
-        with _opened(one.file) as first, _opened(other.file) as second:
+        with _open(one.file) as first, _open(other.file) as second:
             a, b = first.get_slice(one.name), second.get_slice(other.name)
             rows = range(0, one.shape[0], _ROWS)
             return all(torch.equal(a[row : row + _ROWS], b[row : row + _ROWS]) for row in rows)
@@ -205,7 +205,7 @@ class Shards:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open(file: Path) -> Iterator[Any]:
     """A safetensors file, which is unmapped at the end of the `with` block.
 
     Opening it compares its header with its size.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checkpoint.compose import Parts, compose, read_number
-from prunekit.checkpoint.files import located, within
+from prunekit.checkpoint.files import locating_errors, within
 from prunekit.checkpoint.load import build_skeleton, check_folder
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
@@ -158,7 +158,7 @@ def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None, ex
         own = dtype if shards[name].dtype.is_floating_point else None
         return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
 
-    with located(shards.where):
+    with locating_errors(shards.where):
         adopt(model, {name: on_meta(name) for name in shards}, exact)
     for path, module in model.named_modules():
         for attribute, buffer in module._buffers.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import located, read_config
+from prunekit.checkpoint.files import locating_errors, read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.checkpoint.shards import Shards
 from prunekit.checkpoint.weights import persistent_buffers
@@ -71,7 +71,7 @@ class LayerWriter:
         """Whether a part is written."""
         return key in self.parts
 
-    def stored(self, key: str) -> Shards:
+    def shard_of(self, key: str) -> Shards:
         """The shard of a part that is written."""
         return self.parts[key]
 
@@ -137,7 +137,7 @@ class LayerWriter:
                 resumed run.
         """
         self._check_complete(model)
-        with located(self.target):
+        with locating_errors(self.target):
             record = required_record(model)
         with disk_errors(self.target):
             files = self._number()
@@ -147,7 +147,7 @@ class LayerWriter:
             )
             self._describe(model)
             describe(self.folder, model, record, remote_code)
-            with located(self.target):
+            with locating_errors(self.target):
                 check_loadable(model, read_config(self.folder))
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder)

@@ -87,7 +87,7 @@ def run_job(
         )
     source = source_of(config) if inputs.model is None else inputs.model
     device = pick_device(config.device) if inputs.model is None else input_device(inputs.model)
-    with process_group(device), _seeded(config.seed, device), _open_folder(output) as folder:
+    with process_group(device), _seed_torch(config.seed, device), _open_folder(output) as folder:
         if not rank():  # the first process evaluates and writes
             if config.resume and any((folder / name).exists() for name in (STATE, TRAINING)):
                 clear_results(folder)  # of a run that was killed while it wrote them
@@ -136,7 +136,7 @@ def _write(job: Job, outcome: Outcome, report: Report, provenance: Mapping[str, 
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def _seed_torch(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's random numbers for a `with` block; the caller's go on afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -1,7 +1,8 @@
 """Build a model from its config without weights: dense first, then brought to its pruned sizes.
 
 The config of a folder is not trusted: any error is a CheckpointError. Its message does not name the
-folder, which the functions here don't know: callers put it in front (`checkpoint.files.located`).
+folder, which the functions here don't know; callers put it in front, by `locating_errors` of
+`prunekit.checkpoint.files`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
             del values["auto_map"]
         return make_config(config["model_type"], values)
     except Exception as error:
-        raise _damaged(error) from error
+        raise _describe_damage(error) from error
 
 
 def build_pruned(
@@ -93,7 +94,7 @@ def build_pruned(
         if overrides:
             set_per_layer(model, overrides)
     except Exception as error:
-        raise _damaged(error) from error
+        raise _describe_damage(error) from error
     return model
 
 
@@ -112,7 +113,7 @@ def _add_biases(model: nn.Module, paths: list[str] | tuple[str, ...]) -> None:
         module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))  # type: ignore[arg-type]
 
 
-def _damaged(error: Exception) -> CheckpointError:
+def _describe_damage(error: Exception) -> CheckpointError:
     return CheckpointError(f"damaged: {first_line(error)}")
 
 

@@ -82,9 +82,9 @@ class Downdate:
     def _refresh(self) -> None:
         """Read the diagonals off A and G."""
         self.diagonals = torch.stack([self.a.diagonal(), 0.5 * self.g.diagonal()])
-        self._bound()
+        self._keep_positive()
 
-    def _bound(self) -> None:
+    def _keep_positive(self) -> None:
         """Keep A_pp positive: rounding may take a column that the others explain below zero."""
         self.diagonals[0].clamp_min_(torch.finfo(self.store.dtype).tiny)
 
@@ -147,7 +147,7 @@ class Downdate:
         step[1].addcmul_(step[0], half / pivot, value=-1)
         self.diagonals.addcmul_(step[0], step, value=-1)
         self.diagonals[1].index_fill_(0, p, torch.inf)
-        self._bound()
+        self._keep_positive()
         self.steps += 1
 
     def remove_group(self, index: Tensor) -> None:

@@ -48,7 +48,7 @@ def header(report: Report) -> Row:
 def rows(report: Report) -> list[Row]:
     """The summary's rows: a name, a cell a model, the last model against the first."""
     models, width = report.models or (), len(header(report))
-    cells = [_row(report, name, values, style) for name, values, style in _measured(report)]
+    cells = [_row(report, name, values, style) for name, values, style in _list_figures(report)]
     for name, task in average_last(report).items():
         share = is_share(task, models)
         scores = [score(task, column, share) for column in models]
@@ -57,7 +57,7 @@ def rows(report: Report) -> list[Row]:
     return cells
 
 
-def _measured(report: Report) -> Iterator[tuple[str, Mapping[str, float], Style]]:
+def _list_figures(report: Report) -> Iterator[tuple[str, Mapping[str, float], Style]]:
     """Name, column → figure, and how it is written, of everything that was measured."""
     latency = report.latency
     yield "parameters", report.parameters or {}, words.count

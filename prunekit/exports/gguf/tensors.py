@@ -120,13 +120,13 @@ def _named_tensors(
     inside = {name for name in parameters if name.startswith("model.layers.")}
     for name, parameter in parameters.items():
         if name not in inside:
-            yield name, _pending(parameter)
+            yield name, _postpone(parameter)
     if shapes.rope_factors is not None:
-        yield "rope_freqs.weight", _pending(shapes.rope_factors)
+        yield "rope_freqs.weight", _postpone(shapes.rope_factors)
     for index in range(len(shapes.layers)):
         prefix = f"model.layers.{index}."
         layer = {
-            name: _pending(
+            name: _postpone(
                 parameter, _change(name.removeprefix(prefix), index, shapes, architecture)
             )
             for name, parameter in parameters.items()
@@ -137,7 +137,7 @@ def _named_tensors(
         yield from layer.items()
 
 
-def _pending(
+def _postpone(
     parameter: Tensor, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Pending:
     return tuple(parameter.shape), lambda: change(parameter)
