@@ -44,10 +44,10 @@ class Inverse:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A consumer that a group's units feed: its W [d, n], A = (H + λI)⁻¹ [n, n], and its columns.
+    """A site that a group's units feed: W [d, n] of its consumers, and A = (H + λI)⁻¹ [n, n].
 
     `index` [units, width]: the columns of each unit. W may have any float dtype; results have that
-    of A. Where a group has several consumers, the error of a unit is the sum over their problems.
+    of A. Where a group has several sites, the error of a unit is the sum over their problems.
     """
 
     weight: Tensor
