@@ -52,8 +52,8 @@ def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "gr
     """Choose `count` units of width one, the first to go first: the least Σ ‖w_p‖² / A_pp.
 
     With `groups` greedy they go one at a time, and each choice is exact. The other ways remove the
-    best k columns at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` give the k.
-    Each problem takes one more matrix [n, n] beside A, and some rows of it.
+    best k columns at once, with k from `dynamic_sizes`, `released_sizes` or `fixed_sizes`. Each
+    problem takes one more matrix [n, n] beside A, and some rows of it.
     """
     block = min(_BLOCK, count)
     work = [Downdate(problem, block) for problem in problems]

@@ -56,7 +56,7 @@ class Problem:
 
 
 def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
-    """Invert a Hessian [n, n], damped no more than it takes.
+    """Invert a Hessian [n, n] with as little damping as the factorisation needs.
 
     The result is float32 where that is accurate, float64 elsewhere. λ starts at
     `damping`·mean(diag H), and rises tenfold until the Cholesky factorisation succeeds with pivots
