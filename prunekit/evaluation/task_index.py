@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name: what names of tasks, groups and tags stand for."""
+"""lm-eval's tasks by name: the tasks that names of tasks, groups and tags stand for."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _check_name(name: str) -> None:
 
 
 def _expand(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """The tasks under a name, and what groups on the way change in their configurations."""
+    """The tasks under a name, with the changes that groups make in their configurations."""
     config, index = config_of(name), task_manager().task_index
     if not config:
         return [(task, {}) for task in sorted(index[name].tags)]
