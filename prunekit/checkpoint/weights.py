@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.shards import Shards
 from prunekit.errors import CheckpointError, DataError
-from prunekit.model.stack import module_lists, place_in_stack
+from prunekit.model.stack import lies_in, module_lists, place_in_stack
 from prunekit.model.ties import Place, parameter_places
 
 _Places = list[Place]  # where one parameter is held
@@ -83,7 +83,7 @@ class Weights:
         """
         state = {places[0].name: _parameter_at(places).detach() for places in self._under(path)}
         return state | {
-            name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)
+            name: b for name, b in persistent_buffers(self.model).items() if lies_in(name, path)
         }
 
     def outside_names(self, layers: str) -> dict[str, str]:
@@ -95,21 +95,21 @@ class Weights:
         names = {
             places[0].name: _stored_name(places, self.shards) for places in self._beside(layers)
         }
-        buffers = (name for name in persistent_buffers(self.model) if not _lies_in(name, layers))
+        buffers = (name for name in persistent_buffers(self.model) if not lies_in(name, layers))
         return names | {name: name for name in buffers}
 
     def _under(self, path: str) -> list[_Places]:
         return [
             places
             for places in parameter_places(self.model).values()
-            if any(_lies_in(place.name, path) for place in places)
+            if any(lies_in(place.name, path) for place in places)
         ]
 
     def _beside(self, layers: str) -> list[_Places]:
         return [
             places
             for places in parameter_places(self.model).values()
-            if not any(_lies_in(place.name, layers) for place in places)
+            if not any(lies_in(place.name, layers) for place in places)
         ]
 
     def _owned_by(self, module: nn.Module) -> list[_Places]:
@@ -150,12 +150,12 @@ class Weights:
         for name in source:
             owner, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            if attribute in module._buffers and _lies_in(name, path):
+            if attribute in module._buffers and lies_in(name, path):
                 module._non_persistent_buffers_set.discard(attribute)
                 module._buffers[attribute] = source.read([name], self.device)[name]
             elif (
                 attribute == "bias"
-                and _lies_in(name, path)
+                and lies_in(name, path)
                 and getattr(module, "bias", None) is None
             ):
                 like = next(module.parameters(recurse=False))
@@ -180,10 +180,6 @@ def _put(places: _Places, tensor: Tensor, requires_grad: bool) -> None:
     parameter = nn.Parameter(tensor, requires_grad=requires_grad)
     for module, attribute, _ in places:
         module._parameters[attribute] = parameter
-
-
-def _lies_in(name: str, path: str) -> bool:
-    return not path or name.startswith(f"{path}.")
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

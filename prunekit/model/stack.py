@@ -23,12 +23,13 @@ def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Path → `ModuleList`, those inside another one left out."""
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(_lies_in(path, outer) for outer in lists):
+        if isinstance(module, nn.ModuleList) and not any(lies_in(path, outer) for outer in lists):
             lists[path] = module
     return lists
 
 
-def _lies_in(path: str, outer: str) -> bool:
+def lies_in(path: str, outer: str) -> bool:
+    """Whether a module or parameter lies inside the module at a path; all lie in the model, ""."""
     return not outer or path.startswith(f"{outer}.")
 
 
