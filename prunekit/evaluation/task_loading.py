@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTask:
-    """A task of lm-eval, ready to build its requests, and the local rows it was given, if any."""
+    """A task of lm-eval that is ready to build its requests, and its local rows, if any."""
 
     member: TaskMember
     task: Task
@@ -78,9 +78,9 @@ def load_tasks(
 
 
 def _check_absent(local: Sequence[tuple[TaskMember, Splits | None]], root: Path) -> None:
-    """Raise DataError where a task that was named has no rows, or no member of a group has any.
+    """Raise DataError where a named task has no rows, or where no member of a group has rows.
 
-    A group runs the members that have rows, and says which.
+    A group runs the members that have rows; a message lists them.
     """
     for group in dict.fromkeys(member.group for member, _ in local):
         own = [(member.name, splits) for member, splits in local if member.group == group]

@@ -40,13 +40,13 @@ class Table:
 
 
 def header(report: Report) -> Row:
-    """The heads of `rows`: nothing, the models, `change` where there are two or more."""
+    """The heads of `rows`: an empty one, the models, and `change` if there are several models."""
     models = report.models or ()
     return ("", *models, "change") if len(models) > 1 else ("", *models)
 
 
 def rows(report: Report) -> list[Row]:
-    """The summary's rows: a name, a cell a model, the last model against the first."""
+    """The rows of the summary: name, a cell for each model, the last model against the first."""
     models, width = report.models or (), len(header(report))
     cells = [_row(report, name, values, style) for name, values, style in _list_figures(report)]
     for name, task in average_last(report).items():
@@ -58,7 +58,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def _list_figures(report: Report) -> Iterator[tuple[str, Mapping[str, float], Style]]:
-    """Name, column → figure, and how it is written, of everything that was measured."""
+    """Yield each measured figure: name, column → value, and the function that formats it."""
     latency = report.latency
     yield "parameters", report.parameters or {}, words.count
     yield "weights", report.weight_bytes or {}, words.memory
@@ -109,7 +109,7 @@ def _layer(entry: Units, planned: bool) -> Row:
 
 
 def policy_note(entries: Sequence[Units]) -> str:
-    """What the policy's curve means, where there is one."""
+    """A sentence on the policy's curve; empty without a curve."""
     if all(entry.planned is None for entry in entries):
         return ""
     return "The policy gives proportions; its curve is scaled to what was removed."
@@ -122,7 +122,7 @@ def error_columns(report: Report) -> list[str]:
 
 
 def errors(report: Report) -> Table | None:
-    """A row a layer: the relative squared error of its output."""
+    """A row for each layer: the relative squared error of its output."""
     columns = error_columns(report)
     if not columns:
         return None
@@ -170,7 +170,7 @@ _CURVE: dict[str, tuple[str, Callable[[CurvePoint], str]]] = {
 
 
 def curve(report: Report) -> Table | None:
-    """A row a logged step; evenly thinned where there are more than a hundred."""
+    """A row for each logged step; if there are more than a hundred, evenly spread ones."""
     points = report.recovery.curve if report.recovery else ()
     if not points:
         return None

@@ -76,7 +76,7 @@ def _shares_of_kinds(
 
 
 def _layer_in(name: str) -> int | None:
-    """The layer that a group's name tells: the first number in it."""
+    """The layer of a group, by its name: the first number in the name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
