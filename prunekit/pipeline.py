@@ -297,7 +297,7 @@ def choose_and_cut(
     if repairs or assignment.independent:
         copies = places.undo and streamed is None
         before = take_snapshot(model, assignment.groups, assignment.independent, copies=copies)
-    # Modules, not names: where whole layers go, the names of those behind them change.
+    # Modules, not names: where whole layers go, the names of later layers change.
     without_bias = [
         model.get_submodule(name.rpartition(".")[0])
         for name, bias in before.items()

@@ -146,7 +146,7 @@ class _Recorder:
         self.calls.append(Call(args[1:], kwargs, key))
         if len(self.calls) == self.num_layers:
             raise Stop
-        # Any other values do: an argument that changes with them depends on the hidden states.
+        # Any changed values will do: an argument that changes too depends on the hidden states.
         self._passed_on = 2 * hidden + 1 if self.changing else hidden
         return (self._passed_on,) if self.in_tuples else self._passed_on
 

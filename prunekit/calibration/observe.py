@@ -20,7 +20,7 @@ from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
-HELD_OUT = 8  # every eighth sample is held out: it tells whether a target generalises
+HELD_OUT = 8  # every eighth sample is held out, to measure whether a target generalises
 
 
 @dataclass(eq=False)
@@ -94,7 +94,7 @@ class Observation:
         if self._wanted is None or site.held is None:
             site.moments.add(inputs, mask, None, self._sample)
             return
-        output = site.consumers[0].module.forward(inputs)  # not called: hooks would see it
+        output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
         error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
         if mask is None:
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)

@@ -178,7 +178,9 @@ class Stream:
             return target
         block = layer.finder.block_of(self.consumers[group.name])
         if not hold_everywhere(block is not None, self.store.device):
-            self._say_once("no lone consumer whose output can be told: target=pruned", group)
+            self._say_once(
+                "the output of a single consumer can't be observed: target=pruned", group
+            )
             return "pruned"
         assert block is not None
         if target == "residual" and not is_added(layer, block):

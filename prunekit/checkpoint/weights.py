@@ -132,8 +132,8 @@ class Weights:
                     f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
                 )
             tensor = shards.read([name], self.device, old.dtype)[name]
-            # The extremes of a tensor are NaN where any of it is; unlike `isfinite` of the whole
-            # tensor, they take no memory.
+            # If a tensor holds NaN, so do its extremes. Unlike `isfinite` of the whole tensor, they
+            # take no memory.
             extremes = tensor.aminmax() if tensor.numel() else ()
             if not all(torch.isfinite(extreme) for extreme in extremes):
                 raise DataError(f"{name}: the weights hold NaN or infinity")

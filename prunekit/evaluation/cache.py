@@ -20,7 +20,7 @@ from prunekit.runtime.files import digest
 
 T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
-# Of a config, what says where a model is from, and not what it computes.
+# Entries of a config on where a model is from, which change nothing that it computes.
 _ORIGIN = ("_name_or_path", "transformers_version")
 
 

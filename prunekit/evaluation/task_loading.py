@@ -152,7 +152,7 @@ def check_packages(member: TaskMember) -> None:
     def refuse(**_: Any) -> Any:
         raise LookupError
 
-    if "class" in member.config:  # such a task loads its rows when it is made
+    if "class" in member.config:  # its constructor loads the rows
         return
     try:
         _instantiate(member, refuse)

@@ -120,7 +120,7 @@ def _appear_whole(target: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             for folder in missing:
-                with suppress(OSError):  # another process uses it now
+                with suppress(OSError):  # another process uses the folder now
                     folder.rmdir()
             raise
         shutil.rmtree(beside, ignore_errors=True)

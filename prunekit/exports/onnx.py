@@ -160,7 +160,7 @@ def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
             f"export=onnx: torch can't export {type(prefill.model).__name__}: "
             f"{type(cause).__name__}: {first_line(cause)}"
         ) from error
-    assert program is not None  # it is None for dynamo=False only
+    assert program is not None  # None is returned for dynamo=False only
     return program
 
 

@@ -57,7 +57,7 @@ def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
     config_class: Any = CONFIG_MAPPING[model_type]
-    if "__class_validators__" not in vars(config_class):  # it never validates when it is made
+    if "__class_validators__" not in vars(config_class):  # the class has no validators
         return config_class(**values)
     config = config_class.__new__(config_class)
     config_class.__init__.__wrapped__(config, **values)

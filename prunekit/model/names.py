@@ -47,7 +47,7 @@ SYNONYMS = {
     "rotary_dim": ("rotary_ndims", "rotary_dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
 }
-# Inside an attention module these mean the width of all heads together.
+# Names that mean the width of all heads together, inside an attention module.
 ATTENTION_WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model", "n_embd")
 # Config values that count the layers of one sort at the beginning of the stack.
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")

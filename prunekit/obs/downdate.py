@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunekit.obs.inverse import Problem, cholesky
 
-_PANEL = 512  # columns of a panel at most; an eighth of all where these are fewer than 4,096
+_PANEL = 512  # the most columns of a panel; fewer than 4,096 columns make eight panels
 
 
 class Downdate:
@@ -95,7 +95,7 @@ class Downdate:
     def _row(self, p: Tensor) -> Tensor:
         """The row `p` [1] of A and of G before the block, [2, n]; nothing waits for the device."""
         n, panel = self.n, self.panel
-        # Of the whole store, because index_select would copy a part of it first.
+        # From the whole store, because index_select would copy a part of the store first.
         across = self.store.index_select(0, p)[0]
         if n <= panel:
             return torch.stack([across[:n], across[panel : panel + n]])

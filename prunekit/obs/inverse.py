@@ -21,8 +21,8 @@ from prunekit.errors import DataError
 
 HeadScore = Literal["exact", "grouped_cholesky", "diagonal"]
 
-# The variance inflation factors A_jj (H + λI)_jj tell how much of input j the others explain,
-# whatever its scale, and bound what removals can cancel in a column. Measured at the limit, with
+# The variance inflation factors A_jj (H + λI)_jj tell how much of input j the other inputs explain,
+# whatever its scale, and bound how much removals can cancel in a column. Measured at the limit, with
 # half of the columns removed: float32 has A_ij to 6e-3 of √(A_ii A_jj), and leaves a layer error
 # 6e-6 above the least; both grow with the limit, the second squared.
 _INFLATION = 1e4

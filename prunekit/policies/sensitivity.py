@@ -106,7 +106,8 @@ def _measure_losses(setting: Setting, counts: Counts) -> dict[str, list[float]]:
     importance = setting.importance.at_once
     if importance is None:
         raise ConfigError(
-            "policy=sensitivity: expected an importance that scores, or policy.measure=obs"
+            "policy=sensitivity: expected an importance that scores units, or policy.measure=obs, "
+            f"got importance={setting.importance.name}"
         )
     model, batches = setting.model, setting.batches
     scores = importance.score(model, setting.graph, setting.groups, batches)

@@ -98,7 +98,7 @@ def attach(model: PreTrainedModel, names: Sequence[str], recovery: Recovery, bas
         )
     with warnings.catch_warnings():
         # peft warns of a deprecated name, and where only some linears are a `Conv1D`, whose weights
-        # lie the other way round: it corrects these itself.
+        # lie the other way round: peft corrects them itself.
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base

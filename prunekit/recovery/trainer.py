@@ -81,7 +81,7 @@ def make_arguments(
 
 def _use_one_gpu(arguments: TrainingArguments) -> None:
     """Let this process work on one GPU; transformers would copy the model to all GPUs."""
-    _ = arguments.device  # reading it sets the processes up, and counts GPUs
+    _ = arguments.device  # reading `device` sets the processes up, and counts GPUs
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 

@@ -51,7 +51,7 @@ def run_within_memory(
             if not out_of_memory(error):
                 raise
             smaller = shrink(size, error)
-        free_cached()  # here the error, and with it the frames that hold tensors, is gone
+        free_cached()  # outside of `except`: the error no longer holds tensors
         announce(size, smaller)
         size = smaller
 

@@ -29,8 +29,8 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
     """
     if assignment.independent and assignment.compensation is not None:
         raise ConfigError(
-            "groups=independent: nothing can be repaired when units don't belong together: "
-            "expected compensation=none"
+            "groups=independent: expected compensation=none: where every matrix loses other units, "
+            "no consumer can be repaired"
         )
     removed: dict[str, list[int]] = {}
     for r in range(1, assignment.rounds + 1):

@@ -56,7 +56,8 @@ def count_units(assignment: Assignment) -> dict[str, int]:
     importance = assignment.importance.at_once
     if importance is None:
         raise ConfigError(
-            "scope.ranking: expected an importance that scores, for groups to compete"
+            f"scope.ranking={assignment.budget.ranking}: expected an importance that scores units, "
+            f"by which groups compete, got importance={assignment.importance.name}"
         )
     scores = importance.score(
         assignment.model, assignment.graph, assignment.groups, assignment.batches

@@ -38,7 +38,7 @@ Finder = Callable[[CutSizes, Changes], None]  # finds attributes and changes the
 class Strategy(ABC):
     """One way to find the attributes that repeat a size."""
 
-    certain: ClassVar[bool]  # whether it is part of every cut; otherwise it guesses
+    certain: ClassVar[bool]  # part of every cut; other strategies guess
 
     @abstractmethod
     def finders(self, guessed: Sequence[str]) -> Sequence[Finder]:

@@ -126,7 +126,7 @@ def count_units(
     """
     try:
         again = trace(model, graph.example_inputs)
-    except TraceError as error:  # it may have hooks that can't be traced
+    except TraceError as error:  # the model may have hooks that can't be traced
         return Fault(text=str(error)) if _is_on_meta(model) else None
     return _check_stacks(graph, again, removed) or _check_groups(graph, again, removed)
 

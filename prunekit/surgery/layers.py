@@ -55,7 +55,7 @@ def _pass_over(layer: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = hidden_of_call(args, kwargs)
         assert hidden is not None
-        entered[:] = [hidden.clone()]  # the layer may write into it
+        entered[:] = [hidden.clone()]  # the layer may write into its input
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         was = hidden_of_output(output)

@@ -20,7 +20,8 @@ from prunekit.surgery.sizes import HEADS
 
 # The widths of `shapes=aligned` are multiples of this unless `scope.width_multiple` is given.
 ALIGNMENT = 64
-# A class may refuse some numbers of these: each number is tried. Of the others one stands for all.
+# A class may refuse some numbers of units of these kinds, so that each number is tried. For other
+# kinds one number stands for all.
 _COUNTED = (*HEADS, "expert")
 
 

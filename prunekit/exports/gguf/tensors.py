@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-# A tensor that is computed when it is written: its shape, rows first, and what computes it.
+# A tensor that is computed when it is written: its shape, rows first, and the function.
 Pending: TypeAlias = tuple[tuple[int, ...], Callable[[], Tensor]]
 
 _BLOCK = 32  # numbers that share one scale in q8_0
