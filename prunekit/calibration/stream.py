@@ -179,7 +179,7 @@ class Stream:
         block = layer.finder.block_of(self.consumers[group.name])
         if not hold_everywhere(block is not None, self.store.device):
             self._say_once(
-                "the output of a single consumer can't be observed: target=pruned", group
+                "there is no single consumer whose output can be observed: target=pruned", group
             )
             return "pruned"
         assert block is not None

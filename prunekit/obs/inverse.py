@@ -21,10 +21,10 @@ from prunekit.errors import DataError
 
 HeadScore = Literal["exact", "grouped_cholesky", "diagonal"]
 
-# The variance inflation factors A_jj (H + λI)_jj tell how much of input j the other inputs explain,
-# whatever its scale, and bound how much removals can cancel in a column. Measured at the limit, with
-# half of the columns removed: float32 has A_ij to 6e-3 of √(A_ii A_jj), and leaves a layer error
-# 6e-6 above the least; both grow with the limit, the second squared.
+# The variance inflation factors A_jj (H + λI)_jj tell how much the other inputs explain of input
+# j, whatever its scale, and bound how much removals can cancel in a column. Measured at the limit,
+# with half of the columns removed: A_ij in float32 is right to 6e-3 of √(A_ii A_jj), and the error
+# of the layer is 6e-6 above the least; both grow with the limit, the latter as its square.
 _INFLATION = 1e4
 _DEAD = 1e-20  # an input of less than this share of the largest mean square can't be told from zero
 
