@@ -215,7 +215,9 @@ def experiments(result: dict) -> list[str]:
         lines += [f"## {found['model']}: experiment={found['experiment']}", ""]
         about = f"Held-out perplexity{drawn}; dense {dense:.2f}; revision `{found['revision']}`."
         lines += [f"{about} {found['note']}".rstrip()]
-        cells = [[name, *(_measured(at.get((name, ratio))) for ratio in ratios)] for name in order]
+        cells = [
+            [name, *(_format_figure(at.get((name, ratio))) for ratio in ratios)] for name in order
+        ]
         lines += ["", *table(columns, cells), ""]
         if layered := [row for row in found["rows"] if "removed" in row]:
             lines += ["SlimGPT's figure 4, the ratio by layer (heads, FFN channels):", ""]
@@ -232,7 +234,7 @@ def experiments(result: dict) -> list[str]:
     return lines[:-1]
 
 
-def _measured(row: dict | None) -> str:
+def _format_figure(row: dict | None) -> str:
     if row is None:
         return "–"
     return f"{row['pruned']:.2f}" + (f" ± {row['spread']:.2f}" if "spread" in row else "")

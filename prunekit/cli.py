@@ -18,14 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from prunekit.config import RunConfig, check, check_choices, config_dir, drop_presets, one_line
 from prunekit.errors import CheckpointError, PrunekitError
 
-# Loggers that complain of their own package when they are imported.
+# Loggers that warn of problems of their own package when it is imported.
 _COMPLAINERS = ("torchao", "torch.utils._pytree")
-# Of the runs of a sweep, those that failed: Hydra goes on with the others.
+# The errors of failed runs of a sweep: Hydra goes on with its other runs.
 _failures: list[PrunekitError] = []
 
 
 def main() -> None:
-    """Run; exit with 0, or 2 after one line on what was wrong, or 130 after Ctrl-C."""
+    """Run; exit with 0, with 2 after an error in one line, or with 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in _COMPLAINERS:
@@ -81,7 +81,7 @@ def _do(config: DictConfig, folder: Path) -> None:
         print_comparison(jobs.run_diff(run_config, folder))
     elif run_config.task == "export":
         jobs.run_export(run_config, folder)
-        _remove_if_empty(folder)  # a model that was only pushed leaves nothing here
+        _remove_if_empty(folder)  # an upload leaves no files here
     else:
         _run(config, run_config, folder)
 
@@ -124,7 +124,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _advise_resume(folder: Path, error: Exception | None = None) -> str:
-    """How to go on from the state that an unfinished run left, unless the error is about that."""
+    """Tell how to go on with an unfinished run, unless the error is about going on."""
     unfinished = any((folder / name).is_dir() for name in (".state", ".training"))
     if not unfinished or "resume" in str(error):
         return ""

@@ -2,7 +2,7 @@
 
 
 class PrunekitError(Exception):
-    """A mistake in what was asked: the message says what was expected, what came and where."""
+    """A mistake in a request: the message says what was expected, what came, and where."""
 
 
 class ConfigError(PrunekitError):
@@ -26,7 +26,7 @@ class CheckpointError(PrunekitError):
 
 
 class ExportError(PrunekitError):
-    """What an export's target can't express, or what it needs and isn't there."""
+    """A model that an export's format can't express, or a package that the export lacks."""
 
 
 def suggest(name: str, available: list[str]) -> str:

@@ -76,7 +76,7 @@ def prune(
     overrides: Sequence[str] = (),
     state: str | Path | None = None,
 ) -> Result[Model]:
-    """Prune a model in place: trace it, choose units, repair what stays, cut.
+    """Prune a model in place: trace it, choose units, repair the weights that stay, cut.
 
     Example:
         result = prunekit.prune(model, ratio=0.2, method="slimgpt", calibration=tokens)
@@ -156,7 +156,7 @@ def prune_model(
 
     Args:
         model: changed in place; on meta where it is streamed.
-        config: the run's configuration; of its sections that name backends nothing is read.
+        config: the run's configuration; its sections that name backends are not read.
         method: the backends.
         batches: keyword arguments of the model's forward call; the first one is the example that
             the model is traced and checked with.
@@ -267,7 +267,7 @@ def _make_budget(
     cut: Sequence[Group],
     shares: Mapping[str, float],
 ) -> Budget:
-    """Make the budget of the groups that are cut; biases that a repair adds are paid from it."""
+    """Make the budget of the groups that are cut, less the cost of biases that a repair adds."""
     model, graph, limit = setting.model, setting.graph, objective.limit
     repairs = method.compensation
     if repairs is not None and repairs.adds_biases and objective.cost.stored:
@@ -297,7 +297,7 @@ def choose_and_cut(
     if repairs or assignment.independent:
         copies = places.undo and streamed is None
         before = take_snapshot(model, assignment.groups, assignment.independent, copies=copies)
-    # Modules, not names: where whole layers go, the names of those behind them change.
+    # Modules, not names: where whole layers go, the names of later layers change.
     without_bias = [
         model.get_submodule(name.rpartition(".")[0])
         for name, bias in before.items()
@@ -319,7 +319,7 @@ def choose_and_cut(
 
 
 def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group]) -> None:
-    """Raise ConfigError where groups have no linear consumers whose inputs could be looked at."""
+    """Raise ConfigError where a group has no linear consumer whose inputs can be observed."""
     backend = method.schedule if method.compensation is None else method.compensation
     section = "schedule" if method.compensation is None else "compensation"
     for group in groups:
@@ -333,7 +333,7 @@ def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group])
 
 
 def _name_limits(config: RunConfig, method: Method) -> str:
-    """Name the options that narrow what can go, for messages."""
+    """Name the options that limit how many units can go, for messages."""
     least = method.scope.min_units
     options = [f"scope.min_units={least}"] if least != 1 else []
     options += [f"shapes={config.shapes}"] if config.shapes != "free" else []
@@ -368,7 +368,7 @@ def _report(
 
 
 def _count_target(allocation: Allocation, plan: PruningPlan, pruned: nn.Module) -> Target:
-    """What the measure of the target comes to in the dense model and in the pruned one."""
+    """The cost of the dense model and of the pruned model, in the measure of the target."""
     cost, limit = allocation.assignment.budget.cost, allocation.assignment.budget.limit
     exact = round if cost.stored else float
     achieved = cost({name: len(units) for name, units in plan.removed.items()})

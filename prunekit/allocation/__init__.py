@@ -1,6 +1,4 @@
-"""From shares to whole units: what a cut may touch, what it saves, and the budget that it must meet
-exactly.
-"""
+"""From shares to whole units: the scope of a cut, its costs, and the budget that it must meet."""
 
 from prunekit.allocation.budget import Budget, pick_lowest
 from prunekit.allocation.costs.base import Cost, CostModel, CostSetting, Term

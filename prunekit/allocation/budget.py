@@ -27,7 +27,7 @@ Steps = dict[str, int]  # name of a slot → which of its steps it is at
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a cost must come down to, and the slots that may be cut for it.
+    """The limit that a cost must come down to, and the slots that may be cut for it.
 
     Args:
         slots: what is cut; their steps are what the budget counts in.
@@ -85,9 +85,9 @@ class Budget:
 
     @cached_property
     def step_costs(self) -> dict[str, float]:
-        """Slot → what its last step is worth with the others whole.
+        """Slot → the cost that its last step saves, while the other slots are whole.
 
-        Slots that have no step, or whose steps are worth nothing, are left out.
+        Slots without a step, or whose steps save nothing, are left out.
         """
         dense = self.cost({})
         costs = {}
@@ -130,7 +130,7 @@ class Budget:
 def pick_lowest(
     groups: Sequence[Group], scores: Mapping[str, Tensor], counts: Mapping[str, int]
 ) -> dict[str, list[int]]:
-    """Group → the `counts` units of it with the lowest scores; of equal ones the lower index."""
+    """Group → its `counts` units with the lowest scores; of equal scores the lower index first."""
     return {
         group.name: scores[group.name].argsort(stable=True)[: counts[group.name]].tolist()
         for group in groups

@@ -48,7 +48,7 @@ def _find_floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
 def _find_multiples(
     model: nn.Module, groups: Sequence[Group], config: RunConfig, scope: Scope
 ) -> dict[str, int]:
-    """Group → what its kept units must be a multiple of.
+    """Group → the number that divides the number of its kept units.
 
     The grouped matrix products of stacked experts [experts, rows, columns] take rows of whole 16
     bytes: 8 numbers in half precision, which a model in float32 may be stored in too.
@@ -70,7 +70,7 @@ def _find_multiples(
 
 
 def count_added_biases(model: nn.Module, groups: Sequence[Group]) -> int:
-    """How many parameters a repair adds that gives every consumer without a bias one."""
+    """How many parameters a repair adds where it gives a bias to every consumer that has none."""
     sizes = {}
     for member in (member for group in groups for member in group.consumers):
         module = model.get_submodule(member.parameter.rpartition(".")[0])

@@ -23,7 +23,7 @@ class Objective:
 
 
 def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:
-    """The `cost` that is configured, unless the measure that a limit is given in says otherwise.
+    """The configured cost; or the cost of the measure that a limit of `target` is given in.
 
     Raises:
         ConfigError: a limit in one measure, and a cost that counts another one.
@@ -31,7 +31,7 @@ def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:
     measure = target.measure
     if measure is None or measure == cost.name:
         return cost
-    if not isinstance(cost, Parameters):  # the default: whoever sets a limit need not change it
+    if not isinstance(cost, Parameters):  # not the default, but a choice
         raise ConfigError(
             f"target.{measure}: expected cost={measure}, or a target.limit in the units of "
             f"cost={cost.name}"
@@ -44,7 +44,7 @@ def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:
 
 
 def set_objective(model: CostModel, setting: CostSetting, config: RunConfig) -> Objective:
-    """Measure the dense model; the limit is the one that is given, or leaves a share of that.
+    """Measure the cost of the dense model; the limit is given, or a share of the measured cost.
 
     Raises:
         ConfigError: whole layers are to go, and the cost can't count them.

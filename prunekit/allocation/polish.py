@@ -12,7 +12,7 @@ _FALLEN = 1 - 1e-9
 
 
 def polish(budget: Budget, steps: Steps, limit: float) -> Steps:
-    """Move single steps; where that gets stuck, try a dear one, and let cheap ones make up for it.
+    """Move single steps; where no move helps, move a dear one and let cheap ones make up for it.
 
     The result is within half the cheapest step of the limit, unless the slots have no such steps.
     """

@@ -1,4 +1,4 @@
-"""Steps where groups compete: the least score for what it frees goes first."""
+"""Steps where groups compete: first the step with the least score for the cost that it saves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rank_slots(
     limit: float,
     fixed: Steps,
 ) -> Steps:
-    """Steps of these slots, the least score for what it frees first, with the others `fixed`.
+    """Steps of these slots, the least score per cost saved first; other slots stay at `fixed`.
 
     The queue is taken up to the last step before the limit is met. From there on a step that would
     overshoot by more than half the cheapest step ends its slot, and what still fits is taken.
@@ -70,7 +70,7 @@ def rank_slots(
 def rank_in_layers(
     budget: Budget, slots: Sequence[Slot], scores: Mapping[str, Tensor], steps: Steps
 ) -> Steps:
-    """Each layer comes down to what `steps` leave it, with its slots ranked together."""
+    """Rank the slots of each layer together, until the layer costs what `steps` let it cost."""
     layers: dict[int | None, list[Slot]] = defaultdict(list)
     for slot in slots:
         layers[slot.groups[0].layer].append(slot)
@@ -83,9 +83,9 @@ def rank_in_layers(
 
 
 def _densities(budget: Budget, slot: Slot, scores: Mapping[str, Tensor]) -> list[float]:
-    """For each step the score that goes with it over what it frees, never falling.
+    """For each step of a slot, the score of its units over the cost that it saves; never falling.
 
-    Where scores of groups are comparable as they are, over its units instead.
+    Where scores of groups are comparable as they are, it is the score per unit instead.
     """
     densities: list[float] = []
     ranked = {group.name: scores[group.name].sort().values for group in slot.groups}

@@ -14,11 +14,11 @@ from prunekit.graph import Group
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:
-    """What the model itself demands of a cut, on top of what the scope does.
+    """What the model itself demands of a cut, beside the demands of the scope.
 
     Args:
         floors: group → how many units must stay.
-        multiples: group → what the number of kept units must be a multiple of.
+        multiples: group → the number that divides the number of its kept units.
         possible: group → which numbers of kept units are possible; any where it has no entry.
         uniform: groups that differ in nothing but their layer are cut in step.
     """
@@ -37,7 +37,7 @@ class Slot:
         groups: in execution order; the first one names the slot.
         removed: how many units of the coarsest group are gone at step 0, 1, …; rises from 0.
         factors: group → how many of its units go with one unit of the coarsest group.
-        share: what the policy gives the slot, of its units.
+        share: the share of its units that the policy gives the slot.
     """
 
     groups: tuple[Group, ...]

@@ -1,7 +1,7 @@
-"""Blocks: modules inside a layer whose output is that of their consumer.
+"""Blocks: modules inside a layer that return the output of their consumer.
 
-The output of an attention block is that of its output projection, the output of an FFN that of its
-down projection. Such a module need not run again once the inputs of its consumer are put aside.
+An attention block returns the output of its output projection, an FFN the output of its down
+projection. Such a module need not run again once the inputs of its consumer are put aside.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _tree = torch.utils._pytree
 
 @dataclass(eq=False)
 class Block:
-    """A module whose output is that of its consumer, alone or in a structure with other values.
+    """A module that returns the output of its consumer, alone or in a structure of values.
 
     `leaves`, `spec`: the flattened structure, with the consumer's output at `place` left out.
     `first`: the consumer's output on the batch that the block was found with. By batch: `inputs` of
@@ -81,8 +81,8 @@ class Finder:
         """The blocks known so far, in the order of their consumers."""
         return [block for consumer in self.consumers if (block := self._blocks.get(consumer))]
 
-    def unsettled(self, consumers: Sequence[Consumer]) -> bool:
-        """Whether the block of a group's lone consumer has not been looked for yet."""
+    def must_look_for(self, consumers: Sequence[Consumer]) -> bool:
+        """Whether these are a lone consumer whose block has not been looked for yet."""
         lone = consumers[0] if len(consumers) == 1 else None
         return lone in self.consumers and lone not in self._blocks
 

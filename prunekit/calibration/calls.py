@@ -1,8 +1,8 @@
-"""The calls of the layers: what each one is called with beside the hidden states, on every batch.
+"""The calls of the layers: the arguments beside the hidden states, of each layer and batch.
 
 They are recorded without running a layer: stand-ins note their arguments and pass the hidden states
-on. Layers whose other arguments depend on what the layers before them compute can't be run one by
-one; a recording with stand-ins that change the hidden states tells.
+on. A layer whose other arguments depend on the results of the layers before it can't be run by
+itself: a second recording, with stand-ins that change the hidden states, shows whether they do.
 """
 
 from __future__ import annotations
@@ -146,13 +146,13 @@ class _Recorder:
         self.calls.append(Call(args[1:], kwargs, key))
         if len(self.calls) == self.num_layers:
             raise Stop
-        # Any other values do: an argument that changes with them depends on the hidden states.
+        # Any changed values will do: an argument that changes too depends on the hidden states.
         self._passed_on = 2 * hidden + 1 if self.changing else hidden
         return (self._passed_on,) if self.in_tuples else self._passed_on
 
 
 def _share_tensors(calls: Sequence[Call], before: Sequence[Call] | None) -> list[Call]:
-    """Take tensors that equal those of the batch before from there: rotations, masks."""
+    """Replace tensors by equal ones of the batch before, so that each is kept once (masks, say)."""
     if before is None:
         return list(calls)
     shared = []

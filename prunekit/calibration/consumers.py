@@ -127,7 +127,7 @@ def _show_inputs(consumer: Consumer, see: See, module: nn.Module, args: tuple[Te
 
 @contextmanager
 def running_experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> Iterator[None]:
-    """Inside the `with` block, stacked experts multiply singly, so that `watching` sees each."""
+    """Compute stacked experts one by one in a `with` block, so that `watching` sees each."""
     stacked = any(consumer.expert is not None for consumer in consumers)
     with experts_computed(model, "eager") if stacked else nullcontext():
         yield

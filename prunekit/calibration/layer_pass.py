@@ -1,4 +1,4 @@
-"""One layer in turn, with everything that it takes to run it on each batch."""
+"""A pass through one layer: its states and calls on each batch, and the blocks inside it."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class LayerPass:
         return self.run(batch, self.finder.answers(batch, self.store))
 
     def run_dense(self) -> list[Kept]:
-        """Run the layer on the dense states, before it changes: its outputs, by batch.
+        """Run the layer on the dense states, before it changes; its outputs by batch.
 
-        The outputs of its blocks are put aside on the way, where targets take them from.
+        The outputs of its blocks are put aside on the way: targets need them.
         """
         after = []
         for batch in range(len(self.batches)):

@@ -1,4 +1,4 @@
-"""Layers whose weights are not all in memory: what a walk and a schedule tell their keeper."""
+"""Layers whose weights are not all in memory: the calls that a walk and a schedule make."""
 
 from __future__ import annotations
 

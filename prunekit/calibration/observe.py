@@ -20,12 +20,12 @@ from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
-HELD_OUT = 8  # every eighth sample is held out: it tells whether a target generalises
+HELD_OUT = 8  # every eighth sample is held out, to measure whether a target generalises
 
 
 @dataclass(eq=False)
 class Site:
-    """Consumers that are fed the same inputs x [n], and the moments of these inputs.
+    """Consumers that are fed the same inputs x [n], and the moments of x.
 
     `held`: the moments of the held-out samples, which are not in `moments`; None without a target.
     """
@@ -41,7 +41,7 @@ class Site:
         )
 
     def merge_held_out(self) -> None:
-        """Merge the moments of the held-out samples into the others, and let go of both parts."""
+        """Merge the held-out moments into `moments`; the matrices of both parts are let go of."""
         if self.held is not None:
             self.moments, self.held = Moments.together([self.moments, self.held]), None
 
@@ -53,7 +53,7 @@ class Site:
 
 @dataclass
 class Observation:
-    """Gathers the moments of everything that a group's consumers are fed.
+    """Gathers the moments of all inputs of a group's consumers.
 
     `targeted`: whether the consumers have a target; samples are then held out, and the errors of
     the outputs are gathered with the inputs.
@@ -94,7 +94,7 @@ class Observation:
         if self._wanted is None or site.held is None:
             site.moments.add(inputs, mask, None, self._sample)
             return
-        output = site.consumers[0].module.forward(inputs)  # not called: hooks would see it
+        output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
         error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
         if mask is None:
             mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)

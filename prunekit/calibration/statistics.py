@@ -65,7 +65,7 @@ class SiteWork:
 
 
 def prepare_site(site: Site, damping: float, *, centred: bool, inverted: bool) -> SiteWork:
-    """Take a site's weights, move them towards their target where there is one, invert its moments.
+    """Take the weights of a site, move them towards their target if any, invert the moments.
 
     Without `inverted` the moments are inverted only where a target needs it. The held-out moments
     of the site are merged into its others, and let go of, before the second inversion: no more than

@@ -38,7 +38,7 @@ class Kept:
         )
 
     def free(self) -> None:
-        """Give the bytes of the tensor back to the store; it can't be had any more."""
+        """Give the bytes of the tensor back to the store; `get` must not be called any more."""
         if self._tensor is not None:
             self._tensor = None
             self._store.used[self._level] -= self.nbytes
@@ -100,7 +100,7 @@ class Store:
         return Kept(self, tensor, level, path)
 
     def _find_room(self, nbytes: int) -> str:
-        """The first level that so many more bytes fit into: device, host or file."""
+        """The first of device, host and file that has room for so many more bytes."""
         for level, limit in self.limits.items():
             if self.used[level] + nbytes <= limit:
                 return level

@@ -1,9 +1,12 @@
-"""A walk that runs the layers one by one, so that no layer takes more than one forward pass.
+"""A walk that runs the layers one by one, so that each layer takes one forward pass only.
 
-Between two layers only the hidden states of all batches are kept. Inside a layer, a module whose
-output is that of its consumer (an attention block, an FFN) need not run again once the consumer is
-repaired: from then on it answers with the consumer's output on the inputs that were put aside. So a
-layer takes one forward pass, in pieces.
+Between two layers only the hidden states of all batches are kept. Inside a layer, a module that
+returns the output of its consumer (an attention block, an FFN) need not run again once the consumer
+is repaired: the output of the consumer is computed from the inputs that were put aside, and the
+module returns it. So the forward pass of a layer is run in pieces, each of them once.
+
+"Stream" means this stream of hidden states. A model whose weights come from disk layer by layer is
+`prunekit.checkpoint.streamed.Streamed`; a stream reads its layers through `source`.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ class Stream:
     def _open_layer(
         self, i: int, hidden: list[Kept], dense: list[Kept], shallow: bool
     ) -> LayerPass:
-        """The pass of a layer; blocks are looked for around consumers that feed nobody else."""
+        """Begin the pass of a layer; blocks are looked for around the lone consumers of groups."""
         lone = [
             self.consumers[group.name][0]
             for group in self.groups
@@ -175,7 +178,9 @@ class Stream:
             return target
         block = layer.finder.block_of(self.consumers[group.name])
         if not hold_everywhere(block is not None, self.store.device):
-            self._say_once("no lone consumer whose output can be told: target=pruned", group)
+            self._say_once(
+                "there is no single consumer whose output can be observed: target=pruned", group
+            )
             return "pruned"
         assert block is not None
         if target == "residual" and not is_added(layer, block):
@@ -196,7 +201,7 @@ class Stream:
         consumers, finder = self.consumers[group.name], layer.finder
         block = finder.block_of(consumers)
         for b, (sample, batch) in enumerate(self.batches):
-            looks = block is None and b == 0 and finder.unsettled(consumers)
+            looks = block is None and b == 0 and finder.must_look_for(consumers)
             if observation is None and block is None and not looks:
                 return  # there is nothing to observe, and nothing to put aside
             wanted = None

@@ -1,4 +1,4 @@
-"""Targets: what the consumer of a block must give on the inputs that the pruned layers give it."""
+"""Targets: the outputs that a block's consumer must give on the inputs from pruned layers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from prunekit.runtime.processes import hold_everywhere
 def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> Tensor:
     """Compute the target of a block's consumer on a batch [B, T, d].
 
-    dense: its output in the dense model. residual: what brings back the dense residual stream
-    behind the block, that is the stream of the dense layer up to this block, less that of the layer
-    as it is by now without this block; the blocks behind it give zero in both.
+    dense: the output of the consumer in the dense model. residual: the output that brings back the
+    dense residual stream behind the block. It is a difference of two streams: that of the dense
+    layer up to and with this block, less that of the layer as it is by now, without this block. The
+    blocks behind this one give zero in both.
     """
     if target == "dense":
         return block.dense[batch].get()

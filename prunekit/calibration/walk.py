@@ -38,8 +38,8 @@ __all__ = ["Batch", "Consumer", "Layers", "Moments", "Site", "Walk", "find_consu
 class Walk:
     """A way through a model.
 
-    `targets`: group name → "dense" or "residual", where the consumers of the group must reproduce
-    something else than their own outputs on the inputs that they get.
+    `targets`: group name → "dense" or "residual" (`Compensation.target_of`); the consumers of other
+    groups must reproduce their own outputs on the inputs that they get.
     `done`: the names of groups that are finished; nothing is measured there.
     `store`: keeps activations between two layers.
     `layers`: reads the weights of the layers; None where all are in memory.
@@ -83,7 +83,7 @@ class Walk:
     def _own_batches(self, with_experts: bool) -> list[Numbered]:
         """The batches of this process, numbered.
 
-        Experts get their tokens without a place in the batch, so that padding goes beforehand.
+        Experts get tokens whose places in the batch nobody knows: padding has to be removed before.
         """
         batches = remove_padding(self.batches) if with_experts else self.batches
         if len(batches) < world_size():

@@ -53,7 +53,7 @@ def compose(name: str, shape: torch.Size, converter: Any, parts: Parts, shards: 
         if missing := [number for number in numbers if (pattern, number) not in parts]:
             name_missing = _name_missing(pattern, missing[0], parts)
             raise CheckpointError(f"{shards.where}: damaged weights: {name_missing} is missing")
-        rows.append(tuple(_stored(shards, parts[pattern, number]) for number in numbers))
+        rows.append(tuple(_find_stored(shards, parts[pattern, number]) for number in numbers))
     if stacked is None:
         rows = [(part,) for row in rows for part in row]
     for row in rows:
@@ -113,7 +113,7 @@ def _name_missing(pattern: str, number: int, parts: Mapping[tuple[str, int], str
     return missing if missing != name else f"{pattern} beside {name}"
 
 
-def _stored(shards: Shards, name: str) -> Stored:
+def _find_stored(shards: Shards, name: str) -> Stored:
     stored = shards[name]
     assert isinstance(stored, Stored)
     return stored

@@ -40,7 +40,7 @@ def describe(
 
 
 def _forget_our_code(folder: Path, config: dict[str, Any]) -> None:
-    """Remove the modelling file, and what the config says of it: a loaded model may bring both."""
+    """Remove the modelling file and its entries in the config: a loaded model may bring both."""
     (folder / CODE).unlink(missing_ok=True)
     codes = config.pop("auto_map", {})
     if others := {key: name for key, name in codes.items() if not names_our_code(name)}:
@@ -55,7 +55,7 @@ def _add_code(folder: Path, config: dict[str, Any]) -> None:
     config["auto_map"] = {
         key: f"{Path(CODE).stem}.{name}" for key, name in zip(keys, names, strict=True)
     }
-    # Not the stock class: no program must take the model for one of these.
+    # Not the name of the stock class: no program must take the model for a stock one.
     config["architectures"] = [names[-1]]
     shutil.copyfile(modeling_prunekit.__file__, folder / CODE)
     with (folder / CODE).open("a", encoding="utf-8") as code:

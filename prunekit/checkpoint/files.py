@@ -27,7 +27,7 @@ _LEAST = 2**24  # elements that a table may have in any model, however small
 
 
 @contextmanager
-def located(where: Path) -> Iterator[None]:
+def locating_errors(where: Path) -> Iterator[None]:
     """Put a file or folder before the message of a CheckpointError raised in a `with` block.
 
     Meant for functions of `prunekit.model`, which know of no folder.
@@ -57,9 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_name(where: Path, name: object) -> str:
-    """A file name that a folder's own file lists; CheckpointError where it would lead out of the
-    folder.
-    """
+    """Return a name that a file lists; CheckpointError where it would lead out of the folder."""
     if (
         not isinstance(name, str)
         or name in ("", "..")
@@ -92,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def count_tensors(folder: Path) -> tuple[int, int]:
-    """How many tensors a folder's weights are, and how many elements; by the files' headers."""
+    """Numbers of tensors and of elements in a folder's weights, by the headers of its files."""
     from safetensors import SafetensorError, safe_open
 
     tensors = elements = 0
@@ -112,8 +110,7 @@ def count_tensors(folder: Path) -> tuple[int, int]:
 def check_config(
     path: Path, config: Mapping[str, Any], tensors: int, trust_remote_code: bool = False
 ) -> None:
-    """Raise CheckpointError where building from a config would take forever, or code from
-    elsewhere.
+    """Raise CheckpointError where a config asks for endless work, or for code from elsewhere.
 
     Args:
         path: the file of the config, for messages.
@@ -139,7 +136,7 @@ def check_config(
 
 @contextmanager
 def within(elements: int) -> Iterator[None]:
-    """Refuse, during a `with` block, to make tensors that no model of so many elements needs.
+    """Refuse, during a `with` block, tensors that are too large for a model of so many elements.
 
     Raises:
         ValueError: such a tensor is asked for; no memory is taken for it.

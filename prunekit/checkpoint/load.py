@@ -21,7 +21,7 @@ from prunekit.checkpoint.files import (
     MANY_LAYERS,
     check_config,
     count_tensors,
-    located,
+    locating_errors,
     read_config,
     weight_files,
     within,
@@ -44,8 +44,7 @@ def from_pretrained(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model of a folder written by `save_pretrained`, or of any Hugging Face causal language
-    model.
+    """Load a folder that `save_pretrained` wrote, or any Hugging Face causal language model.
 
     Args:
         directory: a local folder; or a hub name, for dense models.
@@ -74,7 +73,7 @@ def from_pretrained(
             name for name, t in tensors.items() if t.is_floating_point() and name not in tables
         }
         tensors = {name: t.to(dtype) if name in weights else t for name, t in tensors.items()}
-    with located(folder):
+    with locating_errors(folder):
         adopt(model, tensors, exact=is_ours(config))
     model.config.dtype = dtype or model.config.dtype
     if is_ours(config):
@@ -108,10 +107,10 @@ def build_skeleton(
     trust_remote_code: bool = False,
     stored: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The model a folder describes, dense or pruned, in evaluation mode: parameters on meta,
-    buffers real.
+    """Build the model that a folder describes, dense or pruned, in evaluation mode.
 
-    Parameters have their class's shapes until `adopt` gives them the file's.
+    Its parameters are on meta, its buffers hold numbers. Parameters have the
+    shapes that their class gives them, until `adopt` replaces them by the tensors of the file.
 
     Args:
         folder: a model folder.
@@ -123,7 +122,7 @@ def build_skeleton(
     Raises:
         CheckpointError: the config makes no model.
     """
-    with located(folder / "config.json"):
+    with locating_errors(folder / "config.json"):
         if needs_prunekit(config):
             dense = make_dense_config(config)
         else:
@@ -214,9 +213,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _align(tensor: Tensor) -> Tensor:
-    """A tensor at an address as torch would have chosen it.
+    """The tensor, copied where its address is no multiple of 64 as torch's own addresses are.
 
-    Some kernels round otherwise where a tensor is not aligned to 64 bytes, as files lay them out.
+    Tensors of a file lie at any address, and some kernels round otherwise where it is not aligned.
     """
     return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
@@ -249,7 +248,7 @@ def load_tokenizer(
         check_manifest(folder, weights=False)
         config = read_config(folder)
     check_config(folder / "config.json", config, MANY_LAYERS, trust_remote_code)
-    with located(folder / "config.json"):
+    with locating_errors(folder / "config.json"):
         dense = make_dense_config(config) if needs_prunekit(config) else None
     try:
         return AutoTokenizer.from_pretrained(

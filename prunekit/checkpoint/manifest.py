@@ -15,9 +15,7 @@ _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # files of the config and t
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `prunekit.json`: format version, and the SHA-256 of weights, code, config and
-    tokenizer.
-    """
+    """Write `prunekit.json`: the format's version, and the SHA-256 of the files of the folder."""
     files = {
         name: checksum(folder / name)
         for name in sorted(_names(folder, *_LOADED, *_BESIDE) - {NAME})

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def register_with_transformers() -> None:
-    """From now on `AutoModelForCausalLM.from_pretrained` (`AutoModel`, `AutoConfig`, …) loads
-    pruned folders too.
+    """Let `from_pretrained` of transformers' auto classes load pruned folders too, from now on.
 
-    Only folders whose config holds what `prunekit.save_pretrained` writes of pruned sizes take
-    another way than before: `AutoConfig` hands out a class of their own, for which models of their
-    own are registered. No code of the folder is run. Files that are not as they were saved are a
-    CheckpointError; the numbers in the weights only `prunekit.from_pretrained` compares with their
-    checksums. Calling it again changes nothing.
+    Only folders whose config holds the record of pruned sizes that `prunekit.save_pretrained`
+    writes are loaded another way than before: `AutoConfig` returns a config class of prunekit's
+    for them, and for that class model classes of prunekit's are registered. No code of the folder
+    is run. A file that was changed after it was saved is a CheckpointError; the numbers in the
+    weights are compared with their checksums by `prunekit.from_pretrained` alone. A second call
+    changes nothing.
     """
     replace_config_loader(is_ours, _load_config)
 
@@ -39,11 +39,11 @@ def _load_config(source: str | Path, config: Mapping[str, Any], **kwargs: Any) -
         if key not in ("trust_remote_code", "code_revision")
     }
     kwargs |= {"_from_auto": True, "name_or_path": source}
-    return _registered(config["model_type"]).from_pretrained(source, **kwargs)
+    return _register_classes(config["model_type"]).from_pretrained(source, **kwargs)
 
 
 @cache
-def _registered(model_type: str) -> Any:
+def _register_classes(model_type: str) -> Any:
     """The config class of a type's pruned models, known to the auto classes."""
     from transformers import AutoModel, AutoModelForCausalLM
 

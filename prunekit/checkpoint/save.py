@@ -1,6 +1,4 @@
-"""Save a model folder: `config.json` with transformers' own `per_layer_config`, safetensors, the
-tokenizer.
-"""
+"""Save a model folder: config (with `per_layer_config`), safetensors, manifest, tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import located, read_config
+from prunekit.checkpoint.files import locating_errors, read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 from prunekit.model.build import needs_prunekit
@@ -20,8 +18,7 @@ from prunekit.runtime.files import check_free, new_folder
 def save_pretrained(
     model: Any, directory: str | Path, tokenizer: Any = None, remote_code: bool = False
 ) -> None:
-    """Write `model` (and its tokenizer) to a folder that `prunekit.from_pretrained` loads bit for
-    bit.
+    """Write a model and its tokenizer to a folder, from which it can be loaded bit for bit.
 
     The folder appears whole or not at all. transformers' own `from_pretrained` loads it where
     `prunekit.register_with_transformers` was called.
@@ -50,13 +47,13 @@ def save_pretrained(
             "config.json holds one list of layers"
         )
     check_free(Path(directory))
-    with located(Path(directory)):
+    with locating_errors(Path(directory)):
         record = required_record(model)
     original = record is None and not needs_prunekit(model.config.to_dict())
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
         model.save_pretrained(folder, save_original_format=original)
         describe(folder, model, record, remote_code)
-        with located(Path(directory)):
+        with locating_errors(Path(directory)):
             check_loadable(model, read_config(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -33,7 +33,7 @@ _ROWS = 4096  # rows of two matrices that are compared at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor of a shard: which file, what it is called there, shape and type."""
+    """One tensor of a shard: its file, its name there, its shape and its type."""
 
     file: Path
     name: str
@@ -93,9 +93,7 @@ class Composed:
 
 @dataclass(frozen=True)
 class Shards:
-    """The tensors of a model folder or of some safetensors files: name → where it is stored, whole
-    or in parts.
-    """
+    """Name of a tensor → where it is stored, whole or in parts: of a folder or of some files."""
 
     where: Path
     entries: Mapping[str, Stored | Composed]
@@ -125,7 +123,7 @@ class Shards:
     def of_file(cls, file: Path) -> Shards:
         """Read one file's header; CheckpointError where it is missing, cut short or damaged."""
         entries = {}
-        with _opened(file) as stored:
+        with _open(file) as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
                 part = stored.get_slice(name)
                 if (dtype := part.get_dtype()) not in _DTYPES:
@@ -183,7 +181,7 @@ class Shards:
             )
             places += self[name].places(tensors[name])
         for file in {part.file: None for part, _ in places}:
-            with _opened(file) as stored:
+            with _open(file) as stored:
                 for part, place in places:
                     if part.file == file:
                         place.copy_(stored.get_tensor(part.name))
@@ -196,7 +194,7 @@ class Shards:
             return False
         if isinstance(one, Composed) or isinstance(other, Composed):
             return torch.equal(self.read([left])[left], self.read([right])[right])
-        with _opened(one.file) as first, _opened(other.file) as second:
+        with _open(one.file) as first, _open(other.file) as second:
             a, b = first.get_slice(one.name), second.get_slice(other.name)
             rows = range(0, one.shape[0], _ROWS)
             return all(torch.equal(a[row : row + _ROWS], b[row : row + _ROWS]) for row in rows)
@@ -207,9 +205,10 @@ class Shards:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; opening compares its header with its size. Unmapped at the end of the
-    `with` block.
+def _open(file: Path) -> Iterator[Any]:
+    """A safetensors file, which is unmapped at the end of the `with` block.
+
+    Opening it compares its header with its size.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checkpoint.compose import Parts, compose, read_number
-from prunekit.checkpoint.files import located, within
+from prunekit.checkpoint.files import locating_errors, within
 from prunekit.checkpoint.load import build_skeleton, check_folder
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
@@ -68,12 +68,13 @@ def open_streamed(
 
 @dataclass(frozen=True, kw_only=True)
 class _Key:
-    """What a tensor of a checkpoint is in the model.
+    """The place of a checkpoint's tensor in the model.
 
     Args:
         name: the name of the model's tensor.
-        converter: transformers' converter, where the checkpoint's tensor is only a part of that.
-        part: then the pattern and the number of the part.
+        converter: transformers' converter, where the checkpoint's tensor is only a part of the
+            model's tensor.
+        part: the pattern and the number of the part, where there is a converter.
     """
 
     name: str
@@ -85,8 +86,9 @@ def _by_names_of(model: PreTrainedModel, shards: Shards, dense: bool) -> Shards:
     """The shards by the names of the model's tensors.
 
     Checkpoints may hold names of before a renaming in transformers, or those of a body without its
-    prefix. A parameter that is stored in parts becomes one entry. Tables that no class wants any
-    more are left out. A pruned model may store tables that its class would compute: they were cut.
+    prefix. A parameter that is stored in parts becomes one entry. Tables that no
+    class reads any more are left out. A pruned model may store tables that its class would compute,
+    because they were cut.
     """
     from transformers.core_model_loading import dot_natural_key
 
@@ -111,9 +113,9 @@ def _by_names_of(model: PreTrainedModel, shards: Shards, dense: bool) -> Shards:
 
 
 def _key_finder(model: PreTrainedModel) -> Callable[[str], _Key]:
-    """A function from the name of a checkpoint's tensor to what it is in the model.
+    """A function from the name of a checkpoint's tensor to its place in the model.
 
-    transformers describes what it names otherwise than the checkpoints that it loads.
+    transformers describes which of a model's tensors have other names in checkpoints.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
@@ -156,7 +158,7 @@ def _take_shapes(model: nn.Module, shards: Shards, dtype: torch.dtype | None, ex
         own = dtype if shards[name].dtype.is_floating_point else None
         return torch.empty(shards[name].shape, dtype=own or shards[name].dtype, device="meta")
 
-    with located(shards.where):
+    with locating_errors(shards.where):
         adopt(model, {name: on_meta(name) for name in shards}, exact)
     for path, module in model.named_modules():
         for attribute, buffer in module._buffers.items():

@@ -69,7 +69,7 @@ class Streamed:
         return offloaded(self.model, shards, self.device)
 
     def layers(self, graph: CouplingGraph) -> StreamedLayers:
-        """The layers, read one by one; each is cut and written as soon as it is left."""
+        """The keeper of the layers: reads them one by one, cuts and writes each when it is left."""
         return StreamedLayers(self, graph)
 
     def layers_path(self, graph: CouplingGraph) -> str:
@@ -88,7 +88,7 @@ class Streamed:
         return paths[0]
 
     def complete(self, graph: CouplingGraph) -> None:
-        """Write what no group was cut in: the layers left, and everything outside them."""
+        """Write the layers in which no group was cut, and all tensors outside the layers."""
         path = self.layers_path(graph)
         for i in range(len(self.model.get_submodule(path))):  # type: ignore[arg-type]
             if self.writer and not self.writer.has(f"{path}.{i}"):
@@ -140,11 +140,11 @@ class StreamedLayers:
     def _cut(self, units: Mapping[str, list[int]], run: Callable[[], Tensor]) -> None:
         """Cut a layer by the strategies of `apply_plan`; its output must stay what it was."""
         expected = run()
-        # Elsewhere a norm runs over what is left.
+        # A group that is not exact changes the outputs: a norm runs over its units.
         exact = all(self.graph[name].exact for name in units)
-        problem = cut_until_right(
+        fault = cut_until_right(
             cut=partial(cut_layer, self.streamed.model, self.graph, units),
             check=lambda: compare_outputs([expected], [run()], exact),
         )
-        if problem:
-            raise SurgeryError(f"{', '.join(units)}: {problem.text}")
+        if fault:
+            raise SurgeryError(f"{', '.join(units)}: {fault.text}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.shards import Shards
 from prunekit.errors import CheckpointError, DataError
-from prunekit.model.stack import module_lists, place_in_stack
+from prunekit.model.stack import lies_in, module_lists, place_in_stack
 from prunekit.model.ties import Place, parameter_places
 
 _Places = list[Place]  # where one parameter is held
@@ -60,9 +60,7 @@ class Weights:
 
     @contextmanager
     def enter(self, path: str, source: Shards | None = None) -> Iterator[nn.Module]:
-        """The module at a path with its weights loaded (`load`), for the duration of a `with`
-        block.
-        """
+        """Load the weights of the module at a path (`load`) during a `with` block."""
         try:
             self.load(path, source)
             yield self.model.get_submodule(path)
@@ -71,9 +69,7 @@ class Weights:
 
     @contextmanager
     def outside(self, layers: str) -> Iterator[None]:
-        """Load everything that is not inside the `ModuleList` at a path, for the duration of a
-        `with` block.
-        """
+        """Load all weights outside the `ModuleList` at a path during a `with` block."""
         try:
             self._load(self._beside(layers))
             yield
@@ -87,7 +83,7 @@ class Weights:
         """
         state = {places[0].name: _parameter_at(places).detach() for places in self._under(path)}
         return state | {
-            name: b for name, b in persistent_buffers(self.model).items() if _lies_in(name, path)
+            name: b for name, b in persistent_buffers(self.model).items() if lies_in(name, path)
         }
 
     def outside_names(self, layers: str) -> dict[str, str]:
@@ -99,21 +95,21 @@ class Weights:
         names = {
             places[0].name: _stored_name(places, self.shards) for places in self._beside(layers)
         }
-        buffers = (name for name in persistent_buffers(self.model) if not _lies_in(name, layers))
+        buffers = (name for name in persistent_buffers(self.model) if not lies_in(name, layers))
         return names | {name: name for name in buffers}
 
     def _under(self, path: str) -> list[_Places]:
         return [
             places
             for places in parameter_places(self.model).values()
-            if any(_lies_in(place.name, path) for place in places)
+            if any(lies_in(place.name, path) for place in places)
         ]
 
     def _beside(self, layers: str) -> list[_Places]:
         return [
             places
             for places in parameter_places(self.model).values()
-            if not any(_lies_in(place.name, layers) for place in places)
+            if not any(lies_in(place.name, layers) for place in places)
         ]
 
     def _owned_by(self, module: nn.Module) -> list[_Places]:
@@ -136,8 +132,8 @@ class Weights:
                     f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
                 )
             tensor = shards.read([name], self.device, old.dtype)[name]
-            # The extremes of a tensor are NaN where any of it is; unlike `isfinite` of the whole
-            # tensor, they take no memory.
+            # If a tensor holds NaN, so do its extremes. Unlike `isfinite` of the whole tensor, they
+            # take no memory.
             extremes = tensor.aminmax() if tensor.numel() else ()
             if not all(torch.isfinite(extreme) for extreme in extremes):
                 raise DataError(f"{name}: the weights hold NaN or infinity")
@@ -154,12 +150,12 @@ class Weights:
         for name in source:
             owner, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            if attribute in module._buffers and _lies_in(name, path):
+            if attribute in module._buffers and lies_in(name, path):
                 module._non_persistent_buffers_set.discard(attribute)
                 module._buffers[attribute] = source.read([name], self.device)[name]
             elif (
                 attribute == "bias"
-                and _lies_in(name, path)
+                and lies_in(name, path)
                 and getattr(module, "bias", None) is None
             ):
                 like = next(module.parameters(recurse=False))
@@ -176,7 +172,7 @@ def _parameter_at(places: _Places) -> nn.Parameter:
 
 
 def _stored_name(places: _Places, shards: Shards) -> str:
-    """Which of a parameter's names the shards know it by; the first where they know none."""
+    """The name of a parameter in the shards; its first name where they hold none of its names."""
     return next((place.name for place in places if place.name in shards), places[0].name)
 
 
@@ -184,10 +180,6 @@ def _put(places: _Places, tensor: Tensor, requires_grad: bool) -> None:
     parameter = nn.Parameter(tensor, requires_grad=requires_grad)
     for module, attribute, _ in places:
         module._parameters[attribute] = parameter
-
-
-def _lies_in(name: str, path: str) -> bool:
-    return not path or name.startswith(f"{path}.")
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -206,9 +198,9 @@ def offloaded(
 ) -> Iterator[Weights]:
     """Let a streamed model run during a `with` block: weights are read when they are needed.
 
-    Every entry of the outermost module lists (a decoder layer) is loaded when it is called and
-    dropped after; so is what any other module owns itself. Inputs must be on the device. Not for
-    training.
+    Every entry of the outermost module lists (a decoder layer) is loaded when it is called, and
+    dropped afterwards; so are the parameters that any other module owns itself. Inputs must be on
+    the device. Training is not possible.
 
     Raises:
         CheckpointError: while the model runs, a tensor is missing or a shard is damaged.
@@ -236,10 +228,10 @@ def _caller(
 
 
 def _units(weights: Weights) -> Iterator[tuple[nn.Module, Callable[[], list[_Places]]]]:
-    """The modules to load at once, each with a function that finds what it holds.
+    """The modules to load, each with a function that finds the parameters to load for it.
 
-    The entries of the outermost module lists are loaded whole; of any other module, what it owns
-    itself.
+    For an entry of an outermost module list these are all parameters inside it; for any other
+    module, the parameters that it owns itself.
     """
     for path, module in weights.model.named_modules():
         if module._parameters and place_in_stack(weights.model, path) is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import located, read_config
+from prunekit.checkpoint.files import locating_errors, read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.checkpoint.shards import Shards
 from prunekit.checkpoint.weights import persistent_buffers
@@ -71,13 +71,13 @@ class LayerWriter:
         """Whether a part is written."""
         return key in self.parts
 
-    def stored(self, key: str) -> Shards:
+    def shard_of(self, key: str) -> Shards:
         """The shard of a part that is written."""
         return self.parts[key]
 
     @property
     def shards(self) -> Shards:
-        """Everything that is written, to run the model with before it is finished."""
+        """All parts written so far; the model can run with them before the folder is finished."""
         return Shards(
             self.folder, {name: part[name] for part in self.parts.values() for name in part}
         )
@@ -124,10 +124,10 @@ class LayerWriter:
         return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     def finish(self, model: Any, tokenizer: Any = None, remote_code: bool = False) -> None:
-        """Write config, index, tokenizer and manifest; then the folder is at its place.
+        """Write config, index, tokenizer and manifest, and rename the folder to `target`.
 
         Args:
-            model: cut like what was written; its weights may be on meta.
+            model: the cut model, of the shapes that were written; its weights may be on meta.
             tokenizer: the tokenizer of the model, saved beside it.
             remote_code: as `save_pretrained` has it.
 
@@ -137,7 +137,7 @@ class LayerWriter:
                 resumed run.
         """
         self._check_complete(model)
-        with located(self.target):
+        with locating_errors(self.target):
             record = required_record(model)
         with disk_errors(self.target):
             files = self._number()
@@ -147,7 +147,7 @@ class LayerWriter:
             )
             self._describe(model)
             describe(self.folder, model, record, remote_code)
-            with located(self.target):
+            with locating_errors(self.target):
                 check_loadable(model, read_config(self.folder))
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.folder)
@@ -155,7 +155,7 @@ class LayerWriter:
             publish(self.folder, self.target)
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove all parts written so far."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check_complete(self, model: Any) -> None:

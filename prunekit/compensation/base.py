@@ -21,7 +21,7 @@ class Compensation(ABC):
 
     # Whether consumers without a bias get one: parameters that the budget must count.
     adds_biases: ClassVar[bool] = False
-    # Whether `repair` reads `statistics.inverse`; it is not computed for its sake otherwise.
+    # Whether `repair` reads `statistics.inverse`; otherwise the inverse may be missing.
     needs_inverse: ClassVar[bool] = True
 
     @abstractmethod

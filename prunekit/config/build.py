@@ -32,7 +32,7 @@ def build(section: Mapping[str, Any], name: str) -> Any:
 
 
 def build_as(kind: type[T], section: Mapping[str, Any], name: str) -> T | None:
-    """Build the object that a section names, which must be of a kind; None where it names none.
+    """Build the object that a section names, and check its class; None where it names none.
 
     Raises:
         ConfigError: as `build`; or an object of another kind.

@@ -1,4 +1,4 @@
-"""What the functions of the Python API act on: an override that one would ignore is an error."""
+"""The functions of the Python API: an override that a function would ignore is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALWAYS = frozenset({"seed", "imports", "hydra.searchpath"})
 # The choices that a method is made of.
 _METHOD = frozenset({"importance", "policy", "scope", "cost", "compensation", "schedule"})
 _CUT = _METHOD | {"ratio", "target", "groups", "shapes", "method_name"}
-# What only says how a model is loaded from a folder or the hub.
+# Keys that only say how a model is loaded from a folder or the hub.
 _LOADING = frozenset({"device", "dtype", "model.trust_remote_code"})
 _WRITING = frozenset({"export", "resume"})
 _RESULT = "for the result call"
@@ -55,7 +55,7 @@ class Call:
         return compose([*(f"{key}={value}" for key, value in arguments.items()), *overrides])
 
     def without(self, keys: frozenset[str], instead: str) -> Call:
-        """The same function where it does not act on these keys; what to do `instead`."""
+        """The same function, which does not act on these keys; `instead` tells what to do."""
         advice = {**self.instead, **dict.fromkeys(keys, instead)}
         return replace(self, acts_on=self.acts_on - keys, instead=advice)
 

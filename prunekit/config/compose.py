@@ -1,4 +1,4 @@
-"""Find `conf/`, compose it with Hydra, check it, all before anything heavy is imported."""
+"""Find `conf/`, compose it with Hydra and check it; torch is not imported for this."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check(config: DictConfig) -> RunConfig:
     container: Any = OmegaConf.to_container(config, resolve=False)
     plain = OmegaConf.create({key: value for key, value in container.items() if key != "hydra"})
     for key in ("plans", "imports", "eval.corpora", "eval.tasks", "eval.prompts"):
-        if isinstance(value := OmegaConf.select(plain, key), str):  # one needs no brackets
+        if isinstance(value := OmegaConf.select(plain, key), str):  # a single one needs no brackets
             OmegaConf.update(plain, key, [value])
     known = {f.name for f in fields(RunConfig)}
     if unknown := [str(key) for key in plain if key not in known]:

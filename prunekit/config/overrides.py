@@ -1,4 +1,4 @@
-"""What the strings on the command line mean: keys, choices, classes of one's own; and errors."""
+"""The strings on the command line: their keys, their choices, and errors about them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def check_acted_on(
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of Hydra or OmegaConf says, on one line."""
+    """The message of an error of Hydra or OmegaConf, in one line."""
     from hydra.errors import MissingConfigException
 
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:

@@ -21,17 +21,17 @@ def make_batches(
     batch_size: int,
     device: torch.device,
 ) -> list[Batch]:
-    """The calibration set as batches, none of which lets the model keep a key-value cache.
+    """Make batches of the calibration set, with which the model keeps no key-value cache.
 
     Args:
-        model: the model that they are for.
+        model: the model that the batches are for.
         calibration: token ids int64 [N, T] with T ≥ 2; or keyword arguments of forward calls, which
             are taken as they are.
         batch_size: how many windows of token ids make a batch.
         device: where token ids go.
 
     Raises:
-        DataError: no calibration data, or such as the model can't be called with.
+        DataError: no calibration data, or data that the model can't be called with.
     """
     if calibration is None:
         raise DataError(
@@ -64,7 +64,7 @@ def _check_token_ids(model: nn.Module, ids: Tensor) -> None:
 
 
 def count_positions(batch: Batch) -> tuple[int, int]:
-    """Rows and tokens of a batch; one token where its inputs have none."""
+    """Numbers of rows and of tokens in a row; one token where the inputs are no sequences."""
     for name in ("attention_mask", "input_ids", "inputs_embeds"):
         if isinstance(value := batch.get(name), Tensor) and value.ndim > 1:
             return value.shape[0], value.shape[1]
@@ -93,7 +93,7 @@ def padding_mask(batch: Batch) -> Tensor | None:
 
 
 def remove_padding(batches: Sequence[Batch]) -> list[Batch]:
-    """The rows of padded batches one by one, without their padding; others as they are."""
+    """Split padded batches into rows without their padding; batches without padding stay."""
     rows: list[Batch] = []
     for batch in batches:
         mask = padding_mask(batch)

@@ -71,7 +71,7 @@ def read_file(path: Path, field: str = "text") -> list[str]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a local file; a text file is one, `{"text": …}`."""
+    """The records of a local file; a text file is one record, `{"text": …}`."""
     if path.is_dir() or path.suffix not in _TEXT | _RECORDS:
         raise DataError(f"{path}: expected a file ending in {', '.join(sorted(_TEXT | _RECORDS))}")
     try:

@@ -1,5 +1,6 @@
-"""The embedded corpus: the text every Python installation carries, split by a hash of each
-document's name.
+"""The embedded corpus: text that every Python installation carries, split by a hash of names.
+
+
 
 One document per standard-library module (its source, docstrings included) and one per `pydoc`
 topic. Tests, data tables (`encodings`) and installed packages are left out. A name keeps its side

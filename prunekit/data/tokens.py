@@ -23,15 +23,15 @@ def calibration_windows(
     length: int,
     seed: int,
 ) -> Tensor:
-    """Random crops of random documents that are long enough.
+    """Cut random windows from random documents that are long enough.
 
-    Where no document has `length` tokens, they are crops of all documents joined by blank lines.
+    Where no document has `length` tokens, they are cut from all documents joined by blank lines.
 
     Args:
         documents: the texts.
         tokenizer: turns text into token ids, here without special tokens.
-        samples: how many crops.
-        length: tokens of a crop.
+        samples: how many windows.
+        length: tokens of a window.
         seed: of the random numbers.
 
     Returns:
@@ -59,9 +59,9 @@ def calibration_windows(
 def _long_documents(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int, length: int
 ) -> list[Tensor]:
-    """Token ids of the first documents, `most` of them, that have `length` tokens at least.
+    """Token ids of the first `most` documents that have at least `length` tokens.
 
-    Where none has so many: those of all documents joined.
+    Where no document has so many: the token ids of all documents joined.
     """
     long: list[Tensor] = []
     for document in documents:

@@ -20,7 +20,7 @@ from prunekit.runtime.files import digest
 
 T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
-# Of a config, what says where a model is from, and not what it computes.
+# Entries of a config on where a model is from, which change nothing that it computes.
 _ORIGIN = ("_name_or_path", "transformers_version")
 
 
@@ -86,7 +86,7 @@ class Cache:
 
 
 def surroundings() -> str:
-    """A digest of what a figure depends on beside model, data and protocol.
+    """A digest of all that figures depend on, beside the model, the data and the protocol.
 
     These are versions, the processor, the number of threads, and this package's own code.
     """
@@ -118,7 +118,7 @@ def model_key(model: nn.Module) -> str | None:
 
 
 def _content_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str | bytes | memoryview]:
-    """Each tensor's name, form and bytes; one at a time, for on a GPU the bytes are a copy."""
+    """Yield the name, form and bytes of each tensor in turn; from a GPU, the bytes are a copy."""
     for name, tensor in tensors:
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}"
         flat = tensor.detach().cpu().contiguous().flatten()

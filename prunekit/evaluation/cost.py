@@ -88,8 +88,8 @@ def count_macs(
 def _kind_of(model: nn.Module, path: str) -> str | None:
     """The kind that a module is counted as; None where it is counted as a part of another one.
 
-    Counted are the children of layers, and modules outside that hold no layers, unless another such
-    module holds them.
+    These modules are counted: the children of layers; and modules outside of layers that hold no
+    layers and lie in no other module of this sort.
     """
     if not path:
         return None

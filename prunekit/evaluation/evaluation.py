@@ -39,7 +39,7 @@ class Evaluation:
     odd_widths: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
     def without_layers(self, layers: Collection[int]) -> Evaluation:
-        """The same evaluation without the outputs of these layers, which another model lacks."""
+        """The same evaluation without the outputs of some layers, which another model lacks."""
         kept = {index: output for index, output in self.outputs.items() if index not in layers}
         return replace(self, outputs=kept)
 

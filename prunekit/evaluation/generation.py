@@ -23,7 +23,7 @@ PAPERS = (  # appendix E of both papers
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt, how it was continued, and the prompt with its continuation."""
+    """A prompt, the mode of its continuation, and the prompt with its continuation."""
 
     prompt: str
     mode: str
@@ -95,7 +95,7 @@ def continue_prompt(
         drawing: how tokens are chosen, greedily by default; the random generators are left as they
             were.
         device: where inputs go; by default where the model wants them.
-        longest: tokens the model was made for, where its config says so: no more are made.
+        longest: the most tokens of prompt and continuation; None: no limit.
     """
     drawing = drawing or Drawing()
     ids: Any = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"]

@@ -1,6 +1,4 @@
-"""Measures every model of a run alike, dense, pruned or recovered: on the same windows, tasks and
-prompts.
-"""
+"""Measure the models of a run alike: on the same windows, with the same tasks and prompts."""
 
 from __future__ import annotations
 
@@ -110,13 +108,13 @@ class Measures:
     def of(self, model: PreTrainedModel, key: Callable[[], str | None] | None = None) -> Evaluation:
         """Everything that is measured on one model.
 
-        What an equal model gave before is taken from the cache. Only the first of several processes
-        measures; the others get the model's size.
+        Figures of an equal model come from the cache. Only the first of several processes measures;
+        the others return the model's size alone.
 
         Args:
             model: ready to run.
-            key: gives what tells the model's content from others', where its weights are not in
-                memory; a key of None: nothing is cached.
+            key: returns a digest of the model's content, where its weights are not in memory; where
+                it returns None, nothing is cached.
         """
         size = measure_size(model, self.stored)
         if rank():
@@ -210,7 +208,7 @@ class Measures:
 
 
 def _name_corpora(given: Sequence[str]) -> dict[str, str]:
-    """Corpus as given → its name in the report: of a path its stem, unless two share it."""
+    """Corpus as given → its name in the report; for a path the stem, unless two paths share it."""
     stems = [Path(name).stem for name in given]
     return {
         name: stem if "/" in name and stems.count(stem) == 1 else name

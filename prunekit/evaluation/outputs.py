@@ -17,7 +17,7 @@ from prunekit.runtime.modes import evaluating
 def layer_outputs(
     model: nn.Module, windows: Tensor, device: torch.device | str | None = None
 ) -> list[Tensor]:
-    """What each layer leaves of the residual stream, [N, T, hidden] in host memory.
+    """The output of each layer, [N, T, hidden] in host memory.
 
     Args:
         model: a causal language model.
@@ -49,7 +49,7 @@ def layer_outputs(
 
 
 def relative_errors(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> list[float]:
-    """‖a − b‖² / ‖a‖² of each pair of outputs; none where layers or widths don't pair."""
+    """‖a − b‖² / ‖a‖² of each pair of outputs; empty where numbers of layers or widths differ."""
     if [a.shape for a in dense] != [b.shape for b in pruned]:
         return []
     errors: list[float] = []

@@ -1,4 +1,4 @@
-"""Tokens a second and memory of models that take turns."""
+"""Measure tokens per second and memory of models, which take turns."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _time_passes(model: nn.Module, ids: Tensor, new: int) -> tuple[float, float]
 
 
 def _now(device: torch.device) -> float:
-    """The clock, once the device has done all it was given."""
+    """The time after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -73,7 +73,7 @@ class LocalFiles:
             )
         if shots:
             _check_fewshot(config, files, wanted, source, folder)
-        # lm-eval looks every named split up, also those it takes no row from.
+        # lm-eval looks up every named split, even a split that it takes no row from.
         named = dict.fromkeys(_named_splits(config), rows)
         own = {split: self._rows(files[split], subject) for split in named if split in files}
         return Splits(
@@ -83,7 +83,7 @@ class LocalFiles:
         )
 
     def _locate(self, config: Mapping[str, Any]) -> tuple[Path | None, str | None]:
-        """The folder of a task, and the subject whose rows in it are the task's; None: all rows."""
+        """The folder of a task, and the subject of the rows to take; None: all rows."""
         name, part = config["task"], config.get("dataset_name")
         if (self.root / name).is_dir():
             return self.root / name, None
@@ -106,7 +106,7 @@ class LocalFiles:
 def _choose_split(
     config: Mapping[str, Any], files: Mapping[str, Path], folder: Path
 ) -> tuple[str, str]:
-    """The split that lm-eval evaluates on, and the split that is there for it."""
+    """The split that lm-eval evaluates on, and the split with a file that takes its place."""
     named = [config[key] for key in ("test_split", "validation_split") if config.get(key)]
     for source in (*named, "test", "validation"):
         if source in files:
@@ -121,7 +121,7 @@ def _named_splits(config: Mapping[str, Any]) -> set[str]:
 
 
 def _fewshot_split(config: Mapping[str, Any]) -> str | None:
-    """Where few-shot examples come from, by lm-eval's rule.
+    """The split that few-shot examples come from, by lm-eval's rule.
 
     None where the configuration spells the examples out.
     """

@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name: what names of tasks, groups and tags stand for."""
+"""lm-eval's tasks by name: the tasks that names of tasks, groups and tags stand for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GROUP_KEYS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class TaskMember:
     """One task to run.
 
     Attributes:
@@ -58,7 +58,7 @@ def task_manager() -> TaskManager:
     return TaskManager()
 
 
-def find_members(names: Sequence[str]) -> list[Member]:
+def find_members(names: Sequence[str]) -> list[TaskMember]:
     """The tasks that names of tasks, groups and tags stand for.
 
     Raises:
@@ -66,7 +66,7 @@ def find_members(names: Sequence[str]) -> list[Member]:
     """
     if not names:
         raise ConfigError("eval.tasks: expected at least one name, got none")
-    members: dict[str, Member] = {}
+    members: dict[str, TaskMember] = {}
     for name in names:
         _check_name(name)
         group = name if config_of(name).get("aggregate_metric_list") else None
@@ -78,7 +78,7 @@ def find_members(names: Sequence[str]) -> list[Member]:
                 raise ConfigError(
                     f"eval.tasks: {task} runs code that the model writes; prunekit doesn't"
                 )
-            members[task] = Member(name=task, config=config, changes=changes, group=group)
+            members[task] = TaskMember(name=task, config=config, changes=changes, group=group)
     return list(members.values())
 
 
@@ -99,7 +99,7 @@ def _check_name(name: str) -> None:
 
 
 def _expand(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """The tasks under a name, and what groups on the way change in their configurations."""
+    """The tasks under a name, with the changes that groups make in their configurations."""
     config, index = config_of(name), task_manager().task_index
     if not config:
         return [(task, {}) for task in sorted(index[name].tags)]

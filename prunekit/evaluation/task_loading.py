@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import ConfigError, DataError, PrunekitError
 from prunekit.evaluation.task_files import LocalFiles, Splits
-from prunekit.evaluation.task_index import Member, find_members, task_manager
+from prunekit.evaluation.task_index import TaskMember, find_members, task_manager
 from prunekit.evaluation.task_messages import first_line, list_folder, say_once
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTask:
-    """A task of lm-eval, ready to build its requests, and the local rows it was given, if any."""
+    """A task of lm-eval that is ready to build its requests, and its local rows, if any."""
 
-    member: Member
+    member: TaskMember
     task: Task
     splits: Splits | None = None
 
@@ -34,7 +34,7 @@ class LoadedTask:
 
 
 @contextmanager
-def passing_on_errors(member: Member, splits: Splits | None) -> Iterator[None]:
+def passing_on_errors(member: TaskMember, splits: Splits | None) -> Iterator[None]:
     """Raise an error of lm-eval as one line that names the task and the file of its rows."""
     try:
         yield
@@ -46,7 +46,7 @@ def passing_on_errors(member: Member, splits: Splits | None) -> Iterator[None]:
         raise DataError(_describe(member, splits, error)) from error
 
 
-def _describe(member: Member, splits: Splits | None, error: Exception) -> str:
+def _describe(member: TaskMember, splits: Splits | None, error: Exception) -> str:
     if splits is None:
         return f"task {member.name}: {first_line(error)}"
     columns = ", ".join(splits.columns)
@@ -77,10 +77,10 @@ def load_tasks(
     return [_load(member, splits, fewshot, seed) for member, splits in local if splits]
 
 
-def _check_absent(local: Sequence[tuple[Member, Splits | None]], root: Path) -> None:
-    """Raise DataError where a task that was named has no rows, or no member of a group has any.
+def _check_absent(local: Sequence[tuple[TaskMember, Splits | None]], root: Path) -> None:
+    """Raise DataError where a named task has no rows, or where no member of a group has rows.
 
-    A group runs the members that have rows, and says which.
+    A group runs the members that have rows; a message lists them.
     """
     for group in dict.fromkeys(member.group for member, _ in local):
         own = [(member.name, splits) for member, splits in local if member.group == group]
@@ -97,7 +97,7 @@ def _check_absent(local: Sequence[tuple[Member, Splits | None]], root: Path) -> 
             )
 
 
-def _load(member: Member, splits: Splits | None, fewshot: int | None, seed: int) -> LoadedTask:
+def _load(member: TaskMember, splits: Splits | None, fewshot: int | None, seed: int) -> LoadedTask:
     if splits is None:
         task = _load_from_hub(member)
     else:
@@ -115,7 +115,7 @@ def _load(member: Member, splits: Splits | None, fewshot: int | None, seed: int)
     return LoadedTask(member=member, task=task, splits=splits)
 
 
-def _load_from_hub(member: Member) -> Any:
+def _load_from_hub(member: TaskMember) -> Any:
     try:
         return _instantiate(member, None)
     except ImportError as error:
@@ -127,7 +127,7 @@ def _load_from_hub(member: Member) -> Any:
         ) from error
 
 
-def _instantiate(member: Member, dataset: Callable[..., Mapping[str, Dataset]] | None) -> Any:
+def _instantiate(member: TaskMember, dataset: Callable[..., Mapping[str, Dataset]] | None) -> Any:
     """The task as lm-eval makes it, its rows from a function where one is given.
 
     lm-eval reads the first row with the task's prompt and metric here.
@@ -146,13 +146,13 @@ def _check_columns(task: Any) -> None:
             raise KeyError(field)
 
 
-def check_packages(member: Member) -> None:
+def check_packages(member: TaskMember) -> None:
     """Raise ConfigError where a package that a task needs is missing; the hub is left alone."""
 
     def refuse(**_: Any) -> Any:
         raise LookupError
 
-    if "class" in member.config:  # such a task loads its rows when it is made
+    if "class" in member.config:  # its constructor loads the rows
         return
     try:
         _instantiate(member, refuse)
@@ -162,5 +162,5 @@ def check_packages(member: Member) -> None:
         return
 
 
-def _missing_package(member: Member, error: ImportError) -> ConfigError:
+def _missing_package(member: TaskMember, error: ImportError) -> ConfigError:
     return ConfigError(f"eval.tasks: {member.name}: a package is missing: {first_line(error)}")

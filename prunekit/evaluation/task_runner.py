@@ -1,4 +1,4 @@
-"""Runs one of lm-eval's tasks on the live model, where and as the model is, in batches that fit."""
+"""Run a task of lm-eval on a model in memory, on its device, in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LARGEST_BATCH = 64
 
 
 class Runner:
-    """lm-eval's wrapper around the live model, and the batch size that fits.
+    """Runs tasks on a model, by lm-eval's wrapper of it, in batches that fit into memory.
 
     Args:
         model: a causal language model.
@@ -106,7 +106,7 @@ class Runner:
 
         task: Any = loaded.task
         for instance in task.instances:
-            instance.resps = []  # of an attempt that memory ended
+            instance.resps = []  # answers of an attempt that ran out of memory
         task.build_all_requests = lambda **_: None  # they are built already
         torch.manual_seed(self.seed)
         results: Any = evaluate(

@@ -37,7 +37,7 @@ class TaskScore:
     group: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What is the same for all models that answer the task, as the report has it."""
+        """The fields of the report that are the same for all models that answer the task."""
         about = {"metric": self.metric, "samples": self.samples, "fewshot": self.fewshot}
         return about | ({"of": self.group} if self.group else {})
 

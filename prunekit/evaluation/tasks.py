@@ -99,7 +99,7 @@ def evaluate_tasks(
 
 
 def _key(loaded: LoadedTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
-    """Tells all that decides a task's metrics, the model aside."""
+    """A text of all that the metrics of a task depend on, apart from the model."""
     from importlib.metadata import version
 
     task: Any = loaded.task
@@ -114,7 +114,7 @@ def _key(loaded: LoadedTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> s
 
 
 def _to_text(value: Any) -> str:
-    """The value as JSON; functions by name, since lm-eval's version says what they do."""
+    """The value as JSON; functions by name, for lm-eval's version stands for their code."""
     return json.dumps(value, sort_keys=True, default=lambda v: getattr(v, "__qualname__", str(v)))
 
 

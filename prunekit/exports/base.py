@@ -1,6 +1,4 @@
-"""What every export has in common: a model is checked before any work, and its file or folder
-appears whole or not at all.
-"""
+"""The base of exports: a model is checked before any work; its file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -39,8 +37,10 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Export(ABC):
-    """A format that other programs read. A subclass is a frozen dataclass whose fields are its
-    options, checked in `__post_init__`.
+    """A format that other programs read.
+
+    A subclass is a frozen dataclass whose fields are its options, checked in `__post_init__`.
+
 
     Attributes:
         name: the name that messages give the format, as in `export=gguf`.
@@ -120,7 +120,7 @@ def _appear_whole(target: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             for folder in missing:
-                with suppress(OSError):  # another process uses it now
+                with suppress(OSError):  # another process uses the folder now
                     folder.rmdir()
             raise
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,6 +1,4 @@
-"""Write a model as an ONNX graph of its prefill: token ids and their mask to logits, for any batch
-and length.
-"""
+"""Write a model as an ONNX graph of its prefill: token ids and mask to logits, of any shape."""
 
 from __future__ import annotations
 
@@ -72,8 +70,9 @@ class Onnx(Export):
         return "onnx"
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raise ExportError where a package is missing or the model takes no token ids; which
-        models torch can export only shows when it does.
+        """Raise ExportError where a package is missing or the model takes no token ids.
+
+        Whether torch can export a model shows only when it tries to.
         """
         for package in ("onnx", "onnxscript"):
             require_package(package, self.name)
@@ -128,9 +127,7 @@ class _Prefill(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True)), use_cache=False).logits
 
     def example(self, rows: int, length: int) -> tuple[Tensor, ...]:
-        """Inputs [rows, length], int64; the first row is padded on the left where there is a
-        mask.
-        """
+        """Inputs [rows, length], int64; with a mask, the first row is padded on the left."""
         ids = torch.arange(rows * length, device=self.model.device).view(rows, length)
         ids = ids % self.model.config.vocab_size
         mask = torch.ones_like(ids)
@@ -139,9 +136,7 @@ class _Prefill(nn.Module):
 
 
 def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
-    """The program that torch makes of the model; ExportError with the first line of its reason
-    where it makes none.
-    """
+    """Let torch make a program of the model; ExportError with the first line of its error."""
     axes = tuple({0: "batch", 1: "sequence"} for _ in prefill.names)
     try:
         # ONNX has no grouped product, and no loop over the experts that are chosen.
@@ -165,7 +160,7 @@ def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
             f"export=onnx: torch can't export {type(prefill.model).__name__}: "
             f"{type(cause).__name__}: {first_line(cause)}"
         ) from error
-    assert program is not None  # it is None for dynamo=False only
+    assert program is not None  # None is returned for dynamo=False only
     return program
 
 
@@ -179,8 +174,9 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def _measure_difference(file: Path, prefill: _Prefill) -> float | None:
-    """How far onnxruntime's logits are off on another batch and length, over the largest logit;
-    None without onnxruntime.
+    """How far onnxruntime's logits are off, over the largest logit; None without onnxruntime.
+
+    The batch and the length are others than those that the graph was exported with.
     """
     try:
         import onnxruntime

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError
 
-try:  # private to torch (seen in 2.13): where it is gone, tracing is slower, no more
+try:  # private to torch (seen in 2.13): without it, tracing is only slower
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graphs
 except ImportError:
     use_lazy_graphs = nullcontext  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The coupling graph: all groups of a model, and what a cut of them changes."""
+"""The coupling graph: all groups of a model, and the sizes that a cut of them changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Extent:
 
     Args:
         module: path of the module.
-        quantity: what the size is, such as a convolution's `groups` or the width of a head.
+        quantity: the name of the size, such as a convolution's `groups` or the width of a head.
         size: its value in the uncut model.
         owned: name of a group → int64 [num_units, width], the positions of that size that each
             unit owns.
@@ -52,7 +52,7 @@ class Extent:
 class Product:
     """Multiply-adds of a forward pass on the example: `count` · Π of the units kept of `units`.
 
-    `units` names groups; one that stands there twice counts squared.
+    `units` holds names of groups; a name that stands there twice counts squared.
     """
 
     count: int
@@ -70,7 +70,7 @@ class CouplingGraph:
         extents: the sizes that modules may keep in attributes.
         products: the multiply-adds of a forward pass on the example, as far as the rules of the
             operators tell.
-        example_inputs: what the model was traced with; surgery checks itself on it.
+        example_inputs: the inputs that the model was traced with; a cut is checked on them.
         stacks: the lists of layers of which whole layers can be dropped.
         aliases: canonical name of a shared tensor → all its names.
     """
@@ -98,7 +98,7 @@ class CouplingGraph:
     def fingerprint(self) -> str:
         """A hash of the shapes and of the coupled groups' index tables: 16 hexadecimal digits.
 
-        Two graphs with the same fingerprint mean the same by a plan.
+        A plan removes the same positions in all graphs with the same fingerprint.
         """
         digest = hashlib.sha256(repr(sorted(self.shapes.items())).encode())
         for group in self.groups:
@@ -129,10 +129,10 @@ class CouplingGraph:
     def removed_parameters(self, removed: Mapping[str, list[int]]) -> int:
         """How many parameters go with these units (name of a group → unit indices).
 
-        A parameter that several units own goes once.
+        A parameter that several units own is counted once.
         """
         left = self.names_after(removed)
-        # Sizes that stay, of the tensors that lose anything; a tensor of a dropped layer keeps 0.
+        # Name of a tensor that loses anything → the sizes that stay; [0] in a dropped layer.
         kept: dict[str, list[int]] = {name: [0] for name in self.shapes.keys() - left.keys()}
         for (parameter, dim), positions in self._positions(removed).items():
             if parameter in left:

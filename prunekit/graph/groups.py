@@ -33,7 +33,7 @@ class Member:
 
     Args:
         parameter: dotted name of the parameter or traced buffer.
-        dim: the dim of it that the units lie in.
+        dim: the dim of the parameter that the units lie in.
         role: a consumer's dim is contracted with activations (columns of `o_proj`), a producer's
             dim makes activations (rows of `q_proj`).
         index: int64 [num_units, width].
@@ -98,7 +98,7 @@ class Group(ABC):
 
     @property
     def likeness(self) -> Hashable:
-        """What groups have in common that differ in nothing but their layer."""
+        """A key that is equal for groups which differ in nothing but their layer."""
         return self.kind, self.num_units, re.sub(r"\d+", "*", self.name)
 
     @property
@@ -115,7 +115,7 @@ class Group(ABC):
     def pattern_names(self) -> set[str]:
         """The names that a pattern of `scope.exclude` may mean the group by.
 
-        They are the group's name, its module and all that these lie in, and `_inner_names`.
+        They are the group's name, its module, all modules around them, and `_inner_names`.
         """
         names = self._inner_names()
         for path in (self.name, self.module):
@@ -125,7 +125,7 @@ class Group(ABC):
 
     @abstractmethod
     def _inner_names(self) -> set[str]:
-        """Names of what belongs to the group or lies inside it."""
+        """Names of the modules and parameters that belong to the group or lie inside it."""
 
     @abstractmethod
     def unit_names(self) -> dict[int, set[str]]:

@@ -204,7 +204,7 @@ class _TensorPruner:
 
     def __init__(self, attribute: str, dim: int) -> None:
         self.attribute, self.dim = attribute, dim
-        self.pruning_dim = dim  # torch-pruning sets it before each call
+        self.pruning_dim = dim  # torch-pruning sets `pruning_dim` before each call
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """Remove the positions `idxs` of the dim, in place."""

@@ -1,4 +1,4 @@
-"""Where a coupled group lies, and what it is called."""
+"""The location of a coupled group in its model, and its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from prunekit.graph.groups import Kind
 from prunekit.model.modeling_prunekit import place_in_stack
 
-# A group of these kinds is called as its module is; the others get their kind as a suffix.
+# Groups of these kinds have the name of their module; other groups have their kind as a suffix.
 _MAIN_KINDS = ("attention", "mlp")
 
 

@@ -1,4 +1,4 @@
-"""The register of rules, and what a rule sees of an operator call.
+"""The register of rules, and the view of an operator's call that a rule is given.
 
 A rule says how the axes of an operator's output follow from those of its inputs. It takes a `Call`
 and returns a `Value` (or a tuple of them). It may unify axes, pin them, and mark them inexact. It
@@ -25,11 +25,11 @@ from prunekit.graph.axes import Axis
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """What is known of a tensor: its axes, and where it comes from.
+    """A tensor of the forward pass: its axes, and where its numbers come from.
 
-    `tainted`: a parameter or buffer went into it; `data`: a model input did; `sources`: the
-    parameters of a weight-only value; `softmax`: it holds softmax probabilities; `indexes`: its
-    numbers are positions of this axis (routing).
+    `tainted`: they depend on a parameter or buffer. `data`: they depend on an input of the model.
+    `sources`: the parameters of a value that depends on weights alone. `softmax`: they are softmax
+    probabilities. `indexes`: they are positions along this axis (routing).
     """
 
     axes: tuple[Axis, ...]
@@ -118,7 +118,7 @@ class Call:
         return [leaf for leaf in flat if isinstance(leaf, Value)]
 
     def space(self, rank: int) -> list[Axis]:
-        """The last `rank` axes of the output, which no channel decides."""
+        """Fresh axes for the last `rank` dims of the output, whose sizes depend on no channel."""
         return [ax.fresh(size, "a spatial axis") for size in self.shape[len(self.shape) - rank :]]
 
     def make(self, axes: Sequence[Axis], *inputs: Value, softmax: bool = False) -> Value:

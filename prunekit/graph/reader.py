@@ -1,7 +1,7 @@
 """Read the coupled groups off the axes of the parameters, once the rules have run.
 
-Each atom that is left in the axes of parameters is a dimension that can be pruned: one group. Index
-i of the atom is a unit, and the unit owns every position of every axis that belongs to index i.
+Each atom that is left in the axes of parameters gives one group. Index i of the atom is a unit, and
+the unit owns all positions, along all these axes, that belong to index i.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def read_groups(model: nn.Module, findings: Findings) -> dict[Atom, CoupledGroup
 
 
 def read_extents(findings: Findings, groups: Mapping[Atom, CoupledGroup]) -> tuple[Extent, ...]:
-    """Tell for each size that a module may keep which positions of it the units own."""
+    """Tell which positions the units own of each size that a module may keep."""
     extents = []
     for note in findings.notes:
         owned = {}
@@ -153,10 +153,10 @@ def read_products(findings: Findings, groups: Mapping[Atom, CoupledGroup]) -> tu
 
 
 def _mark_scales(findings: Findings) -> None:
-    """Mark as inexact what two weights are summed over to make a scale.
+    """Mark as inexact the atoms that two weights are summed over to make a scale.
 
-    An atom that no activation is contracted with is no such axis: it is the rank of a product of
-    two weights, and goes from both without a trace.
+    An atom that is contracted with no activation stays exact: it is the rank of a product of two
+    weights, whose value does not change when the atom's zeroed units go from both.
     """
     for atom in (atom for axis in findings.folds for atom in ax.atoms(axis)):
         if any((name, atom) in findings.consumed for name, _ in findings.places[atom]):
@@ -214,7 +214,7 @@ def _numel_of_unit(findings: Findings, member: Member) -> int:
 
 
 def _kind(findings: Findings, atom: Atom, layer: int | None) -> Kind:
-    """What the units of an atom are, by what the operators saw of it and where it stands."""
+    """The kind of an atom's units, by the tags that operators gave it and by its places."""
     places = findings.places[atom]
     if atom in findings.attention:
         return "query_head" if _repeats_heads(findings, atom) else "attention"

@@ -1,7 +1,7 @@
 """Stacks: lists of layers that run one after another, of which whole layers can be dropped.
 
-The hidden states that enter a dropped layer leave it as they came: depth pruning, cheap where a
-layer adds little to a residual stream (Men et al. 2024, section 3).
+Where a layer is dropped, the hidden states that entered it go to the next layer. This depth pruning
+costs little where a layer adds little to the residual stream (Men et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def find_stacks(
         tensors: names of its parameters and traced buffers; lists without any of them are left out.
         taken: names that coupled groups have.
         aliases: canonical name of a shared tensor → all its names.
-        watch: what was seen while the model was captured.
+        watch: the calls of the layers that were seen while the model was captured.
     """
     tensors, taken = list(tensors), set(taken)
     lists = {
@@ -109,7 +109,7 @@ def find_stacks(
 
 
 def _choose_names(paths: Sequence[str], taken: Container[str]) -> dict[str, str]:
-    """Path of a list → its last part where that is enough, or the path; no name that is taken."""
+    """Path of a list → its name: the last part of the path if no other has it, or the path."""
     counts = Counter(path.rpartition(".")[2] for path in paths)
     names = {}
     for path in paths:
@@ -120,7 +120,7 @@ def _choose_names(paths: Sequence[str], taken: Container[str]) -> dict[str, str]
 
 
 def _find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
-    """Why the config and the layers' own indices could not follow; None where they can."""
+    """Why config or indices of layers can't follow when layers are dropped; None: they can."""
     config = config_around(model, path)
     if getattr(config, "is_encoder_decoder", False):
         return "its model has an encoder and a decoder, and config.json holds one list of layers"
@@ -140,7 +140,7 @@ def _find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | Non
 def _mean_parameters(
     model: nn.Module, path: str, stack: nn.ModuleList, aliases: Mapping[str, Sequence[str]]
 ) -> int:
-    """How many parameters go with one layer, on average; those it shares with others stay."""
+    """How many parameters go with a layer, on average; parameters shared with others stay."""
     sizes = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()

@@ -55,7 +55,7 @@ class Obs(ScoreImportance, LayerImportance):
             raise ConfigError(f"importance.damping: expected a number ≥ 0, got {self.damping}")
 
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
-        """The units with the least error after those before them; then swapped where asked to."""
+        """Choose units one by one by the least error; with `refine`, swap them afterwards."""
         if all(problem.index.shape[1] == 1 for problem in problems):
             chosen = choose_columns(problems, count, self.columns)
         else:

@@ -72,7 +72,7 @@ class _Meter:
     counts: list[Tensor | int] = field(default_factory=list)
 
     def see(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A forward hook: add the tokens of one call."""
+        """Forward hook of the layer that adds the tokens of one call."""
         before, after = hidden_of_call(args, kwargs), hidden_of_output(output)
         assert before is not None
         assert after is not None

@@ -1,4 +1,4 @@
-"""Taylor importance (LLM-Pruner, section 3.2): what zeroing the weights of a unit does to the loss.
+"""Taylor importance (LLM-Pruner, section 3.2): how the loss changes where a unit is zeroed.
 
 g is the gradient of the mean loss over the calibration set, and F_kk = Σ_j g_jk², g_j the gradient
 of sample j alone: the diagonal of the Fisher information, in place of the Hessian.

@@ -11,7 +11,7 @@ from prunekit.runtime.processes import rank
 
 
 def run_evaluate(job: Job) -> Outcome:
-    """Measure the model of the job; where a baseline is given, measure that first.
+    """Measure the model of the job; where a baseline is given, measure the baseline first.
 
     Only one of the two is in memory at a time, where they are loaded from folders.
     """

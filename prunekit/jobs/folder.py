@@ -1,4 +1,4 @@
-"""The folder a run writes: empty before, whole afterwards, or as it was."""
+"""The folder that a run writes: empty before, and afterwards whole or empty again."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
 
 
 def clear_halves(output: Path) -> None:
-    """Remove what a killed export leaves of a file or folder that it had not finished."""
+    """Remove unfinished files and folders that a killed export left."""
     for path in [*output.glob(".*.tmp"), *output.glob(".model.*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def clear_results(output: Path) -> None:
-    """Remove what `write_run` leaves, finished or not."""
+    """Remove the files and folders of `write_run`, finished or not."""
     pictures = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]
     names = ["report.json", "report.md", "report.html", "plan.json", "model", "adapter", *pictures]
     half = [path for name in names for path in output.glob(f".{name}.*") if path.name != PARTIAL]

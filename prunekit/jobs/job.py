@@ -1,4 +1,4 @@
-"""What a job is given, what it works on, and what it leaves."""
+"""A job: its inputs, the model that it works on, and its outcome."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHARE = 0.6  # of the free memory that a second model may take
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a caller in Python hands to a job as objects; the command line hands none.
+    """The objects that a caller in Python gives to a job; the command line gives none.
 
     Attributes:
         model: the model that the job works on; None: the one that `model.path` names.
@@ -78,7 +78,7 @@ class Job:
         return self.inputs.baseline or self.config.eval.baseline
 
     def build_recovery(self) -> Recovery | None:
-        """The recovery that is asked for, if one is."""
+        """The recovery that is asked for, if any."""
         return self.inputs.recovery or build_as(Recovery, self.config.recovery, "recovery")
 
     def load(
@@ -103,7 +103,7 @@ class Job:
         streamed: Streamed | None = None,
         measures: Measures | None = None,
     ) -> Subject:
-        """Load a model with what it is measured by; one that is streamed is opened already.
+        """Load a model and its measures; a streamed model is opened already.
 
         Two models of a job are measured alike: the second gets the `measures` of the first.
         """
@@ -173,8 +173,8 @@ class Subject:
     def evaluate(self, key: Callable[[], str | None] = lambda: None) -> Evaluation:
         """Measure the model as it is now.
 
-        `key` gives what tells a streamed model's content from others', for the cache of results;
-        None: it is not cached.
+        `key` returns a digest of a streamed model's content, for the cache of results; where it
+        returns None, nothing is cached.
         """
         if self.streamed is None:
             return self.measures.of(self.model)
@@ -218,7 +218,7 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a job hands back: figures for the report, and a model where there is a new one."""
+    """The outcome of a job: figures for the report, and the new model if there is one."""
 
     figures: Report
     finished: Finished | None = None

@@ -85,7 +85,7 @@ def load_windows(config: RunConfig, subject: Subject) -> Tensor:
 
 
 def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
-    """Prune the model on the windows; weights are then rounded to what will be saved."""
+    """Prune the model on the windows, and round its weights to the type that is saved."""
     config = job.config
     places = Places(
         state=job.output / STATE,
@@ -114,7 +114,7 @@ def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Resul
 
 
 def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Report:
-    """The report's part on what was measured; the weights get the type that they are saved in."""
+    """The measured part of the report; afterwards the weights have the type that is saved."""
     figures = Report.from_plain(subject.measures.compare(columns).to_json())
     if subject.streamed is None:
         last = list(columns)[-1]
@@ -126,7 +126,7 @@ def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Repo
 
 
 def _describe_calibration(config: RunConfig) -> Calibration:
-    """Which text the units were chosen by, and how much of it, for the report."""
+    """Describe the calibration text and its amount, for the report."""
     text = config.data.calibration
     return Calibration(
         corpus=Path(text.path).name if text.path else text.corpus,
@@ -137,7 +137,7 @@ def _describe_calibration(config: RunConfig) -> Calibration:
 
 
 def _announce(config: RunConfig, method: Method, subject: Subject, windows: Tensor) -> str:
-    """What is about to be done, in one line."""
+    """Describe the pruning that is about to begin, in one line."""
     name = config.model.path or "the embedded model"
     count = measure_size(subject.model, subject.stored).parameters
     return (

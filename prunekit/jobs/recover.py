@@ -52,7 +52,7 @@ def _finish(subject: Subject, plan: PruningPlan | None, adapter: Path | None) ->
 
 
 def _read_report(source: Source) -> Report:
-    """What still holds of the report of the run that a model's folder came from; empty if none."""
+    """The pruning part of the report of the run that a model came from; empty without a run."""
     if not isinstance(source, str | Path):
         return Report()
     folder = Path(source)

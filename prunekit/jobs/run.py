@@ -1,4 +1,4 @@
-"""Do what `task` names, and write the folder of the run."""
+"""Run a task of the configuration, and write the folder of the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _JOBS: Mapping[str, Callable[[Job], Outcome]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Completed:
-    """What a job leaves to a caller in Python: the report, and the new model where there is one."""
+    """The result of a job for a caller in Python: the report, and the new model if there is one."""
 
     report: Report
     model: PreTrainedModel | None
@@ -75,7 +75,7 @@ def run_job(
         inputs: a model, a tokenizer and backends that the caller holds as objects.
 
     Raises:
-        PrunekitError: whatever was wrong with the request; `output` then holds no result.
+        PrunekitError: anything wrong with the request; `output` then holds no result.
     """
     inputs = inputs or Inputs()
     import_modules(config.imports)
@@ -87,10 +87,10 @@ def run_job(
         )
     source = source_of(config) if inputs.model is None else inputs.model
     device = pick_device(config.device) if inputs.model is None else input_device(inputs.model)
-    with process_group(device), _seeded(config.seed, device), _open_folder(output) as folder:
+    with process_group(device), _seed_torch(config.seed, device), _open_folder(output) as folder:
         if not rank():  # the first process evaluates and writes
             if config.resume and any((folder / name).exists() for name in (STATE, TRAINING)):
-                clear_results(folder)  # of a run that was killed while it wrote them
+                clear_results(folder)  # half written by a run that was killed
             ensure_empty(folder, besides={STATE, PARTIAL, TRAINING})
         job = Job(
             config=config,
@@ -126,7 +126,7 @@ def _assemble(job: Job, outcome: Outcome, command: str | None) -> Report:
 
 
 def _write(job: Job, outcome: Outcome, report: Report, provenance: Mapping[str, str]) -> None:
-    """Write the folder of the run; remove what an unfinished run would have needed; export."""
+    """Write the folder of the run, remove the state that a resumed run would need, export."""
     with job.stages("save"):
         write_run(job.output, report, provenance, outcome.finished, job.export.remote_code)
     for left in (STATE, PARTIAL, TRAINING):
@@ -136,7 +136,7 @@ def _write(job: Job, outcome: Outcome, report: Report, provenance: Mapping[str, 
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def _seed_torch(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's random numbers for a `with` block; the caller's go on afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

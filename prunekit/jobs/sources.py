@@ -1,4 +1,4 @@
-"""Where the models of a job come from: memory, a folder, the hub; and what tells them apart."""
+"""The sources of a job's models: memory, a folder, the hub; and digests to tell them apart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Source = str | Path | PreTrainedModel
 
 
 def check_source(source: object, name: str) -> None:
-    """Raise ConfigError for what is neither a place of a language model nor one in memory."""
+    """Raise ConfigError where a source is neither a path, nor a hub name, nor a model."""
     if not isinstance(source, str | Path | PreTrainedModel):
         raise ConfigError(
             f"{name}: expected a model of transformers, its folder or its name on the hub, "
@@ -48,13 +48,13 @@ def base_of(config: RunConfig) -> str | None:
 def load_source(
     source: Source, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """Load a model to the device; one in memory is taken as it is.
+    """Load a model to the device; a model in memory is taken as it is.
 
     Half-precision checkpoints compute in float32 on a CPU.
 
     Returns:
-        The model in the type that it computes in, and the type that its result is stored in: the
-        one asked for, else the checkpoint's.
+        The model in the type that it computes in, and the type that its result is stored in:
+        `stored`, or else the type of the checkpoint.
     """
     if isinstance(source, nn.Module):
         return source, source.dtype
@@ -65,9 +65,9 @@ def load_source(
 
 
 def identity_of(source: Source) -> str:
-    """What tells a model from others cheaply: its weight files with their sizes and times.
+    """A text that tells a model from others cheaply: its weight files with their sizes and times.
 
-    The name of one on the hub; a digest of the weights in memory.
+    For a model on the hub it is the name; for a model in memory, a digest of the weights.
     """
     if isinstance(source, nn.Module):
         return f"{type(source).__name__} {weights_digest(source)}"
@@ -88,6 +88,6 @@ def content_of(source: Source) -> str:
 
 
 def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
-    """What loads a model's folder: stock transformers, it with the code beside, or prunekit."""
+    """What loads a folder: stock transformers, transformers with remote code, or prunekit."""
     config = read_config(folder)
     return "remote" if config.get("auto_map") else "prunekit" if needs_prunekit(config) else "stock"

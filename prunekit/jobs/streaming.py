@@ -17,13 +17,14 @@ from prunekit.runtime.memory import free_bytes
 from prunekit.runtime.processes import add_up
 from prunekit.schedules.method import Method
 
-_SHARE = 0.6  # of the free memory that a whole model may take before it is streamed by itself
+_SHARE = 0.6  # of the free memory: a model that takes more is streamed
 
 
 def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) -> Streamed | None:
-    """Open the model of a job layer by layer, where it is to be streamed; None: it is not.
+    """Open the model of a job layer by layer; None where it is not to be streamed.
 
-    It is where that is asked for, or where memory is short and nothing stands against it.
+    A model is streamed if `memory.stream` is true; or if it is auto, memory is short, and the job
+    does not need the whole model.
 
     Raises:
         ConfigError: asked for, but something of the job needs the whole model.
@@ -59,7 +60,7 @@ def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) ->
 
 
 def _find_obstacle(method: Method, recovery: Recovery | None) -> str | None:
-    """What of a job needs the whole model in memory, and what to expect instead; None: nothing."""
+    """The part of a job that needs the whole model, and what to set instead; None: no part."""
     if method.importance.by_layer is None:
         return "an importance that scores all layers at once; expected importance=obs"
     if not method.schedule.layerwise:

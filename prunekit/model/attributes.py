@@ -61,7 +61,7 @@ def _attribute_names(target: Any, quantity: str) -> tuple[str, ...]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether a module counts heads itself, and does not hold a stack of layers that do."""
+    """Whether a module has a number of heads, and holds no stack of layers that have one."""
     counts = any(name in module.__dict__ for name in SYNONYMS["num_attention_heads"])
     return counts and not any(isinstance(child, nn.ModuleList) for child in module.children())
 

@@ -1,8 +1,8 @@
-"""Build a model from its config without weights: dense as its class makes it, then brought to its
-pruned sizes.
+"""Build a model from its config without weights: dense first, then brought to its pruned sizes.
 
-What a config of a folder says is not trusted: an error is a CheckpointError without the folder,
-which callers that know it put before the message.
+The config of a folder is not trusted: any error is a CheckpointError. Its message does not name the
+folder, which the functions here don't know; callers put it in front, by `locating_errors` of
+`prunekit.checkpoint.files`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def needs_prunekit(config: Mapping[str, Any]) -> bool:
-    """Whether a folder's config says what transformers' own loader can't build, or refuses to."""
+    """Whether a folder's config has sizes that transformers' own loader can't or won't build."""
     from transformers import AutoConfig
 
     if config.get("per_layer_config") or config.get("extra_biases") or is_ours(config):
@@ -45,11 +45,11 @@ def needs_prunekit(config: Mapping[str, Any]) -> bool:
 
 
 def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """The config of a pruned folder without its per-layer values, which transformers' classes
-    stumble over.
+    """Make the config of a pruned folder's dense model: without the values of single layers.
 
-    Without what is about the folder and not about the model, too. A hidden size that the number of
-    heads doesn't divide is no mistake here: channels were cut.
+    transformers' classes can't be built with these. Entries about the folder instead of the model
+    are left out as well. A hidden size that the number of heads doesn't divide is no mistake here:
+    channels were cut.
 
     Raises:
         CheckpointError: an unknown model type, or values that its class can't take.
@@ -61,7 +61,7 @@ def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
             del values["auto_map"]
         return make_config(config["model_type"], values)
     except Exception as error:
-        raise _damaged(error) from error
+        raise _describe_damage(error) from error
 
 
 def build_pruned(
@@ -94,7 +94,7 @@ def build_pruned(
         if overrides:
             set_per_layer(model, overrides)
     except Exception as error:
-        raise _damaged(error) from error
+        raise _describe_damage(error) from error
     return model
 
 
@@ -113,7 +113,7 @@ def _add_biases(model: nn.Module, paths: list[str] | tuple[str, ...]) -> None:
         module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))  # type: ignore[arg-type]
 
 
-def _damaged(error: Exception) -> CheckpointError:
+def _describe_damage(error: Exception) -> CheckpointError:
     return CheckpointError(f"damaged: {first_line(error)}")
 
 
@@ -167,9 +167,9 @@ def adopt(model: nn.Module, tensors: Mapping[str, Tensor], exact: bool = False) 
 
 
 def _replace_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set a buffer; one of another shape is part of the state from now on.
+    """Set a buffer; if it has another shape, it is part of the state dict from now on.
 
-    It was cut, and can't be computed from the config any more.
+    It was cut then, and can't be computed from the config any more.
     """
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)

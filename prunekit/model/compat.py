@@ -1,10 +1,10 @@
 """Every place where something of transformers is worked around, each with its reason.
 
 All were seen in transformers 5.23 with huggingface_hub 1.x. None changes a class that other models
-share: what is planted, is planted on the instance of one model or config. The one exception is
-what the user asks for by name: `prunekit.register_with_transformers` (see `replace_config_loader`).
+share: attributes are set on the instance of one model or config. The one exception happens only
+when the user calls `prunekit.register_with_transformers` (see `replace_config_loader`).
 `modeling_prunekit`, which is copied beside saved models and can import nothing of prunekit, holds
-the workarounds that it needs itself.
+its own workarounds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def has(config: Any, name: str) -> bool:
 
 
 def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
-    """The config of a model type, of whose values `validate_architecture` is not asked.
+    """Make the config of a model type, without the check `validate_architecture`.
 
     That check refuses a hidden size that the number of heads doesn't divide; of a model that lost
     channels, that is no mistake. The class's `__init__` is wrapped by huggingface_hub's `strict`,
@@ -57,7 +57,7 @@ def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
     config_class: Any = CONFIG_MAPPING[model_type]
-    if "__class_validators__" not in vars(config_class):  # it never validates when it is made
+    if "__class_validators__" not in vars(config_class):  # the class has no validators
         return config_class(**values)
     config = config_class.__new__(config_class)
     config_class.__init__.__wrapped__(config, **values)
@@ -72,8 +72,8 @@ def unvalidated(config: PretrainedConfig) -> Iterator[None]:
     """Let a config be written, during a `with` block, although its class refuses some sizes.
 
     `PretrainedConfig.save_pretrained` validates first, and refuses a head count that doesn't divide
-    the hidden size. `PreTrainedModel.save_pretrained` calls it on the instance, which gets a
-    simpler one of its own for one call.
+    the hidden size. `PreTrainedModel.save_pretrained` calls it on the instance of the config, which
+    gets a function `save_pretrained` of its own for one call.
     """
 
     def write(directory: str | Path, **_: Any) -> None:
@@ -88,8 +88,8 @@ def unvalidated(config: PretrainedConfig) -> Iterator[None]:
 def let_save_itself(model: PreTrainedModel) -> None:
     """Let transformers' own `save_pretrained` write a pruned model, whose config would refuse it.
 
-    The config of this model, an instance, becomes one of a subclass without the check. It can't be
-    made as one from the start: the auto classes look for the model's class by the config's.
+    The class of this one config becomes a subclass without the check. The config can't be made of
+    the subclass from the start: the auto classes find the model's class by the class of its config.
     """
     model.config.__class__ = pruned_classes(model.config.model_type, __name__)[0]
 

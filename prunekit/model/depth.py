@@ -1,4 +1,4 @@
-"""What a config says of its layers one by one, brought in line when layers are dropped."""
+"""Entries of a config for single layers, brought in line when layers are dropped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _may_list_layers(name: str) -> bool:
 
 
 def _entries_of_kept(name: str, value: list[Any], layers: int, kept: list[int]) -> list[Any] | None:
-    """What a list of a config says of the kept layers; None where it isn't about layers."""
+    """The entries of a list for the kept layers; None where the list isn't about layers."""
     if len(value) == layers:
         return [value[index] for index in kept]
     if value and all(map(_is_run, value)):

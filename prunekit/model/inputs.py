@@ -14,8 +14,9 @@ Inputs = TypeVar("Inputs", bound=Mapping[str, Any] | tuple[Any, ...])
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its inputs: where accelerate runs its first module, else where its first
-    weights are.
+    """The device that a model wants its inputs on.
+
+    That is where accelerate runs its first module, or else where its first weights are.
     """
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)

@@ -1,5 +1,4 @@
-"""What models call their sizes: the one file of the core that knows how single architectures name
-things.
+"""What models call their sizes: the one file of the core that knows names of architectures' own.
 
 A *quantity* is a size by its usual name ("intermediate_size"); the attributes of modules and
 configs that hold it go by that name or a synonym. A synonym counts only where the value agrees, so
@@ -48,7 +47,7 @@ SYNONYMS = {
     "rotary_dim": ("rotary_ndims", "rotary_dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
 }
-# Inside an attention module these mean the width of all heads together.
+# Names that mean the width of all heads together, inside an attention module.
 ATTENTION_WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model", "n_embd")
 # Config values that count the layers of one sort at the beginning of the stack.
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
@@ -59,7 +58,7 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts
 
 
 def synonyms(quantity: str) -> tuple[str, ...]:
-    """The names a quantity goes by, the usual one first; of an unknown quantity its own name."""
+    """The names of a quantity, the usual one first; an unknown quantity has its own name only."""
     return SYNONYMS.get(quantity, (quantity,))
 
 
@@ -69,7 +68,7 @@ def quantity_of(name: str) -> str:
 
 
 def config_name(config: Any, quantity: str) -> str | None:
-    """What a config calls a quantity: the first synonym that has a value, or that is there at all.
+    """A config's name for a quantity: the first synonym with a value, else the first that exists.
 
     None where the config has no attribute of these names.
     """
@@ -85,7 +84,7 @@ def layer_counts(config: Any) -> list[int]:
 
 
 def experts_per_token(config: Any) -> int | None:
-    """To how many experts a token is sent, the most the config states; None without experts."""
+    """To how many experts a token is sent: the largest number stated; None without experts."""
     values = [getattr(config, name, None) for name in _EXPERTS_PER_TOKEN]
     return max((value for value in values if isinstance(value, int)), default=None)
 

@@ -1,6 +1,4 @@
-"""Sizes that differ from layer to layer: what a config says of each layer, in transformers'
-`per_layer_config`.
-"""
+"""Sizes that differ from layer to layer: the `per_layer_config` of transformers' configs."""
 
 from __future__ import annotations
 
@@ -21,16 +19,16 @@ Overrides = dict[int, dict[str, Any]]  # layer → the config values that only t
 
 
 def layer_sizes(config: Any, values: Mapping[str, int]) -> list[Sizes]:
-    """What one layer's own config values change against those of the whole model.
+    """The sizes of one layer that differ from the sizes of the whole model.
 
     Args:
-        config: the model's.
-        values: what `per_layer_config` says of the layer.
+        config: the config of the model.
+        values: the entry of `per_layer_config` for the layer.
 
     Returns:
         Changes to make one after the other: a quantity may have several old values, under several
-            names. What follows from them (query heads per key-value head, the width of all heads
-            together) comes last.
+            names. The sizes that follow from these (query heads per key-value head, the width of
+            all heads together) come last.
     """
     changes = [
         {quantity: (read(config, name), values[name])}
@@ -38,7 +36,7 @@ def layer_sizes(config: Any, values: Mapping[str, int]) -> list[Sizes]:
         for name in names
         if name in values and has(config, name)
     ]
-    # Of a quantity that has several names, the first name decides what follows from it.
+    # Where a quantity has several names, derived sizes follow the value of the first name.
     sizes = {quantity: change for entry in reversed(changes) for quantity, change in entry.items()}
     return changes + _derived_sizes(config, sizes)
 
@@ -65,7 +63,7 @@ def single_kv_head(config: Any, layer: int | None, units: int) -> bool:
     """Whether all query heads of a layer read one key-value head: then its units are query heads.
 
     Args:
-        config: the model's, or None.
+        config: the config of the model, or None.
         layer: the layer's index, if the group lies in one.
         units: how many units the group has.
     """
@@ -77,11 +75,12 @@ def single_kv_head(config: Any, layer: int | None, units: int) -> bool:
 
 
 def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[str, int]:
-    """What a layer's config must say after a cut: config name → new size.
+    """The values of a layer's config after a cut: config name → new size.
 
     Args:
-        config: the model's. A size that its class derives from others is written down in it.
-        layer: what `per_layer_config` says of the layer before the cut.
+        config: the config of the model; sizes that its class derives from others are written into
+            it.
+        layer: the entry of `per_layer_config` for the layer before the cut.
         sizes: quantity → (old size, new size).
     """
     for quantity in ("intermediate_size", "head_dim"):
@@ -96,7 +95,7 @@ def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[s
 
 
 def _name_of_size(config: Any, layer: Mapping[str, int], quantity: str, old: int) -> str | None:
-    """The config's name for a quantity: the one whose value is the old size, else the usual one."""
+    """The config's name for a quantity: the name that has the old size, else the usual name."""
     if quantity not in SYNONYMS:
         return None
     for name in SYNONYMS[quantity]:
@@ -106,19 +105,19 @@ def _name_of_size(config: Any, layer: Mapping[str, int], quantity: str, old: int
 
 
 def _can_be_stated(config: Any, name: str) -> bool:
-    """Whether a config's value is a number of its own, not one that its class computes."""
+    """Whether a config stores a value itself, instead of computing it from other values."""
     attribute = getattr(type(config), name, None)
     computed = isinstance(attribute, property) and attribute.fset is None
     return not computed and isinstance(read(config, name), int | None)
 
 
 def set_per_layer(model: nn.Module, overrides: Overrides, setter: Setter = setattr) -> None:
-    """Set the config's per-layer values, and let every module inside a layer see its layer's.
+    """Set the config's values for single layers, and let the modules of each layer see its own.
 
     Where all layers agree, the values become global and the config is an ordinary one again;
-    attributes of modules outside the layers follow. Not where the config's class refuses the
-    values, as it does head counts that don't divide the hidden size, or where it would take the
-    width of heads from them.
+    attributes of modules outside the layers follow. They stay values of single layers where the
+    config's class refuses them (head counts that don't divide the hidden size), or where it would
+    compute the width of heads from them.
 
     Args:
         model: a model of transformers.
@@ -126,7 +125,7 @@ def set_per_layer(model: nn.Module, overrides: Overrides, setter: Setter = setat
         setter: sets an attribute of a module.
     """
     config: Any = model.config
-    config.__dict__.pop("pruned_sizes", None)  # of the folder that the model was loaded from
+    config.__dict__.pop("pruned_sizes", None)  # the record is of the folder that was loaded
     keep_head_dim(config)
     overrides = {layer: dict(values) for layer, values in overrides.items()}
     config.per_layer_config = None

@@ -1,6 +1,4 @@
-"""The record of a pruned model: the sizes that its config must state because its class would build
-others.
-"""
+"""The record of a pruned model: the sizes that its class would not build by itself."""
 
 from __future__ import annotations
 
@@ -32,12 +30,12 @@ def names_our_code(reference: object) -> bool:
 
 
 def stock_class(model: nn.Module) -> type[nn.Module]:
-    """The class of transformers of a model that may be of a class of `modeling_prunekit`."""
+    """The stock class of a model, also where its own class is one of `modeling_prunekit`."""
     return getattr(type(model), "stock_class", None) or type(model)
 
 
 def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """The record of a model: in what it differs from the one that its class builds.
+    """Make the record of a model: the sizes in which it differs from the dense model of its class.
 
     Args:
         model: pruned; its weights may be on meta.
@@ -57,7 +55,7 @@ def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
 
 
 def _other_shapes(module: nn.Module, dense: nn.Module | None) -> dict[str, list[int]]:
-    """Shapes of the module's own tensors that the dense one lacks, or has in another shape."""
+    """Shapes of the module's own tensors that the dense module lacks, or has in another shape."""
     shapes = {}
     for name, tensor in {**module._parameters, **module._buffers}.items():
         before = None if dense is None else dense._parameters.get(name, dense._buffers.get(name))
@@ -67,7 +65,7 @@ def _other_shapes(module: nn.Module, dense: nn.Module | None) -> dict[str, list[
 
 
 def _other_numbers(module: nn.Module, dense: nn.Module | None) -> dict[str, Any]:
-    """Numbers that the module keeps and the dense one keeps otherwise."""
+    """Attributes of the module that are numbers other than those of the dense module."""
     if dense is None:
         return {}
     return {
@@ -84,8 +82,9 @@ def _is_size(value: object) -> bool:
 
 
 def _pack(entries: Mapping[str, Any]) -> dict[str, str]:
-    """One line for all layers: "model.layers.{}.mlp.n" → a JSON list, null for a layer that there
-    is no entry of.
+    """Pack the entries of all layers into one: "model.layers.{}.mlp.n" → a JSON list over layers.
+
+    A layer without the entry has null in the list.
     """
     packed: dict[str, Any] = {}
     for path, value in entries.items():

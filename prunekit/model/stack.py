@@ -1,5 +1,4 @@
-"""The decoder stack of a model: its lists of layers, which layer a module lies in, what a layer is
-given and returns, the indices that layers keep.
+"""The decoder stack of a model: where it is, what its layers take and return, their own indices.
 
 A stack is an outermost `ModuleList`, known by its type and not by its name. `place_in_stack` and
 `layer_of` stand in `modeling_prunekit`, which is copied beside saved models.
@@ -24,12 +23,13 @@ def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Path → `ModuleList`, those inside another one left out."""
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(_lies_in(path, outer) for outer in lists):
+        if isinstance(module, nn.ModuleList) and not any(lies_in(path, outer) for outer in lists):
             lists[path] = module
     return lists
 
 
-def _lies_in(path: str, outer: str) -> bool:
+def lies_in(path: str, outer: str) -> bool:
+    """Whether a module or parameter lies inside the module at a path; all lie in the model, ""."""
     return not outer or path.startswith(f"{outer}.")
 
 
@@ -45,7 +45,7 @@ def main_stack(model: nn.Module) -> nn.ModuleList | None:
 
 
 def stacks_around(model: nn.Module, paths: Iterable[str]) -> set[str | None]:
-    """Paths of the lists of layers that module paths lie in; None among them for those in none."""
+    """The paths of the lists of layers around modules, with None for a module outside of lists."""
     places = [place_in_stack(model, path) for path in paths]
     return {None if place is None else place[0] for place in places}
 
@@ -84,7 +84,8 @@ def index_attributes(stack: nn.ModuleList) -> Iterator[tuple[str, str, int]]:
     """
     for (path, name), values in _plain_attributes(stack).items():
         first = _first_index(values)
-        # A name that says nothing of layers needs more than two layers to be no coincidence.
+        # Under a name that says nothing of layers, equal numbers in two layers may be a
+        # coincidence.
         if first is not None and (_INDEX.search(name) or (first == 0 and len(values) > 2)):
             yield path, name, first
 
@@ -99,7 +100,7 @@ def foreign_index(stack: nn.ModuleList) -> str | None:
 
 
 def _first_index(values: Mapping[int, Any]) -> int | None:
-    """0 or 1 where every layer's value is its own index, counted from there."""
+    """0 or 1, if every layer's value is its own index counted from this number; else None."""
     firsts = {value - index if type(value) is int else None for index, value in values.items()}
     return firsts.pop() if firsts in ({0}, {1}) else None
 

@@ -21,7 +21,7 @@ class Place(NamedTuple):
 
 
 def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
-    """Canonical name of every parameter and buffer → every place that holds it, its own first."""
+    """Canonical name of every parameter and buffer → all its places, the canonical one first."""
     places: dict[int, list[Place]] = defaultdict(list)
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:

@@ -1,6 +1,4 @@
-"""Before a model is saved: the sizes its config must state, and whether that config leads back to
-the model.
-"""
+"""Checks before a model is saved: does its config lead back to it, and what must it state?"""
 
 from __future__ import annotations
 
@@ -25,18 +23,18 @@ _NOT_SAVED = "a model cut like this can't be saved"
 
 
 class _OtherShape(CheckpointError):
-    """The class can't hold the weights: transformers' own loader sees that as well."""
+    """The class can't hold the weights, which transformers' own loader would notice as well."""
 
 
 def required_record(model: nn.Module) -> dict[str, Any] | None:
-    """What a folder must say of a model's sizes; None where transformers' own class makes them.
+    """The record that a folder must hold; None where transformers' own class makes all sizes.
 
     Args:
         model: the model to save; its weights may be on meta.
 
     Raises:
         CheckpointError: the class refuses the sizes; or it would take the weights and compute with
-            other numbers, which nobody would notice who loads the folder without prunekit.
+            other numbers, without an error where the folder is loaded without prunekit.
     """
     if not _is_stock(model):
         return None
@@ -59,13 +57,13 @@ def required_record(model: nn.Module) -> dict[str, Any] | None:
 
 
 def check_loadable(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Check that a model built from a folder's config would compute with the numbers of this one.
+    """Check that a model built from the config would compute with the same numbers as this model.
 
-    Compares what modules keep beside their weights: sizes, scales, tables. Only models of classes
-    of transformers are looked at.
+    Attributes beside the weights are compared: sizes, scales, tables. Models whose class is not of
+    transformers pass.
 
     Raises:
-        CheckpointError: it would compute with others, or can't be built.
+        CheckpointError: the built model would compute with other numbers, or can't be built.
     """
     if _is_stock(model):
         _compare(model, config)
@@ -113,7 +111,7 @@ def _compare_modules(model: nn.Module, skeleton: nn.Module) -> None:
 def _other_number(
     module: nn.Module, other: nn.Module, path: str, saved: Mapping[str, Tensor]
 ) -> str | None:
-    """The name of a number or table of a module that another one of its class has otherwise.
+    """The name of a number or table that differs between two modules of one class; None: none.
 
     Tables are buffers that no file holds, for the class computes them.
     """
@@ -132,7 +130,7 @@ def _other_number(
 def _agree(value: object, other: object) -> bool:
     """Whether numbers or tables agree; values of other types always do."""
     if isinstance(value, Tensor) and isinstance(other, Tensor) and not value.is_meta:
-        # A model that was turned into half precision has its tables rounded too.
+        # Where a model was cast to half precision, its tables are rounded too.
         other = other.to(value.device, value.dtype)
         return value.shape == other.shape and torch.allclose(value, other, equal_nan=True)
     return type(value) not in (int, float) or value == other

@@ -1,4 +1,4 @@
-"""All the weights of a model at once: how many there are, whether they are numbers, their type."""
+"""All weights of a model at once: their number, whether they are finite, their type."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_finite(model: nn.Module) -> None:
 def weights_digest(model: nn.Module) -> str:
     """16 hexadecimal digits that tell the weights of one model from those of another.
 
-    They are taken of the names, the shapes, the sums and the first 64 numbers of each parameter:
-    cheap enough for a model of any size, and no protection against somebody who wants a collision.
+    They are a digest of the name, the shape, the sum and the first 64 numbers of each parameter:
+    cheap for a model of any size, but no protection against somebody who wants a collision.
     """
     hashed = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -50,9 +50,9 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def round_weights(model: nn.Module, stored: torch.dtype) -> None:
-    """Round the weights in place to what the type `stored` can hold; they keep their own type.
+    """Round the weights in place to numbers that the type `stored` can hold; their type stays.
 
-    So that the model that is measured is the one that is saved.
+    The model that is measured then computes with the numbers that are saved.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).to(parameter.dtype)

@@ -52,8 +52,8 @@ def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "gr
     """Choose `count` units of width one, the first to go first: the least Σ ‖w_p‖² / A_pp.
 
     With `groups` greedy they go one at a time, and each choice is exact. The other ways remove the
-    best k columns at once; `dynamic_sizes`, `released_sizes` and `fixed_sizes` give the k.
-    Each problem takes one more matrix [n, n] beside A, and some rows of it.
+    best k columns at once, with k from `dynamic_sizes`, `released_sizes` or `fixed_sizes`. Each
+    problem takes one more matrix [n, n] beside A, and some rows of it.
     """
     block = min(_BLOCK, count)
     work = [Downdate(problem, block) for problem in problems]
@@ -99,7 +99,7 @@ def _total(work: Sequence[Downdate], shares: Sequence[float]) -> Tensor:
     return sum(rest, shares[0] * errors.double())
 
 
-def _capped(sizes: Iterator[int], count: int) -> Iterator[int]:
+def _cap(sizes: Iterator[int], count: int) -> Iterator[int]:
     """Pass `sizes` on until they add up to `count`, the last one cut to fit."""
     while count > 0:
         size = min(next(sizes), count)
@@ -109,7 +109,7 @@ def _capped(sizes: Iterator[int], count: int) -> Iterator[int]:
 
 def greedy_sizes(count: int) -> Iterator[int]:
     """Greedy steps between two updates of the whole A and WᵀW."""
-    return _capped(repeat(_BLOCK), count)
+    return _cap(repeat(_BLOCK), count)
 
 
 def dynamic_sizes(count: int) -> Iterator[int]:
@@ -127,10 +127,10 @@ def dynamic_sizes(count: int) -> Iterator[int]:
 
 def released_sizes(count: int) -> Iterator[int]:
     """The sizes of the released code: k₁ = (count − 512) / 2, k ← (k − 512) / 2, in [64, 1024]."""
-    return _capped(_released(count), count)
+    return _cap(_shrink_sizes(count), count)
 
 
-def _released(k: int) -> Iterator[int]:
+def _shrink_sizes(k: int) -> Iterator[int]:
     """The sizes of the released code without an end."""
     while True:
         k = (k - _RELEASED_OFFSET) // 2
@@ -139,7 +139,7 @@ def _released(k: int) -> Iterator[int]:
 
 def fixed_sizes(count: int) -> Iterator[int]:
     """The sizes of the paper's "−DGS" ablation: 128 columns at a time."""
-    return _capped(repeat(_FIXED), count)
+    return _cap(repeat(_FIXED), count)
 
 
 SIZES = {

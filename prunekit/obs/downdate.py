@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunekit.obs.inverse import Problem, cholesky
 
-_PANEL = 512  # columns of a panel at most; an eighth of all where these are fewer than 4,096
+_PANEL = 512  # the most columns of a panel; fewer than 4,096 columns make eight panels
 
 
 class Downdate:
@@ -82,9 +82,9 @@ class Downdate:
     def _refresh(self) -> None:
         """Read the diagonals off A and G."""
         self.diagonals = torch.stack([self.a.diagonal(), 0.5 * self.g.diagonal()])
-        self._bound()
+        self._keep_positive()
 
-    def _bound(self) -> None:
+    def _keep_positive(self) -> None:
         """Keep A_pp positive: rounding may take a column that the others explain below zero."""
         self.diagonals[0].clamp_min_(torch.finfo(self.store.dtype).tiny)
 
@@ -95,7 +95,7 @@ class Downdate:
     def _row(self, p: Tensor) -> Tensor:
         """The row `p` [1] of A and of G before the block, [2, n]; nothing waits for the device."""
         n, panel = self.n, self.panel
-        # Of the whole store, because index_select would copy a part of it first.
+        # From the whole store, because index_select would copy a part of the store first.
         across = self.store.index_select(0, p)[0]
         if n <= panel:
             return torch.stack([across[:n], across[panel : panel + n]])
@@ -147,7 +147,7 @@ class Downdate:
         step[1].addcmul_(step[0], half / pivot, value=-1)
         self.diagonals.addcmul_(step[0], step, value=-1)
         self.diagonals[1].index_fill_(0, p, torch.inf)
-        self._bound()
+        self._keep_positive()
         self.steps += 1
 
     def remove_group(self, index: Tensor) -> None:

@@ -21,10 +21,10 @@ from prunekit.errors import DataError
 
 HeadScore = Literal["exact", "grouped_cholesky", "diagonal"]
 
-# The variance inflation factors A_jj (H + λI)_jj tell how much of input j the others explain,
-# whatever its scale, and bound what removals can cancel in a column. Measured at the limit, with
-# half of the columns removed: float32 has A_ij to 6e-3 of √(A_ii A_jj), and leaves a layer error
-# 6e-6 above the least; both grow with the limit, the second squared.
+# The variance inflation factors A_jj (H + λI)_jj tell how much the other inputs explain of input
+# j, whatever its scale, and bound how much removals can cancel in a column. Measured at the limit,
+# with half of the columns removed: A_ij in float32 is right to 6e-3 of √(A_ii A_jj), and the error
+# of the layer is 6e-6 above the least; both grow with the limit, the latter as its square.
 _INFLATION = 1e4
 _DEAD = 1e-20  # an input of less than this share of the largest mean square can't be told from zero
 
@@ -44,10 +44,10 @@ class Inverse:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A consumer that a group's units feed: its W [d, n], A = (H + λI)⁻¹ [n, n], and its columns.
+    """A site that a group's units feed: W [d, n] of its consumers, and A = (H + λI)⁻¹ [n, n].
 
     `index` [units, width]: the columns of each unit. W may have any float dtype; results have that
-    of A. Where a group has several consumers, the error of a unit is the sum over their problems.
+    of A. Where a group has several sites, the error of a unit is the sum over their problems.
     """
 
     weight: Tensor
@@ -56,7 +56,7 @@ class Problem:
 
 
 def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
-    """Invert a Hessian [n, n], damped no more than it takes.
+    """Invert a Hessian [n, n] with as little damping as the factorisation needs.
 
     The result is float32 where that is accurate, float64 elsewhere. λ starts at
     `damping`·mean(diag H), and rises tenfold until the Cholesky factorisation succeeds with pivots

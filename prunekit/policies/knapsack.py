@@ -1,4 +1,4 @@
-"""Spread a saving over measured curves so that their errors add up to the least."""
+"""Spread a saving over measured curves so that the sum of their errors is least."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -8,7 +8,7 @@ _TINY = 1e-300  # a saving of zero has an infinite price, but divides
 
 
 class Point(NamedTuple):
-    """What cutting one part by a ratio saves of the cost, and the error that it leaves."""
+    """A part that is cut by a ratio: the cost that is saved, and the error that is left."""
 
     ratio: float
     saving: float

@@ -62,7 +62,7 @@ class Owl(Policy):
     def _outlier_share(
         self, setting: Setting, names: set[str], inputs: Mapping[str, Inputs]
     ) -> float:
-        """The share of outliers among the weights of these names, which make up a layer."""
+        """The share of outliers among the weights of a layer, given their names."""
         if not names:
             raise ConfigError("policy=owl: expected linear modules in every layer that is cut")
         products = [

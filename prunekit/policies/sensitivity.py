@@ -1,4 +1,4 @@
-"""Measured shares: what it costs to cut each part alone, then the cheapest way to the limit."""
+"""Measured shares: the error of cutting each part alone, then the least error at the limit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sensitivity(Policy):
             raise ConfigError(f"policy.ratios: expected numbers in (0, 1), got {list(self.ratios)}")
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """The exact optimum for the measured errors, taken linear in between, as if they added up.
+        """The exact optimum, if errors add up and are linear between the measured ratios.
 
         Raises:
             ConfigError: an importance that can't choose what the measure needs.
@@ -94,7 +94,7 @@ class Sensitivity(Policy):
         return dict(parts)
 
     def _count_units(self, groups: Sequence[Group]) -> list[dict[str, int]]:
-        """For each ratio, by rising ones, whole units of each group; one at least stays."""
+        """For each ratio in rising order: group → whole units; at least one unit stays."""
         return [
             {g.name: min(round(ratio * g.num_units), g.num_units - 1) for g in groups}
             for ratio in sorted(self.ratios)
@@ -102,11 +102,12 @@ class Sensitivity(Policy):
 
 
 def _measure_losses(setting: Setting, counts: Counts) -> dict[str, list[float]]:
-    """Part → for each ratio what the loss rises by with the lowest units of the part masked."""
+    """Part → for each ratio, the rise of the loss with the lowest units of the part masked."""
     importance = setting.importance.at_once
     if importance is None:
         raise ConfigError(
-            "policy=sensitivity: expected an importance that scores, or policy.measure=obs"
+            "policy=sensitivity: expected an importance that scores units, or policy.measure=obs, "
+            f"got importance={setting.importance.name}"
         )
     model, batches = setting.model, setting.batches
     scores = importance.score(model, setting.graph, setting.groups, batches)

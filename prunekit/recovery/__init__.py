@@ -1,6 +1,4 @@
-"""Recovery: fine-tune a pruned model, with LoRA or whole, on text, on instructions or after the
-dense model.
-"""
+"""Recovery: fine-tune a pruned model, with LoRA or whole, on text, instructions or a teacher."""
 
 from prunekit.recovery.adapters import detach
 from prunekit.recovery.result import RecoveryResult

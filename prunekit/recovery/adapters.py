@@ -68,7 +68,7 @@ def target_names(
 
 
 def attach(model: PreTrainedModel, names: Sequence[str], recovery: Recovery, base: str) -> Any:
-    """Put fresh adapters on the linears of these names, in place; returned is peft's wrapper.
+    """Put fresh adapters on the linears of these names, in place, and return peft's wrapper.
 
     Only the adapters are trainable then; they are float32.
 
@@ -98,7 +98,7 @@ def attach(model: PreTrainedModel, names: Sequence[str], recovery: Recovery, bas
         )
     with warnings.catch_warnings():
         # peft warns of a deprecated name, and where only some linears are a `Conv1D`, whose weights
-        # lie the other way round: it corrects these itself.
+        # lie the other way round: peft corrects them itself.
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
@@ -141,11 +141,12 @@ def save(wrapped: PeftModel | nn.Module, folder: Path) -> None:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what training changes beside weights.
+    """Put back all that training changes in a model beside its weights, after a `with` block.
 
-    That is: modes, which parameters are trainable, `use_cache`, and the wrappers that accelerate
-    puts around `forward` for bfloat16. Modules and parameters are known by their names, for other
-    modules may stand there afterwards; new ones are frozen, in the mode of the model.
+    These are the modes, the parameters that are trainable, `use_cache`, and the wrappers that
+    accelerate puts around `forward` for bfloat16. Unlike in `prunekit.runtime.modes`, modules and
+    parameters are known by their names, because others may have taken their places; new ones are
+    frozen, and in the mode of the model.
     """
     modes = {name: module.training for name, module in model.named_modules()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -166,7 +167,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _sort_by_owner(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
-    """The names of linears by what owns them: an attention, or anything else."""
+    """Sort names of linears by their owners: "attention" for attention modules, else "mlp"."""
     owners = tuple(
         f"{name}."
         for name, module in model.named_modules()

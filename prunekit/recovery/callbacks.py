@@ -1,4 +1,4 @@
-"""What happens beside the steps of a recovery: evaluations, checkpoints, messages, early stops."""
+"""Callbacks of a recovery: evaluations, checkpoints, messages, early stops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Patience(EarlyStoppingCallback):
     """transformers' early stopping, without its check of how a training is set up.
 
     The check expects evaluations and checkpoints at fixed numbers of steps, and transformers to
-    load the best one. Here `Schedule` asks for evaluations, and `RecoveryTrainer` keeps the best
+    load the best one. Here `Monitor` asks for evaluations, and `RecoveryTrainer` keeps the best
     state, of the trained weights alone.
     """
 
@@ -30,8 +30,8 @@ class Patience(EarlyStoppingCallback):
         """Check nothing."""
 
 
-class Schedule(TrainerCallback):
-    """Asks for evaluations and checkpoints, says how it goes, and ends a training that diverged."""
+class Monitor(TrainerCallback):
+    """Asks for evaluations and checkpoints, prints losses, and ends a training that diverged."""
 
     def __init__(self, recovery: Recovery) -> None:
         self.recovery = recovery
@@ -56,7 +56,7 @@ class Schedule(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Note the tokens so far, and say how it goes.
+        """Note the tokens so far, and print the losses.
 
         Raises:
             DataError: a loss that is not finite.
@@ -77,7 +77,7 @@ class Schedule(TrainerCallback):
 
 
 def _describe(state: TrainerState, logs: Mapping[str, Any]) -> str:
-    """One line on an evaluation or, now and then, on the loss; else nothing."""
+    """A line on an evaluation or, about `_MESSAGES` times, on the loss; else an empty text."""
     where = f"recovery: step {state.global_step}/{state.max_steps}"
     if "perplexity" in logs:
         values = (f"{name} {value:.4g}" for name, value in logs["perplexity"].items())

@@ -23,7 +23,7 @@ Row = tuple[Example, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on and what is held out.
+    """The rows of a recovery, to train on and to validate with.
 
     Attributes:
         training: rows, filled up with empty ones to a multiple of the global batch.
@@ -37,7 +37,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that tell these rows from others."""
+        """A digest of all rows, of 32 hexadecimal digits."""
         hashed = hashlib.sha256()
         for row in (*self.training, *self.validation):
             for example in row:
@@ -54,7 +54,7 @@ def load_data(
 ) -> Data:
     """The rows of a recovery, in an order that the seed decides.
 
-    Examples held out come first in it, so that they stay the same for every `samples`.
+    The first examples of this order are held out, so that they are the same for every `samples`.
 
     Args:
         recovery: the corpus, the format and the sizes.
@@ -85,7 +85,7 @@ def load_data(
 
 
 def _count_held_out(holdout: float, examples: int) -> int:
-    """Examples to hold out: a number, or a share below 1 that is one example at least."""
+    """How many examples to hold out: `holdout` itself, or that share if below 1, at least one."""
     if holdout >= 1:
         return int(holdout)
     return max(round(holdout * examples), 1) if holdout else 0
@@ -110,11 +110,11 @@ def pack(examples: Sequence[Example], length: int) -> list[Row]:
 
 
 def collate(rows: Sequence[Row], pad: int, packed: bool) -> dict[str, Tensor]:
-    """`input_ids` and `labels`, int64 [N, T], padded on the right, and where the tokens are.
+    """Make a batch: `input_ids`, `labels` and a mask or positions, each int64 [N, T].
 
-    That is an `attention_mask` [N, T] of the tokens. Packed rows have `position_ids` [N, T]
-    instead: they start anew with every example and with the padding, and the model takes from that
-    which tokens may see each other.
+    Rows are padded on the right. The mask is the `attention_mask` of the tokens. Packed rows have
+    `position_ids` instead, which start anew with every example and with the padding: the model
+    derives from them which tokens may see each other.
     """
     width = max(sum(len(example.ids) for example in row) for row in rows)
     ids = torch.full((len(rows), width), pad)
@@ -133,7 +133,7 @@ def collate(rows: Sequence[Row], pad: int, packed: bool) -> dict[str, Tensor]:
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill rows with; it is never predicted nor seen."""
+    """A token to fill rows with; no prediction depends on it."""
     candidates: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id]
     return next((token for token in candidates if token is not None), 0)
 

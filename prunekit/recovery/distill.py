@@ -1,5 +1,6 @@
-r"""Losses of a recovery, summed over the predicted tokens t: the ordinary one, and those that
-follow a teacher.
+r"""Losses of a recovery, summed over the predicted tokens t; two of the three follow a teacher.
+
+
 
 $$L = \frac1N \sum_t \left[ a\,(-\log p_t) + b\,T^2\,\mathrm{KL}(q^T_t \,\|\, p^T_t)
       + \frac cL \sum_{l=1}^{L} \frac{\|h^l_t - g^l_t\|^2}{\|g^l_t\|^2} \right]$$

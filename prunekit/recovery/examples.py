@@ -170,7 +170,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _add_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The ids with the end token, where the tokenizer has one and did not set it itself."""
+    """Add the end token to ids, if the tokenizer has one and has not added it itself."""
     end: Any = tokenizer.eos_token_id
     return torch.tensor(ids if end is None or ids[-1:] == [end] else [*ids, end], dtype=torch.int32)
 

@@ -16,7 +16,7 @@ def count_processes() -> int:
 
 
 def first_micro_batch(recovery: Recovery) -> int:
-    """The configured number, or for "auto" the largest up to 16 that divides a process's part.
+    """The configured number; for "auto" the largest one up to 16 that divides a process's rows.
 
     Raises:
         ConfigError: the processes can't have the same number of micro-batches.
@@ -39,7 +39,7 @@ def first_micro_batch(recovery: Recovery) -> int:
 
 
 def shrink_micro_batch(recovery: Recovery, micro: int, error: Exception) -> int:
-    """The next smaller micro-batch after one that memory was too small for.
+    """The next smaller number of rows after a micro-batch that did not fit into memory.
 
     Raises:
         DataError: the number is fixed, one row is too much, or several processes would have to

@@ -1,4 +1,4 @@
-"""One recovery while it lasts: what is trained, the training with its retries, the end."""
+"""One recovery from beginning to end: choose the weights, train with retries, finish."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_first_process() -> bool:
 
 @dataclass(kw_only=True)
 class Session:
-    """One recovery of one model: `run` does all of it, and `describe` tells how it went.
+    """One recovery of one model: `run` trains it, and `describe` makes the result.
 
     Attributes:
         model: the pruned model, which is trained in place.
@@ -43,7 +43,7 @@ class Session:
         teacher: the dense model, where the loss compares with it.
         watch: corpus → its perplexity on the model.
         folder: of checkpoints, and of an adapter that is kept.
-        seed: of the order, the adapters' start and dropout.
+        seed: of the order of rows, the first adapters, and dropout.
         pad: the token that fills rows.
         trained: the model, or peft's wrapper of it.
         trainable: how many numbers are trained.
@@ -98,7 +98,7 @@ class Session:
         return trainer, best_step
 
     def _choose_weights(self, modules: Mapping[str, Collection[str]] | None, base: str) -> None:
-        """Decide what is trained: fresh adapters, or the weights themselves."""
+        """Decide which weights are trained: fresh adapters, or weights of the model."""
         from transformers import set_seed
 
         set_seed(self.seed)
@@ -186,7 +186,7 @@ class Session:
         )
 
     def _settle(self, trainer: RecoveryTrainer) -> int:
-        """Go back to the best state where patience is set; the step that the state is of."""
+        """Go back to the best state where patience is set; return the step of the state."""
         if self.recovery.patience is None:
             return trainer.state.global_step
         trainer.accelerator.wait_for_everyone()
@@ -211,7 +211,7 @@ class Session:
             parameter.data = parameter.data.to(stored)
 
     def describe(self, trainer: RecoveryTrainer, best_step: int, seconds: float) -> RecoveryResult:
-        """How it went: what `run` returned, and the seconds that everything took."""
+        """The result, from the trainer and the step that `run` returned, and the seconds in all."""
         state, arguments = trainer.state, trainer.args
         return RecoveryResult(
             curve=trace_curve(state.log_history, state.max_steps),

@@ -1,4 +1,4 @@
-"""Files of trained weights: only what is trainable, in safetensors."""
+"""Files of the trainable weights alone, in safetensors."""
 
 from __future__ import annotations
 

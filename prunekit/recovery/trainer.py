@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from prunekit.recovery.callbacks import Patience, Schedule
+from prunekit.recovery.callbacks import Monitor, Patience
 from prunekit.recovery.data import Row, collate
 from prunekit.recovery.distill import forward, mark_predicted, plain_loss, total_loss
 from prunekit.recovery.settings import VALIDATION, Recovery
@@ -65,7 +65,7 @@ def make_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_on_start=fresh and recovery.evaluations > 0,
-        save_strategy="no",  # `Schedule` asks for evaluations and checkpoints
+        save_strategy="no",  # `Monitor` asks for evaluations and checkpoints
         save_total_limit=1,
         metric_for_best_model=None if recovery.patience is None else _STOP_ON,
         greater_is_better=False,
@@ -80,8 +80,8 @@ def make_arguments(
 
 
 def _use_one_gpu(arguments: TrainingArguments) -> None:
-    """Let this process work on one GPU; transformers would copy the model to all it sees."""
-    _ = arguments.device  # reading it sets the processes up, and counts GPUs
+    """Let this process work on one GPU; transformers would copy the model to all GPUs."""
+    _ = arguments.device  # reading `device` sets the processes up, and counts GPUs
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
@@ -120,7 +120,7 @@ class RecoveryTrainer(Trainer):
         watch: Watch,
         watched: PreTrainedModel,
     ) -> None:
-        callbacks: list[Any] = [Schedule(recovery)]
+        callbacks: list[Any] = [Monitor(recovery)]
         if recovery.patience is not None:
             callbacks.append(Patience(early_stopping_patience=recovery.patience))
         super().__init__(

@@ -1,6 +1,4 @@
-"""The report of a run: JSON for programs, Markdown and a page with pictures for people, a table for
-the terminal.
-"""
+"""The report of a run: JSON for programs; Markdown, a page and a terminal's table for people."""
 
 from __future__ import annotations
 

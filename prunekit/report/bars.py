@@ -1,4 +1,4 @@
-"""The figures of bars, in matplotlib; panels, hatches and numbers tell what colours do."""
+"""The figures of bars, in matplotlib; hatches and numbers tell the same as the colours."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _total(own: Sequence[Units]) -> str:
 def _draw_upright(
     panel: Axes, places: Sequence[int], own: Sequence[Units], limits: tuple[int, int]
 ) -> None:
-    """Draw a bar at each place on a track of 100%; a cross where nothing was kept."""
+    """Draw a bar for each share on a track of 100%, or a cross where nothing was kept."""
     panel.bar(places, [100] * len(own), 0.8, color=LIGHT["track"], linewidth=0)
     shares = [100 * entry.share for entry in own]
     panel.bar(places, shares, 0.8, color=LIGHT["pruned"], linewidth=0)
@@ -84,7 +84,7 @@ def _draw_lying(panel: Axes, own: Sequence[Units]) -> None:
 
 
 def draw_scores(tasks: Mapping[str, TaskScores], columns: Sequence[str]) -> Figure:
-    """Draw lying bars with standard errors, a group a task and a bar a model; the average apart."""
+    """Draw a bar for each task and model, with standard errors; the average stands apart."""
     from matplotlib.ticker import PercentFormatter
 
     shown = [c for c in columns if any(c in task.columns for task in tasks.values())]
@@ -133,7 +133,7 @@ def _draw_column(
 
 
 def _write_reading(panel: Axes, y: float, value: float, error: float) -> float:
-    """Draw the error bar and write the value behind it; where the error bar ends."""
+    """Draw the error bar and write the value behind it; return the end of the error bar."""
     if error:
         # A halo, so that the error bar is seen on the bar.
         panel.errorbar(value, y, xerr=error, color=LIGHT["paper"], linewidth=2.8)

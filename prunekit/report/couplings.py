@@ -1,6 +1,4 @@
-"""A traced model for people: a table of its groups, a GraphML file, and a picture of the couplings
-in one layer.
-"""
+"""A traced model for people: a table of its groups, a GraphML file, a picture of one layer."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
 def print_groups(graph: CouplingGraph) -> None:
-    """Print a table of the groups: a row each, with its members, and why it can't be pruned."""
+    """Print a table of the groups: members, and the reason where a group can't be pruned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -55,7 +53,7 @@ def _verdict(group: CoupledGroup) -> str:
 
 
 def _members(graph: CouplingGraph, group: CoupledGroup, most: int = 8) -> list[str]:
-    """A line a member: an arrow that leaves the units where it reads them, and its shape."""
+    """A line for each member, with its shape; the arrow of a consumer leaves the units."""
     lines = []
     for member in group.members[:most]:
         arrow = "→" if member.role == "consumer" else "←"

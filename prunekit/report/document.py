@@ -1,6 +1,4 @@
-"""The report as sections of text, tables, pictures and samples; Markdown and the page only differ
-in how they look.
-"""
+"""The report as sections of text, tables, pictures and samples, whatever they look like."""
 
 from __future__ import annotations
 
@@ -83,7 +81,7 @@ def document(report: Report) -> list[Section]:
     sections: dict[str, list[Block | None]] = {
         "Warnings": [Items(report.warnings) if report.warnings else None],
         "Summary": [aim(report), _summary(report), _protocols(report)],
-        "What was kept": [drawn.get("layers"), _removed_whole(report)],
+        "What was kept": [drawn.get("layers"), _tell_removed_whole(report)],
         "Ratio by layer": [
             tables.policy_note(units(report)),
             drawn.get("ratio"),
@@ -110,8 +108,8 @@ def _summary(report: Report) -> Table | None:
     return table if table.rows else None
 
 
-def _removed_whole(report: Report) -> str:
-    """The crosses in the picture, in words."""
+def _tell_removed_whole(report: Report) -> str:
+    """Tell in words which groups are removed whole: the crosses in the picture."""
     layers: dict[str, list[str]] = {}
     for entry in units(report):
         if not entry.kept and entry.index is not None:

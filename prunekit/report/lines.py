@@ -1,4 +1,4 @@
-"""The figures of lines, in matplotlib; panels, markers and line styles tell what colours do."""
+"""The figures of lines, in matplotlib; markers and line styles tell the same as the colours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOKS = (3, 4, 1, 2, 0)  # the looks of corpora, in order; the models have the 
 
 
 def draw_ratios(entries: Sequence[Units]) -> Figure:
-    """Draw a panel a kind: the share removed in each layer, and the policy's if it is known."""
+    """Draw a panel for each kind: the share removed in each layer, and the policy's, if known."""
     layered = by_kind(entries)
     kinds = layered or {"groups": list(entries)}
     figure, panels = new_figure([1.6] * len(kinds), 0.45)
@@ -51,7 +51,7 @@ def _draw_ratio_panel(panel: Axes, entries: Sequence[Units], marker_size: float)
 
 
 def draw_errors(rows: Sequence[LayerError], columns: Sequence[str]) -> Figure:
-    """Draw a line a model over the layers; a logarithmic scale where the errors span decades."""
+    """Draw a line for each model over the layers, on a logarithmic scale if errors span decades."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (panel,) = new_figure([2.7])
@@ -159,7 +159,7 @@ def draw_curve(curve: Sequence[CurvePoint], best: int | None) -> Figure:
 
 
 def _look(what: str, name: str, number: int) -> int:
-    """The look of a line: training has one of its own, validation that of the first corpus."""
+    """The look of a line: that of training is its own, that of validation is the first corpus's."""
     if what == "loss":
         return 0 if name == "training" else _LOOKS[0]
     return _LOOKS[number % len(_LOOKS)]

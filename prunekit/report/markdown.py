@@ -42,7 +42,7 @@ def render_block(block: Block) -> str:
 
 
 def escape(text: str) -> str:
-    """Make one line of a text, which Markdown and HTML then show as it stands."""
+    """Escape a text and put it on one line, so that Markdown and HTML show it unchanged."""
     line = " ".join(words.plain(text).split())
     return _SPECIAL.sub(lambda match: f"\\{match[0]}", line)
 

@@ -1,6 +1,4 @@
-"""`report.html`: one file that loads nothing, with its pictures inside, light or dark as the reader
-prefers.
-"""
+"""`report.html`: one file with its pictures inside, light or dark as the reader prefers."""
 
 from __future__ import annotations
 

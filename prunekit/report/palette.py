@@ -1,6 +1,4 @@
-"""The colours of reports, light and dark: after Okabe and Ito's set, which the colour-blind can
-tell apart.
-"""
+"""The colours of reports, light and dark, which the colour-blind can tell apart (Okabe, Ito)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Parts that all figures have: panels under each other, axes of layers and of shares, a legend that
-covers nothing.
-"""
+"""Parts that all figures have: panels, axes of layers and shares, a legend that covers nothing."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prunekit.report.plain import flattened
+from prunekit.report.plain import flat_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class PolicyShares:
     """
 
     shares: Mapping[str, float]
-    notes: Mapping[str, object] = flattened()
+    notes: Mapping[str, object] = flat_field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class LayerKept:
     """
 
     index: int | None
-    kinds: Mapping[str, Kept] = flattened()
+    kinds: Mapping[str, Kept] = flat_field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Perplexity:
         protocol: how it was measured, in words.
     """
 
-    columns: Mapping[str, float] = flattened()
+    columns: Mapping[str, float] = flat_field()
     protocol: str | None = None
 
 
@@ -185,7 +185,7 @@ class TaskScores:
     samples: int
     fewshot: int | None
     of: str | None = None
-    columns: Mapping[str, Score] = flattened()
+    columns: Mapping[str, Score] = flat_field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ class LayerError:
     """
 
     index: int
-    columns: Mapping[str, float] = flattened()
+    columns: Mapping[str, float] = flat_field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class Continuations:
 
     prompt: str
     mode: str
-    columns: Mapping[str, str] = flattened()
+    columns: Mapping[str, str] = flat_field()
 
 
 @dataclass(frozen=True, kw_only=True)

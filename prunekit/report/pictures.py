@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture that is drawn when it is wanted.
+    """A picture, which is drawn when its SVG is asked for.
 
     Attributes:
         name: the file is `<name>.svg`.
@@ -41,7 +41,7 @@ class Picture:
 
 
 def pictures(report: Report) -> dict[str, Picture]:
-    """Name → picture: of layers, ratio, error, curve and tasks those whose figures there are."""
+    """Name → picture: layers, ratio, error, curve and tasks, as far as there are figures."""
     drawn = (_layers(report), _ratio(report), _error(report), _curve(report), _tasks(report))
     return {picture.name: picture for picture in drawn if picture}
 

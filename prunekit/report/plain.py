@@ -1,8 +1,8 @@
-"""Frozen dataclasses as plain JSON values and back, and their JSON Schema: all by fields and type
-hints.
+"""Frozen dataclasses as plain JSON values and back, and their JSON Schema, by their type hints.
 
 A field without a default is always written, null included; one with the default None is left out
-of the JSON while it is None. The items of a `flattened` mapping stand beside the other keys.
+of the JSON while it is None. The items of a mapping declared by `flat_field` stand beside the other
+keys.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SCALARS: dict[object, tuple[str, tuple[type, ...]]] = {
 _ATTRIBUTE = re.compile(r"^(?:Attributes:)?\s*(\w+): (.+?)(?=^\s*\w+: |\Z)", re.M | re.S)
 
 
-def flattened() -> Any:
+def flat_field() -> Any:
     """A field of a mapping whose items stand beside the other keys of the JSON object."""
     return field(default_factory=dict, metadata={"flattened": True})
 

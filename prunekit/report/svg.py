@@ -1,6 +1,4 @@
-"""Matplotlib's SVG made fit for a page: text stays text, ids are the picture's own, and a style
-sheet turns it dark.
-"""
+"""Matplotlib's SVG made fit for a page: with text, ids of its own, and a dark style sheet."""
 
 from __future__ import annotations
 

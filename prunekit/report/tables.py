@@ -40,15 +40,15 @@ class Table:
 
 
 def header(report: Report) -> Row:
-    """The heads of `rows`: nothing, the models, `change` where there are two or more."""
+    """The heads of `rows`: an empty one, the models, and `change` if there are several models."""
     models = report.models or ()
     return ("", *models, "change") if len(models) > 1 else ("", *models)
 
 
 def rows(report: Report) -> list[Row]:
-    """The summary's rows: a name, a cell a model, the last model against the first."""
+    """The rows of the summary: name, a cell for each model, the last model against the first."""
     models, width = report.models or (), len(header(report))
-    cells = [_row(report, name, values, style) for name, values, style in _measured(report)]
+    cells = [_row(report, name, values, style) for name, values, style in _list_figures(report)]
     for name, task in average_last(report).items():
         share = is_share(task, models)
         scores = [score(task, column, share) for column in models]
@@ -57,8 +57,8 @@ def rows(report: Report) -> list[Row]:
     return cells
 
 
-def _measured(report: Report) -> Iterator[tuple[str, Mapping[str, float], Style]]:
-    """Name, column → figure, and how it is written, of everything that was measured."""
+def _list_figures(report: Report) -> Iterator[tuple[str, Mapping[str, float], Style]]:
+    """Yield each measured figure: name, column → value, and the function that formats it."""
     latency = report.latency
     yield "parameters", report.parameters or {}, words.count
     yield "weights", report.weight_bytes or {}, words.memory
@@ -87,9 +87,7 @@ def summary(report: Report) -> Table:
 
 
 def layers(report: Report) -> Table | None:
-    """A row a layer and kind: kept and total units, the share removed, and the policy's share where
-    it is known.
-    """
+    """A row for each layer and kind: units kept and in all, share removed, share of the policy."""
     entries = units(report)
     if not entries:
         return None
@@ -111,7 +109,7 @@ def _layer(entry: Units, planned: bool) -> Row:
 
 
 def policy_note(entries: Sequence[Units]) -> str:
-    """What the policy's curve means, where there is one."""
+    """A sentence on the policy's curve; empty without a curve."""
     if all(entry.planned is None for entry in entries):
         return ""
     return "The policy gives proportions; its curve is scaled to what was removed."
@@ -124,7 +122,7 @@ def error_columns(report: Report) -> list[str]:
 
 
 def errors(report: Report) -> Table | None:
-    """A row a layer: the relative squared error of its output."""
+    """A row for each layer: the relative squared error of its output."""
     columns = error_columns(report)
     if not columns:
         return None
@@ -137,9 +135,7 @@ def errors(report: Report) -> Table | None:
 
 
 def tasks(report: Report) -> list[Table]:
-    """The tasks with their metric, shots and number of samples; members of groups in a table of
-    their own.
-    """
+    """Two tables of scores at most: of the tasks, and of the members of task groups."""
     parts = [("Scores with their standard errors", average_last(report), False)]
     parts += [("Members of task groups", members(report), True)]
     head = ("task", "metric", "shots", "samples", *(report.models or ()))
@@ -174,7 +170,7 @@ _CURVE: dict[str, tuple[str, Callable[[CurvePoint], str]]] = {
 
 
 def curve(report: Report) -> Table | None:
-    """A row a logged step; evenly thinned where there are more than a hundred."""
+    """A row for each logged step; if there are more than a hundred, evenly spread ones."""
     points = report.recovery.curve if report.recovery else ()
     if not points:
         return None

@@ -1,6 +1,4 @@
-"""The tasks of a report: which are members of a group, which scores are shares, how they are
-written.
-"""
+"""The tasks of a report: members of groups, scores that are shares, scores in writing."""
 
 from __future__ import annotations
 

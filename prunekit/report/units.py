@@ -1,6 +1,4 @@
-"""The units that were kept, series by series: a kind of group over the layers; groups outside of
-layers by name.
-"""
+"""The units that were kept: a series for each kind over the layers, and for each other group."""
 
 from __future__ import annotations
 
@@ -78,7 +76,7 @@ def _shares_of_kinds(
 
 
 def _layer_in(name: str) -> int | None:
-    """The layer that a group's name tells: the first number in it."""
+    """The layer of a group, by its name: the first number in the name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 

@@ -47,15 +47,15 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def memory(value: float | None) -> str:
     """Bytes as KiB, MiB or GiB."""
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return _scale(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def macs(value: float | None) -> str:
     """Multiply-accumulates in thousands, millions (M), billions (G), trillions (T)."""
-    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
+    return _scale(value, 1000, ("", "k", "M", "G", "T", "P"))
 
 
-def _scaled(value: float | None, base: int, units: tuple[str, ...]) -> str:
+def _scale(value: float | None, base: int, units: tuple[str, ...]) -> str:
     if value is None:
         return NONE
     step = 0

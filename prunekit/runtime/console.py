@@ -1,6 +1,6 @@
-"""What a run says while it works: progress on a terminal, plain lines elsewhere.
+"""Output of a run while it works: progress on a terminal, plain lines elsewhere.
 
-A library call says nothing; the command line turns output on by `speak`.
+A library call prints nothing; the command line turns output on by `speak`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def speak(loud: bool = True) -> None:
 
 
 def say(message: str) -> None:
-    """Print one line, as it is, where output is on."""
+    """Print one line without markup, where output is on."""
     if _state["loud"]:
         from rich.console import Console
 
@@ -26,10 +26,10 @@ def say(message: str) -> None:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Pass items through, and show on a terminal how many have passed; elsewhere the name once.
+    """Pass items through; show on a terminal how many have passed, elsewhere print a name once.
 
     Args:
-        items: what is worked on, one after another.
+        items: the pieces of work, one after another.
         description: a name for the work.
         total: how many items there are, where they have no length.
     """

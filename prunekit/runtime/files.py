@@ -25,9 +25,9 @@ def digest(parts: Iterable[str | bytes | memoryview]) -> str:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it at the end of the `with` block.
+    """A temporary folder beside `target`, which is renamed to it at the end of the `with` block.
 
-    After an error it is gone.
+    After an error the temporary folder is removed.
 
     Raises:
         CheckpointError: `target` exists and is not empty, or can't be written.
@@ -67,7 +67,7 @@ def publish(temporary: Path, target: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn errors of a full disk, or of one that forbids writing, into a CheckpointError.
+    """Turn errors of a disk that is full or forbids writing into a CheckpointError.
 
     Args:
         target: the file or folder that the message names.

@@ -1,4 +1,4 @@
-"""Memory of the machine: what is free, the peak of a stage, batches halved until they fit."""
+"""Memory of the machine: free bytes, the peak of a stage, smaller batches when it runs out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_within_memory(
     shrink: Callable[[int, Exception], int],
     announce: Callable[[int, int], None],
 ) -> T:
-    """What `attempt(size)` returns for the first size, from the given one down, that memory allows.
+    """Run `attempt(size)`, with smaller and smaller sizes while memory is too small; its result.
 
     Args:
         attempt: does the work in batches of a size.
@@ -51,13 +51,13 @@ def run_within_memory(
             if not out_of_memory(error):
                 raise
             smaller = shrink(size, error)
-        free_cached()  # here the error, and with it the frames that hold tensors, is gone
+        free_cached()  # outside of `except`: the error no longer holds tensors
         announce(size, smaller)
         size = smaller
 
 
 def free_cached() -> None:
-    """Collect garbage, and return to the GPU what torch's allocator keeps for later."""
+    """Collect garbage, and return the memory that torch's allocator caches to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -87,7 +87,7 @@ def reset_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Peak bytes since `reset_peak`: allocated on a GPU, resident in the host's memory elsewhere.
 
-    Where the system can't reset its count, it is the peak since the process began.
+    Where the system can't reset its count, the peak is that since the process began.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -103,7 +103,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that are free on a device; on the host not more than the limit of its container."""
+    """Free bytes of a device; for the host, not more than the limit of its container leaves."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     limits = [float("inf")]

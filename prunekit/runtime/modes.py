@@ -1,7 +1,8 @@
 """Contexts that lend a model out and leave every module, flag, gradient and buffer as it was.
 
-A function `keep_…` notes one part of a state and returns what puts it back. `restoring` calls what
-they return at the end of a `with` block, whatever happens in it; the contexts below compose these.
+A function `keep_…` notes one part of the model's state and returns a function that puts it back.
+`restoring` calls such functions at the end of a `with` block, after an error too; the contexts
+below are composed of these.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients on, where no parameter wants a gradient or holds one.
 
-    Who needs a parameter's gradient turns it on inside the `with` block.
+    Inside the `with` block, callers turn on `requires_grad` of the parameters that they need.
     """
     with restoring(keep_gradients(model)):
         for parameter in model.parameters():

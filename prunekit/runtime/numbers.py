@@ -1,4 +1,4 @@
-"""Number types: half precision is widened before it is summed."""
+"""Number types: half precision is cast to a wider type before it is summed."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def along(scores: Tensor, dim: int) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """A tensor as it is, but half precision as float32, in which its differences are exact."""
+    """Cast half precision to float32, in which its differences are exact; others stay."""
     return tensor.float() if is_half(tensor.dtype) else tensor

@@ -33,7 +33,7 @@ def rank() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, during a `with` block; nothing where it did not.
+    """Join the processes that torchrun started, during a `with` block; without torchrun, nothing.
 
     Args:
         device: the device of this process; GPUs talk by NCCL, all else by Gloo.

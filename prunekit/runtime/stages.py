@@ -18,8 +18,8 @@ class Stages:
 
     Args:
         device: the device whose memory is measured.
-        seconds: stage → seconds; of a stage that runs several times their sum.
-        peak_memory_bytes: stage → peak bytes; of a stage that runs several times the largest.
+        seconds: stage → seconds; their sum, for a stage that runs several times.
+        peak_memory_bytes: stage → peak bytes; the largest, for a stage that runs several times.
     """
 
     device: torch.device
@@ -28,7 +28,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure one stage; one that fails is not noted."""
+        """Measure one stage; a stage that fails is not noted."""
         reset_peak(self.device)
         began = time.perf_counter()
         yield

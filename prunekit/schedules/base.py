@@ -1,6 +1,6 @@
-"""Schedules: when units are chosen, from the dense model at once or layer by layer.
+"""Schedules: when units are chosen, all at once on the dense model or layer by layer.
 
-Layer by layer means: on the inputs that the layers before it give once they are pruned.
+Layer by layer means that each layer is given the outputs of the pruned layers before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prunekit.schedules.state import State
 class Assignment:
     """The work of a schedule: a model, the groups to cut, how much of them, and by which methods.
 
-    `rounds`: how many times units are scored, a part of them chosen each time.
+    `rounds`: how many times the units are scored; each time a part of them is chosen.
     `protected`: group name → units that must stay.
     `independent`: every matrix loses units of its own choice (`prunekit.schedules.independent`).
     `state`: keeps the groups that are finished on disk. `store`: keeps activations between two
@@ -52,10 +52,9 @@ class Assignment:
     layers: Layers | None = None
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of `compute`, or the one from before the run was broken off.
+        """The result of `compute`, or the result that a run kept before it was broken off.
 
-        Units that every matrix chooses for itself are not kept: the weights that they move are not
-        part of the state.
+        With `independent`, nothing is kept: the weights that are moved are no part of the state.
         """
         if self.state is None or self.independent:
             return compute()

@@ -20,8 +20,8 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
     """Choose the units with the lowest scores; group name → the units that go.
 
     In each of the assignment's rounds the model is scored with the units chosen so far masked, and
-    a part of the units is chosen that grows in equal steps. Where every matrix loses units of its
-    own choice, its slices are moved (`scatter`).
+    a part of the units is chosen that grows in equal steps. With `independent` every matrix
+    loses other units, and its slices are moved (`scatter`).
 
     Raises:
         ConfigError: matrices with units of their own under a compensation.
@@ -29,8 +29,8 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
     """
     if assignment.independent and assignment.compensation is not None:
         raise ConfigError(
-            "groups=independent: nothing can be repaired when units don't belong together: "
-            "expected compensation=none"
+            "groups=independent: expected compensation=none: where every matrix loses other units, "
+            "no consumer can be repaired"
         )
     removed: dict[str, list[int]] = {}
     for r in range(1, assignment.rounds + 1):
@@ -54,7 +54,7 @@ def combine_scores(
     structures: Mapping[str, Tensor],
     removed: Mapping[str, list[int]],
 ) -> dict[str, Tensor]:
-    """Combine the scores of a group's structures to scores of its units: float64 [num_units] each.
+    """Combine scores of structures to scores of units: group name → float64 [num_units].
 
     Units that are `removed` already score lowest, units that are protected highest.
     """

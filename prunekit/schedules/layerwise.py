@@ -1,4 +1,4 @@
-"""The schedule of SlimGPT: each layer on the inputs that the pruned layers before it give."""
+"""The schedule of SlimGPT: each layer is pruned on the outputs of the pruned layers before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunekit.schedules.repair import cut_groups
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise(Schedule):
-    """Groups are cut in execution order, each on the inputs that the groups before it now give.
+    """Groups are cut in execution order, each on the inputs that the pruned groups before it give.
 
     An importance that only scores has chosen all units on the dense model before the first group
     is cut. One that chooses from the moments of a layer's inputs chooses group by group; how many
@@ -41,8 +41,8 @@ def count_units(assignment: Assignment) -> dict[str, int]:
     """How many units each group loses, by group name, before any of them is chosen.
 
     Raises:
-        ConfigError: rounds, or matrices with units of their own, which need scores of all layers at
-            once; groups that compete under an importance that gives no scores.
+        ConfigError: `rounds` or `independent`, both of which need scores of all layers at once; or
+            groups that compete under an importance that gives no scores.
     """
     if assignment.rounds > 1 or assignment.independent:
         rounds = f"scope.rounds={assignment.rounds}"
@@ -56,7 +56,8 @@ def count_units(assignment: Assignment) -> dict[str, int]:
     importance = assignment.importance.at_once
     if importance is None:
         raise ConfigError(
-            "scope.ranking: expected an importance that scores, for groups to compete"
+            f"scope.ranking={assignment.budget.ranking}: expected an importance that scores units, "
+            f"by which groups compete, got importance={assignment.importance.name}"
         )
     scores = importance.score(
         assignment.model, assignment.graph, assignment.groups, assignment.batches

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What `method`, or the choices for its parts, stand for.
+    """The backends that `method`, or the choices for its parts, stand for.
 
     Attributes:
         importance: tells which units matter least.
@@ -44,7 +44,7 @@ class Method:
 
     @classmethod
     def build(cls, config: RunConfig, given: Mapping[str, Backend] | None = None) -> Method:
-        """Build the backends that a configuration names, but for those that are `given` as objects.
+        """Build the backends that a configuration names; some may be `given` as objects instead.
 
         Raises:
             ConfigError: a backend's option out of range, a class of another kind, none at all.
@@ -105,9 +105,9 @@ def _split_choices(
 
 
 def _describe_backends(config: RunConfig, backends: Mapping[str, Backend]) -> None:
-    """Write into the configuration which objects take the place of what its sections name.
+    """Write into the sections of the configuration which objects take their place.
 
-    For what reads these sections without building them: the state of a run, and the record of it.
+    The state and the record of a run read these sections without building them.
     """
     for name, backend in backends.items():
         attributes = getattr(backend, "__dict__", {})
@@ -136,7 +136,7 @@ def _find(kind: type[T], config: RunConfig, given: Mapping[str, Backend], name: 
 
 
 def _require(kind: type[T], config: RunConfig, given: Mapping[str, Backend], name: str) -> T:
-    """As `_find`, where there must be one."""
+    """As `_find`; ConfigError where neither an object was given nor the section names one."""
     backend = _find(kind, config, given, name)
     if backend is None:
         raise ConfigError(f"{name}: expected one, got none; {name}=… names one")

@@ -1,4 +1,4 @@
-"""Where a run keeps what it has finished, and the activations that memory has no room for."""
+"""The folders of a run: for groups that are finished, and for activations beyond memory."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Places:
     Attributes:
         state: where finished groups are kept, so that a run that was broken off can go on;
             None: nowhere.
-        activations: where activations go that memory has no room for; None: the system's folder
-            for temporary files.
+        activations: the folder of activations that memory has no room for; None: the system's
+            folder for temporary files.
         model: where the layers of a streamed model are written.
         identity: tells the dense model from others, for the state.
         undo: put the model back as it was after a failure.
@@ -84,10 +84,10 @@ NOWHERE = Places()
 
 
 def activations_folder(config: RunConfig, output: Path | None) -> Path | None:
-    """The folder of this process's own for activations that memory has no room for.
+    """The folder of this process for activations that memory has no room for.
 
-    `memory.folder` says where it lies, else the state in the `output` folder; None: neither is
-    there, and the system's folder for temporary files serves.
+    It lies in `memory.folder`, or else in the state in the `output` folder. None where there is
+    neither: the system's folder for temporary files serves then.
     """
     if config.memory.folder is not None:
         parent = Path(config.memory.folder)
@@ -95,7 +95,8 @@ def activations_folder(config: RunConfig, output: Path | None) -> Path | None:
         parent = output / STATE
     else:
         return None
-    # Processes of one run share a name, so that each finds its files again when the run goes on.
+    # The name depends on the run and the rank alone, so that a process finds its files again when
+    # the run goes on.
     path = "" if output is None else str(output.absolute())
     run = hashlib.sha256(path.encode()).hexdigest()[:8] if path else str(os.getpid())
     return parent / f"activations-{run}-{rank()}"

@@ -66,7 +66,7 @@ def walk_through(assignment: Assignment, groups: Sequence[Group]) -> Walk:
 
 
 def restore_group(assignment: Assignment, group: Group) -> list[int]:
-    """Give the consumers of a group that is finished their weights; the units removed."""
+    """Give the consumers of a finished group their weights; return the units removed from it."""
     assert assignment.state is not None
     return assignment.state.restore(group.name, find_consumers(assignment.model, group))
 
@@ -79,9 +79,10 @@ def cut_group(
     units: list[int] | None,
     count: int,
 ) -> list[int]:
-    """Remove the `units` of a group, or `count` of them chosen here where None; the units removed.
+    """Remove units of a group, and return them.
 
-    Afterwards the columns of these units are zero and the others repaired, in all its consumers.
+    Where `units` is None, `count` of them are chosen here. Afterwards the columns of the removed
+    units are zero in all consumers of the group, and the other columns are repaired.
     """
     compensation = assignment.compensation
     inverted = units is None or (compensation is not None and compensation.needs_inverse)
@@ -93,7 +94,7 @@ def cut_group(
         shares = ", ".join(f"{part.share:.0%}" for part in work)
         say(f"{group.name}: {shares} of the way to its target")
     # Choosing needs room for more matrices [n, n]. Sites may share their moments (experts that saw
-    # few tokens), so that no Hessian goes before the last site is inverted.
+    # few tokens), so that Hessians are dropped only when all sites are inverted.
     for site in sites if inverted else ():
         site.moments.drop()
     if units is None:

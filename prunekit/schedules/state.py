@@ -126,7 +126,7 @@ class State:
             ) from error
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """Have `write` write a file, and put it in place whole; the first process alone does so.
+        """Let `write` write a temporary file, and rename it; only the first process does so.
 
         The facts are written before the first other file: without them a state is refused.
         """

@@ -1,6 +1,4 @@
-"""Cut a model by a plan, bring what repeats its sizes in line, and check the result against the
-masked model.
-"""
+"""Cut a model by a plan, let attributes follow, and check it against the masked model."""
 
 from prunekit.surgery.apply import apply_plan
 from prunekit.surgery.attempts import cut_until_right

@@ -1,4 +1,4 @@
-"""Apply a plan: cut, check, and undo the cut where it is not what it must be."""
+"""Apply a plan: cut the model, check it, and put it back where the check fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
 from prunekit.plan import PruningPlan
 from prunekit.surgery.attempts import cut_until_right, try_cut
-from prunekit.surgery.check import Problem, expect
+from prunekit.surgery.check import Fault, expect
 from prunekit.surgery.cut import cut_model
 
 Removed = Mapping[str, list[int]]
@@ -40,13 +40,13 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     exact = {name: units for name, units in plan.removed.items() if graph[name].exact}
     if len(exact) == len(plan.removed):
         expectation = expect(model, graph, plan.removed)
-        problem = cut_until_right(partial(cut_model, model, graph, plan.removed), expectation.check)
+        fault = cut_until_right(partial(cut_model, model, graph, plan.removed), expectation.check)
     else:
         if exact and not on_meta:
             _check_alone(model, graph, exact)
-        problem = _cut_once(model, graph, plan.removed)
-    if problem:
-        raise _refusal(model, graph, plan.removed, problem)
+        fault = _cut_once(model, graph, plan.removed)
+    if fault:
+        raise _refusal(model, graph, plan.removed, fault)
 
 
 def _is_on_meta(model: nn.Module) -> bool:
@@ -61,32 +61,32 @@ def _is_on_meta(model: nn.Module) -> bool:
 def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed) -> None:
     """Cut the exact groups, check them, and put them back.
 
-    Where inexact groups are cut with them only the shapes of the outputs can be compared.
+    Once inexact groups are cut as well, only the shapes of the outputs can be compared.
     """
     expectation = expect(model, graph, exact)
-    changes, problem = try_cut(partial(cut_model, model, graph, exact), expectation.check)
-    if problem and problem.runs:  # some only run together with the others
-        raise _refusal(model, graph, exact, problem)
+    changes, fault = try_cut(partial(cut_model, model, graph, exact), expectation.check)
+    if fault and fault.runs:  # exact groups may not run without the inexact ones
+        raise _refusal(model, graph, exact, fault)
     if changes:
         changes.undo()
 
 
-def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Problem | None:
-    """Cut without guesses: where shapes alone are compared nothing tells a wrong guess."""
+def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:
+    """Cut without guesses: a check that compares shapes alone can't tell a wrong guess."""
     expectation = expect(model, graph, removed)
     return try_cut(partial(cut_model, model, graph, removed), expectation.check)[1]
 
 
 def _refusal(
-    model: nn.Module, graph: CouplingGraph, removed: Removed, problem: Problem
+    model: nn.Module, graph: CouplingGraph, removed: Removed, fault: Fault
 ) -> SurgeryError:
-    """The error, with the first group that fails when it is cut alone; or all of them."""
-    culprit = problem.group or _find_culprit(model, graph, removed)
+    """The error; it names the first group that fails when it is cut alone, or else all groups."""
+    culprit = fault.group or _find_culprit(model, graph, removed)
     hint = ""
     if graph[culprit or next(iter(removed))].kind == "head_dim":
         hint = "; a module with one width for queries, keys and values needs as many of each cut"
     return SurgeryError(
-        f"{culprit or ', '.join(removed)}: {problem.text}; the model was put back{hint}"
+        f"{culprit or ', '.join(removed)}: {fault.text}; the model was put back{hint}"
     )
 
 
@@ -95,10 +95,8 @@ def _find_culprit(model: nn.Module, graph: CouplingGraph, removed: Removed) -> s
     for name, units in removed.items():
         alone = {name: units}
         expectation = expect(model, graph, alone)
-        changes, problem = try_cut(
-            partial(cut_model, model, graph, alone), expectation.check_outputs
-        )
-        if problem:
+        changes, fault = try_cut(partial(cut_model, model, graph, alone), expectation.check_outputs)
+        if fault:
             return name
         if changes:
             changes.undo()

@@ -7,10 +7,10 @@ from functools import partial
 
 from prunekit.surgery.attributes import Attempt, attempts
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.check import Check, Problem, catch_problem
+from prunekit.surgery.check import Check, Fault, catch_fault
 
 
-def cut_until_right(cut: Callable[[Attempt], Changes], check: Check) -> Problem | None:
+def cut_until_right(cut: Callable[[Attempt], Changes], check: Check) -> Fault | None:
     """Cut as the first strategy says whose result passes the check.
 
     Args:
@@ -18,47 +18,47 @@ def cut_until_right(cut: Callable[[Attempt], Changes], check: Check) -> Problem 
         check: tells what is wrong with the cut model.
 
     Returns:
-        None once the model is cut. Where no attempt passes, the problem of the first attempt, which
+        None once the model is cut. Where no attempt passes, the fault of the first attempt, which
         made no guess, and the model is as it was.
     """
-    problems: list[Problem] = []
+    faults: list[Fault] = []
     guessed: list[str] = []
     for attempt in attempts(guessed):
-        changes, problem = try_cut(partial(cut, attempt), check)
-        if problem is None:
+        changes, fault = try_cut(partial(cut, attempt), check)
+        if fault is None:
             return None
-        problems.append(problem)
+        faults.append(fault)
         guessed += [guess.attribute for guess in changes.guesses] if changes else []
-    return problems[0]
+    return faults[0]
 
 
-def try_cut(cut: Callable[[], Changes], check: Check) -> tuple[Changes | None, Problem | None]:
-    """Cut and check; a cut with a problem is undone, and guesses that are not needed taken back.
+def try_cut(cut: Callable[[], Changes], check: Check) -> tuple[Changes | None, Fault | None]:
+    """Cut and check; a cut with a fault is undone, and guesses that are not needed taken back.
 
     Returns:
-        What was changed, None where the cut itself failed, and the problem.
+        What was changed, None where the cut itself failed, and the fault.
     """
     made: list[Changes] = []
 
-    def cut_and_check() -> Problem | None:
+    def cut_and_check() -> Fault | None:
         made.append(cut())
         return check()
 
     is_right = False
     try:
-        problem = catch_problem(cut_and_check)
-        if problem is None:
+        fault = catch_fault(cut_and_check)
+        if fault is None:
             _revert_needless_guesses(made[0], check)
-        is_right = problem is None
+        is_right = fault is None
     finally:  # after an interruption too
         if made and not is_right:
             made[0].undo()
-    return (made[0] if made else None), problem
+    return (made[0] if made else None), fault
 
 
 def _revert_needless_guesses(changes: Changes, check: Check) -> None:
     """Take back one guess after another, and repeat those without which the check fails."""
     for guess in changes.guesses:
         guess.revert()
-        if catch_problem(check):
+        if catch_fault(check):
             guess.repeat()

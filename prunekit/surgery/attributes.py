@@ -7,15 +7,15 @@ the weights are cut, the attribute has to follow, and nothing says for certain w
 1. by known name: `num_heads` and all its synonyms, of the model's modules around the group;
 2. as the tracer noted it: the module that ran an operator may keep a size of that operator;
 3. by value: any attribute around the group that holds a size which the cut changes;
-4. by value and name: of those, the attributes of one name only, one name after another.
+4. by value and name: attributes as in 3, but of one name only, one name after another.
 
 An attribute changes only where it holds the old size. The first two strategies are certain enough
 to be part of every cut. The others guess: an equal number may mean something else. So a guess is
-made only where the cut model without it does not compute what the masked model computes; all
-equal values come first, because modules that use one foreign name tend to use several, and one name
-at a time comes last, for where that was too many. A guess that turns out not to be needed is taken
-back (`prunekit.surgery.attempts`). Attributes that repeat the shape of their module's own weight
-(`in_features`) need no strategy: they are set with the weight.
+made only where the cut model without it does not compute the masked model's outputs. All equal
+values are tried before one name at a time, because modules that use one foreign name tend to use
+several. A guess that turns out not to be needed is taken back (`prunekit.surgery.attempts`).
+Attributes that repeat the shape of their module's own weight (`in_features`) need no strategy: they
+are set with the weight.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Finder = Callable[[CutSizes, Changes], None]  # finds attributes and changes the
 class Strategy(ABC):
     """One way to find the attributes that repeat a size."""
 
-    certain: ClassVar[bool]  # whether it is part of every cut; otherwise it guesses
+    certain: ClassVar[bool]  # part of every cut; other strategies guess
 
     @abstractmethod
     def finders(self, guessed: Sequence[str]) -> Sequence[Finder]:
-        """What to run, each in a cut of its own, given the attribute names that were guessed."""
+        """The finders to try, each in a cut of its own, given the names guessed so far."""
 
 
 class KnownNames(Strategy):
@@ -151,7 +151,7 @@ def _resize_by_value(sizes: CutSizes, changes: Changes, only: str | None = None)
 
 
 def _changed_values(sizes: CutSizes, group: Group) -> dict[int, set[int]]:
-    """Old size → what the sizes of a group that were so large become."""
+    """Old size → the new sizes of everything in a group that had this old size."""
     units = sizes.removed[group.name]
     values: dict[int, set[int]] = defaultdict(set)
     values[group.num_units].add(group.num_units - len(units))

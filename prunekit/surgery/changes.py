@@ -1,4 +1,4 @@
-"""What a cut has changed in a model, and the way back."""
+"""The changes that a cut makes in a model, and how they are undone."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Changes:
         setattr(target, name, value)
 
     def guess(self, target: nn.Module, name: str, value: int) -> None:
-        """Change an attribute of which nothing but its value says that it should change."""
+        """Change an attribute only because its value is a size that the cut changes (`Guess`)."""
         old = getattr(target, name)
         self.set(target, name, value)
         self.guesses.append(Guess(target=target, attribute=name, old=old, new=value))
 
     def persist(self, module: nn.Module, buffer: str) -> None:
-        """Make a buffer part of the state: a module would make it anew in its uncut size."""
+        """Make a buffer part of the state dict: the class of the module would make it uncut."""
         if buffer in module._non_persistent_buffers_set:
             self._ways_back.append(lambda: module._non_persistent_buffers_set.add(buffer))
             module._non_persistent_buffers_set.discard(buffer)

@@ -1,6 +1,6 @@
-"""What is wrong with a cut model: it must compute what the masked model computes.
+"""Checks of a cut model: it must compute the outputs of the masked model.
 
-How it was cut plays no part here.
+How the model was cut plays no part here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from prunekit.surgery.masking import masked_outputs, run_example
 # The largest difference of two outputs, as a share of the largest number in the expected one.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
-Check = Callable[[], "Problem | None"]
+Check = Callable[[], "Fault | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class Fault:
     """What is wrong with a cut model.
 
     Args:
-        text: the problem in words.
+        text: the fault in words.
         group: the name of the group where it lies, if that is known.
         runs: whether the cut model runs at all.
     """
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expectation:
-    """What a model must compute, and how many units it must have, once these units are gone.
+    """The outputs and the numbers of units that a model must have after a cut.
 
     Args:
         model: the model, before or after the cut.
@@ -54,13 +54,13 @@ class Expectation:
     removed: Mapping[str, list[int]]
     outputs: Sequence[Tensor]
 
-    def check_outputs(self) -> Problem | None:
+    def check_outputs(self) -> Fault | None:
         """Compare the outputs of the cut model with the masked model's."""
         outputs = [] if _is_on_meta(self.model) else run_example(self.model, self.graph)
         exact = all(self.graph[name].exact for name in self.removed)
         return compare_outputs(self.outputs, outputs, exact)
 
-    def check(self) -> Problem | None:
+    def check(self) -> Fault | None:
         """Compare the outputs, then trace the cut model again and count its units."""
         return self.check_outputs() or count_units(self.model, self.graph, self.removed)
 
@@ -77,19 +77,19 @@ def expect(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[in
     return Expectation(model=model, graph=graph, removed=removed, outputs=outputs)
 
 
-def catch_problem(action: Check) -> Problem | None:
-    """Return what a check returns; any error of it is a problem too."""
+def catch_fault(action: Check) -> Fault | None:
+    """Return what a check returns; any error of it is a fault too."""
     try:
         return action()
     except Exception as error:
         reason = str(error) or type(error).__name__
-        return Problem(text=f"the cut model doesn't run: {reason}", runs=False)
+        return Fault(text=f"the cut model doesn't run: {reason}", runs=False)
 
 
 def compare_outputs(
     expected: Sequence[Tensor], outputs: Sequence[Tensor], exact: bool
-) -> Problem | None:
-    """Compare what was computed with what was expected, tensor by tensor.
+) -> Fault | None:
+    """Compare the outputs of the cut model with the expected ones, tensor by tensor.
 
     Args:
         expected: output tensors of the masked model.
@@ -99,11 +99,9 @@ def compare_outputs(
     for masked, cut in zip(expected, outputs, strict=True):
         if masked.shape != cut.shape:
             shapes = f"{tuple(cut.shape)}, expected {tuple(masked.shape)}"
-            return Problem(text=f"the cut model's output has shape {shapes}")
+            return Fault(text=f"the cut model's output has shape {shapes}")
         if exact and (difference := _describe_difference(masked, cut)):
-            return Problem(
-                text=f"the cut model's outputs differ from the masked model's{difference}"
-            )
+            return Fault(text=f"the cut model's outputs differ from the masked model's{difference}")
     return None
 
 
@@ -120,33 +118,33 @@ def _describe_difference(expected: Tensor, output: Tensor) -> str | None:
 
 def count_units(
     model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
-) -> Problem | None:
+) -> Fault | None:
     """Trace the cut model and look for a group that has another number of units than were left.
 
-    This sees what outputs are too small to show. A model that can't be traced again passes where it
-    was run: its outputs must do.
+    This finds mistakes whose effect on the outputs is too small. A model that can't be traced again
+    passes if it was run, because its outputs were compared.
     """
     try:
         again = trace(model, graph.example_inputs)
-    except TraceError as error:  # it may have hooks that can't be traced
-        return Problem(text=str(error)) if _is_on_meta(model) else None
+    except TraceError as error:  # the model may have hooks that can't be traced
+        return Fault(text=str(error)) if _is_on_meta(model) else None
     return _check_stacks(graph, again, removed) or _check_groups(graph, again, removed)
 
 
 def _check_stacks(
     graph: CouplingGraph, again: CouplingGraph, removed: Mapping[str, list[int]]
-) -> Problem | None:
+) -> Fault | None:
     """A shortened stack that can't be pruned any more has lost its order or its config's count."""
     reasons = {stack.module: stack.reason for stack in again.stacks}
     for stack in graph.stacks:
         if stack.name in removed and (reason := reasons.get(stack.module)):
-            return Problem(text=reason, group=stack.name)
+            return Fault(text=reason, group=stack.name)
     return None
 
 
 def _check_groups(
     graph: CouplingGraph, again: CouplingGraph, removed: Mapping[str, list[int]]
-) -> Problem | None:
+) -> Fault | None:
     """A group is known again by its members, under the names that they have after the cut."""
     counts: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
     for group in again.groups:
@@ -158,7 +156,7 @@ def _check_groups(
         read = counts[frozenset((names[m.parameter], m.dim) for m in members)]
         if left > 1 and left not in read:  # one unit left has no axis, and so no group
             text = f"the cut model reads {sorted(read)} units where {left} were left"
-            return Problem(text=text, group=name)
+            return Fault(text=text, group=name)
     return None
 
 

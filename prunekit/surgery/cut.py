@@ -1,6 +1,6 @@
 """Cut a model: slice its tensors, drop its layers, let attributes and config follow.
 
-Whether the cut model computes what it should is not asked here.
+Whether the cut model computes the right outputs is checked elsewhere (`surgery.check`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole layers: pass them over, or take them out of their list with all that counts layers."""
+"""Whole layers: pass them over, or take them out of their list and of all counts of layers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from prunekit.surgery.sizes import outer_paths
 def leave_out_dropped(
     graph: CouplingGraph, removed: Mapping[str, list[int]]
 ) -> dict[str, list[int]]:
-    """The units that are left to cut beside whole layers.
+    """The part of `removed` that must be cut unit by unit.
 
-    Stacks are left out, and groups that lie in dropped layers with all their members.
+    Stacks are left out, and so are groups all of whose members lie in dropped layers.
     """
     left = graph.names_after(removed)
     members = {name: {member.parameter for member in graph[name].members} for name in removed}
@@ -55,7 +55,7 @@ def _pass_over(layer: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = hidden_of_call(args, kwargs)
         assert hidden is not None
-        entered[:] = [hidden.clone()]  # the layer may write into it
+        entered[:] = [hidden.clone()]  # the layer may write into its input
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         was = hidden_of_output(output)
@@ -70,7 +70,7 @@ def _pass_over(layer: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
 
 
 def drop_layers(model: nn.Module, stack: LayerStack, removed: list[int], changes: Changes) -> None:
-    """Take layers out of their list; what counts layers or names them by their index follows.
+    """Take layers out of their list; counts of layers and indices of layers follow.
 
     Args:
         model: the model, whose other groups are cut already.
@@ -108,5 +108,5 @@ def _update_config(
 
 
 def _find_submodule(layer: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path inside a layer; None where this layer, unlike others, has none."""
+    """The module at a path inside a layer; None where the layer has no such module."""
     return dict(layer.named_modules()).get(path)

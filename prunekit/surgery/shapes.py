@@ -20,12 +20,13 @@ from prunekit.surgery.sizes import HEADS
 
 # The widths of `shapes=aligned` are multiples of this unless `scope.width_multiple` is given.
 ALIGNMENT = 64
-# A class may refuse some numbers of these: each number is tried. Of the others one stands for all.
+# A class may refuse some numbers of units of these kinds, so that each number is tried. For other
+# kinds one number stands for all.
 _COUNTED = (*HEADS, "expert")
 
 
 def find_multiples(groups: Sequence[Group], to: int) -> dict[str, int]:
-    """Tell what the kept units must be a multiple of for each matrix's width to be one of `to`.
+    """Group → the number that must divide its kept units, so that `to` divides each matrix's width.
 
     Returns:
         Name of a group → the multiple; groups whose units are counted and set no width are left
@@ -142,7 +143,7 @@ def _num_heads(model: nn.Module) -> int:
 
 
 def _sort_by_likeness(groups: Sequence[Group]) -> dict[Hashable, list[Group]]:
-    """Groups that differ in nothing but their layer, together."""
+    """Likeness → the groups that have it: they differ in nothing but their layer."""
     classes: dict[Hashable, list[Group]] = defaultdict(list)
     for group in groups:
         classes[group.likeness].append(group)

@@ -20,14 +20,14 @@ HEADS = ("attention", "query_head")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CutSizes:
-    """What a cut of units changes, told before anything follows it.
+    """The sizes that a cut of units changes, before any attribute or config follows.
 
     Args:
         model: the model, whose weights may be cut already.
         graph: the graph of the uncut model.
         removed: name of a group → the units that go.
-        by_group: name of a group → what the quantities that it decides were and will be.
-        by_module: path of a module → what the sizes that the tracer noted there were and will be.
+        by_group: name of a group → quantity that it decides → (old size, new size).
+        by_module: path of a module → quantity that the tracer noted there → (old size, new size).
     """
 
     model: nn.Module
@@ -37,9 +37,10 @@ class CutSizes:
     by_module: Mapping[str, Sizes]
 
     def modules_around(self, group: Group) -> list[nn.Module]:
-        """The modules that may keep a size of the group: where its members are, around, and beside.
+        """The modules that may keep a size of the group.
 
-        Of a group inside a layer only those inside the same layer.
+        They own its members, lie around these owners, or lie beside them in the module around. For
+        a group inside a layer, only modules inside the same layer count.
         """
         owners = sorted({outer_path(member.parameter) for member in group.members})
         paths = [path for owner in owners for path in (owner, *outer_paths(owner))]
@@ -121,7 +122,7 @@ def _units(group: Group, removed: Mapping[str, list[int]]) -> tuple[int, int]:
 def _attention_width(
     graph: CouplingGraph, group: Group, removed: Mapping[str, list[int]]
 ) -> tuple[int, int]:
-    """Width of what all heads hold together: of the axis that the output projection reads."""
+    """The width of all heads together, which the output projection reads: (old, new)."""
     place = (group.consumers or group.members)[0]
     size = graph.shapes[place.parameter][place.dim]
     gone = [

@@ -20,10 +20,10 @@ def take_snapshot(
         model: the model.
         groups: the groups that are to be pruned.
         everything: all members may change, and not only consumers and their biases.
-        copies: copy weights at all; otherwise only note which biases there are not.
+        copies: copy weights; otherwise only note which biases are missing.
 
     Returns:
-        Name of a parameter → a copy of it; None for a bias that the module could have and has not.
+        Name of a parameter → a copy of it; None for a bias that its module lacks.
     """
     names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
     parameters = dict(model.named_parameters())

@@ -691,7 +691,7 @@ def test_a_run_that_goes_on_reads_cut_layers_again(tmp_path):
     cut_layer(model, graph, removed)
     with pytest.raises(CheckpointError, match="expected shape"), weights.enter("model.layers.0"):
         pass
-    with weights.enter("model.layers.0", writer.stored("model.layers.0")) as layer:
+    with weights.enter("model.layers.0", writer.shard_of("model.layers.0")) as layer:
         assert all(torch.equal(tensor, first[name]) for name, tensor in layer.state_dict().items())
         assert layer.mlp.down_proj.bias.sum() == 48
 

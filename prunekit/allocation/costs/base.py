@@ -65,7 +65,7 @@ class Cost:
     remeasure: Callable[[nn.Module], float] | None = None
 
     def __call__(self, removed: Mapping[str, float]) -> float:
-        """What is left to pay once so many (fractional) units of each group are gone."""
+        """The cost that is left once so many (fractional) units of each group are gone."""
         return math.fsum(term(removed) for term in self.terms) + math.fsum(
             _interpolate(table, len(table) - 1 - removed.get(name, 0.0))
             for name, table in self.tables.items()
@@ -93,7 +93,7 @@ class CostSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel(ABC):
-    """A way of counting what a model costs: what `ratio` is a share of and `target.limit` is in.
+    """A way of counting the cost of a model: `ratio` is a share of it, `target.limit` its limit.
 
     Attributes:
         name: the measure, as reports and the options `target.NAME` call it.
@@ -107,7 +107,7 @@ class CostModel(ABC):
 
     @abstractmethod
     def measure(self, setting: CostSetting) -> Cost:
-        """The cost of the dense model and of all that can be left of it; it never rises."""
+        """Look at the dense model; the cost of any cut of it, which never rises when units go."""
 
 
 def _interpolate(table: tuple[float, ...], kept: float) -> float:

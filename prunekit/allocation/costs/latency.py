@@ -32,6 +32,7 @@ from prunekit.errors import ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import meta_copy
 from prunekit.model.inputs import without_cache
+from prunekit.model.stack import place_in_stack
 from prunekit.plan import PruningPlan
 from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import at_rest
@@ -93,7 +94,7 @@ def latency_cost(
     classes: dict[Hashable, list[Group]] = {}
     for group in groups:
         classes.setdefault(_likeness(model, group), []).append(group)
-    places = {_place(alike[0]) for alike in classes.values()}
+    places = {_place(model, alike[0]) for alike in classes.values()}
     with at_rest(model):
         calls = record_calls(model, places, move_inputs(inputs, device))
         watch = Stopwatch(model, graph, calls, device, repeats)
@@ -117,9 +118,10 @@ def latency_cost(
 
 
 def _share(total: float, least: float | None, gains: float) -> float:
-    """The share of the gains, measured apart, that the whole model has.
+    """The share of the gains, measured layer by layer, that the whole model has.
 
-    All that there can be where the narrowest model could not be measured (`least` is None).
+    Where the narrowest model could not be measured (`least` is None), it is the largest share that
+    is possible.
     """
     if not gains:
         return 0.0
@@ -141,7 +143,7 @@ class Stopwatch:
 
         They are the whole model's where the layer, cut, does not run on its recorded arguments.
         """
-        for place in dict.fromkeys((_place(group), "")):
+        for place in dict.fromkeys((_place(self.model, group), "")):
             measured = {
                 units: self.seconds(place, {group.name: units})
                 for units in spread_widths(group.num_units, widths)
@@ -153,9 +155,9 @@ class Stopwatch:
         return Curve([group.num_units], [0.0])
 
     def seconds(self, place: str, kept: Mapping[str, int]) -> float | None:
-        """Seconds of one call of the module at `place` with so many units of each group kept.
+        """Seconds of one call of the module at `place`, with `kept` units of the groups left.
 
-        None where the model can't be cut so, or the module can't be run alone.
+        None where the model can't be cut to these units, or the module can't be run alone.
         """
         skeleton = meta_copy(self.model).eval()
         plan = PruningPlan(
@@ -174,17 +176,15 @@ class Stopwatch:
             return None  # the recorded arguments are the dense model's: they may not fit
 
 
-def _place(group: Group) -> str:
+def _place(model: nn.Module, group: Group) -> str:
     """Path of the layer that a group lies in; empty, the whole model, where it lies in none."""
-    if group.layer is None:
-        return ""
-    parts = group.module.split(".")
-    return ".".join(parts[: parts.index(str(group.layer)) + 1])
+    place = place_in_stack(model, group.module)
+    return "" if place is None else f"{place[0]}.{place[1]}".lstrip(".")
 
 
 def _likeness(model: nn.Module, group: Group) -> Hashable:
     """Equal for groups that cut equal layers equally."""
-    place = _place(group)
+    place = _place(model, group)
     if not place:
         return group.name
     layer = model.get_submodule(place)

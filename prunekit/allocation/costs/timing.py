@@ -28,7 +28,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def __call__(self, module: nn.Module) -> Any:
-        """Call a module with these arguments; its answer."""
+        """Call a module with these arguments; the value that it returns."""
         return module(*self.args, **self.kwargs)
 
 
@@ -94,9 +94,9 @@ def _take_first(full: Tensor, cut: Tensor) -> Tensor:
 def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median over `repeats` timings of the seconds that a run takes, after two runs to warm up."""
     run()
-    once = _elapsed(run, 1, device)
+    once = _time_calls(run, 1, device)
     calls = min(max(math.ceil(_MOMENT / max(once, 1e-9)), 1), 100)
-    return statistics.median(_elapsed(run, calls, device) / calls for _ in range(repeats))
+    return statistics.median(_time_calls(run, calls, device) / calls for _ in range(repeats))
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def time_model(model: nn.Module, example: Inputs, repeats: int = 9) -> float:
         return median_seconds(lambda: whole(model), next(model.parameters()).device, repeats)
 
 
-def _elapsed(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+def _time_calls(run: Callable[[], Any], calls: int, device: torch.device) -> float:
     _synchronise(device)
     began = time.perf_counter()
     for _ in range(calls):

@@ -30,7 +30,7 @@ class Loss:
 
 
 def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Loss:
-    """The mean loss of a batch; `by_sample`: the sum over samples of each one's own mean.
+    """The mean loss of a batch; with `by_sample`, the sum of the mean losses of its samples.
 
     The loss of a language model is computed from its logits [B, T, V]. Any other model must return
     one (`.loss` or ["loss"]), which is taken as it is.

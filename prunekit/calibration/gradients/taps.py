@@ -53,7 +53,7 @@ def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on `output`; the `anchor`, which requires a gradient, makes it require one."""
+    """The identity on `output`, which requires a gradient because the `anchor` does."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, kept: Tensor, anchor: Tensor, receive: Receive) -> Tensor:

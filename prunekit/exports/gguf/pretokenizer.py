@@ -1,4 +1,4 @@
-"""How a byte-level tokenizer cuts text before it merges: llama.cpp knows a list of ways, by name.
+"""How a byte-level tokenizer cuts text before merging: llama.cpp has a list of ways, by name.
 
 No file of a tokenizer holds such a name, and the package gguf has no list of them. So the name is
 that of the way below that cuts sample texts as the tokenizer does.
@@ -48,7 +48,7 @@ _SAMPLES = (
 
 
 def pretokenizer_name(tokenizer: Tokenizer, ignores_merges: bool) -> str:
-    """llama.cpp's name for what a tokenizer does before merging.
+    """llama.cpp's name for the way in which a tokenizer cuts text before merging.
 
     Where it has none the nearest one is taken, and the user is told.
 

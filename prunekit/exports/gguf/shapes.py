@@ -196,7 +196,7 @@ def architecture_of(shapes: Shapes) -> str:
         ExportError: none can hold them; the message says why and what would.
     """
     if shapes.normalised:
-        return _normalised(shapes)
+        return _choose_for_normalised(shapes)
     square = all(layer.heads * shapes.head_dim == shapes.hidden for layer in shapes.layers)
     if "q_proj" in shapes.biases and not square:
         say(
@@ -213,9 +213,10 @@ def architecture_of(shapes: Shapes) -> str:
     return "qwen2" if stock and shapes.biases == {"q_proj", "k_proj", "v_proj"} else "llama"
 
 
-def _normalised(shapes: Shapes) -> str:
-    """The architecture of normalised queries and keys: `qwen3`, or `openelm` for layers that
-    differ.
+def _choose_for_normalised(shapes: Shapes) -> str:
+    """Choose the architecture for normalised queries and keys: `qwen3`, or `openelm`.
+
+    The latter is for models whose layers differ.
     """
     name = "qwen3" if shapes.uniform else "openelm"
     if shapes.biases:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-# A tensor that is computed when it is written: its shape, rows first, and what computes it.
+# A tensor that is computed when it is written: its shape, rows first, and the function.
 Pending: TypeAlias = tuple[tuple[int, ...], Callable[[], Tensor]]
 
 _BLOCK = 32  # numbers that share one scale in q8_0
@@ -120,13 +120,13 @@ def _named_tensors(
     inside = {name for name in parameters if name.startswith("model.layers.")}
     for name, parameter in parameters.items():
         if name not in inside:
-            yield name, _pending(parameter)
+            yield name, _postpone(parameter)
     if shapes.rope_factors is not None:
-        yield "rope_freqs.weight", _pending(shapes.rope_factors)
+        yield "rope_freqs.weight", _postpone(shapes.rope_factors)
     for index in range(len(shapes.layers)):
         prefix = f"model.layers.{index}."
         layer = {
-            name: _pending(
+            name: _postpone(
                 parameter, _change(name.removeprefix(prefix), index, shapes, architecture)
             )
             for name, parameter in parameters.items()
@@ -137,7 +137,7 @@ def _named_tensors(
         yield from layer.items()
 
 
-def _pending(
+def _postpone(
     parameter: Tensor, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Pending:
     return tuple(parameter.shape), lambda: change(parameter)
@@ -151,8 +151,10 @@ def _type(shape: tuple[int, ...], dtype: str) -> str:
 
 
 def _change(path: str, layer: int, shapes: Shapes, architecture: str) -> Callable[[Tensor], Tensor]:
-    """What a parameter goes through: rotary order in queries and keys, the scale of the scores in
-    queries.
+    """The function that a parameter goes through before it is stored.
+
+    Queries and keys get llama.cpp's rotary order; queries the scale of the scores as well.
+
 
     Args:
         path: the parameter's name in its layer.

@@ -1,7 +1,7 @@
-"""A fast tokenizer as GGUF's vocabulary: `gpt2` for byte-level BPE, `llama` for SentencePiece's
-with byte fallback.
+"""A fast tokenizer as GGUF's vocabulary: `gpt2` for byte-level BPE, `llama` for SentencePiece.
 
-What llama.cpp does otherwise stays so: it leaves out Unicode normalisation, and puts
+The latter needs byte fallback. Where llama.cpp tokenises otherwise, the file can't change that: it
+leaves out Unicode normalisation, and puts
 SentencePiece's first space before a text that begins with one and after special tokens too.
 """
 
@@ -92,14 +92,14 @@ def _tokens_by_row(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str | 
 
 
 def _fill_rows(tokens: Sequence[str | None]) -> list[str]:
-    """Every token, with a placeholder in rows that have none."""
+    """The tokens of all rows, with placeholders for rows that have no token."""
     return [f"[PAD{index}]" if token is None else token for index, token in enumerate(tokens)]
 
 
 def _with_plain_spaces(
     tokens: Sequence[str | None], types: Sequence[TokenType]
 ) -> list[str | None]:
-    """The tokens, with spaces in those that a user defined as llama.cpp finds them in a text."""
+    """The tokens, where user-defined ones have plain spaces, as llama.cpp looks for them."""
     from gguf import TokenType
 
     return [

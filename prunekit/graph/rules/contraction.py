@@ -85,7 +85,7 @@ def _einsum(call: Call) -> Value:
     operands = call.inputs()
     ranks = [len(value.axes) for value in operands]
     terms, output = _read_equation(call.arguments["equation"], ranks)
-    seen: dict[str, tuple[Value, Axis]] = {}  # label → the value and axis that stand for it
+    seen: dict[str, tuple[Value, Axis]] = {}  # label → its first value and axis
     for labels, value in zip(terms, operands, strict=True):
         for label, axis in zip(labels, value.axes, strict=True):
             if label not in seen or ax.axis_size(axis) == 1:

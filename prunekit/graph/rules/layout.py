@@ -226,7 +226,7 @@ def _split(call: Call) -> tuple[Value, ...]:
         "aten.tensor_split.sections",
     )
     for part in outputs[1:] if by_number and len(set(sizes)) == 1 else ():
-        ax.unify(outputs[0], part)  # one number cuts it into equal parts, which must stay equal
+        ax.unify(outputs[0], part)  # one number: equal parts, which must stay equal
     return tuple(
         call.make(replace_axis(value.axes, dim, ax.resolve(axis)), value) for axis in outputs
     )

@@ -9,7 +9,7 @@ from prunekit.graph.operators import Call, Value, dim_of, operator_rule, replace
 
 
 @operator_rule("aten.topk", "aten.sort")
-def _ranked(call: Call) -> tuple[Value, Value]:
+def _sort(call: Call) -> tuple[Value, Value]:
     """Values, and the positions they came from: of `topk` positions among the experts."""
     value = call.value("self")
     dim = dim_of(value, call.get("dim", -1))
