@@ -66,7 +66,10 @@ def _check_token_ids(model: nn.Module, ids: Tensor) -> None:
 def count_positions(batch: Batch) -> tuple[int, int]:
     """Numbers of rows and of tokens in a row; one token where the inputs are no sequences."""
     for name in ("attention_mask", "input_ids", "inputs_embeds"):
-        if isinstance(value := batch.get(name), Tensor) and value.ndim > 1:
+        value = batch.get(name)
+        # A mask [B or 1, heads or 1, T, T] does not begin with rows and tokens.
+        most = 2 if name == "attention_mask" else 3
+        if isinstance(value, Tensor) and 2 <= value.ndim <= most:
             return value.shape[0], value.shape[1]
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     return (len(tensors[0]) if tensors else 1), 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prunekit.data import embedded
+from prunekit.data.batches import count_positions
 from prunekit.data.corpora import load_corpus, read_file
 from prunekit.data.tokens import calibration_windows, evaluation_windows
 from prunekit.errors import DataError
@@ -115,3 +116,11 @@ def test_an_unreachable_hub_is_one_line():
     with pytest.raises(DataError, match="can't load nobody/nothing-here from the hub") as caught:
         load_corpus("nothing", "eval", {"nothing": source})
     assert "\n" not in str(caught.value)
+
+
+def test_rows_and_tokens_are_not_read_off_a_mask_of_four_dims():
+    ids = torch.zeros(3, 7, dtype=torch.long)
+    square = torch.ones(1, 1, 7, 7, dtype=torch.bool)
+    assert count_positions({"input_ids": ids, "attention_mask": square}) == (3, 7)
+    assert count_positions({"attention_mask": torch.ones(2, 5), "input_ids": ids}) == (2, 5)
+    assert count_positions({"pixel_values": torch.zeros(4, 3, 8, 8)}) == (4, 1)

@@ -35,6 +35,7 @@ from prunekit.model.inputs import without_cache
 from prunekit.model.stack import place_in_stack
 from prunekit.plan import PruningPlan
 from prunekit.runtime.console import say, track
+from prunekit.runtime.memory import out_of_memory
 from prunekit.runtime.modes import at_rest
 from prunekit.surgery import apply_plan
 
@@ -170,9 +171,9 @@ class Stopwatch:
         module = fill_skeleton(skeleton.get_submodule(place), self.model.get_submodule(place))
         try:
             return median_seconds(lambda: self.calls[place](module), self.device, self.repeats)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             return None  # the recorded arguments are the dense model's: they may not fit
 
 
