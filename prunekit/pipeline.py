@@ -65,7 +65,7 @@ class Result(Generic[Model]):
 def prune(
     model: Model,
     *,
-    ratio: float = 0.2,
+    ratio: float | None = None,
     method: str = "slimgpt",
     importance: str | Importance | None = None,
     policy: str | Policy | None = None,
@@ -84,7 +84,8 @@ def prune(
 
     Args:
         model: any module that `torch.export` can capture.
-        ratio: the share of what `cost` counts that goes, in (0, 1): of all parameters by default.
+        ratio: the share of what `cost` counts that goes, in (0, 1): of all parameters by default;
+            None: 0.2, or what the overrides say.
         method: slimgpt, llm_pruner, magnitude or random; the next four take the place of its parts.
         importance: tells which units matter least: a name of `conf/importance`, or an object.
         policy: says how much is cut where: a name of `conf/policy`, or an object.

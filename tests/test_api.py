@@ -137,13 +137,17 @@ def test_an_object_of_ones_own_decides():
         ({"cost": Uniform()}, "cost: expected a name, or an object of a subclass"),
         (
             {"importance": Magnitude(), "overrides": ["importance.p=1"]},
-            "importance.p=1: importance was given as an object; set its options there",
+            "importance.p=1: .* importance was given as an object; set its options there",
         ),
         (
             {"importance": "magnitude", "overrides": ["importance=obs"]},
             "importance: given twice, as an argument of prunekit.prune and by overrides",
         ),
         ({"overrides": "policy=uniform"}, "overrides: expected a list of strings"),
+        ({"overrides": None}, "overrides: expected a list of strings, got None"),
+        ({"overrides": [5]}, "overrides: expected a list of strings, got 5 in it"),
+        ({"ratio": 0.3, "overrides": ["ratio=0.5"]}, "ratio: given twice"),
+        ({"policy": "null"}, "policy: unknown choice 'null': .*available: linear_decrease"),
         ({"overrides": ["imports=[nowhere.rules]"]}, "imports: expected modules .*nowhere.rules"),
         (
             {"overrides": ["importance._target_=prunekit.policies.Uniform"]},
@@ -299,7 +303,41 @@ def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
         ),
         (
             lambda m: prunekit.recover(m, 0, recovery=Recovery(), overrides=["recovery.rank=4"]),
-            "recovery.rank=4: .* the recovery was given as an object",
+            "recovery.rank=4: .* given twice: recovery was given as an object",
+        ),
+        (
+            lambda m: prunekit.export(
+                m, "out", format=Recovery(), overrides=["export=gguf", "+export.dtype=q8_0"]
+            ),
+            "export=gguf: .* given twice: export was given as an object",
+        ),
+        (
+            lambda m: prunekit.export(m, "o", format=Recovery(), overrides=["+export.dtype=q8_0"]),
+            "export.dtype=q8_0: .* given twice",
+        ),
+        (
+            lambda m: prunekit.export(m, "o", format=5, overrides=["export.remote_code=true"]),
+            "export: expected a name, or an object",
+        ),
+        (
+            lambda m: prunekit.evaluate(m, baseline="x", overrides=["eval.baseline=/nope"]),
+            "eval.baseline=/nope: .* given twice: the dense model is an argument",
+        ),
+        (
+            lambda m: prunekit.recover("x", dense=m, overrides=["eval.baseline=/nope"]),
+            "eval.baseline=/nope: .* given twice: the dense model is an argument",
+        ),
+        (
+            lambda m: prunekit.prune_checkpoint("x", "out", overrides=["eval.baseline=/nope"]),
+            "eval.baseline=/nope: .* the dense model is the first argument",
+        ),
+        (
+            lambda m: prunekit.prune_checkpoint("x", "out", overrides=["experiment=compare"]),
+            "experiment=compare: .* does not act on it; sweep on the command line",
+        ),
+        (
+            lambda m: prunekit.evaluate(m, overrides=["model.trust_remote_code=true"]),
+            "model.trust_remote_code=true: .* loaded already: give it to from_pretrained",
         ),
         (
             lambda m: prunekit.evaluate("x", overrides=["policy=uniform"]),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from omegaconf import DictConfig
 
 from prunekit.config.compose import compose
-from prunekit.config.overrides import check_acted_on, split_overrides
+from prunekit.config.overrides import check_acted_on, check_strings, split_overrides
 from prunekit.errors import ConfigError
 
 _ALWAYS = frozenset({"seed", "imports", "hydra.searchpath"})
@@ -16,7 +16,9 @@ _ALWAYS = frozenset({"seed", "imports", "hydra.searchpath"})
 _METHOD = frozenset({"importance", "policy", "scope", "cost", "compensation", "schedule"})
 _CUT = _METHOD | {"ratio", "target", "groups", "shapes", "method_name"}
 # Keys that only say how a model is loaded from a folder or the hub.
-_LOADING = frozenset({"device", "dtype", "model.trust_remote_code"})
+_PLACING = frozenset({"device", "dtype"})
+_TRUST = frozenset({"model.trust_remote_code"})
+_LOADING = _PLACING | _TRUST
 _WRITING = frozenset({"export", "resume"})
 _RESULT = "for the result call"
 
@@ -29,7 +31,8 @@ class Call:
         name: the function, for messages.
         acts_on: dotted keys of the configuration that it acts on, with all that lies below them.
             Closed by default: an override of any other key is an error.
-        instead: dotted key → what to do instead, for that error.
+        instead: dotted key → what to do instead, for that error; one that lies below a key of
+            `acts_on` is an exception from it.
     """
 
     name: str
@@ -46,10 +49,9 @@ class Call:
         Raises:
             ConfigError: an override that the function would not act on, or an unknown choice.
         """
-        if isinstance(overrides, str):
-            raise ConfigError(f"overrides: expected a list of strings, got {overrides!r}")
+        check_strings(overrides)
         check_acted_on(overrides, self.name, self.acts_on, self.instead)
-        twice = {key for key, _ in split_overrides(overrides)} & arguments.keys() - {"ratio"}
+        twice = {key for key, _ in split_overrides(overrides)} & arguments.keys()
         for key in twice:
             raise ConfigError(f"{key}: given twice, as an argument of {self.name} and by overrides")
         return compose([*(f"{key}={value}" for key, value in arguments.items()), *overrides])
@@ -59,9 +61,16 @@ class Call:
         advice = {**self.instead, **dict.fromkeys(keys, instead)}
         return replace(self, acts_on=self.acts_on - keys, instead=advice)
 
+    def with_object(self, key: str, common: frozenset[str] = frozenset()) -> Call:
+        """The same function with an object in place of a section, but for the keys `common`."""
+        advice = f"given twice: {key} was given as an object; set its options there"
+        call = self.without(frozenset({key}), advice)
+        return replace(call, acts_on=call.acts_on | common)
+
     def on_loaded_model(self) -> Call:
         """The same function on a model that is in memory already."""
-        return self.without(_LOADING, "the model is loaded already: call model.to(…) before")
+        moved = self.without(_PLACING, "the model is loaded already: call model.to(…) before")
+        return moved.without(_TRUST, "the model is loaded already: give it to from_pretrained")
 
     def without_folder(self) -> Call:
         """The same function where nothing is written."""
@@ -105,10 +114,11 @@ PRUNE_CHECKPOINT = Call(
     acts_on=_ALWAYS
     | _CUT
     | _LOADING
-    | {"resume", "memory", "data", "corpora", "recovery", "eval", "export", "experiment"},
+    | {"resume", "memory", "data", "corpora", "recovery", "eval", "export"},
     instead=_ELSEWHERE
     | {
         "method": "give it as an argument: prunekit.prune_checkpoint(method=…)",
+        "eval.baseline": "the dense model is the first argument",
         "model.path": "the folder is the first argument",
         "model": "the folder is the first argument",
         "output_dir": "the folder of the run is the second argument",

@@ -48,6 +48,15 @@ def split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield key.lstrip("+~"), value
 
 
+def check_strings(overrides: object) -> None:
+    """Raise ConfigError where overrides are no list of strings."""
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise ConfigError(f"overrides: expected a list of strings, got {overrides!r}")
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ConfigError(f"overrides: expected a list of strings, got {override!r} in it")
+
+
 def check_choices(overrides: Sequence[str], folder: Path) -> None:
     """Raise ConfigError where an override names a key or a choice that `folder` doesn't have.
 
@@ -60,11 +69,11 @@ def check_choices(overrides: Sequence[str], folder: Path) -> None:
         first = key.split(".")[0].split("/")[0].split("@")[0]
         if first not in known:
             raise ConfigError(f"unknown key {first!r}: {suggest(first, sorted(known))}")
-        if key not in GROUPS or not value or "(" in value or elsewhere:
+        if key not in GROUPS or not value or "(" in value:
             continue
         available = sorted(path.stem for path in (folder / key).glob("*.yaml"))
         for choice in (part.strip() for part in value.strip("\"'").split(",")):
-            if choice not in (*available, "null"):
+            if choice == "null" or not elsewhere and choice not in available:
                 raise ConfigError(f"{key}: unknown choice {choice!r}: {suggest(choice, available)}")
 
 
@@ -94,13 +103,15 @@ def check_acted_on(
         overrides: the strings that were given.
         call: the name of the function, for the message.
         acted: dotted keys that the function acts on, with all that lies below them.
-        instead: dotted key → what to do instead; the longest one that fits counts.
+        instead: dotted key → what to do instead. The longest key that fits decides, be it of
+            `acted` or of `instead`; `acted` has precedence over the same key in `instead`.
     """
     for key, value in split_overrides(overrides):
         parts = key.split(".")
         above = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        if not any(name in acted for name in above):
-            advice = next((instead[name] for name in above if name in instead), "leave it out")
+        decides = next((name for name in above if name in acted or name in instead), None)
+        if decides not in acted:
+            advice = instead[decides] if decides else "leave it out"
             raise ConfigError(f"{key}={value}: {call} does not act on it; {advice}")
 
 

@@ -48,7 +48,7 @@ def prune_checkpoint(
     folder: str | Path,
     out: str | Path,
     *,
-    ratio: float = 0.2,
+    ratio: float | None = None,
     method: str = "slimgpt",
     importance: str | Importance | None = None,
     policy: str | Policy | None = None,
@@ -169,7 +169,7 @@ def recover(
     if isinstance(recovery, str):
         arguments["recovery"] = recovery
     else:
-        call = call.without(frozenset({"recovery"}), "the recovery was given as an object")
+        call = call.with_object("recovery")
     if out is None:
         call = call.without_folder()
     config = _configure(call, model, overrides, arguments, dense)
@@ -214,7 +214,11 @@ def export(
         CheckpointError: a folder that holds no model.
     """
     call = _call_on(cfg.EXPORT, model)
-    arguments = {"task": "export"} | ({"export": format} if isinstance(format, str) else {})
+    arguments = {"task": "export"}
+    if isinstance(format, str):
+        arguments["export"] = format
+    elif format is not None:
+        call = call.with_object("export", frozenset(f"export.{key}" for key in cfg.BUILT["export"]))
     config = _configure(call, model, overrides, arguments)
     writer = None if isinstance(format, str) else format
     settings = ExportSettings.build(config.export, writer)
@@ -236,6 +240,9 @@ def _configure(
     baseline: Source | None = None,
 ) -> cfg.RunConfig:
     """Compose and check the configuration of a call; places go in as they are, without quoting."""
+    if baseline is not None:
+        given = "given twice: the dense model is an argument of the function already"
+        call = call.without(frozenset({"eval.baseline"}), given)
     config = cfg.check(call.compose(overrides, arguments))
     if isinstance(model, str | Path):
         config.model.path = str(model)

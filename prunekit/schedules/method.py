@@ -12,7 +12,7 @@ from prunekit.allocation.costs.parameters import Parameters
 from prunekit.allocation.objective import select_cost
 from prunekit.allocation.scope import Scope
 from prunekit.compensation.base import Compensation
-from prunekit.config import Call, RunConfig, build_as, check, split_overrides
+from prunekit.config import Call, RunConfig, build_as, check
 from prunekit.errors import ConfigError
 from prunekit.importance.base import Importance
 from prunekit.policies.base import Policy
@@ -65,7 +65,7 @@ class Method:
 def compose_pruning(
     call: Call,
     method: str,
-    ratio: float,
+    ratio: float | None,
     choices: Mapping[str, str | Backend | None],
     compensation: str | Compensation | EllipsisType | None,
     overrides: Sequence[str],
@@ -83,14 +83,13 @@ def compose_pruning(
     elif not isinstance(compensation, EllipsisType):
         choices = {**choices, "compensation": compensation}
     names, backends = _split_choices(choices)
-    for key, value in split_overrides(overrides):
-        if (section := key.split(".")[0]) in backends:
-            raise ConfigError(
-                f"{key}={value}: {section} was given as an object; set its options there"
-            )
-    arguments = {"method": method, "ratio": str(ratio), **names}
+    for section in backends:
+        call = call.with_object(section)
+    arguments = {"method": method, **names}
+    if ratio is not None:
+        arguments["ratio"] = str(ratio)
     config = check(call.compose(overrides, arguments))
-    _describe_backends(config, backends)
+    describe_objects(config, backends)
     return config, backends
 
 
@@ -104,15 +103,15 @@ def _split_choices(
     return names, backends
 
 
-def _describe_backends(config: RunConfig, backends: Mapping[str, Backend]) -> None:
+def describe_objects(config: RunConfig, objects: Mapping[str, object]) -> None:
     """Write into the sections of the configuration which objects take their place.
 
     The state and the record of a run read these sections without building them.
     """
-    for name, backend in backends.items():
-        attributes = getattr(backend, "__dict__", {})
+    for name, given in objects.items():
+        attributes = getattr(given, "__dict__", {})
         options = {key: value for key, value in attributes.items() if _is_plain(value)}
-        kind = type(backend)
+        kind = type(given)
         setattr(config, name, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **options})
 
 

@@ -72,6 +72,8 @@ def test_seed_and_values_reach_their_places():
     [
         ("method=slimgtp", "method: unknown choice 'slimgtp': did you mean slimgpt"),
         ("policy=ramp", "available: linear_decrease, linear_increase, log_decrease"),
+        ("cost=null", "cost: unknown choice 'null': .*available: bytes"),
+        ("experiment=null", "experiment: unknown choice 'null'"),
         ("importance=wanda2", "importance: unknown choice"),
         ("ratoi=0.2", "unknown key 'ratoi': did you mean ratio"),
         ("data.calibration.sample=3", "sample"),
