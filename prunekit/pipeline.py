@@ -113,7 +113,15 @@ def prune(
         SurgeryError: the cut model would not compute what it should; the model is then put back.
     """
     choices = {"importance": importance, "policy": policy, "schedule": schedule, "cost": cost}
-    config, backends = compose_pruning(cfg.PRUNE, method, ratio, choices, compensation, overrides)
+    config, backends = compose_pruning(
+        cfg.PRUNE,
+        method,
+        ratio,
+        choices,
+        compensation,
+        overrides,
+        keeps_state=state is not None,
+    )
     if config.resume and state is None:
         raise ConfigError("resume=true: expected state=FOLDER beside it, got none")
     if not isinstance(calibration, Tensor):

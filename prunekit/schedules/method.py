@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import EllipsisType
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from prunekit.allocation.costs.base import CostModel
 from prunekit.allocation.costs.parameters import Parameters
@@ -16,6 +20,7 @@ from prunekit.config import Call, RunConfig, build_as, check
 from prunekit.errors import ConfigError
 from prunekit.importance.base import Importance
 from prunekit.policies.base import Policy
+from prunekit.runtime.files import digest
 from prunekit.schedules.base import Schedule
 
 Backend = Importance | Policy | Compensation | Schedule | CostModel
@@ -50,8 +55,15 @@ class Method:
             ConfigError: a backend's option out of range, a class of another kind, none at all.
         """
         given = given or {}
+        importance = _require(Importance, config, given, "importance")
+        if importance.at_once is None and importance.by_layer is None:
+            kind = type(importance)
+            raise ConfigError(
+                "importance: expected a subclass of ScoreImportance or LayerImportance, got "
+                f"{kind.__module__}.{kind.__qualname__}, which is neither"
+            )
         return cls(
-            importance=_require(Importance, config, given, "importance"),
+            importance=importance,
             policy=_require(Policy, config, given, "policy"),
             compensation=_find(Compensation, config, given, "compensation"),
             schedule=_require(Schedule, config, given, "schedule"),
@@ -69,14 +81,19 @@ def compose_pruning(
     choices: Mapping[str, str | Backend | None],
     compensation: str | Compensation | EllipsisType | None,
     overrides: Sequence[str],
+    *,
+    keeps_state: bool = False,
 ) -> tuple[RunConfig, dict[str, Backend]]:
     """Compose and check the configuration of a call that prunes.
+
+    A run that `keeps_state`, or goes on from one, takes only backends that it can write down.
 
     Returns:
         The configuration, and the backends that were given as objects.
 
     Raises:
-        ConfigError: an unknown choice; an option of a backend that was given as an object.
+        ConfigError: an unknown choice; an option of a backend that was given as an object; an
+            object that can't be told from others, where a state is asked for.
     """
     if compensation is None:
         choices = {**choices, "compensation": "none"}
@@ -89,7 +106,7 @@ def compose_pruning(
     if ratio is not None:
         arguments["ratio"] = str(ratio)
     config = check(call.compose(overrides, arguments))
-    describe_objects(config, backends)
+    describe_objects(config, backends, whole=keeps_state or config.resume)
     return config, backends
 
 
@@ -103,22 +120,57 @@ def _split_choices(
     return names, backends
 
 
-def describe_objects(config: RunConfig, objects: Mapping[str, object]) -> None:
+def describe_objects(
+    config: RunConfig, objects: Mapping[str, object], *, whole: bool = False
+) -> None:
     """Write into the sections of the configuration which objects take their place.
 
-    The state and the record of a run read these sections without building them.
+    The state and the record of a run read these sections without building them. Where the `whole`
+    content must be there, an attribute that can't be written down is an error; else it is left out.
     """
     for name, given in objects.items():
-        attributes = getattr(given, "__dict__", {})
-        options = {key: value for key, value in attributes.items() if _is_plain(value)}
         kind = type(given)
-        setattr(config, name, {"_target_": f"{kind.__module__}.{kind.__qualname__}", **options})
+        section: dict[str, Any] = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
+        for key, value in _attributes(given).items():
+            try:
+                section[key] = _describe(value, f"{name}.{key}")
+            except ConfigError:
+                if whole:
+                    raise
+        setattr(config, name, section)
 
 
-def _is_plain(value: object) -> bool:
+def _attributes(given: object) -> dict[str, object]:
+    """The attributes of an object, those in slots too."""
+    slots = [slot for kind in type(given).__mro__ for slot in vars(kind).get("__slots__", ())]
+    kept = {slot: getattr(given, slot) for slot in slots if hasattr(given, slot)}
+    return {**kept, **getattr(given, "__dict__", {})}
+
+
+def _describe(value: object, key: str) -> object:
+    """A value in JSON's types that tells it from others; a tensor becomes a digest.
+
+    Raises:
+        ConfigError: a value of another kind, such as a function.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, list | tuple):
-        return all(_is_plain(part) for part in value)
-    return value is None or isinstance(value, str | int | float)
+        return [_describe(part, f"{key}.{i}") for i, part in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(name, str | int) for name in value):
+        # An empty mapping would vanish from the flat facts of a state.
+        parts = {str(name): _describe(part, f"{key}.{name}") for name, part in value.items()}
+        return parts or "{}"
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+        flat = value.detach().cpu().contiguous().flatten()
+        content = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+        return f"tensor {digest([f'{value.dtype} {tuple(value.shape)}', content])}"
+    raise ConfigError(
+        f"{key}: expected a number, text, path, tensor, list or mapping, which a state can hold, "
+        f"got a {type(value).__name__}; leave out state= and resume=true"
+    )
 
 
 def _find(kind: type[T], config: RunConfig, given: Mapping[str, Backend], name: str) -> T | None:

@@ -7,9 +7,9 @@ from torch import nn
 
 import prunekit
 from prunekit.calibration import walk as walking
-from prunekit.errors import DataError, TraceError
+from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
-from prunekit.importance import Obs
+from prunekit.importance import Importance, Obs
 
 
 def batches(ids, size=3):
@@ -200,3 +200,14 @@ def test_batches_that_would_keep_a_cache_give_the_same_plan():
 def test_nothing_to_prune():
     with pytest.raises(TraceError, match="no parameters"):
         prunekit.prune(nn.ReLU(), calibration=[{"input": torch.randn(2, 3)}])
+
+
+@pytest.mark.parametrize("schedule", ["oneshot", "layerwise"])
+def test_an_importance_of_neither_kind_is_refused(schedule):
+    class Neither(Importance):
+        pass
+
+    with pytest.raises(ConfigError, match=r"expected a subclass of ScoreImportance or LayerImp"):
+        prunekit.prune(
+            tiny_llama(), importance=Neither(), schedule=schedule, calibration=token_ids()
+        )

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import command_line, tiny_llama, token_ids
 
 import prunekit
-from prunekit.errors import CheckpointError
+from prunekit.errors import CheckpointError, ConfigError
+from prunekit.importance import Magnitude
 from prunekit.schedules import State
 
 QUICK = [
@@ -60,6 +62,53 @@ def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, mon
     assert result.plan == whole.plan
     assert equal(model, whole.model)
     assert not (tmp_path / "state").exists()
+
+
+class Signed(Magnitude):
+    """Magnitude with an attribute of any kind, which is no option of the configuration."""
+
+    def __init__(self, weights):
+        super().__init__()
+        object.__setattr__(self, "weights", weights)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"sign": 1}, {"sign": -1}),
+        ({"sign": {"a": 1}}, {}),
+        ([torch.ones(2)], [torch.zeros(2)]),
+        (Path("a"), Path("b")),
+    ],
+)
+def test_a_state_of_another_object_is_refused(first, second, monkeypatch, tmp_path):
+    def prune(weights, *overrides):
+        return prunekit.prune(
+            tiny_llama(),
+            importance=Signed(weights),
+            schedule="layerwise",
+            calibration=token_ids(),
+            overrides=overrides,
+            state=tmp_path / "state",
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "prunekit.pipeline.apply_plan",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            prune(first)
+    with pytest.raises(CheckpointError, match=r"was made with importance\.weights"):
+        prune(second, "resume=true")
+    prune(first, "resume=true")
+
+
+def test_an_object_that_can_not_be_written_down_keeps_no_state(tmp_path):
+    options = {"importance": Signed({"sign": len}), "calibration": token_ids()}
+    with pytest.raises(ConfigError, match=r"importance\.weights\.sign: expected .* got a builtin"):
+        prunekit.prune(tiny_llama(), **options, state=tmp_path / "state")
+    prunekit.prune(tiny_llama(), **options, schedule="oneshot", compensation=None)
 
 
 @pytest.fixture
