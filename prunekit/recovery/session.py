@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prunekit.errors import DataError
+from prunekit.model.weights import check_finite
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data
 from prunekit.recovery.micro_batch import count_processes, first_micro_batch, shrink_micro_batch
@@ -85,11 +87,15 @@ class Session:
 
         Returns:
             The trainer after the training, and the step whose state the model has.
+
+        Raises:
+            DataError: a loss or a weight that is not finite, memory that does not suffice.
         """
         try:
             self._choose_weights(modules, base)
             trainer = self._train(resume)
             best_step = self._settle(trainer)
+            self._check_weights(self.trained)
         except BaseException:
             adapters.detach(self.model)
             self._restore_types()
@@ -195,11 +201,23 @@ class Session:
         best: Any = trainer.state.best_global_step
         return best
 
+    def _check_weights(self, model: nn.Module) -> None:
+        """Raise DataError where a weight is not finite: no loss was seen after the last step."""
+        try:
+            check_finite(model)
+        except DataError as error:
+            raise DataError(
+                f"recovery: it has diverged: {error}; a smaller recovery.learning_rate than "
+                f"{self.recovery.learning_rate:g} may help"
+            ) from error
+
     def _finish(self) -> None:
         """Fold the adapters into the weights, or write them; drop the checkpoints."""
         if self.recovery.lora and self.recovery.merge:
             adapters.merge(self.model)
         self._restore_types()
+        if self._stored:  # what is finite in float32 may not be so in half precision
+            self._check_weights(self.model)
         if is_first_process():
             if not self.recovery.merge:
                 adapters.save(self.trained, self.folder / "adapter")

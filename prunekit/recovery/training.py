@@ -17,6 +17,7 @@ from prunekit.recovery.packing import check_packing
 from prunekit.recovery.result import RecoveryResult
 from prunekit.recovery.session import Session
 from prunekit.recovery.settings import VALIDATION, Recovery
+from prunekit.runtime.modes import keep_modes, restoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +85,9 @@ def recover(
     )
     if recovery.pack:
         check_packing(model, data.training, session.pad)
-    with adapters.unchanged(model):
+    # The trainer puts the teacher, which may be the caller's own model, into evaluation mode.
+    modes = [keep_modes(session.teacher)] if session.teacher is not None else []
+    with restoring(*modes), adapters.unchanged(model):
         trainer, best_step = session.run(modules, base or str(folder / "model"), resume)
     return session.describe(trainer, best_step, time.perf_counter() - began)
 

@@ -59,11 +59,14 @@ def test_a_pruned_model_comes_nearer_to_its_teacher(tmp_path, options):
 
 
 def test_a_teacher_is_its_own_best_pupil(tmp_path):
-    teacher = small()
+    teacher = small().train()
+    teacher.model.norm.eval()
+    modes = [module.training for module in teacher.modules()]
     model = clone(teacher)
     recovery = settings(texts(tmp_path), plain=0.0, kl=1.0, hidden=1.0, epochs=1)
     report = run(model, recovery, tmp_path, teacher=teacher)
     assert report["curve"][1]["loss"] == pytest.approx(0, abs=1e-6)
+    assert [module.training for module in teacher.modules()] == modes
 
 
 def test_another_vocabulary_is_refused(tmp_path):

@@ -15,6 +15,7 @@ import prunekit
 from prunekit import config as cfg
 from prunekit.errors import ConfigError, DataError
 from prunekit.recovery import Recovery
+from prunekit.recovery.trainer import RecoveryTrainer
 
 HERE = Path(__file__).parent
 
@@ -279,6 +280,24 @@ def test_a_loss_that_is_no_number_names_the_step(tmp_path):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(DataError, match="the loss at step 1 is nan"):
         run(model, settings(texts(tmp_path), evaluations=0), tmp_path)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_weights_that_are_no_number_after_the_last_step_are_named(lora, monkeypatch, tmp_path):
+    train = RecoveryTrainer.train
+
+    def diverge(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        with torch.no_grad():
+            next(p for p in self.trained.parameters() if p.requires_grad).fill_(float("nan"))
+
+    monkeypatch.setattr(RecoveryTrainer, "train", diverge)
+    model = small()
+    before = state(model)
+    with pytest.raises(DataError, match="recovery: it has diverged: .* hold NaN or infinity; a sm"):
+        run(model, settings(texts(tmp_path), evaluations=0, lora=lora), tmp_path)
+    if lora:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
 
 
 def test_mixed_precision_leaves_no_wrapper(tmp_path):
