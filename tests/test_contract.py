@@ -181,7 +181,7 @@ def test_bad_input():
         (["importance=similarity"], "scores whole layers"),
         (
             ["policy=sensitivity", "policy.ratios=[2]"],
-            r"policy.ratios: expected numbers in \(0, 1\)",
+            r"policy.ratios: expected a list of numbers in \(0, 1\)",
         ),
     ):
         with pytest.raises(prunekit.PrunekitError, match=match) as caught:

@@ -50,6 +50,12 @@ class Scope:
             _expect_positive("min_units", self.min_units)
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", [self.exclude])
+        listed = isinstance(self.exclude, Sequence)
+        if not listed or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ConfigError(
+                "scope.exclude: expected a list of patterns such as layers.0 or *.mlp, got "
+                f"{self.exclude!r}"
+            )
 
     def fewest(self, group: Group) -> int:
         """How many units of a group must stay."""

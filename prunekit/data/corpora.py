@@ -26,8 +26,8 @@ def load_corpus(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]])
     Raises:
         DataError: an unknown name, a file that can't be read or lacks the field, no text in it.
     """
-    source = known.get(name, {})
     records = load_records(name, purpose, known)
+    source = known.get(name, {})
     documents = [
         text_of(record, source.get("field", "text"), source.get("hub", name)) for record in records
     ]
@@ -114,9 +114,22 @@ def text_of(record: Mapping[str, Any], field: str, where: object) -> str:
     )
 
 
+def _check_source(name: str, source: object) -> None:
+    """Raise DataError where an entry of `corpora` does not say what to load."""
+    if not isinstance(source, Mapping):
+        raise DataError(
+            f"corpora.{name}: expected a mapping with hub and splits, got {source!r}; a file is "
+            "given by its path in the place of the name"
+        )
+    for key, kind, what in (("hub", str, "a name on the hub"), ("splits", Mapping, "a mapping")):
+        if not isinstance(source.get(key), kind):
+            raise DataError(f"corpora.{name}.{key}: expected {what}, got {source.get(key)!r}")
+
+
 def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
+    _check_source(name, source)
     splits = source["splits"]
     try:
         rows = load_dataset(

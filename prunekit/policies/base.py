@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from torch import nn
 
 from prunekit.allocation.costs.base import Cost
 from prunekit.data.batches import Batch
+from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import Importance
 
@@ -85,3 +86,20 @@ class DepthPolicy(Policy, ABC):
             return {g.name: mean if g.layer is None else shares[g.layer] for g in setting.groups}
         shares = self.shares(len(setting.groups))
         return {group.name: share for group, share in zip(setting.groups, shares, strict=True)}
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def expect_share(key: str, value: object) -> None:
+    """Raise ConfigError where an option of a policy is no number in [0, 1]."""
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ConfigError(f"policy.{key}: expected a number in [0, 1], got {value!r}")
+
+
+def expect_whole(key: str, value: object) -> None:
+    """Raise ConfigError where an option of a policy is no whole number ≥ 0."""
+    if not (type(value) is int and value >= 0):
+        raise ConfigError(f"policy.{key}: expected a whole number ≥ 0, got {value!r}")

@@ -26,11 +26,14 @@ class Manual(DepthPolicy):
     def __post_init__(self) -> None:
         if (self.values is None) == (self.path is None):
             raise ConfigError("policy: manual expects policy.values or policy.path, and not both")
-        if isinstance(self.values, str):
+        listed = isinstance(self.values, Sequence) and not isinstance(self.values, str)
+        if self.values is not None and not listed:
             raise ConfigError(
                 f"policy.values: expected a list of numbers, got {self.values!r}; a file is "
                 "policy.path"
             )
+        if self.path is not None and not isinstance(self.path, str | Path):
+            raise ConfigError(f"policy.path: expected a CSV file, got {self.path!r}")
 
     def shares(self, depth: int) -> list[float]:
         """The numbers as given."""

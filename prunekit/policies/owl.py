@@ -16,7 +16,7 @@ import torch
 from prunekit.calibration.activations import Inputs, gather_input_statistics
 from prunekit.errors import ConfigError
 from prunekit.importance.structures import scale_by_inputs
-from prunekit.policies.base import Policy, Setting
+from prunekit.policies.base import Policy, Setting, expect_share, is_number
 
 _LEAST = 1e-6  # a share of zero would leave the group out of the cut
 
@@ -35,10 +35,9 @@ class Owl(Policy):
     spread: float = 0.4
 
     def __post_init__(self) -> None:
-        if not self.multiple > 0:
-            raise ConfigError(f"policy.multiple: expected a number > 0, got {self.multiple}")
-        if not 0 <= self.spread <= 1:
-            raise ConfigError(f"policy.spread: expected a number in [0, 1], got {self.spread}")
+        if not (is_number(self.multiple) and self.multiple > 0):
+            raise ConfigError(f"policy.multiple: expected a number > 0, got {self.multiple!r}")
+        expect_share("spread", self.spread)
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
         """One forward pass over the calibration set; a group of no layer is a layer of its own."""

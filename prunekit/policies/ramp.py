@@ -11,8 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from prunekit.errors import ConfigError
-from prunekit.policies.base import DepthPolicy
+from prunekit.policies.base import DepthPolicy, expect_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +24,7 @@ class _Ramp(DepthPolicy, ABC):
     low_share: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low_share <= 1:
-            raise ConfigError(
-                f"policy.low_share: expected a number in [0, 1], got {self.low_share}"
-            )
+        expect_share("low_share", self.low_share)
 
     @abstractmethod
     def _position(self, i: int, depth: int) -> float:

@@ -15,7 +15,7 @@ from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, suggest
 from prunekit.graph import Group
 from prunekit.obs.inverse import removal_error
-from prunekit.policies.base import Policy, Setting
+from prunekit.policies.base import Policy, Setting, is_number
 from prunekit.policies.knapsack import Point, spread_saving
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
@@ -49,10 +49,12 @@ class Sensitivity(Policy):
     def __post_init__(self) -> None:
         _expect_one_of("measure", self.measure, get_args(Measure))
         _expect_one_of("by", self.by, get_args(By))
-        if not self.ratios or not all(
-            isinstance(r, int | float) and 0 < r < 1 for r in self.ratios
-        ):
-            raise ConfigError(f"policy.ratios: expected numbers in (0, 1), got {list(self.ratios)}")
+        ratios = self.ratios
+        listed = isinstance(ratios, Sequence) and len(ratios) > 0
+        if not listed or not all(is_number(ratio) and 0 < ratio < 1 for ratio in ratios):
+            raise ConfigError(
+                f"policy.ratios: expected a list of numbers in (0, 1), got {self.ratios!r}"
+            )
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
         """The exact optimum, if errors add up and are linear between the measured ratios.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
-from prunekit.policies.base import DepthPolicy
+from prunekit.policies.base import DepthPolicy, expect_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +11,9 @@ class Single(DepthPolicy):
     """1 in layer `layer`, 0 elsewhere."""
 
     layer: int = 0
+
+    def __post_init__(self) -> None:
+        expect_whole("layer", self.layer)
 
     def shares(self, depth: int) -> list[float]:
         """One in the layer, zero elsewhere."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from prunekit.errors import ConfigError
-from prunekit.policies.base import DepthPolicy
+from prunekit.policies.base import DepthPolicy, expect_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class Window(DepthPolicy):
     reference_depth: int = 32
 
     def __post_init__(self) -> None:
+        for key in ("start", "end", "reference_depth"):
+            expect_whole(key, getattr(self, key))
         if not 0 <= self.start < self.end <= self.reference_depth:
             raise ConfigError(
                 "policy.window: expected 0 ≤ start < end ≤ reference_depth, got "

@@ -24,6 +24,10 @@ def pick_device(name: str) -> torch.device:
             if torch.backends.mps.is_available()
             else "cpu"
         )
+    if name.partition(":")[0] == "meta":
+        raise ConfigError(
+            f"device: expected one that holds numbers, such as cpu or cuda, got {name!r}"
+        )
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # one GPU for each process of torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

@@ -165,6 +165,9 @@ def test_bad_scopes():
         allocate(GRAPH, BLOCK, Uniform(), 0.2, Scope(exclude=["layers.9"]))
     with pytest.raises(ConfigError, match="leaves no group"):
         allocate(GRAPH, BLOCK, Uniform(), 0.2, Scope(exclude="layers"))
+    for exclude in (5, [5]):
+        with pytest.raises(ConfigError, match=r"scope.exclude: expected a list of patterns"):
+            Scope(exclude=exclude)
     with pytest.raises(ConfigError, match="scope can remove at most"):
         allocate(GRAPH, BLOCK, Uniform(), 0.5, Scope(min_units=36))
     with pytest.raises(

@@ -124,3 +124,15 @@ def test_rows_and_tokens_are_not_read_off_a_mask_of_four_dims():
     assert count_positions({"input_ids": ids, "attention_mask": square}) == (3, 7)
     assert count_positions({"attention_mask": torch.ones(2, 5), "input_ids": ids}) == (2, 5)
     assert count_positions({"pixel_values": torch.zeros(4, 3, 8, 8)}) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        (5, r"corpora\.x: expected a mapping with hub and splits, got 5"),
+        ({"hub": "a/b"}, r"corpora\.x\.splits: expected a mapping, got None"),
+    ],
+)
+def test_an_entry_of_corpora_that_is_none_is_refused(source, match):
+    with pytest.raises(DataError, match=match):
+        load_corpus("x", "calibration", {"x": source})

@@ -10,7 +10,9 @@ from prunekit.policies import (
     LogDecrease,
     LogIncrease,
     Manual,
+    Owl,
     Sensitivity,
+    Single,
     Window,
 )
 from prunekit.policies.knapsack import Point, spread_saving
@@ -110,3 +112,22 @@ def test_unknown_variants_name_the_known_ones():
         Sensitivity(measure="los")
     with pytest.raises(ConfigError, match=r"policy.by: unknown 'layers': did you mean layer"):
         Sensitivity(by="layers")
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "match"),
+    [
+        (Manual, {"values": 5}, "values: expected a list of numbers, got 5"),
+        (Manual, {"path": 5}, "path: expected a CSV file, got 5"),
+        (Sensitivity, {"ratios": 5}, r"ratios: expected a list of numbers in \(0, 1\), got 5"),
+        (Sensitivity, {"ratios": "abc"}, "ratios: expected a list of numbers .* got 'abc'"),
+        (Owl, {"spread": "abc"}, r"spread: expected a number in \[0, 1\], got 'abc'"),
+        (Owl, {"multiple": "abc"}, "multiple: expected a number > 0, got 'abc'"),
+        (LogIncrease, {"low_share": "abc"}, r"low_share: expected a number in \[0, 1\], got 'abc'"),
+        (Window, {"start": "abc"}, "start: expected a whole number ≥ 0, got 'abc'"),
+        (Single, {"layer": "abc"}, "layer: expected a whole number ≥ 0, got 'abc'"),
+    ],
+)
+def test_options_of_another_type_are_refused(policy, options, match):
+    with pytest.raises(ConfigError, match=f"policy.{match}"):
+        policy(**options)

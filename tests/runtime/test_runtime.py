@@ -190,6 +190,8 @@ def test_devices_and_types_by_name():
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(ConfigError, match="device: 'abacus' can't be used here"):
         pick_device("abacus")
+    with pytest.raises(ConfigError, match="device: expected one that holds numbers, .* 'meta'"):
+        pick_device("meta")
     assert (pick_dtype("auto"), pick_dtype("float16")) == (None, torch.float16)
     with pytest.raises(ConfigError, match="dtype: unknown 'int3'; available: auto"):
         pick_dtype("int3")
