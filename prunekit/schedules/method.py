@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from types import EllipsisType
+from types import EllipsisType, MemberDescriptorType
 from typing import Any, TypeVar
 
 import torch
@@ -142,7 +142,12 @@ def describe_objects(
 
 def _attributes(given: object) -> dict[str, object]:
     """The attributes of an object, those in slots too."""
-    slots = [slot for kind in type(given).__mro__ for slot in vars(kind).get("__slots__", ())]
+    slots = [
+        name
+        for kind in type(given).__mro__
+        for name, part in vars(kind).items()
+        if isinstance(part, MemberDescriptorType)
+    ]
     kept = {slot: getattr(given, slot) for slot in slots if hasattr(given, slot)}
     return {**kept, **getattr(given, "__dict__", {})}
 
