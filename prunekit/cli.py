@@ -60,11 +60,11 @@ def _job(config: DictConfig) -> None:
         _do(config, folder)
     except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
         _failures.append(error)
-        _remove_if_empty(folder)
         _print_error(error, _advise_resume(folder, error))
     except KeyboardInterrupt:
-        _remove_if_empty(folder)
         raise KeyboardInterrupt(_advise_resume(folder)) from None
+    finally:  # after an error, after an upload, in any process but the first
+        _remove_if_empty(folder)
 
 
 def _do(config: DictConfig, folder: Path) -> None:
@@ -81,7 +81,6 @@ def _do(config: DictConfig, folder: Path) -> None:
         print_comparison(jobs.run_diff(run_config, folder))
     elif run_config.task == "export":
         jobs.run_export(run_config, folder)
-        _remove_if_empty(folder)  # an upload leaves no files here
     else:
         _run(config, run_config, folder)
 
@@ -101,8 +100,6 @@ def _run(config: DictConfig, run_config: RunConfig, folder: Path) -> None:
     report = jobs.run(run_config, folder, provenance, command)
     if _process() == "0":
         print_summary(report, Path(os.path.relpath(folder)))
-    else:
-        _remove_if_empty(folder)
 
 
 def _process() -> str:

@@ -112,6 +112,10 @@ def prune(
         TraceError: a model that the tracer can't follow, or with nothing to prune.
         SurgeryError: the cut model would not compute what it should; the model is then put back.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: expected a torch module, got {model!r}; a folder: prunekit.prune_checkpoint"
+        )
     choices = {"importance": importance, "policy": policy, "schedule": schedule, "cost": cost}
     config, backends = compose_pruning(
         cfg.PRUNE,

@@ -16,7 +16,7 @@ from prunekit.allocation.costs.parameters import Parameters
 from prunekit.checkpoint import load_tokenizer
 from prunekit.compensation import Obs as Repair
 from prunekit.demo import DEMO_MODEL
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, DataError
 from prunekit.exports import Export, Written
 from prunekit.importance import Magnitude, ScoreImportance
 from prunekit.policies import Uniform
@@ -144,6 +144,7 @@ def test_an_object_of_ones_own_decides():
             "importance: given twice, as an argument of prunekit.prune and by overrides",
         ),
         ({"overrides": "policy=uniform"}, "overrides: expected a list of strings"),
+        ({"model": 5}, "model: expected a torch module, got 5; a folder: prunekit.prune_checkp"),
         ({"overrides": None}, "overrides: expected a list of strings, got None"),
         ({"overrides": [5]}, "overrides: expected a list of strings, got 5 in it"),
         ({"ratio": 0.3, "overrides": ["ratio=0.5"]}, "ratio: given twice"),
@@ -159,6 +160,11 @@ def test_mistakes_are_one_line(options, match):
     with pytest.raises(ConfigError, match=match) as caught:
         prune(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_calibration_that_is_no_data_is_an_error_of_one_line():
+    with pytest.raises(DataError, match=r"calibration: expected token ids \[N, T\] .* got 5"):
+        prune(calibration=5)
 
 
 def test_a_state_knows_the_objects_it_was_made_with(tmp_path, monkeypatch):
@@ -267,7 +273,12 @@ def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
     model, tokenizer = prunekit.from_pretrained(out / "model"), load_tokenizer(DEMO_MODEL)
     model.float()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recovered = prunekit.recover(model, tokenizer, recovery=Recovery(**settings), overrides=QUICK)
+    recovered = prunekit.recover(
+        model, tokenizer, recovery=Recovery(**settings), out=tmp_path / "o", overrides=QUICK
+    )
+    recorded = (tmp_path / "o" / ".hydra" / "config.yaml").read_text()
+    assert "_target_: prunekit.recovery.settings.Recovery" in recorded
+    assert "holdout: 2" in recorded
     assert recovered.model is model
     assert recovered.report["models"] == ["pruned", "recovered"]
     assert recovered.report["recovery"]["steps"] > 0
@@ -343,6 +354,20 @@ def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
             lambda m: prunekit.evaluate("x", overrides=["policy=uniform"]),
             r"policy=uniform: prunekit.evaluate does not act on it; it says how a model is pruned",
         ),
+        (
+            lambda m: prunekit.recover("x", recovery=Magnitude()),
+            "recovery: expected a name, or an object of prunekit.recovery.Recovery, got Magn",
+        ),
+        (
+            lambda m: prunekit.prune_checkpoint(m, "out"),
+            "folder: expected the path of a folder, got LlamaForCausalLM; a model in memory",
+        ),
+        (lambda m: prunekit.evaluate("x", out=5), "out: expected the path of a folder, got int"),
+        (
+            lambda m: prunekit.evaluate(m, tokenizer="gpt2"),
+            "tokenizer: expected a tokenizer of transformers, .* got 'gpt2'",
+        ),
+        (lambda m: prunekit.evaluate("x", baseline=""), "the dense model: expected .* got ''"),
         (lambda m: prunekit.export("x", "out"), "task=export: expected export=gguf"),
         (lambda m: prunekit.export("x", "out", format="guff"), "did you mean gguf"),
         (lambda m: prunekit.export("x", "out", format=5), "export: expected a name, or an obj"),

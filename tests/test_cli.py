@@ -223,6 +223,18 @@ def test_out_of_reach(tmp_path):
     assert done.returncode == 0, "the folder of a run that failed can be used again"
 
 
+def test_an_error_of_the_program_leaves_no_empty_folder(tmp_path):
+    script = (
+        "import sys, prunekit.jobs as jobs; jobs.run = lambda *_: 1 / 0;"
+        "sys.argv = ['prunekit', 'output_dir=out']; from prunekit.cli import main; main()"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_interrupted_runs_leave_no_model(tmp_path):
     command = [sys.executable, "-u", "-m", "prunekit", "eval=none", "output_dir=out"]
     process = subprocess.Popen(

@@ -163,8 +163,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for a number out of range."""
         batch = self.batch_size
-        if batch != "auto" and not (isinstance(batch, int) and batch > 0):
+        counted = isinstance(batch, int) and not isinstance(batch, bool) and batch > 0
+        if batch != "auto" and not counted:
             raise ConfigError(f"eval.batch_size: expected a whole number ≥ 1 or auto, got {batch}")
+        if self.cache is not None and not isinstance(self.cache, str):
+            raise ConfigError(f"eval.cache: expected a folder, auto or null, got {self.cache!r}")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             came = f"{self.temperature:g} and {self.top_p:g}"
             raise ConfigError(f"eval: expected temperature ≥ 0 and top_p in (0, 1], got {came}")
@@ -210,6 +213,8 @@ class RunConfig:
         """Raise ConfigError for an unknown choice, or a ratio out of range."""
         choices = [("task", self.task, TASKS), ("shapes", self.shapes, SHAPES)]
         kinds = [("groups", kind, tuple(KINDS)) for kind in kinds_of(self.groups)]
+        if not kinds:
+            raise ConfigError(f"groups: expected one or more of {', '.join(KINDS)}, got none")
         for key, choice, known in [*choices, *kinds]:
             if choice not in known:
                 raise ConfigError(

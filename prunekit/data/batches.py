@@ -33,9 +33,9 @@ def make_batches(
     Raises:
         DataError: no calibration data, or data that the model can't be called with.
     """
-    if calibration is None:
+    if not isinstance(calibration, Iterable):
         raise DataError(
-            "calibration: expected token ids [N, T] or keyword-argument dicts, got None"
+            f"calibration: expected token ids [N, T] or keyword-argument dicts, got {calibration!r}"
         )
     batches: list[Batch]
     if isinstance(calibration, Tensor):

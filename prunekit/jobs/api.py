@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import config as cfg
 from prunekit.allocation.costs.base import CostModel
@@ -20,15 +19,12 @@ from prunekit.importance import Importance
 from prunekit.jobs.export import ExportSettings, run_export
 from prunekit.jobs.job import Inputs
 from prunekit.jobs.run import run_job
-from prunekit.jobs.sources import Source, check_source
+from prunekit.jobs.sources import Source, check_folder, check_source
 from prunekit.policies import Policy
 from prunekit.recovery import Recovery
 from prunekit.report import Report
 from prunekit.schedules import Schedule
-from prunekit.schedules.method import compose_pruning
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from prunekit.schedules.method import compose_pruning, describe_objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +82,8 @@ def prune_checkpoint(
     Raises:
         PrunekitError: whatever is wrong with the request; `out` then holds no result.
     """
+    check_folder(folder, "folder", "; a model in memory: prunekit.prune")
+    check_folder(out, "out")
     choices = {"importance": importance, "policy": policy, "schedule": schedule, "cost": cost}
     config, backends = compose_pruning(
         cfg.PRUNE_CHECKPOINT, method, ratio, choices, compensation, overrides
@@ -125,7 +123,7 @@ def evaluate(
         DataError: a corpus that can't be read.
         CheckpointError: a folder that holds no model.
     """
-    call = _call_on(cfg.EVALUATE, model)
+    call = _call_on(cfg.EVALUATE, model, out)
     config = _configure(call, model, overrides, {"task": "evaluate"}, baseline)
     inputs = _make_inputs(model, tokenizer, baseline)
     folder = None if out is None else Path(out)
@@ -164,16 +162,22 @@ def recover(
         DataError: data that can't be read.
         CheckpointError: a folder that holds no model.
     """
-    call = _call_on(cfg.RECOVER, model)
+    call = _call_on(cfg.RECOVER, model, out)
     arguments = {"task": "recover"}
     if isinstance(recovery, str):
         arguments["recovery"] = recovery
-    else:
+    elif isinstance(recovery, Recovery):
         call = call.with_object("recovery")
+    else:
+        raise ConfigError(
+            "recovery: expected a name, or an object of prunekit.recovery.Recovery, "
+            f"got {recovery!r}"
+        )
     if out is None:
         call = call.without_folder()
     config = _configure(call, model, overrides, arguments, dense)
     own = None if isinstance(recovery, str) else recovery
+    describe_objects(config, {"recovery": own} if own else {})
     if out is None and not (own.merge if own else config.recovery.get("merge", True)):
         raise ConfigError("recovery.merge=false: expected out=FOLDER for the adapter, got none")
     inputs = _make_inputs(model, tokenizer, dense, own)
@@ -213,6 +217,7 @@ def export(
         ExportError: what the format can't express, or a package that is missing.
         CheckpointError: a folder that holds no model.
     """
+    check_folder(out, "out")
     call = _call_on(cfg.EXPORT, model)
     arguments = {"task": "export"}
     if isinstance(format, str):
@@ -227,8 +232,11 @@ def export(
     return run_export(config, Path(out), settings=settings, source=source, tokenizer=tokenizer)
 
 
-def _call_on(call: cfg.Call, model: Source) -> cfg.Call:
+def _call_on(call: cfg.Call, model: Source, out: str | Path | None = None) -> cfg.Call:
+    """The function on this model; ConfigError where the model or the folder can't be one."""
     check_source(model, "model")
+    if out is not None:
+        check_folder(out, "out")
     return call.on_loaded_model() if isinstance(model, PreTrainedModel) else call
 
 
@@ -241,6 +249,7 @@ def _configure(
 ) -> cfg.RunConfig:
     """Compose and check the configuration of a call; places go in as they are, without quoting."""
     if baseline is not None:
+        check_source(baseline, "the dense model")
         given = "given twice: the dense model is an argument of the function already"
         call = call.without(frozenset({"eval.baseline"}), given)
     config = cfg.check(call.compose(overrides, arguments))
@@ -260,13 +269,16 @@ def _make_inputs(
     """The objects among the arguments.
 
     Raises:
-        ConfigError: a model in memory without its tokenizer; a baseline that is no model.
+        ConfigError: a model in memory without its tokenizer; a tokenizer that is none.
     """
     loaded = model if isinstance(model, PreTrainedModel) else None
     if loaded is not None and tokenizer is None:
         raise ConfigError("tokenizer: expected the tokenizer of the model in memory, got none")
-    if baseline is not None:
-        check_source(baseline, "the dense model")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise ConfigError(
+            "tokenizer: expected a tokenizer of transformers, as AutoTokenizer.from_pretrained "
+            f"loads it, got {tokenizer!r}"
+        )
     return Inputs(
         model=loaded,
         tokenizer=tokenizer,

@@ -24,11 +24,18 @@ Source = str | Path | PreTrainedModel
 
 def check_source(source: object, name: str) -> None:
     """Raise ConfigError where a source is neither a path, nor a hub name, nor a model."""
-    if not isinstance(source, str | Path | PreTrainedModel):
+    if not isinstance(source, str | Path | PreTrainedModel) or source == "":
         raise ConfigError(
             f"{name}: expected a model of transformers, its folder or its name on the hub, "
-            f"got {type(source).__name__}"
+            f"got {repr(source) if source == '' else type(source).__name__}"
         )
+
+
+def check_folder(folder: object, name: str, advice: str = "") -> None:
+    """Raise ConfigError where an argument is no path of a folder; `advice` ends the message."""
+    if not isinstance(folder, str | Path) or folder == "":
+        came = repr(folder) if isinstance(folder, str) else type(folder).__name__
+        raise ConfigError(f"{name}: expected the path of a folder, got {came}{advice}")
 
 
 def source_of(config: RunConfig) -> str | Path:

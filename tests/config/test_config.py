@@ -72,6 +72,9 @@ def test_seed_and_values_reach_their_places():
     [
         ("method=slimgtp", "method: unknown choice 'slimgtp': did you mean slimgpt"),
         ("policy=ramp", "available: linear_decrease, linear_increase, log_decrease"),
+        ("groups=[]", "groups: expected one or more of block, attention, .*, got none"),
+        ("eval.cache=5", "eval.cache: expected a folder, auto or null, got 5"),
+        ("eval.batch_size=true", "eval.batch_size: expected a whole number ≥ 1 or auto, got True"),
         ("cost=null", "cost: unknown choice 'null': .*available: bytes"),
         ("experiment=null", "experiment: unknown choice 'null'"),
         ("importance=wanda2", "importance: unknown choice"),
