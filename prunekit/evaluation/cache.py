@@ -20,6 +20,7 @@ from prunekit.runtime.files import digest
 
 T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
+_OWN = ("evaluation", "data", "model", "runtime")  # packages whose code decides figures
 # Entries of a config on where a model is from, which change nothing that it computes.
 _ORIGIN = ("_name_or_path", "transformers_version")
 
@@ -88,7 +89,7 @@ class Cache:
 def surroundings() -> str:
     """A digest of all that figures depend on, beside the model, the data and the protocol.
 
-    These are versions, the processor, the number of threads, and this package's own code.
+    These are versions, the processor, the number of threads, and prunekit's own code.
     """
     facts = [platform.python_version(), platform.machine(), str(torch.get_num_threads())]
     for name in _PACKAGES:
@@ -98,8 +99,13 @@ def surroundings() -> str:
             facts.append(name)
     if torch.cuda.is_available():
         facts.append(torch.cuda.get_device_name())
-    own = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return digest([*facts, *own])
+    return digest([*facts, *_own_code()])
+
+
+def _own_code() -> list[bytes]:
+    """The source files of the packages whose code decides figures, in a fixed order."""
+    root = Path(__file__).parent.parent
+    return [path.read_bytes() for name in _OWN for path in sorted((root / name).rglob("*.py"))]
 
 
 def model_key(model: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from families import build, values_of
 
 import prunekit
 from prunekit.allocation.costs.flops import flops_cost
+from prunekit.evaluation import cache as caches
 from prunekit.evaluation import speed as speeds
 from prunekit.evaluation.cache import Cache, model_key
 from prunekit.evaluation.cost import count_macs, measure_size, odd_widths
@@ -181,3 +182,16 @@ def test_results_are_kept_by_content(tmp_path):
         "a folder that can't be is no error"
     )
     assert Cache(tmp_path, "a").remember("p", lambda: 7) == 7 == Cache(tmp_path, "a").get("p")
+
+
+@pytest.mark.parametrize("package", ["evaluation", "data", "model", "runtime"])
+def test_figures_of_other_code_are_not_taken(package, monkeypatch, tmp_path):
+    file = tmp_path / package / "deep" / "code.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("one = 1")
+    monkeypatch.setattr(caches, "__file__", str(tmp_path / "evaluation" / "cache.py"))
+    cache = Cache(tmp_path / "kept", "model")
+    cache.put("key", 3)
+    assert cache.get("key") == 3
+    file.write_text("one = 2")
+    assert cache.get("key") is None
