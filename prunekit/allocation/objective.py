@@ -12,6 +12,9 @@ from prunekit.allocation.costs.parameters import Parameters
 from prunekit.config import RunConfig, TargetConfig
 from prunekit.errors import ConfigError
 
+_COSTS: tuple[type[CostModel], ...] = (Parameters, Bytes, Flops, Latency)
+_BY_MEASURE = {cost.name: cost for cost in _COSTS}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -31,16 +34,12 @@ def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:
     measure = target.measure
     if measure is None or measure == cost.name:
         return cost
-    if not isinstance(cost, Parameters):  # not the default, but a choice
+    if not cost.yields:
         raise ConfigError(
             f"target.{measure}: expected cost={measure}, or a target.limit in the units of "
             f"cost={cost.name}"
         )
-    if measure == Flops.name:
-        return Flops(tokens=target.tokens, batch=target.batch)
-    if measure == Latency.name:
-        return Latency(tokens=target.tokens, batch=target.batch)
-    return Bytes()
+    return _BY_MEASURE[measure].for_target(tokens=target.tokens, batch=target.batch)
 
 
 def set_objective(model: CostModel, setting: CostSetting, config: RunConfig) -> Objective:

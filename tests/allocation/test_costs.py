@@ -14,12 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit
+from prunekit.allocation.costs.bytes import Bytes
 from prunekit.allocation.costs.curves import Curve, fit_isotonic, spread_widths
-from prunekit.allocation.costs.flops import flops_cost
-from prunekit.allocation.costs.latency import Stopwatch, latency_cost
+from prunekit.allocation.costs.flops import Flops, flops_cost
+from prunekit.allocation.costs.latency import Latency, Stopwatch, latency_cost
+from prunekit.allocation.costs.parameters import Parameters
 from prunekit.allocation.costs.timing import fill_skeleton, median_seconds, record_calls
 from prunekit.allocation.costs.weights import weights_cost
-from prunekit.errors import TraceError
+from prunekit.allocation.objective import select_cost
+from prunekit.config import TargetConfig
+from prunekit.errors import ConfigError, TraceError
 from prunekit.graph.capture import meta_copy
 
 FAMILIES = (
@@ -301,3 +305,16 @@ def test_curves():
     assert spread_widths(11008, 5) == [1, 2752, 5504, 8256, 11008]
     assert spread_widths(2, 5) == [1, 2]
     assert spread_widths(7, 1) == [1, 7]
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [Parameters(), Bytes(), Flops(tokens=8, batch=2), Latency(tokens=8, batch=2)],
+    ids=lambda cost: cost.name,
+)
+def test_a_limit_in_a_measure_selects_its_cost_unless_another_was_chosen(cost):
+    target = TargetConfig(**{cost.name: 5.0}, tokens=8, batch=2)
+    assert select_cost(Parameters(), target) == cost
+    other = Latency() if cost.name == "flops" else Flops()
+    with pytest.raises(ConfigError, match=f"target.{cost.name}: expected cost={cost.name}"):
+        select_cost(other, target)

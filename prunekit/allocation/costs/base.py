@@ -99,11 +99,18 @@ class CostModel(ABC):
         name: the measure, as reports and the options `target.NAME` call it.
         counts_layers: whole layers can be counted, not only units inside of them.
         measures: the model is run for it, so that its weights must be in memory.
+        yields: the cost of the measure that a limit of `target` is given in takes its place.
     """
 
     name: ClassVar[str]
     counts_layers: ClassVar[bool] = False
     measures: ClassVar[bool] = False
+    yields: ClassVar[bool] = False
+
+    @classmethod
+    def for_target(cls, *, tokens: int, batch: int) -> CostModel:
+        """The cost that `target.NAME` stands for, with `target.tokens` and `target.batch`."""
+        return cls()
 
     @abstractmethod
     def measure(self, setting: CostSetting) -> Cost:

@@ -27,6 +27,11 @@ class ForwardCost(CostModel, ABC):
             if type(value) is not int or value < least:
                 raise ConfigError(f"cost.{key}: expected a whole number ≥ {least}, got {value}")
 
+    @classmethod
+    def for_target(cls, *, tokens: int, batch: int) -> ForwardCost:
+        """The cost of a forward pass of the target's size."""
+        return cls(tokens=tokens, batch=batch)
+
     def example(self, setting: CostSetting) -> Batch:
         """The keyword arguments of the forward pass that is counted."""
         first = setting.batches[0]

@@ -15,6 +15,7 @@ class Parameters(CostModel):
 
     name: ClassVar[str] = "parameters"
     counts_layers: ClassVar[bool] = True
+    yields: ClassVar[bool] = True  # it is the default, and so no choice
 
     def measure(self, setting: CostSetting) -> Cost:
         """Read from the shapes alone; no weight is read."""
