@@ -112,10 +112,6 @@ def prune(
         TraceError: a model that the tracer can't follow, or with nothing to prune.
         SurgeryError: the cut model would not compute what it should; the model is then put back.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model: expected a torch module, got {model!r}; a folder: prunekit.prune_checkpoint"
-        )
     choices = {"importance": importance, "policy": policy, "schedule": schedule, "cost": cost}
     config, backends = compose_pruning(
         cfg.PRUNE,
@@ -395,6 +391,11 @@ def _count_target(allocation: Allocation, plan: PruningPlan, pruned: nn.Module) 
 
 
 def _device_of(model: nn.Module) -> torch.device:
+    """The device of a model; an error where it is no model, or has no parameters."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: expected a torch module, got {model!r}; a folder: prunekit.prune_checkpoint"
+        )
     first = next(model.parameters(), None)
     if first is None:
         raise TraceError(f"{type(model).__name__}: it has no parameters to prune")

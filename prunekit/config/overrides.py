@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
@@ -62,6 +63,7 @@ def check_choices(overrides: Sequence[str], folder: Path) -> None:
 
     Where folders were added to Hydra's search path, choices are left to Hydra (see `one_line`).
     """
+    _check_search_path(overrides)
     known = {*GROUPS, "hydra", *(f.name for f in fields(RunConfig))}
     elsewhere = any(override.split("=")[0] in _FOLDERS for override in overrides)
     elsewhere |= any(key == "hydra.searchpath" for key, _ in split_overrides(overrides))
@@ -75,6 +77,38 @@ def check_choices(overrides: Sequence[str], folder: Path) -> None:
         for choice in (part.strip() for part in value.strip("\"'").split(",")):
             if choice == "null" or not elsewhere and choice not in available:
                 raise ConfigError(f"{key}: unknown choice {choice!r}: {suggest(choice, available)}")
+
+
+def _check_search_path(overrides: Sequence[str]) -> None:
+    """Raise ConfigError where `hydra.searchpath` names a folder or a package that isn't there."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    for override in overrides:
+        if override.partition("=")[0].lstrip("+") != "hydra.searchpath":
+            continue
+        try:
+            places = OverridesParser.create().parse_override(override).value()
+        except OverrideParseException:  # Hydra parses it again, and its message is shown
+            continue
+        for place in map(str, places if isinstance(places, list) else [places]):
+            if "${" not in place and not _is_there(place):
+                raise ConfigError(
+                    "hydra.searchpath: expected folders, file://… or a path, and packages, "
+                    f"pkg://…, that exist; {place} does not"
+                )
+
+
+def _is_there(place: str) -> bool:
+    """Whether an entry of Hydra's search path exists; one of an unknown scheme is left to Hydra."""
+    scheme, found, path = place.rpartition("://")
+    if scheme == "pkg":
+        try:
+            spec = find_spec(path)
+        except (ImportError, ValueError):
+            return False
+        return spec is not None and spec.submodule_search_locations is not None
+    return Path(path).is_dir() if scheme == "file" or not found else True
 
 
 def drop_presets(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -72,6 +72,9 @@ def test_seed_and_values_reach_their_places():
     [
         ("method=slimgtp", "method: unknown choice 'slimgtp': did you mean slimgpt"),
         ("policy=ramp", "available: linear_decrease, linear_increase, log_decrease"),
+        ("hydra.searchpath=[/nope]", "hydra.searchpath: expected .*that exist; /nope does not"),
+        ("hydra.searchpath=['file:///no,pe']", "file:///no,pe does not"),
+        ("hydra.searchpath=[pkg://no.pe]", "pkg://no.pe does not"),
         ("groups=[]", "groups: expected one or more of block, attention, .*, got none"),
         ("eval.cache=5", "eval.cache: expected a folder, auto or null, got 5"),
         ("eval.batch_size=true", "eval.batch_size: expected a whole number ≥ 1 or auto, got True"),
