@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -19,6 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sharing.share_traces()
 torch.set_num_threads(1)
+# A collection of garbage would look at all that was imported, at each of its turns; what tests make
+# is collected less often.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 settings.register_profile("steady", deadline=None, derandomize=True)
