@@ -181,7 +181,7 @@ class CacheBytes(CostModel):
         )
 
 
-@pytest.mark.parametrize("option", [["ratio=0.5"], ["target.limit=96"]])
+@pytest.mark.parametrize("option", [[], ["target.limit=96"]])
 def test_a_cost_of_ones_own(option):
     own = f"cost._target_={__name__}.CacheBytes"
     chosen = ["importance=magnitude", "policy=uniform", own, *option]

@@ -242,7 +242,7 @@ def test_a_failed_cut_leaves_the_model_whole(monkeypatch):
     model = build_deep("cohere2")
     graph = prunekit.trace(model, example())
     before = snapshot(model)
-    monkeypatch.setattr(check, "compare_outputs", lambda *args: check.Problem(text="differs"))
+    monkeypatch.setattr(check, "compare_outputs", lambda *args: check.Fault(text="differs"))
     with pytest.raises(SurgeryError, match="layers: differs; the model was put back"):
         prunekit.apply_plan(
             model, graph, prunekit.PruningPlan({"layers": [1, 4], "layers.0.mlp": [1]})

@@ -97,7 +97,7 @@ def test_a_failed_cut_of_a_language_model_leaves_config_and_weights(monkeypatch)
     model = tiny_llama(8)
     graph = trace(model, example())
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
-    monkeypatch.setattr(check, "compare_outputs", lambda *args: check.Problem(text="differs"))
+    monkeypatch.setattr(check, "compare_outputs", lambda *args: check.Fault(text="differs"))
     with pytest.raises(SurgeryError, match=r"layers\.0\.mlp"):
         apply_plan(model, graph, PruningPlan({"layers.0.mlp": [1], "layers.2.self_attn": [0]}))
     assert model.config.to_dict() == config
