@@ -33,6 +33,14 @@ DATA = Path(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def set_lasting_objects_aside():
+    """After each module: what outlives it is not looked at for garbage again, shared graphs say."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def tiny_llama(kv_heads=4, attention="sdpa", tied=False, layers=3, heads=8, seed=0, **kwargs):
     """A Llama with random weights everywhere (norms and biases too), so that nothing cancels."""
     config = LlamaConfig(
