@@ -129,6 +129,22 @@ def zero_consumers(model, graph, removed):
                 weight.data.index_fill_(member.dim, member.index[unit], 0)
 
 
+def interrupt_run(monkeypatch, at):
+    """Let the forward pass number `at` that surgery makes for its check end in Ctrl-C."""
+    from prunekit.surgery.masking import run_example
+
+    runs = []
+
+    def run(*arguments):
+        runs.append(arguments)
+        if len(runs) == at:
+            raise KeyboardInterrupt
+        return run_example(*arguments)
+
+    monkeypatch.setattr("prunekit.surgery.masking.run_example", run)  # of the masked model
+    monkeypatch.setattr("prunekit.surgery.check.run_example", run)  # of the cut one
+
+
 def command_line(*arguments, cwd):
     """`python -m prunekit …` in this process, which saves its start.
 

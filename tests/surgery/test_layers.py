@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import example, randomise, tiny_llama, token_ids, zero_units
+from conftest import example, interrupt_run, randomise, tiny_llama, token_ids, zero_units
 from families import DEEP, alternate, build_deep, layers_of
 from sharing import trace_anew
 from torch import nn
@@ -17,7 +17,6 @@ import prunekit
 from prunekit.errors import CheckpointError, SurgeryError, TraceError
 from prunekit.surgery import check
 from prunekit.surgery.masking import masked as masking
-from prunekit.surgery.masking import run_example
 
 
 def ask(model, ids, **kwargs):
@@ -220,16 +219,7 @@ def test_an_interruption_leaves_the_model_whole(at, monkeypatch):
     model = build_deep("gemma3_text")
     graph = prunekit.trace(model, example())
     before, logits = snapshot(model), ask(model, token_ids())
-    runs = []
-
-    def run(*arguments):
-        runs.append(arguments)
-        if len(runs) == at:
-            raise KeyboardInterrupt
-        return run_example(*arguments)
-
-    monkeypatch.setattr("prunekit.surgery.masking.run_example", run)  # of the masked model
-    monkeypatch.setattr("prunekit.surgery.check.run_example", run)  # of the cut one
+    interrupt_run(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
         prunekit.apply_plan(
             model, graph, prunekit.PruningPlan({"layers": [1], "layers.0.mlp": [2]})

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import example, randomise, tiny_llama, token_ids, zero_units
+from conftest import example, interrupt_run, randomise, tiny_llama, token_ids, zero_units
 from torch import nn
 
 import prunekit
@@ -10,7 +10,6 @@ from prunekit.errors import SurgeryError, TraceError
 from prunekit.graph import trace
 from prunekit.plan import PruningPlan
 from prunekit.surgery import apply_plan, check
-from prunekit.surgery.masking import run_example
 
 
 def test_gradients_go_with_their_parameters_and_ties_stay():
@@ -405,16 +404,7 @@ def test_any_error_of_the_cut_model_is_a_refusal():
 def test_an_interruption_at_any_forward_pass_leaves_the_model_whole(at, monkeypatch):
     model = Whispering(1.0).eval()
     graph = trace(model, (torch.randn(2, 3, 24),))
-    runs = []
-
-    def run(*arguments):
-        runs.append(arguments)
-        if len(runs) == at:
-            raise KeyboardInterrupt
-        return run_example(*arguments)
-
-    monkeypatch.setattr("prunekit.surgery.masking.run_example", run)  # of the masked model
-    monkeypatch.setattr("prunekit.surgery.check.run_example", run)  # of the cut one
+    interrupt_run(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
         apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
     assert (model.h, model.recent, model.q.weight.shape, model.q.out_features) == (
