@@ -2,16 +2,17 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.fx.config
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from prunekit.errors import TraceError
+from prunekit.errors import TraceError, first_line
 
 try:  # private to torch (seen in 2.13): without it, tracing is only slower
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graphs
@@ -63,14 +64,32 @@ def _as_slice(place: Any) -> Any:
     return slice(first, last + 1 or None)
 
 
+@contextmanager
+def _noting_lines(wanted: bool) -> Iterator[None]:
+    """Whether torch notes, for each operator, the lines of code that called it."""
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = not wanted
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
+
+
 def capture(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | tuple[Any, ...],
     watch: Callable[[nn.Module], None] = lambda _: None,
+    *,
+    lines: bool = False,
 ) -> ExportedProgram:
     """Capture `model(*example_inputs)` or `model(**example_inputs)`, in evaluation mode.
 
-    `watch` may put hooks on the copy of the model that is run.
+    Args:
+        model: the module.
+        example_inputs: keyword arguments (a mapping) or positional ones (a tuple).
+        watch: may put hooks on the copy of the model that is run.
+        lines: whether operators know the lines of code that called them, which takes a quarter
+            more time.
 
     Raises:
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
@@ -87,11 +106,16 @@ def capture(
     try:
         # The graph is read and never run: writing Python code for it, as torch.export does after
         # each of its passes, would take a third of the time.
-        with _ListsAsSlices(), use_lazy_graphs(True), warnings.catch_warnings():
+        with (
+            _ListsAsSlices(),
+            _noting_lines(lines),
+            use_lazy_graphs(True),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             return torch.export.export(skeleton, args, kwargs, strict=False)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TraceError(
-            f"{type(model).__name__}: torch.export can't capture its forward pass: {lines[0]}"
+            f"{type(model).__name__}: torch.export can't capture its forward pass: "
+            f"{first_line(error)}"
         ) from error

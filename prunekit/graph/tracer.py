@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +49,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
     """
     example_inputs = without_cache(model, example_inputs)
     watch = Watch()
-    program = capture(model, example_inputs, watch.attach)
-    findings = _Tracer(model).run(program)
+    findings = _read(model, example_inputs, watch)
     groups = read_groups(model, findings)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, axes in findings.tensors.items():
@@ -67,6 +67,16 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
         stacks=find_stacks(model, shapes, names, aliases, watch),
         aliases=aliases,
     )
+
+
+def _read(
+    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], watch: Watch
+) -> Findings:
+    """Capture the forward pass and run the rules over it."""
+    program = capture(model, example_inputs, watch.attach)
+    with suppress(TraceError):  # raised by the next line too, with the line of the model's code
+        return _Tracer(model).run(program)
+    return _Tracer(model).run(capture(model, example_inputs, lines=True))
 
 
 @dataclass
