@@ -1,14 +1,17 @@
-"""The commands a user types, as processes of their own."""
+"""The commands a user types; one run, the help and what ends badly as processes of their own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATA, command_line
+from processes import COMMAND, Python, run_python
 from report_schema import read_report
 
 import prunekit
@@ -224,36 +227,26 @@ def test_out_of_reach(tmp_path):
 
 
 def test_an_error_of_the_program_leaves_no_empty_folder(tmp_path):
-    script = (
-        "import sys, prunekit.jobs as jobs; jobs.run = lambda *_: 1 / 0;"
-        "sys.argv = ['prunekit', 'output_dir=out']; from prunekit.cli import main; main()"
-    )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    script = "import prunekit.jobs as jobs; jobs.run = lambda *_: 1 / 0; "
+    done = run_python(script + COMMAND, "output_dir=out", cwd=tmp_path)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
+_UNBUFFERED = "import sys; sys.stdout.reconfigure(line_buffering=True); "
+
+
 def test_interrupted_runs_leave_no_model(tmp_path):
-    command = [sys.executable, "-u", "-m", "prunekit", "eval=none", "output_dir=out"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a job in the background ignores it
-    )
-    for line in process.stdout:
-        if "units" in line and "→" in line:  # the first group is finished
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    lines = errors.strip().splitlines()
+    python = Python(_UNBUFFERED + COMMAND, *QUICK, "eval=none", "output_dir=out", cwd=tmp_path)
+    until = time.monotonic() + 60
+    first_group = re.compile(r"units.*→|→.*units")
+    while not first_group.search(python.read()) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(python.process.pid, signal.SIGINT)
+    done = python.finish()
+    assert done.returncode == 130
+    lines = done.stderr.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(
         "prunekit: interrupted; no result was written; what was finished is kept"
@@ -264,14 +257,10 @@ def test_interrupted_runs_leave_no_model(tmp_path):
 def test_a_disk_that_fills_leaves_no_model(tmp_path):
     """A file-size limit of 1 MB stands in for the full disk: the weights need 10."""
     script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
-        f"sys.argv = ['prunekit', 'eval=none', 'output_dir=out', *{QUICK!r}];"
-        "from prunekit.cli import main; main()"
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
+    done = run_python(script + COMMAND, "eval=none", "output_dir=out", *QUICK, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "can't be written" in done.stderr.splitlines()[-1]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [

@@ -1,13 +1,12 @@
 import errno
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
 import prunekit
 from prunekit.errors import CheckpointError, PrunekitError
@@ -40,7 +39,8 @@ def test_a_fresh_process_gives_the_same_logits_bit_for_bit(tmp_path):
             models[name] = pruned(kv_heads, tied, dtype)
             prunekit.save_pretrained(models[name], tmp_path / name)
     torch.save(ids, tmp_path / "ids")
-    subprocess.run([sys.executable, "-c", READ], check=True, cwd=tmp_path)
+    done = run_python(READ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for name, model in models.items():
         logits, generated = torch.load(tmp_path / f"out{name}", weights_only=True)
         with torch.no_grad():

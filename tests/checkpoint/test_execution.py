@@ -4,11 +4,10 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import tiny_llama, token_ids
+from processes import run_python
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer, open_streamed
@@ -150,7 +149,8 @@ def test_attention_that_lies_elsewhere_needs_trust(bases, tmp_path):
 
 REGISTERED = """
 import sys, prunekit
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils
+dynamic_module_utils.HF_MODULES_CACHE = "modules"
 prunekit.register_with_transformers()
 for folder in sys.argv[1:]:
     for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
@@ -161,10 +161,6 @@ assert not [name for name in sys.modules if "transformers_modules" in name]
 
 def test_registered_classes_run_nothing(bases, tmp_path):
     markers = [evil(bases / base, tmp_path / base) for base in ("dense", "pruned")]
-    run = [sys.executable, "-c", REGISTERED, "dense", "pruned"]
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        run, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    done = run_python(REGISTERED, "dense", "pruned", cwd=tmp_path)
     assert not done.returncode, done.stderr[-2000:]
     assert not any(marker.exists() for marker in markers)

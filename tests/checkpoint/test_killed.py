@@ -2,12 +2,10 @@
 one just works.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
+from processes import run_python
 
 import prunekit
 from prunekit.checkpoint import LayerWriter, Weights, open_streamed
@@ -33,7 +31,7 @@ def dies(where, after):
 SAVE = """
 import prunekit
 model = prunekit.from_pretrained("dense")
-for where in sys.stdin.read().split():
+for where in sys.argv[1:]:
     if not (child := os.fork()):
         point, _, after = where.partition(":")
         dies(point, bool(after))
@@ -55,7 +53,7 @@ POINTS = [
 ]
 STREAM = """
 from prunekit.checkpoint import LayerWriter, Weights, open_streamed
-for where in sys.stdin.read().split():
+for where in sys.argv[1:]:
     if not (child := os.fork()):
         point, _, after = where.partition(":")
         model, shards = open_streamed("dense")
@@ -82,13 +80,7 @@ def killed(code, points, place):
     for where in points:
         if where.endswith("rmdir:after"):
             (place / f"out-{where}").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", PATCH + code],
-        input="\n".join(points),
-        cwd=place,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(PATCH + code, *points, cwd=place)
     assert not done.returncode, done.stderr[-2000:]
     assert sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) == [
         "dense"

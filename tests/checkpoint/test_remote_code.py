@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_llama, token_ids
 from families import EXPERTS, build, narrow_heads, values_of
+from processes import run_python
 from safetensors.torch import load_file
 
 import prunekit
@@ -254,8 +255,8 @@ def test_registered_classes_load_pruned_folders_and_leave_stock_ones_alone(tmp_p
     prunekit.save_pretrained(model, tmp_path / "pruned", tokenizer)
     prunekit.save_pretrained(model, tmp_path / "remote", tokenizer, remote_code=True)
     prunekit.save_pretrained(tiny_llama(), tmp_path / "dense")
-    run = [sys.executable, "-c", REGISTER, "pruned", "remote", "dense", "ids"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    given = (REGISTER, "pruned", "remote", "dense", "ids")
+    done = run_python(*given, cwd=tmp_path)
     assert not done.returncode, done.stderr[-3000:]
     found = torch.load(tmp_path / "registered", weights_only=True)
     assert len(found) == 12
@@ -265,7 +266,7 @@ def test_registered_classes_load_pruned_folders_and_leave_stock_ones_alone(tmp_p
     assert config["architectures"] == ["LlamaForCausalLM"]
     path = tmp_path / "pruned" / "config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    damaged = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    damaged = run_python(*given, cwd=tmp_path)
     assert "config.json is not as it was saved" in damaged.stderr
 
 

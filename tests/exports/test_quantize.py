@@ -1,11 +1,9 @@
 """A pruned model that torchao quantizes to 8 and 4 bits, in memory and through transformers."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import command_line, example, tiny_llama, token_ids
+from processes import run_python
 from torch import nn
 
 import prunekit
@@ -111,7 +109,6 @@ THROUGH = """
 import sys
 import torch
 import prunekit
-sys.path.insert(0, sys.argv[2])
 from test_quantize import int4, int8, logits, off, token_ids
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
@@ -133,14 +130,5 @@ for config, worst in ((int8, 0.02), (int4, 0.2)):
 
 def test_through_transformers(aligned, tmp_path):
     """In a process of its own: registering changes transformers for good."""
-    from pathlib import Path
-
-    here = Path(__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(here.parent)!r})\n{THROUGH}"
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(aligned), str(here)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    run = run_python(THROUGH, aligned, cwd=tmp_path)
     assert not run.returncode, run.stderr[-3000:]

@@ -1,13 +1,11 @@
 """`task=export`, what `export` asks of a run, and the model card."""
 
-import subprocess
-import sys
-
 import huggingface_hub
 import pytest
 import torch
 import yaml
 from conftest import command_line, token_ids
+from processes import run_python
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import prunekit
@@ -92,7 +90,7 @@ model = AutoModelForCausalLM.from_pretrained(
 torch.save(model(input_ids=torch.load("ids.pt")).logits, "logits.pt")
 """
     torch.save(token_ids(), run / "ids.pt")
-    done = subprocess.run([sys.executable, "-c", program], cwd=run, capture_output=True, text=True)
+    done = run_python(program, cwd=run)
     assert done.returncode == 0, done.stderr
     expected = prunekit.from_pretrained(run / "out/model", dtype=torch.float32)(
         input_ids=token_ids()

@@ -1,13 +1,10 @@
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Python, run_together
 from recovery_helpers import clone, logits, pruned, run, settings, small, state, texts, tiny_gpt2
 from safetensors.torch import load_file
 
@@ -16,8 +13,6 @@ from prunekit import config as cfg
 from prunekit.errors import ConfigError, DataError
 from prunekit.recovery import Recovery
 from prunekit.recovery.trainer import RecoveryTrainer
-
-HERE = Path(__file__).parent
 
 
 def assert_same(one, two, **tolerance):
@@ -160,14 +155,13 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_unbroken(tmp_path, options):
 
 SCRIPT = """
 import os, sys
-sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from recovery_helpers import run, settings, small, pruned
 from pathlib import Path
 import json
 import torch.distributed as dist
 from safetensors.torch import save_file
-folder = Path(sys.argv[2])
-options = json.loads(sys.argv[3])
+folder = Path(sys.argv[1])
+options = json.loads(sys.argv[2])
 model = pruned(small())
 recovery = settings(str(folder / "texts.jsonl"), **options)
 report = run(model, recovery, folder / "out", resume="resume" in sys.argv)
@@ -179,34 +173,12 @@ if dist.is_initialized():
 """
 
 
-def command(folder, options, *more):
-    (folder / "script.py").write_text(SCRIPT)
-    return [str(folder / "script.py"), str(HERE), str(folder), json.dumps(options), *more]
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
-
-
 def test_two_processes_train_the_same_model(tmp_path):
     path, model = texts(tmp_path, 23), pruned(small())
     options = {"epochs": 1, "micro_batch": 2}
     whole = run(model, settings(path, **options), tmp_path / "one")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    subprocess.run(
-        launch + command(tmp_path, options),
-        env=environment(),
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    for done in run_together(SCRIPT, tmp_path, json.dumps(options), cwd=tmp_path):
+        assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "report.json").read_text())
     assert [p["tokens"] for p in parts["curve"]] == [p["tokens"] for p in whole["curve"]]
     for one, two in zip(whole["curve"], parts["curve"], strict=True):
@@ -219,15 +191,15 @@ def test_two_processes_train_the_same_model(tmp_path):
 def test_a_killed_run_goes_on(tmp_path):
     path, model = texts(tmp_path), pruned(small())
     options = {"epochs": 10, "checkpoints": 4}
-    process = subprocess.Popen([sys.executable, *command(tmp_path, options)], env=environment())
+    python = Python(SCRIPT, tmp_path, json.dumps(options), cwd=tmp_path)
     checkpoints = tmp_path / "out" / "checkpoints"
     until = time.monotonic() + 60
     while (
         not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < until
     ):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    python.process.kill()
+    assert python.finish().returncode == -signal.SIGKILL
     assert list(checkpoints.glob("checkpoint-*"))
     whole = run(clone(model), settings(path, **options), tmp_path / "whole")
     resumed = run(model, settings(path, **options), tmp_path / "out", resume=True)

@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import command_line, tiny_llama, token_ids
+from processes import COMMAND, run_python, run_together
 
 import prunekit
 from prunekit.errors import CheckpointError, ConfigError
@@ -24,7 +22,6 @@ QUICK = [
     "compensation.target=residual",
     "data.calibration.batch_size=5",
 ]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
 def equal(left, right):
@@ -200,19 +197,20 @@ def quick(short_model):
 def whole(quick, tmp_path_factory):
     """An unbroken run of one process."""
     folder = tmp_path_factory.mktemp("whole")
-    return check_finished(command_line(*quick, cwd=folder), folder)
+    return check_finished([command_line(*quick, cwd=folder)], folder)
 
 
-def check_finished(done, folder):
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters;") == 1  # one process talks
+def check_finished(processes, folder):
+    for done in processes:
+        assert done.returncode == 0, done.stderr
+    assert sum(done.stdout.count("parameters;") for done in processes) == 1  # one process talks
     return folder / "out"
 
 
 # A process that is killed when it has finished its third group: in the middle of a layer.
-_KILLED = """
+_KILLED = (
+    """
 import os, signal, sys
-from prunekit.cli import main
 from prunekit.schedules import State
 record, finished = State.record, []
 def record_three(*arguments, **more):
@@ -221,20 +219,19 @@ def record_three(*arguments, **more):
     finished.append(arguments)
     record(*arguments, **more)
 State.record = record_three
-sys.argv[0] = "prunekit"
-main()
 """
+    + COMMAND
+)
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_killed_in_the_middle_of_a_layer(stream, quick, whole, tmp_path):
     options = [*quick, f"memory.stream={stream}"]
-    command = [sys.executable, "-c", _KILLED, *options]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=200)
+    killed = run_python(_KILLED, *options, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((tmp_path / "out").glob(".state/*.safetensors"))) == 3
     assert not (tmp_path / "out/model").exists()
-    out = check_finished(command_line(*options, "resume=true", cwd=tmp_path), tmp_path)
+    out = check_finished([command_line(*options, "resume=true", cwd=tmp_path)], tmp_path)
     assert equal(*(prunekit.from_pretrained(folder / "model") for folder in (out, whole)))
     assert (out / "plan.json").read_text() == (whole / "plan.json").read_text()
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
@@ -273,9 +270,8 @@ def test_killed_while_the_result_is_written(at, short_model, monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_two_processes_leave_what_one_does(stream, quick, whole, tmp_path):
-    command = [*TWO_PROCESSES, "-m", "prunekit", *quick, f"memory.stream={stream}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    out = check_finished(done, tmp_path)
+    both = run_together(COMMAND, *quick, f"memory.stream={stream}", cwd=tmp_path)
+    out = check_finished(both, tmp_path)
     assert json.loads((out / "plan.json").read_text()) == json.loads(
         (whole / "plan.json").read_text()
     )
@@ -287,10 +283,10 @@ def test_two_processes_leave_what_one_does(stream, quick, whole, tmp_path):
 
 
 _FAILING = """
-import os, torch, prunekit
+import torch, prunekit
 from prunekit.runtime.processes import process_group
 from prunekit.errors import DataError
-from conftest import command_line, tiny_llama, token_ids
+from conftest import tiny_llama, token_ids
 model = tiny_llama()
 embedded = model.get_input_embeddings()(token_ids(8, 9)).detach()
 embedded[{sample}, 3, 2] = torch.nan
@@ -299,23 +295,17 @@ with process_group(torch.device("cpu")):
     try:
         prunekit.prune(model, calibration=given)
     except DataError as error:
-        open("rank" + os.environ["RANK"], "w").write(str(error))
+        print(error)
 """
 
 
 def test_an_error_in_one_process_ends_all_of_them(tmp_path):
-    (tmp_path / "job.py").write_text(_FAILING.format(sample=3))  # the second process's
-    command = [*TWO_PROCESSES, "job.py"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment
+    expected = (
+        "model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3"
     )
-    assert done.returncode == 0, done.stderr
-    for rank in (0, 1):  # each into a file of its own: lines of two processes can mix
-        expected = (
-            "model.layers.0.mlp.down_proj: its inputs hold NaN or infinity in calibration sample 3"
-        )
-        assert expected in (tmp_path / f"rank{rank}").read_text()
+    for done in run_together(_FAILING.format(sample=3), cwd=tmp_path):  # the second process's
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
 
 
 @pytest.mark.parametrize("ids", [token_ids(1, 12), torch.full((1, 9), 5), torch.full((6, 9), 5)])
