@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prunekit.config import RunConfig, check, check_choices, config_dir, drop_presets, one_line
 from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.runtime.torchrun import launched_rank
 
 # Loggers that warn of problems of their own package when it is imported.
 _COMPLAINERS = ("torchao", "torch.utils._pytree")
@@ -73,7 +74,7 @@ def _do(config: DictConfig, folder: Path) -> None:
     from prunekit.report.couplings import print_comparison, print_groups
     from prunekit.runtime import console
 
-    console.speak(_process() == "0")
+    console.speak(launched_rank() == 0)
     run_config = check(config)
     if run_config.task == "trace":
         print_groups(jobs.run_trace(run_config, folder))
@@ -98,19 +99,15 @@ def _run(config: DictConfig, run_config: RunConfig, folder: Path) -> None:
     }
     command = shlex.join(["python", "-m", "prunekit", *overrides])
     report = jobs.run(run_config, folder, provenance, command)
-    if _process() == "0":
+    if launched_rank() == 0:
         print_summary(report, Path(os.path.relpath(folder)))
-
-
-def _process() -> str:
-    """The number of this process among those that torchrun started."""
-    return os.environ.get("RANK", "0")
 
 
 def _print_error(error: Exception, advice: str = "") -> None:
     if os.environ.get("PRUNEKIT_TRACEBACK") == "1":
         traceback.print_exception(error)
-    name = "prunekit" if _process() == "0" else f"prunekit, process {_process()}"
+    rank = launched_rank()
+    name = f"prunekit, process {rank}" if rank else "prunekit"
     text = str(error) if isinstance(error, PrunekitError) else one_line(error)
     print(f"{name}: {text}{advice}", file=sys.stderr)
 

@@ -1,5 +1,7 @@
 """The errors a user can cause; the command line prints their message and exits with status 2."""
 
+from collections.abc import Sequence
+
 
 class PrunekitError(Exception):
     """A mistake in a request: the message says what was expected, what came, and where."""
@@ -40,7 +42,23 @@ def suggest(name: str, available: list[str]) -> str:
     return f"{did_you_mean}available: {', '.join(shown[:24])}{more}"
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
+def expect_one_of(key: str, value: object, known: Sequence[str], what: str = "") -> None:
+    """Raise ConfigError where the value of a setting is not a known one.
+
+    Args:
+        key: the setting, for the message.
+        value: its value.
+        known: the values that it may have.
+        what: a word before the value in the message, with a space behind it.
+    """
+    if value not in known:
+        raise ConfigError(f"{key}: unknown {what}{value!r}: {suggest(str(value), list(known))}")
+
+
+def first_line(error: BaseException, *, named: bool = False) -> str:
+    """An error in one line; `named` puts its type before the message."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if named else lines[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, expect_one_of, suggest
 from prunekit.graph import Group
 from prunekit.graph.groups import Kind
 
@@ -39,13 +39,13 @@ class Scope:
     head_multiple: int = 1
 
     def __post_init__(self) -> None:
-        _expect_one_of("ranking", self.ranking, get_args(Ranking))
+        expect_one_of("scope.ranking", self.ranking, get_args(Ranking))
         for key in ("rounds", "width_multiple", "head_multiple"):
             _expect_positive(key, getattr(self, key))
         if isinstance(self.min_units, Mapping):
             for kind, number in self.min_units.items():
                 _expect_positive(f"min_units.{kind}", number)
-                _expect_one_of("min_units", kind, get_args(Kind), "kind ")
+                expect_one_of("scope.min_units", kind, get_args(Kind), "kind ")
         else:
             _expect_positive("min_units", self.min_units)
         if isinstance(self.exclude, str):
@@ -100,13 +100,6 @@ class Scope:
 
     def _excludes(self, names: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude)
-
-
-def _expect_one_of(key: str, value: str, known: Sequence[str], what: str = "") -> None:
-    if value not in known:
-        raise ConfigError(
-            f"scope.{key}: unknown {what}{value!r}: {suggest(str(value), list(known))}"
-        )
 
 
 def _expect_positive(key: str, value: object) -> None:

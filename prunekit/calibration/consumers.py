@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
+from prunekit.runtime.numbers import widen
 
 See = Callable[["Consumer", Tensor], None]  # see(consumer, inputs [..., n])
 _PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -54,7 +55,7 @@ class Consumer:
 
     def weight(self) -> Tensor:
         """W [d_out, n], a copy in float32 at least."""
-        return self._stored.to(torch.promote_types(self.parameter.dtype, torch.float32), copy=True)
+        return self._stored.to(widen(self.parameter.dtype), copy=True)
 
     @property
     def bias(self) -> nn.Parameter | None:

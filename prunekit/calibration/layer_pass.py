@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from prunekit.calibration.hooks import Stop, replacing, return_always
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Numbered
 from prunekit.errors import DataError
+from prunekit.model.stack import hidden_of_output
 
 
 @dataclass(kw_only=True)
@@ -56,9 +56,11 @@ class LayerPass:
                 answer = partial(return_always, block.answer(output.clone()))
                 stack.enter_context(replacing(block.module, answer))
             try:
-                return _hidden_of(self.calls[batch].make(self.layer, states))
+                after = hidden_of_output(self.calls[batch].make(self.layer, states))
             except Stop:
                 return states.new_empty(0)
+        assert after is not None
+        return after
 
     def run_pruned(self, batch: int) -> Tensor:
         """Run the layer as it is by now; the blocks whose consumers are finished need not run."""
@@ -95,8 +97,3 @@ class LayerPass:
                 )
             self.hidden[batch].free()
             self.hidden[batch] = self.store.put(output, copy=False)
-
-
-def _hidden_of(output: Any) -> Tensor:
-    """The hidden states that a layer returns, alone or first in a tuple."""
-    return output if isinstance(output, Tensor) else output[0]

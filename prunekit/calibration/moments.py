@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import DataError
-from prunekit.runtime.numbers import is_half
+from prunekit.runtime.numbers import is_half, widen
 from prunekit.runtime.processes import add_up, world_size
 
 # Columns of H that are updated at once. Of the symmetric H only the blocks on and below the
@@ -49,7 +49,7 @@ class Moments:
     ) -> None:
         self.name = name
         self.tokens = 0
-        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype = widen(dtype)
         self.hessian = torch.zeros(size, size, device=device, dtype=self.dtype)
         self.mean = torch.zeros(size, device=device, dtype=self.dtype)
         self.cross = (

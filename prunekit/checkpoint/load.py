@@ -9,8 +9,7 @@ layer gets its own view of the config. A folder that only has per-layer values w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from prunekit.errors import CheckpointError, first_line
 from prunekit.model.build import adopt, build_pruned, make_dense_config, needs_prunekit
 from prunekit.model.compat import let_save_itself
 from prunekit.model.record import RECORD, is_ours
+from prunekit.runtime.console import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -152,12 +152,14 @@ def _load_dense(
 ) -> Any:
     """A model that transformers' own loader can build, of a folder or from the hub."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     folder = Path(directory)
     if not folder.is_dir() and _looks_local(directory):
         raise CheckpointError(f"{directory}: no such model folder")
     try:
-        with _quiet_loading(), nullcontext() if elements is None else within(elements):
+        logging.disable_progress_bar()
+        with quiet("transformers"), nullcontext() if elements is None else within(elements):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype or "auto",
@@ -184,20 +186,6 @@ def _looks_local(directory: str | Path) -> bool:
     """Whether a name can only mean a path, and not a model of the hub."""
     path = Path(directory)
     return path.is_absolute() or path.exists() or str(directory).startswith((".", "~"))
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bar, from now on, and its warnings, during a `with` block."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunekit.calibration.observe import Site
 from prunekit.calibration.statistics import Statistics
 from prunekit.compensation.base import Compensation, Target
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, expect_one_of
 from prunekit.obs.inverse import remove_columns
 
 
@@ -46,9 +46,8 @@ class Obs(Compensation):
         targets = {"target": self.target, "attention": self.attention, "mlp": self.mlp}
         for key, value in targets.items():
             inherited = value is None and key != "target"
-            if value not in known and not inherited:
-                hint = suggest(str(value), known)
-                raise ConfigError(f"compensation.{key}: unknown {value!r}: {hint}")
+            if not inherited:
+                expect_one_of(f"compensation.{key}", value, known)
 
     def target_of(self, kind: str) -> Target:
         """The target of groups of this kind: their own, or the one of all groups."""

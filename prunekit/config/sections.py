@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, expect_one_of
 
 TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff")
 SHAPES = ("free", "uniform", "aligned")
@@ -216,10 +216,7 @@ class RunConfig:
         if not kinds:
             raise ConfigError(f"groups: expected one or more of {', '.join(KINDS)}, got none")
         for key, choice, known in [*choices, *kinds]:
-            if choice not in known:
-                raise ConfigError(
-                    f"{key}: unknown choice {choice!r}: {suggest(choice, list(known))}"
-                )
+            expect_one_of(key, choice, known, "choice ")
         if not 0 < self.ratio < 1:
             raise ConfigError(f"ratio: expected a number in (0, 1), got {self.ratio:g}")
 

@@ -65,7 +65,7 @@ def _check_token_ids(model: nn.Module, ids: Tensor) -> None:
 
 def count_positions(batch: Batch) -> tuple[int, int]:
     """Numbers of rows and of tokens in a row; one token where the inputs are no sequences."""
-    for name in ("attention_mask", "input_ids", "inputs_embeds"):
+    for name in ("input_ids", "inputs_embeds", "attention_mask"):
         value = batch.get(name)
         # A mask [B or 1, heads or 1, T, T] does not begin with rows and tokens.
         most = 2 if name == "attention_mask" else 3
@@ -73,6 +73,18 @@ def count_positions(batch: Batch) -> tuple[int, int]:
             return value.shape[0], value.shape[1]
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     return (len(tensors[0]) if tensors else 1), 1
+
+
+def split_samples(batch: Batch) -> list[Batch]:
+    """The rows of a batch, each as a batch of one."""
+    rows, _ = count_positions(batch)
+    return [{key: _take(value, j, rows) for key, value in batch.items()} for j in range(rows)]
+
+
+def _take(value: Any, index: int, rows: int) -> Any:
+    """One row of a tensor that has a row for each of `rows`; any other value as it is."""
+    by_row = isinstance(value, Tensor) and value.ndim and len(value) == rows
+    return value[index : index + 1] if by_row else value
 
 
 def copy_batch(batch: Batch) -> Batch:
@@ -111,10 +123,8 @@ def _row(batch: Batch, mask: Tensor, index: int) -> Batch:
     """One row of a batch with the positions that its mask [B, T] keeps."""
 
     def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
-            return value
-        if value.shape[:2] == mask.shape:
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
             return value[index : index + 1, mask[index]]
-        return value[index : index + 1] if len(value) == len(mask) else value
+        return _take(value, index, len(mask))
 
     return {key: cut(value) for key, value in batch.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from prunekit.model.compat import experts_computed
 from prunekit.model.inputs import input_device
+from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.model.stack import module_lists
 from prunekit.runtime.modes import evaluating
 
@@ -93,14 +93,12 @@ def _kind_of(model: nn.Module, path: str) -> str | None:
     """
     if not path:
         return None
-    parts = path.split(".")
-    numbers = [at for at, part in enumerate(parts) if part.isdigit()]
-    if numbers:
-        is_child = numbers == [len(parts) - 2]
-        return re.sub(r"\.\d+\.", ".*.", path) if is_child else None
+    parent, _, name = path.rpartition(".")
+    if (place := place_in_stack(model, path)) is not None:
+        stack, index = place
+        return f"{stack}.*.{name}" if parent == f"{stack}.{index}" else None
     if _holds_layers(model, path):
         return None
-    parent = ".".join(parts[:-1])
     return path if not parent or _holds_layers(model, parent) else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.model.inputs import input_device
-from prunekit.model.stack import main_stack
+from prunekit.model.stack import hidden_of_output, main_stack
 from prunekit.runtime.modes import evaluating
 
 
@@ -29,7 +29,8 @@ def layer_outputs(
 
     def keep_in(outputs_of_layer: list[Tensor]) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden_of_output(output)
+            assert hidden is not None
             outputs_of_layer.append(hidden.detach().cpu())
 
         return hook

@@ -19,6 +19,7 @@ from prunekit.model.inputs import input_device
 from prunekit.runtime.console import say, track
 from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
+from prunekit.runtime.numbers import at_least_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +101,9 @@ def _sum_losses(
             overlapping[:, :-stride] = _IGNORED
         losses.append(
             F.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum"
+                at_least_float32(logits[:, :-1]).flatten(0, 1),
+                targets.flatten(),
+                reduction="sum",
             )
         )
     # Fetched once: fetching each loss in the loop would wait for the GPU in every pass.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.errors import DataError
-from prunekit.evaluation.task_messages import first_line, list_folder, say_once
+from prunekit.errors import DataError, first_line
+from prunekit.evaluation.task_messages import list_folder, say_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -165,7 +165,7 @@ def read_rows(path: Path) -> Dataset:
         else:
             rows = Dataset.from_list(_read_json(path))
     except Exception as error:  # pyarrow and datasets have many kinds
-        raise DataError(f"{path}: can't be read: {first_line(error)}") from error
+        raise DataError(f"{path}: can't be read: {first_line(error, named=True)}") from error
     if not len(rows):
         raise DataError(f"{path}: expected rows, found none")
     return rows

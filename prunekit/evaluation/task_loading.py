@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.errors import ConfigError, DataError, PrunekitError
+from prunekit.errors import ConfigError, DataError, PrunekitError, first_line
 from prunekit.evaluation.task_files import LocalFiles, Splits
 from prunekit.evaluation.task_index import TaskMember, find_members, task_manager
-from prunekit.evaluation.task_messages import first_line, list_folder, say_once
+from prunekit.evaluation.task_messages import list_folder, say_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,9 +48,9 @@ def passing_on_errors(member: TaskMember, splits: Splits | None) -> Iterator[Non
 
 def _describe(member: TaskMember, splits: Splits | None, error: Exception) -> str:
     if splits is None:
-        return f"task {member.name}: {first_line(error)}"
-    columns = ", ".join(splits.columns)
-    return f"{splits.file}: task {member.name}: {first_line(error)}; the columns are {columns}"
+        return f"task {member.name}: {first_line(error, named=True)}"
+    columns, cause = ", ".join(splits.columns), first_line(error, named=True)
+    return f"{splits.file}: task {member.name}: {cause}; the columns are {columns}"
 
 
 def load_tasks(
@@ -123,7 +123,7 @@ def _load_from_hub(member: TaskMember) -> Any:
     except Exception as error:
         raise DataError(
             f"task {member.name}: can't load {member.config.get('dataset_path')} from the hub "
-            f"(eval.tasks_dir takes local files): {first_line(error)}"
+            f"(eval.tasks_dir takes local files): {first_line(error, named=True)}"
         ) from error
 
 
@@ -163,4 +163,6 @@ def check_packages(member: TaskMember) -> None:
 
 
 def _missing_package(member: TaskMember, error: ImportError) -> ConfigError:
-    return ConfigError(f"eval.tasks: {member.name}: a package is missing: {first_line(error)}")
+    return ConfigError(
+        f"eval.tasks: {member.name}: a package is missing: {first_line(error, named=True)}"
+    )

@@ -8,13 +8,6 @@ from pathlib import Path
 from prunekit.runtime.console import say
 
 
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message, where it has one."""
-    lines = str(error).strip().splitlines()
-    kind = type(error).__name__
-    return f"{kind}: {lines[0]}" if lines else kind
-
-
 @functools.cache
 def say_once(message: str) -> None:
     """Say a line the first time; the same tasks are loaded for every model of a run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prunekit.errors import ConfigError, DataError
+from prunekit.errors import ConfigError, DataError, first_line
 from prunekit.evaluation.task_loading import LoadedTask, passing_on_errors
-from prunekit.evaluation.task_messages import first_line, say_once
+from prunekit.evaluation.task_messages import say_once
 from prunekit.evaluation.task_scores import Metrics
-from prunekit.runtime.console import say
-from prunekit.runtime.memory import run_within_memory
-from prunekit.runtime.modes import evaluating, restoring
+from prunekit.runtime.console import quiet, say
+from prunekit.runtime.memory import free_bytes, run_within_memory
+from prunekit.runtime.modes import evaluating, keep_attributes, restoring
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -90,7 +89,7 @@ class Runner:
                     raise
                 raise DataError(
                     f"task {name}: too long for the model's window of {window} tokens: "
-                    f"{first_line(error)}"
+                    f"{first_line(error, named=True)}"
                 ) from error
 
     def _shrink(self, name: str, size: int, error: Exception) -> int:
@@ -129,16 +128,14 @@ class Runner:
 
         model: Any = self.model
         # lm-eval ties the weights of any model, which would give them another storage.
-        model.tie_weights = lambda *_, **__: None
-        try:
+        with restoring(keep_attributes([model], "tie_weights")):
+            model.tie_weights = lambda *_, **__: None
             wrapped = HFLM(
                 pretrained=model,
                 tokenizer=self.tokenizer,  # type: ignore[arg-type]
                 backend="causal",
                 batch_size=size,
             )
-        finally:
-            del model.tie_weights
         if self.device is not None:
             wrapped._device = torch.device(self.device)
         return wrapped
@@ -162,8 +159,8 @@ class Runner:
         free memory, or 1 GiB elsewhere.
         """
         device = torch.device(self.device or self.model.device)
-        free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
-        return max(1, min(_LARGEST_BATCH, free // (12 * length * len(self.tokenizer))))
+        free = free_bytes(device) / 2 if device.type == "cuda" else 1 << 30
+        return max(1, min(_LARGEST_BATCH, int(free) // (12 * length * len(self.tokenizer))))
 
 
 @contextlib.contextmanager
@@ -180,11 +177,7 @@ def leaving_unchanged(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def without_chatter() -> Iterator[None]:
     """Hold back what lm-eval and its libraries log, and their progress bars on standard error."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [partial(logger.setLevel, logger.level) for logger in loggers]
-    with restoring(*levels), contextlib.redirect_stderr(io.StringIO()):
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+    with quiet("lm_eval", "transformers", "datasets"), contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -22,7 +22,7 @@ from prunekit.evaluation.task_loading import (
     load_tasks,
     passing_on_errors,
 )
-from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, leaving_unchanged, quiet
+from prunekit.evaluation.task_runner import BOOTSTRAP, Runner, leaving_unchanged, without_chatter
 from prunekit.evaluation.task_scores import Metrics, TaskScore, score_tasks
 from prunekit.runtime.console import track
 from prunekit.runtime.files import digest
@@ -41,7 +41,7 @@ def check_tasks(names: Sequence[str], tasks_dir: Path | None, fewshot: int | Non
             package.
         DataError: local files that are missing or broken, or lack columns.
     """
-    with quiet():
+    with without_chatter():
         if tasks_dir is None:
             for member in find_members(names):
                 check_packages(member)
@@ -87,7 +87,7 @@ def evaluate_tasks(
     """
     metrics: dict[str, Metrics] = {}
     cache = cache or Cache()
-    with quiet(), leaving_unchanged(model):
+    with without_chatter(), leaving_unchanged(model):
         runner = Runner(model, tokenizer, batch_size, device, seed)
         loaded = load_tasks(names, tasks_dir, fewshot, seed)
         for one in track(loaded, "lm-eval tasks", len(loaded)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -139,15 +138,3 @@ def require_package(package: str, export: str) -> ModuleType:
         raise ExportError(
             f"export={export} needs the package {package}: pip install prunekit[{export}]"
         ) from None
-
-
-@contextmanager
-def errors_only(logger_name: str) -> Iterator[None]:
-    """Hold back the warnings of a library's logger."""
-    logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

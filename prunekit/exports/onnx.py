@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -15,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import ExportError, first_line, suggest
-from prunekit.exports.base import Export, Written, errors_only, require_package
+from prunekit.exports.base import Export, Written, require_package
 from prunekit.model.compat import experts_computed
+from prunekit.runtime.console import quiet
 from prunekit.runtime.modes import evaluating
 
 if TYPE_CHECKING:
@@ -141,7 +139,7 @@ def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
     try:
         # ONNX has no grouped product, and no loop over the experts that are chosen.
         gathered = experts_computed(prefill.model, "batched_mm")
-        with _quiet(), gathered, torch.no_grad():
+        with quiet("torch.onnx"), gathered, torch.no_grad():
             program = torch.onnx.export(
                 prefill,
                 prefill.example(2, 6),
@@ -158,18 +156,10 @@ def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
         cause = error.__cause__ or error
         raise ExportError(
             f"export=onnx: torch can't export {type(prefill.model).__name__}: "
-            f"{type(cause).__name__}: {first_line(cause)}"
+            f"{first_line(cause, named=True)}"
         ) from error
     assert program is not None  # None is returned for dynamo=False only
     return program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings, which are about versions and types of its own."""
-    with errors_only("torch.onnx"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @torch.no_grad()

@@ -22,13 +22,18 @@ except ImportError:
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a module with all its tensors on the meta device; ties stay, no weight is copied."""
+def meta_copy(model: nn.Module, *, parameters_only: bool = False) -> nn.Module:
+    """Copy a module with all its tensors on the meta device; ties stay, no weight is copied.
+
+    With `parameters_only`, buffers and other tensors keep their numbers.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(
             parameter.detach().to("meta"), requires_grad=parameter.requires_grad
         )
+    if parameters_only:
+        return copy.deepcopy(model, memo)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     for module in model.modules():

@@ -16,7 +16,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from prunekit.data.batches import Batch
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import expect_one_of
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.aggregation import Aggregation, Normalisation, aggregate, normalise
 from prunekit.obs.inverse import Problem
@@ -72,8 +72,8 @@ class ScoreImportance(Importance, ABC):
     normalisation: Normalisation = "none"
 
     def __post_init__(self) -> None:
-        expect_one_of("aggregation", self.aggregation, get_args(Aggregation))
-        expect_one_of("normalisation", self.normalisation, get_args(Normalisation))
+        expect_one_of("importance.aggregation", self.aggregation, get_args(Aggregation))
+        expect_one_of("importance.normalisation", self.normalisation, get_args(Normalisation))
 
     @abstractmethod
     def structures(
@@ -120,11 +120,3 @@ class LayerImportance(Importance, ABC):
         A problem holds the consumers' W [d, n], A = (H + λI)⁻¹ [n, n] of their inputs, and the
         columns that each unit owns, int64 [num_units, width].
         """
-
-
-def expect_one_of(key: str, value: str, known: Sequence[str]) -> None:
-    """Raise ConfigError where an option of an importance is none of the known ones."""
-    if value not in known:
-        raise ConfigError(
-            f"importance.{key}: unknown {value!r}: {suggest(str(value), list(known))}"
-        )

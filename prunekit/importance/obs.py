@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.data.batches import Batch
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expect_one_of
 from prunekit.graph import CouplingGraph, Group
-from prunekit.importance.base import LayerImportance, ScoreImportance, expect_one_of
+from prunekit.importance.base import LayerImportance, ScoreImportance
 from prunekit.obs.choose import Groups, choose_columns, choose_units
 from prunekit.obs.inverse import HeadScore, Problem, unit_errors
 from prunekit.obs.swap import swap
@@ -48,9 +48,9 @@ class Obs(ScoreImportance, LayerImportance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_one_of("heads", self.heads, get_args(HeadScore))
-        expect_one_of("columns", self.columns, get_args(Groups))
-        expect_one_of("refine", self.refine, get_args(Refine))
+        expect_one_of("importance.heads", self.heads, get_args(HeadScore))
+        expect_one_of("importance.columns", self.columns, get_args(Groups))
+        expect_one_of("importance.refine", self.refine, get_args(Refine))
         if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
             raise ConfigError(f"importance.damping: expected a number ≥ 0, got {self.damping}")
 

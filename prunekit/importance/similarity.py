@@ -22,6 +22,7 @@ from prunekit.model.inputs import without_cache
 from prunekit.model.stack import hidden_of_call, hidden_of_output
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
+from prunekit.runtime.numbers import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,8 @@ class _Meter:
         before, after = hidden_of_call(args, kwargs), hidden_of_output(output)
         assert before is not None
         assert after is not None
-        cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        wide = at_least_float32(before), at_least_float32(after)
+        cosines = F.cosine_similarity(*wide, dim=-1)
         change = 1 - cosines.double()
         if self.mask is None:
             self.sums.append(change.sum())

@@ -31,7 +31,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 def longest(model: nn.Module) -> int | None:
     """How many tokens a model was made for; None where its config doesn't tell."""
-    tokens = getattr(_text_config(model), "max_position_embeddings", None)
+    tokens = getattr(text_config(model), "max_position_embeddings", None)
     return tokens if isinstance(tokens, int) and tokens > 1 else None
 
 
@@ -62,13 +62,13 @@ def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
     config = getattr(model, "config", None)
     keeps = getattr(config, "use_cache", None)
     if keeps is None:
-        keeps = getattr(_text_config(model), "use_cache", False)
+        keeps = getattr(text_config(model), "use_cache", False)
     if keeps and isinstance(inputs, Mapping):
         return cast(Inputs, {"use_cache": False, **inputs})
     return inputs
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
     """The config of the language model in a model, which may also see or hear; or None."""
     config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.gettext_config() if hasattr(config, "gettext_config") else config

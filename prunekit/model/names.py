@@ -83,6 +83,11 @@ def layer_counts(config: Any) -> list[int]:
     return [value for value in values if isinstance(value, int)]
 
 
+def num_layers(config: Any) -> int | None:
+    """The number of layers that a config states, under the usual name or a synonym; or None."""
+    return next(iter(layer_counts(config)), None)
+
+
 def experts_per_token(config: Any) -> int | None:
     """To how many experts a token is sent: the largest number stated; None without experts."""
     values = [getattr(config, name, None) for name in _EXPERTS_PER_TOKEN]
@@ -96,7 +101,13 @@ def head_dim_of(config: Any) -> int | None:
     """
     if isinstance(stated := read(config, "head_dim"), int):
         return stated
-    heads, hidden = read(config, "num_attention_heads"), read(config, "hidden_size")
+    heads, hidden = (_size(config, name) for name in ("num_attention_heads", "hidden_size"))
     if not isinstance(heads, int) or not isinstance(hidden, int) or not heads:
         return None
     return hidden // heads if hidden % heads == 0 else None
+
+
+def _size(config: Any, quantity: str) -> Any:
+    """The value of a quantity, under the name that the config has for it; or None."""
+    name = config_name(config, quantity)
+    return None if name is None else read(config, name)

@@ -13,7 +13,7 @@ from prunekit.model.attributes import Setter, Sizes, resize
 from prunekit.model.compat import has, read
 from prunekit.model.depth import drop_layers
 from prunekit.model.modeling_prunekit import as_dense, give_views, layer_of, per_layer_overrides
-from prunekit.model.names import SYNONYMS, config_name, head_dim_of, quantity_of
+from prunekit.model.names import SYNONYMS, config_name, head_dim_of, num_layers, quantity_of
 
 Overrides = dict[int, dict[str, Any]]  # layer → the config values that only this layer has
 
@@ -147,7 +147,7 @@ def set_per_layer(model: nn.Module, overrides: Overrides, setter: Setter = setat
 def _columns(config: Any, overrides: Overrides) -> dict[str, set[Any]]:
     """Config name → the values that it has over the layers."""
     names = {name for values in overrides.values() for name in values}
-    layers = range(config.num_hidden_layers)
+    layers = range(num_layers(config) or 0)
     return {
         name: {overrides.get(layer, {}).get(name, getattr(config, name)) for layer in layers}
         for name in names
@@ -203,7 +203,7 @@ def _class_builds_its_layers(model: nn.Module) -> bool:
     It may take the width of heads from their number. One layer of it is built, on meta.
     """
     config: Any = copy.deepcopy(model.config)
-    drop_layers(config, config.num_hidden_layers, [0])
+    drop_layers(config, num_layers(config) or 0, [0])
     with as_dense(config), torch.device("meta"):
         dense = getattr(type(model), "stock_class", type(model))(config)
     return all(

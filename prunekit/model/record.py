@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from prunekit.model import modeling_prunekit
+from prunekit.model.modeling_prunekit import place_in_stack
 
 CODE = "modeling_prunekit.py"  # the file with which transformers loads a folder by itself
 RECORD = "pruned_sizes"  # the entry of `config.json` that holds the record
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
@@ -51,7 +50,7 @@ def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
         for name, value in _other_numbers(module, other).items():
             attributes[f"{path}.{name}".lstrip(".")] = value
     known = {"format": modeling_prunekit.FORMAT, "dense": modeling_prunekit.checksum(dense)}
-    return {**known, "shapes": _pack(shapes), "attributes": _pack(attributes)}
+    return {**known, "shapes": _pack(model, shapes), "attributes": _pack(model, attributes)}
 
 
 def _other_shapes(module: nn.Module, dense: nn.Module | None) -> dict[str, list[int]]:
@@ -81,17 +80,19 @@ def _is_size(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def _pack(entries: Mapping[str, Any]) -> dict[str, str]:
+def _pack(model: nn.Module, entries: Mapping[str, Any]) -> dict[str, str]:
     """Pack the entries of all layers into one: "model.layers.{}.mlp.n" → a JSON list over layers.
 
     A layer without the entry has null in the list.
     """
     packed: dict[str, Any] = {}
     for path, value in entries.items():
-        if match := _LAYER.search(path):
-            column = packed.setdefault(_LAYER.sub(".{}.", path, count=1), [])
-            column += [None] * (int(match[1]) + 1 - len(column))
-            column[int(match[1])] = value
+        if (place := place_in_stack(model, path)) is not None:
+            stack, index = place
+            rest = path.removeprefix(f"{stack}.{index}.")
+            column = packed.setdefault(f"{stack}.{{}}.{rest}", [])
+            column += [None] * (index + 1 - len(column))
+            column[index] = value
         else:
             packed[path] = value
     return {path: json.dumps(value) for path, value in packed.items()}

@@ -12,7 +12,7 @@ import torch
 from prunekit.calibration.gradients.loss import calibration_loss
 from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, expect_one_of
 from prunekit.graph import Group
 from prunekit.obs.inverse import removal_error
 from prunekit.policies.base import Policy, Setting, is_number
@@ -47,8 +47,8 @@ class Sensitivity(Policy):
     by: By = "layer"
 
     def __post_init__(self) -> None:
-        _expect_one_of("measure", self.measure, get_args(Measure))
-        _expect_one_of("by", self.by, get_args(By))
+        expect_one_of("policy.measure", self.measure, get_args(Measure))
+        expect_one_of("policy.by", self.by, get_args(By))
         ratios = self.ratios
         listed = isinstance(ratios, Sequence) and len(ratios) > 0
         if not listed or not all(is_number(ratio) and 0 < ratio < 1 for ratio in ratios):
@@ -146,8 +146,3 @@ def _measure_obs_errors(setting: Setting, counts: Counts) -> dict[str, list[floa
             error = sum(removal_error(problem, units).item() for problem in problems)
             errors[key][i] += error / max(energy, 1e-300)
     return errors
-
-
-def _expect_one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"policy.{key}: unknown {value!r}: {suggest(str(value), list(known))}")

@@ -7,7 +7,6 @@ with W [out, in] of a linear, A [r, in] and B [out, r] of its adapter.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from prunekit.errors import ConfigError
 from prunekit.recovery.settings import Recovery
-from prunekit.runtime.console import say
+from prunekit.runtime.console import quiet, say
 from prunekit.runtime.modes import keep_attributes, restoring
 
 if TYPE_CHECKING:
@@ -96,10 +95,9 @@ def attach(model: PreTrainedModel, names: Sequence[str], recovery: Recovery, bas
             f"recovery: {len(stacked)} stacked weights ({stacked[0]}, …) belong to no linear: "
             "they get no adapter"
         )
-    with warnings.catch_warnings():
-        # peft warns of a deprecated name, and where only some linears are a `Conv1D`, whose weights
-        # lie the other way round: peft corrects them itself.
-        warnings.simplefilter("ignore")
+    # peft warns of a deprecated name, and where only some linears are a `Conv1D`, whose weights lie
+    # the other way round: peft corrects them itself.
+    with quiet():
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
@@ -151,19 +149,18 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     modes = {name: module.training for name, module in model.named_modules()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config: Any = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
+    configs = [] if config is None else [config]
+
+    def restore() -> None:
+        for name, module in model.named_modules():
+            module.training = modes.get(name, modes[""])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable.get(name, False))
+            parameter.grad = None
+
     wrappers = [keep_attributes([model], key) for key in ("forward", "_original_forward")]
-    with restoring(*wrappers):
-        try:
-            yield
-        finally:
-            for name, module in model.named_modules():
-                module.training = modes.get(name, modes[""])
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trainable.get(name, False))
-                parameter.grad = None
-            if cache is not None:
-                config.use_cache = cache
+    with restoring(*wrappers, keep_attributes(configs, "use_cache"), restore):
+        yield
 
 
 def _sort_by_owner(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from prunekit.errors import ConfigError, DataError
 from prunekit.recovery.settings import Recovery
+from prunekit.runtime.torchrun import count_launched
 
 _LARGEST = 16
-
-
-def count_processes() -> int:
-    """Processes that torchrun started; a process group of theirs may not be there yet."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def first_micro_batch(recovery: Recovery) -> int:
@@ -21,7 +15,7 @@ def first_micro_batch(recovery: Recovery) -> int:
     Raises:
         ConfigError: the processes can't have the same number of micro-batches.
     """
-    processes, fixed = count_processes(), recovery.micro_batch
+    processes, fixed = count_launched(), recovery.micro_batch
     own, rest = divmod(recovery.batch_size, processes)
     if isinstance(fixed, int):
         if rest or own % fixed:
@@ -50,7 +44,7 @@ def shrink_micro_batch(recovery: Recovery, micro: int, error: Exception) -> int:
             "recovery: out of memory with one row; recovery.length, half as long, halves it"
         ) from error
     half = _largest_divisor(micro, micro // 2)
-    if recovery.micro_batch == "auto" and count_processes() == 1:
+    if recovery.micro_batch == "auto" and count_launched() == 1:
         return half
     raise DataError(
         f"recovery: out of memory with micro_batch={micro}; recovery.micro_batch={half} halves it"

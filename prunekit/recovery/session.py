@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,22 +15,19 @@ from prunekit.errors import DataError
 from prunekit.model.weights import check_finite
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data
-from prunekit.recovery.micro_batch import count_processes, first_micro_batch, shrink_micro_batch
+from prunekit.recovery.micro_batch import first_micro_batch, shrink_micro_batch
 from prunekit.recovery.result import RecoveryResult, trace_curve
 from prunekit.recovery.settings import Recovery
 from prunekit.recovery.states import last_checkpoint, load_trained, save_trained
 from prunekit.runtime.console import say
 from prunekit.runtime.memory import run_within_memory
+from prunekit.runtime.numbers import at_least_float32
+from prunekit.runtime.torchrun import count_launched, launched_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunekit.recovery.trainer import RecoveryTrainer, Watch
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes; a process group may not be there yet."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(kw_only=True)
@@ -133,15 +129,14 @@ class Session:
         """Train half-precision weights in float32; `_restore_types` rounds them back."""
         for parameter in self.model.parameters():
             self._stored.append((parameter, parameter.dtype))
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.data = parameter.data.to(wide)
+            parameter.data = at_least_float32(parameter.data)
 
     def _train(self, resume: bool) -> RecoveryTrainer:
         """Train to the end; where memory runs out begin again, with a smaller micro-batch."""
         checkpoint = last_checkpoint(self.checkpoints) if resume else None
         micro = first_micro_batch(self.recovery)
         start = self.folder / "start.safetensors"
-        if is_first_process():
+        if launched_rank() == 0:
             if checkpoint is None:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -163,7 +158,7 @@ class Session:
         try:
             return run_within_memory(attempt, micro, shrink, begin_again)
         finally:
-            if is_first_process():
+            if launched_rank() == 0:
                 start.unlink(missing_ok=True)
 
     def _make_trainer(self, micro: int, *, fresh: bool) -> RecoveryTrainer:
@@ -175,7 +170,7 @@ class Session:
             self.checkpoints,
             self.device,
             micro_batch=micro,
-            accumulation=self.recovery.batch_size // (micro * count_processes()),
+            accumulation=self.recovery.batch_size // (micro * count_launched()),
             seed=self.seed,
             fresh=fresh,
         )
@@ -218,7 +213,7 @@ class Session:
         self._restore_types()
         if self._stored:  # what is finite in float32 may not be so in half precision
             self._check_weights(self.model)
-        if is_first_process():
+        if launched_rank() == 0:
             if not self.recovery.merge:
                 adapters.save(self.trained, self.folder / "adapter")
             shutil.rmtree(self.checkpoints, ignore_errors=True)

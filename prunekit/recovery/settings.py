@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, expect_one_of
 
 FORMATS = ("auto", "alpaca", "text")
 SCHEDULES = ("cosine", "linear")
@@ -135,10 +135,7 @@ class Recovery:
         choices = [("format", self.format, FORMATS), ("schedule", self.schedule, SCHEDULES)]
         choices += [("targets", kind, TARGETS) for kind in self.kinds]
         for key, value, known in choices:
-            if value not in known:
-                raise ConfigError(
-                    f"recovery.{key}: unknown choice {value!r}: {suggest(str(value), list(known))}"
-                )
+            expect_one_of(f"recovery.{key}", value, known, "choice ")
 
     def _check_flags(self) -> None:
         for key in ("join", "pack", "lora", "merge"):

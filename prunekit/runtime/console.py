@@ -5,7 +5,10 @@ A library call prints nothing; the command line turns output on by `speak`.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,6 +26,17 @@ def say(message: str) -> None:
         from rich.console import Console
 
         Console(highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Hold back Python's warnings, and what loggers say short of errors, during a `with` block."""
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in map(logging.getLogger, loggers):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

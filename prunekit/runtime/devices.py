@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from prunekit.errors import ConfigError
-from prunekit.runtime.numbers import is_half
+from prunekit.errors import ConfigError, first_line
+from prunekit.runtime.numbers import widen
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,9 +34,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device: {name!r} can't be used here: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"device: {name!r} can't be used here: {first_line(error)}") from error
     return device
 
 
@@ -59,4 +57,4 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The type that weights stored as `stored` compute in: float32 for half precision on a CPU."""
-    return torch.float32 if device.type == "cpu" and is_half(stored) else stored
+    return widen(stored) if device.type == "cpu" else stored

@@ -21,6 +21,11 @@ def along(scores: Tensor, dim: int) -> Tensor:
     return scores.sum(others, dtype=torch.float64) if others else scores.double()
 
 
+def widen(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in: float32 for half precision; other types stay."""
+    return torch.float32 if is_half(dtype) else dtype
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Cast half precision to float32, in which its differences are exact; others stay."""
-    return tensor.float() if is_half(tensor.dtype) else tensor
+    return tensor.to(widen(tensor.dtype))

@@ -6,7 +6,6 @@ They are started by `torchrun --nproc-per-node N -m prunekit …`; alone, every 
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prunekit.errors import PrunekitError
+from prunekit.runtime.torchrun import count_launched
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=1)  # the first process evaluates while the others wait
@@ -38,7 +38,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     Args:
         device: the device of this process; GPUs talk by NCCL, all else by Gloo.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or world_size() > 1:
+    if count_launched() < 2 or world_size() > 1:
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)

@@ -9,6 +9,7 @@ from torch import nn
 
 from prunekit.model.attributes import Sizes, resize
 from prunekit.model.modeling_prunekit import layer_of, per_layer_overrides
+from prunekit.model.names import num_layers
 from prunekit.model.per_layer import (
     config_values,
     keep_dense,
@@ -38,8 +39,7 @@ def update_config(config: Any, sizes: CutSizes, changes: Changes) -> None:
                 keep_dense(config, "hidden_size")
             resize([config], quantities, changes.set)
     layers = _sizes_by_layer(sizes)
-    counts_layers = isinstance(getattr(config, "num_hidden_layers", None), int)
-    if layers and counts_layers and hasattr(config, "per_layer_config"):
+    if layers and num_layers(config) and hasattr(config, "per_layer_config"):
         _update_layers(config, layers, sizes.model, changes)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Container, Hashable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
+from prunekit.graph.capture import meta_copy
+from prunekit.model.inputs import text_config
 from prunekit.model.verify import required_record
 from prunekit.plan import PruningPlan
 from prunekit.surgery.apply import apply_plan
@@ -109,7 +109,8 @@ def _possible_counts(
     if kind in _COUNTED:
         return {kept for kept in range(1, n) if _is_stock(model, graph, alike, kept)}
     # A config may want the number of heads to divide the width of the residual stream.
-    step = _num_heads(model) if kind == "channel" else 1
+    heads = getattr(text_config(model), "num_attention_heads", None)
+    step = int(heads or 1) if kind == "channel" else 1
     half = n // 2 // step * step
     return range(0, n, step) if half and _is_stock(model, graph, alike, half) else set()
 
@@ -119,11 +120,7 @@ def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], k
 
     `kept` is the number of units that stay in each of the groups.
     """
-    on_meta = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    skeleton = copy.deepcopy(model, on_meta)
+    skeleton = meta_copy(model, parameters_only=True)  # the numbers in tables are compared
     removed = {group.name: list(range(kept, group.num_units)) for group in groups}
     try:
         if any(group.layer is None for group in groups):
@@ -134,12 +131,6 @@ def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], k
         return required_record(skeleton) is None
     except (CheckpointError, SurgeryError):
         return False
-
-
-def _num_heads(model: nn.Module) -> int:
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(config, "num_attention_heads", None) or 1)
 
 
 def _sort_by_likeness(groups: Sequence[Group]) -> dict[Hashable, list[Group]]:

@@ -122,7 +122,8 @@ def test_rows_and_tokens_are_not_read_off_a_mask_of_four_dims():
     ids = torch.zeros(3, 7, dtype=torch.long)
     square = torch.ones(1, 1, 7, 7, dtype=torch.bool)
     assert count_positions({"input_ids": ids, "attention_mask": square}) == (3, 7)
-    assert count_positions({"attention_mask": torch.ones(2, 5), "input_ids": ids}) == (2, 5)
+    assert count_positions({"attention_mask": torch.ones(1, 7), "input_ids": ids}) == (3, 7)
+    assert count_positions({"attention_mask": torch.ones(2, 5)}) == (2, 5)
     assert count_positions({"pixel_values": torch.zeros(4, 3, 8, 8)}) == (4, 1)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.data.batches import Batch, padding_mask
+from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.runtime.numbers import at_least_float32
@@ -49,7 +49,7 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
             f"{type(model).__name__}: the calibration loss takes a model that returns a scalar "
             "`loss`"
         )
-    return Loss(value=value, counts=(num_samples(batch),))
+    return Loss(value=value, counts=(count_positions(batch)[0],))
 
 
 def calibration_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -65,26 +65,6 @@ def is_language_model(outputs: Any, batch: Batch) -> bool:
     """Whether these outputs hold logits [B, T, V] of the batch's `input_ids` [B, T]."""
     logits = getattr(outputs, "logits", None)
     return isinstance(logits, Tensor) and logits.ndim == 3 and batch.get("input_ids") is not None
-
-
-def num_samples(batch: Batch) -> int:
-    """The number of samples: dim 0 of `input_ids`, or of the first tensor where there are none."""
-    tensors = [batch.get("input_ids"), *batch.values()]
-    return next((len(v) for v in tensors if isinstance(v, Tensor) and v.ndim), 1)
-
-
-def split_samples(batch: Batch) -> Sequence[Batch]:
-    """The samples of a batch, each as a batch of one."""
-    size = num_samples(batch)
-    return [
-        {key: _take_sample(value, j, size) for key, value in batch.items()} for j in range(size)
-    ]
-
-
-def _take_sample(value: Any, j: int, size: int) -> Any:
-    """Row j of a tensor that has a row for each of `size` samples; any other value as it is."""
-    by_sample = isinstance(value, Tensor) and value.ndim and len(value) == size
-    return value[j : j + 1] if by_sample else value
 
 
 def _next_token_loss(logits: Tensor, batch: Batch, by_sample: bool) -> Loss:

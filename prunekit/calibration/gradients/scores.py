@@ -10,11 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients.loss import split_samples
 from prunekit.calibration.gradients.passes import FISHER, Elements, GradientPass
 from prunekit.calibration.gradients.state import recomputing
 from prunekit.calibration.gradients.tapped import TappedLinear, find_tapped
-from prunekit.data.batches import Batch
+from prunekit.data.batches import Batch, split_samples
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.groups import Place
 from prunekit.runtime.console import say

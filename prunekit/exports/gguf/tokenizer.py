@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import ExportError
-from prunekit.exports.base import errors_only
 from prunekit.exports.gguf.pretokenizer import pretokenizer_name
-from prunekit.runtime.console import say
+from prunekit.runtime.console import quiet, say
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, SpecialVocab, TokenType
@@ -155,7 +154,7 @@ def _special_vocabulary(
         tokenizer.save_pretrained(folder)
         known = {f"{kind}_token_id": index for kind, index in ids.items()}
         (Path(folder) / "config.json").write_text(json.dumps(known), encoding="utf-8")
-        with errors_only("gguf.vocab"):
+        with quiet("gguf.vocab"):
             special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
     if ids.get("eos") is None:
         say(
