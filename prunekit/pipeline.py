@@ -37,8 +37,8 @@ from prunekit.report.record import Report
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
 from prunekit.schedules import Assignment, Schedule
+from prunekit.schedules.folders import NOWHERE, Folders, activations_folder
 from prunekit.schedules.method import Method, compose_pruning
-from prunekit.schedules.places import NOWHERE, Places, activations_folder
 from prunekit.surgery import apply_plan, shapes
 from prunekit.surgery.snapshot import note_biases, restore, take_snapshot
 
@@ -129,14 +129,14 @@ def prune(
     cfg.import_modules(config.imports)
     size, device = config.data.calibration.batch_size, _device_of(model)
     batches = make_batches(model, calibration, size, device)
-    places = Places(
+    folders = Folders(
         state=Path(state) if state else None,
         activations=activations_folder(config, None),
         identity=f"{type(model).__name__} {weights_digest(model)}" if state else "",
     )
     stages = Stages(device)
     return prune_model(
-        model, config, Method.build(config, backends), batches, stages, places=places
+        model, config, Method.build(config, backends), batches, stages, folders=folders
     )
 
 
@@ -158,7 +158,7 @@ def prune_model(
     stages: Stages,
     *,
     stored: torch.dtype | None = None,
-    places: Places = NOWHERE,
+    folders: Folders = NOWHERE,
     streamed: Streamed | None = None,
 ) -> Result[Model]:
     """Trace, allocate, choose and repair, cut: the whole of pruning, in this order.
@@ -171,7 +171,7 @@ def prune_model(
             the model is traced and checked with.
         stages: the clock.
         stored: the type that bytes are counted in; None: that of the weights.
-        places: the run's folders.
+        folders: the run's folders.
         streamed: a model that is cut and written layer by layer; its weights stay on disk.
     """
     if streamed is None:
@@ -183,16 +183,16 @@ def prune_model(
         allocation = allocate(model, graph, config, method, batches, stored)
         assignment = replace(
             allocation.assignment,
-            state=places.open_state(config, graph, batches),
+            state=folders.open_state(config, graph, batches),
             store=Store(
-                stages.device, config.memory.budget, config.memory.host, places.activations
+                stages.device, config.memory.budget, config.memory.host, folders.activations
             ),
         )
-        plan = choose_and_cut(assignment, method, places, streamed)
+        plan = choose_and_cut(assignment, method, folders, streamed)
     report = _report(config, allocation, plan, (dense, model), stages)
     if assignment.store and any(assignment.store.peak.values()):
         report = report.merge(Report(activation_bytes=assignment.store.peak))
-    if assignment.state and not places.keep:
+    if assignment.state and not folders.keep:
         assignment.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
 
@@ -294,17 +294,17 @@ def _make_budget(
 
 
 def choose_and_cut(
-    assignment: Assignment, method: Method, places: Places, streamed: Streamed | None
+    assignment: Assignment, method: Method, folders: Folders, streamed: Streamed | None
 ) -> PruningPlan:
     """Let the schedule choose and repair, then cut; after a failure the model is put back."""
     model, graph = assignment.model, assignment.graph
     if streamed:
-        streamed.write_to(places.model, resume=bool(assignment.state and assignment.state.there))
+        streamed.write_to(folders.model, resume=bool(assignment.state and assignment.state.there))
         assignment = replace(assignment, layers=streamed.layers(graph))
     before: dict[str, Tensor | None] = {}
     repairs = assignment.compensation is not None or method.schedule.layerwise
     if repairs or assignment.independent:
-        copies = places.undo and streamed is None
+        copies = folders.undo and streamed is None
         before = take_snapshot(model, assignment.groups, assignment.independent, copies=copies)
     # Modules, not names: where whole layers go, the names of later layers change.
     without_bias = [

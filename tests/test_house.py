@@ -111,7 +111,7 @@ SHARED = {
     "allocation/costs": {"base", "curves", "forward", "terms", "timing", "weights"},
 }
 # Where an architecture may be known by its name, or by an attribute that only it has.
-NAMED = ("exports", "demo", "model/names.py")
+NAMED = ("exports", "demo/train.py", "model/names.py")
 NAMES = r"llama|mistral|mixtral|qwen|gemma|gpt|bloom|falcon|opt_|phi\d|olmo|baichuan|chatglm|bert"
 PRIVATE = r"first_k_dense_replace|moe_topk|moe_k\b|top_k_experts|max_window_layers|n_routed_experts"
 LONGEST = 40  # lines of code of a function, its docstring and comments aside

@@ -25,7 +25,7 @@ from prunekit.runtime.modes import undisturbed
 
 
 @dataclass
-class Inputs:
+class InputSums:
     """Sums over tokens of a module's inputs x [n] and of their squares, in float64."""
 
     tokens: int = 0
@@ -55,7 +55,7 @@ class Inputs:
 
 def gather_input_statistics(
     model: nn.Module, names: Iterable[str], batches: Sequence[Batch]
-) -> dict[str, Inputs]:
+) -> dict[str, InputSums]:
     """Gather statistics of the inputs of all stock linear modules, in evaluation mode.
 
     Args:
@@ -72,7 +72,7 @@ def gather_input_statistics(
     places = tensor_places(model)
     weights = [name for name in names if places[name][0].attribute == "weight"]
     modules = {name: places[name][0].module for name in weights}
-    watcher = _Watcher({name: Inputs() for name, module in modules.items() if is_stock(module)})
+    watcher = _Watcher({name: InputSums() for name, module in modules.items() if is_stock(module)})
     with undisturbed(model), ExitStack() as stack, torch.no_grad():
         for name in watcher.inputs:
             see = partial(watcher.see, name)
@@ -91,7 +91,7 @@ def gather_input_statistics(
 class _Watcher:
     """The statistics by weight, and the padding mask of the batch in turn [B, T]."""
 
-    inputs: dict[str, Inputs]
+    inputs: dict[str, InputSums]
     mask: Tensor | None = None
 
     def see(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -24,7 +24,7 @@ _tree = torch.utils._pytree
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """The call of a layer on a batch, without its hidden states.
 
     `key`: the name of the hidden states; None where they are the first positional argument.
@@ -46,7 +46,7 @@ class Recording:
     """What goes into the layers: `hidden` [batch] before the first one, `calls` [batch][layer]."""
 
     hidden: list[Kept]
-    calls: list[list[Call]]
+    calls: list[list[LayerCall]]
 
     def free(self) -> None:
         """Let go of the hidden states."""
@@ -125,7 +125,7 @@ class _Recorder:
     def __init__(self, num_layers: int, in_tuples: bool, changing: bool) -> None:
         self.num_layers, self.in_tuples, self.changing = num_layers, in_tuples, changing
         self.first: Tensor | None = None
-        self.calls: list[Call] = []
+        self.calls: list[LayerCall] = []
         self._passed_on: Tensor | None = None
 
     def stand_in(self, layer: int, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ class _Recorder:
             raise Stop
         if self.first is None:
             self.first = hidden.clone()
-        self.calls.append(Call(args[1:], kwargs, key))
+        self.calls.append(LayerCall(args[1:], kwargs, key))
         if len(self.calls) == self.num_layers:
             raise Stop
         # Any changed values will do: an argument that changes too depends on the hidden states.
@@ -151,14 +151,16 @@ class _Recorder:
         return (self._passed_on,) if self.in_tuples else self._passed_on
 
 
-def _share_tensors(calls: Sequence[Call], before: Sequence[Call] | None) -> list[Call]:
+def _share_tensors(
+    calls: Sequence[LayerCall], before: Sequence[LayerCall] | None
+) -> list[LayerCall]:
     """Replace tensors by equal ones of the batch before, so that each is kept once (masks, say)."""
     if before is None:
         return list(calls)
     shared = []
     for call, last in zip(calls, before, strict=True):
         kwargs = {name: _share(value, last.kwargs.get(name)) for name, value in call.kwargs.items()}
-        shared.append(Call(call.args, kwargs, call.key))
+        shared.append(LayerCall(call.args, kwargs, call.key))
     return shared
 
 
@@ -171,7 +173,7 @@ def _share(value: Any, last: Any) -> Any:
     return last if value is last or torch.equal(value, last) else value
 
 
-def _equal_tensors(left: Sequence[Call], right: Sequence[Call]) -> bool:
+def _equal_tensors(left: Sequence[LayerCall], right: Sequence[LayerCall]) -> bool:
     """Whether two recordings of the same batch hold equal tensors."""
     leaves = [
         _tree.tree_leaves([(call.args, call.kwargs) for call in calls]) for calls in (left, right)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.blocks import Block, Finder, keeping_dense_outputs
-from prunekit.calibration.calls import Call
+from prunekit.calibration.calls import LayerCall
 from prunekit.calibration.hooks import Stop, replacing, return_always
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Numbered
@@ -30,7 +30,7 @@ class LayerPass:
 
     index: int
     layer: nn.Module
-    calls: Sequence[Call]
+    calls: Sequence[LayerCall]
     batches: Sequence[Numbered]
     hidden: list[Kept]
     dense: list[Kept]

@@ -43,7 +43,7 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-) -> Any:
+) -> PreTrainedModel:
     """Load a folder that `save_pretrained` wrote, or any Hugging Face causal language model.
 
     Args:
@@ -149,7 +149,7 @@ def _load_dense(
     attention: str | None,
     trust_remote_code: bool,
     elements: int | None,
-) -> Any:
+) -> PreTrainedModel:
     """A model that transformers' own loader can build, of a folder or from the hub."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -8,7 +8,7 @@ from prunekit.config.calls import (
     PRUNE,
     PRUNE_CHECKPOINT,
     RECOVER,
-    Call,
+    ApiCall,
 )
 from prunekit.config.compose import check, compose, config_dir, flat
 from prunekit.config.overrides import (
@@ -29,7 +29,7 @@ __all__ = [
     "PRUNE",
     "PRUNE_CHECKPOINT",
     "RECOVER",
-    "Call",
+    "ApiCall",
     "BUILT",
     "EvalConfig",
     "GROUPS",

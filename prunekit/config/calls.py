@@ -24,7 +24,7 @@ _RESULT = "for the result call"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class ApiCall:
     """One function of the API.
 
     Attributes:
@@ -56,23 +56,23 @@ class Call:
             raise ConfigError(f"{key}: given twice, as an argument of {self.name} and by overrides")
         return compose([*(f"{key}={value}" for key, value in arguments.items()), *overrides])
 
-    def without(self, keys: frozenset[str], instead: str) -> Call:
+    def without(self, keys: frozenset[str], instead: str) -> ApiCall:
         """The same function, which does not act on these keys; `instead` tells what to do."""
         advice = {**self.instead, **dict.fromkeys(keys, instead)}
         return replace(self, acts_on=self.acts_on - keys, instead=advice)
 
-    def with_object(self, key: str, common: frozenset[str] = frozenset()) -> Call:
+    def with_object(self, key: str, common: frozenset[str] = frozenset()) -> ApiCall:
         """The same function with an object in place of a section, but for the keys `common`."""
         advice = f"given twice: {key} was given as an object; set its options there"
         call = self.without(frozenset({key}), advice)
         return replace(call, acts_on=call.acts_on | common)
 
-    def on_loaded_model(self) -> Call:
+    def on_loaded_model(self) -> ApiCall:
         """The same function on a model that is in memory already."""
         moved = self.without(_PLACING, "the model is loaded already: call model.to(…) before")
         return moved.without(_TRUST, "the model is loaded already: give it to from_pretrained")
 
-    def without_folder(self) -> Call:
+    def without_folder(self) -> ApiCall:
         """The same function where nothing is written."""
         return self.without(_WRITING, f"give {self.name} a folder, out=…")
 
@@ -92,7 +92,7 @@ _ELSEWHERE = {
     **dict.fromkeys(_CUT, "it says how a model is pruned: prunekit.prune"),
     "method": "it says how a model is pruned: prunekit.prune(method=…)",
 }
-PRUNE = Call(
+PRUNE = ApiCall(
     name="prunekit.prune",
     acts_on=_ALWAYS
     | _CUT
@@ -109,7 +109,7 @@ PRUNE = Call(
         "memory.stream": "the model is loaded already: prunekit.prune_checkpoint streams a folder",
     },
 )
-PRUNE_CHECKPOINT = Call(
+PRUNE_CHECKPOINT = ApiCall(
     name="prunekit.prune_checkpoint",
     acts_on=_ALWAYS
     | _CUT
@@ -124,7 +124,7 @@ PRUNE_CHECKPOINT = Call(
         "output_dir": "the folder of the run is the second argument",
     },
 )
-EVALUATE = Call(
+EVALUATE = ApiCall(
     name="prunekit.evaluate",
     acts_on=_ALWAYS | _LOADING | {"eval", "corpora"},
     instead=_ELSEWHERE
@@ -135,7 +135,7 @@ EVALUATE = Call(
         "output_dir": "give a folder as an argument: out=…",
     },
 )
-RECOVER = Call(
+RECOVER = ApiCall(
     name="prunekit.recover",
     acts_on=_ALWAYS | _LOADING | _WRITING | {"recovery", "eval", "corpora"},
     instead=_ELSEWHERE
@@ -144,7 +144,7 @@ RECOVER = Call(
         "output_dir": "give a folder as an argument: out=…",
     },
 )
-EXPORT = Call(
+EXPORT = ApiCall(
     name="prunekit.export",
     acts_on=frozenset({"imports", "hydra.searchpath", "model.trust_remote_code", "export"}),
     instead=_ELSEWHERE

@@ -67,6 +67,11 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(f"{error.full_key}: expected a value, e.g. {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
+    if run.eval.baseline is not None and run.task not in ("evaluate", "recover"):
+        raise ConfigError(
+            f"eval.baseline={run.eval.baseline}: task={run.task} does not act on it; only "
+            "task=evaluate and task=recover measure another model beside"
+        )
     return run
 
 

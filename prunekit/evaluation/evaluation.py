@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunekit.evaluation.cost import Macs
-from prunekit.evaluation.generation import Sample
+from prunekit.evaluation.generation import Continuation
 from prunekit.evaluation.task_scores import TaskScore
 
 
@@ -34,7 +34,7 @@ class Evaluation:
     perplexity: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     macs: Macs | None = None
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[Continuation, ...] = ()
     outputs: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
     odd_widths: Mapping[int, frozenset[str]] = field(default_factory=dict)
 

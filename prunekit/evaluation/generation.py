@@ -22,7 +22,7 @@ PAPERS = (  # appendix E of both papers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Continuation:
     """A prompt, the mode of its continuation, and the prompt with its continuation."""
 
     prompt: str

@@ -18,8 +18,8 @@ from prunekit.evaluation.comparison import TENSOR_CORES, Comparison
 from prunekit.evaluation.cost import count_macs, measure_size, odd_widths
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.generation import (
+    Continuation,
     Drawing,
-    Sample,
     check_prompt,
     continue_prompt,
     expand_prompts,
@@ -157,12 +157,12 @@ class Measures:
             device=self.device,
         )
 
-    def _samples(self, model: PreTrainedModel) -> tuple[Sample, ...]:
+    def _samples(self, model: PreTrainedModel) -> tuple[Continuation, ...]:
         """Each prompt greedily continued, then, where a temperature is set, by drawn tokens."""
         drawings = [Drawing(seed=self.seed)]
         if heat := self.settings.temperature:
             drawings.append(Drawing(temperature=heat, top_p=self.settings.top_p, seed=self.seed))
-        samples: list[Sample] = []
+        samples: list[Continuation] = []
         for prompt in self.prompts:
             for drawing in drawings:
                 text = continue_prompt(
@@ -174,7 +174,7 @@ class Measures:
                     device=self.device,
                     longest=self.longest,
                 )
-                samples.append(Sample(prompt=prompt, mode=str(drawing), text=text))
+                samples.append(Continuation(prompt=prompt, mode=str(drawing), text=text))
         return tuple(samples)
 
     def _outputs(self, model: nn.Module) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import TraceError, suggest
-from prunekit.graph.groups import CoupledGroup, Group, LayerStack, Place
+from prunekit.graph.groups import CoupledGroup, Group, LayerStack, ParameterDim
 from prunekit.model.ties import names_after
 
 if TYPE_CHECKING:
@@ -144,9 +144,9 @@ class CouplingGraph:
             if name not in self.buffers
         )
 
-    def _positions(self, removed: Mapping[str, list[int]]) -> dict[Place, set[int]]:
+    def _positions(self, removed: Mapping[str, list[int]]) -> dict[ParameterDim, set[int]]:
         """(parameter, dim) → the positions along the dim that these units own."""
-        positions: dict[Place, set[int]] = defaultdict(set)
+        positions: dict[ParameterDim, set[int]] = defaultdict(set)
         for name, units in removed.items():
             for member in self[name].members if units else ():
                 owned = member.index[units].flatten().tolist()

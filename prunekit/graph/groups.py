@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunekit.graph.coupling import CouplingGraph
 
 Kind = Literal["attention", "query_head", "mlp", "expert", "channel", "head_dim", "layer", "other"]
-Place = tuple[str, int]  # the name of a parameter and one of its dims
+ParameterDim = tuple[str, int]  # the name of a parameter and one of its dims
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,7 +189,7 @@ class CoupledGroup(Group):
 
         Matrices come first, then the vectors whose module has no matrix of the group.
         """
-        structures: dict[Place, list[Part]] = defaultdict(list)
+        structures: dict[ParameterDim, list[Part]] = defaultdict(list)
         units = torch.arange(self.num_units)
         is_vector = {m: len(graph.shapes[m.parameter]) == 1 for m in self.scored_members(graph)}
         for member in sorted(is_vector, key=lambda member: is_vector[member]):
@@ -268,7 +268,7 @@ class LayerStack(Group):
         raise TraceError(f"{self.name}: torch-pruning cuts channels, no whole layers")
 
 
-def _matrix_beside(vector: Member, places: Mapping[Place, object]) -> Place | None:
+def _matrix_beside(vector: Member, places: Mapping[ParameterDim, object]) -> ParameterDim | None:
     """The first of these places that lies in the vector's module and dim."""
     module = vector.parameter.rpartition(".")[0]
     for parameter, dim in places:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import DIAGONAL, Atom, Axis
 from prunekit.graph.coupling import Extent, Product
-from prunekit.graph.groups import CoupledGroup, Kind, Member, Place
+from prunekit.graph.groups import CoupledGroup, Kind, Member, ParameterDim
 from prunekit.graph.naming import Location, choose_names, locate
 from prunekit.graph.operators import Contraction, Note
 
@@ -46,15 +46,15 @@ class Findings:
     folds: tuple[Axis, ...]
     products: tuple[tuple[Axis, ...], ...]
 
-    def axis(self, place: Place) -> Axis:
+    def axis(self, place: ParameterDim) -> Axis:
         """The axis at a (parameter, dim)."""
         name, dim = place
         return self.tensors[name][dim]
 
     @cached_property
-    def places(self) -> dict[Atom, list[Place]]:
+    def places(self) -> dict[Atom, list[ParameterDim]]:
         """Atom → every (parameter, dim) whose axis holds it."""
-        places: dict[Atom, list[Place]] = defaultdict(list)
+        places: dict[Atom, list[ParameterDim]] = defaultdict(list)
         for name, axes in self.tensors.items():
             for dim, axis in enumerate(axes):
                 for atom in dict.fromkeys(ax.atoms(axis)):
@@ -185,7 +185,7 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
     )
 
 
-def _member(findings: Findings, atom: Atom, place: Place) -> Member | None:
+def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | None:
     """The slice of a parameter that the atom's units own; None where they own uneven parts.
 
     A parameter that holds the atom in two dims (a square weight of the residual stream) and is

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients import FISHER, MEAN, Moments
+from prunekit.calibration.gradients import FISHER, MEAN, GradientMoments
 from prunekit.calibration.gradients.scores import score_positions
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
@@ -47,7 +47,7 @@ class _Taylor(ScoreImportance, ABC):
             )
 
     @abstractmethod
-    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+    def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """A term for each element of a parameter, given the `moments` of its gradients.
 
         All have the shape of the parameter. The score of a position along a dim is the absolute
@@ -83,7 +83,7 @@ class TaylorVector(_Taylor):
 
     moments: ClassVar[tuple[str, ...]] = (MEAN,)
 
-    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+    def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """Terms g w that cancel along a channel."""
         return moments[MEAN] * weight
 
@@ -94,7 +94,7 @@ class TaylorFirst(_Taylor):
 
     moments: ClassVar[tuple[str, ...]] = (MEAN,)
 
-    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+    def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """|g w|."""
         return (moments[MEAN] * weight).abs_()
 
@@ -105,7 +105,7 @@ class TaylorSecond(_Taylor):
 
     moments: ClassVar[tuple[str, ...]] = (FISHER,)
 
-    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+    def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """w² F."""
         return (moments[FISHER] * weight).mul_(weight)
 
@@ -116,6 +116,6 @@ class TaylorMixed(_Taylor):
 
     moments: ClassVar[tuple[str, ...]] = (MEAN, FISHER)
 
-    def elements(self, weight: Tensor, moments: Moments) -> Tensor:
+    def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """|w (g − ½ w F)|."""
         return (moments[FISHER] * weight).mul_(-0.5).add_(moments[MEAN]).mul_(weight).abs_()

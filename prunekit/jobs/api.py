@@ -17,7 +17,7 @@ from prunekit.errors import ConfigError
 from prunekit.exports import Export
 from prunekit.importance import Importance
 from prunekit.jobs.export import ExportSettings, run_export
-from prunekit.jobs.job import Inputs
+from prunekit.jobs.job import GivenObjects
 from prunekit.jobs.run import run_job
 from prunekit.jobs.sources import Source, check_folder, check_source
 from prunekit.policies import Policy
@@ -89,7 +89,7 @@ def prune_checkpoint(
         cfg.PRUNE_CHECKPOINT, method, ratio, choices, compensation, overrides
     )
     config.model.path, config.output_dir = str(folder), str(out)
-    inputs = Inputs(backends=backends)
+    inputs = GivenObjects(backends=backends)
     return run_job(config, Path(out), _record(config), inputs=inputs).report
 
 
@@ -232,7 +232,7 @@ def export(
     return run_export(config, Path(out), settings=settings, source=source, tokenizer=tokenizer)
 
 
-def _call_on(call: cfg.Call, model: Source, out: str | Path | None = None) -> cfg.Call:
+def _call_on(call: cfg.ApiCall, model: Source, out: str | Path | None = None) -> cfg.ApiCall:
     """The function on this model; ConfigError where the model or the folder can't be one."""
     check_source(model, "model")
     if out is not None:
@@ -241,7 +241,7 @@ def _call_on(call: cfg.Call, model: Source, out: str | Path | None = None) -> cf
 
 
 def _configure(
-    call: cfg.Call,
+    call: cfg.ApiCall,
     model: Source,
     overrides: Sequence[str],
     arguments: Mapping[str, str],
@@ -265,7 +265,7 @@ def _make_inputs(
     tokenizer: PreTrainedTokenizerBase | None,
     baseline: Source | None = None,
     recovery: Recovery | None = None,
-) -> Inputs:
+) -> GivenObjects:
     """The objects among the arguments.
 
     Raises:
@@ -279,7 +279,7 @@ def _make_inputs(
             "tokenizer: expected a tokenizer of transformers, as AutoTokenizer.from_pretrained "
             f"loads it, got {tokenizer!r}"
         )
-    return Inputs(
+    return GivenObjects(
         model=loaded,
         tokenizer=tokenizer,
         baseline=baseline if isinstance(baseline, PreTrainedModel) else None,

@@ -34,7 +34,7 @@ _SHARE = 0.6  # of the free memory that a second model may take
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class GivenObjects:
     """The objects that a caller in Python gives to a job; the command line gives none.
 
     Attributes:
@@ -70,7 +70,7 @@ class Job:
     output: Path
     stages: Stages
     export: ExportSettings
-    inputs: Inputs = Inputs()
+    inputs: GivenObjects = GivenObjects()
 
     @property
     def baseline(self) -> Source | None:

@@ -26,8 +26,8 @@ from prunekit.report.parts import Calibration
 from prunekit.runtime.console import say
 from prunekit.runtime.files import digest
 from prunekit.runtime.processes import rank, world_size
+from prunekit.schedules.folders import STATE, Folders, activations_folder
 from prunekit.schedules.method import Method
-from prunekit.schedules.places import STATE, Places, activations_folder
 
 
 def run_prune(job: Job) -> Outcome:
@@ -87,7 +87,7 @@ def load_windows(config: RunConfig, subject: Subject) -> Tensor:
 def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
     """Prune the model on the windows, and round its weights to the type that is saved."""
     config = job.config
-    places = Places(
+    folders = Folders(
         state=job.output / STATE,
         activations=activations_folder(config, job.output),
         model=job.output / "model",
@@ -105,7 +105,7 @@ def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Resul
         make_batches(subject.model, windows, rows, job.stages.device),
         job.stages,
         stored=subject.stored,
-        places=places,
+        folders=folders,
         streamed=subject.streamed,
     )
     if subject.streamed is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,18 +21,20 @@ from prunekit.jobs.evaluate import run_evaluate
 from prunekit.jobs.export import ExportSettings
 from prunekit.jobs.finetune import TRAINING
 from prunekit.jobs.folder import PARTIAL, clear_results, ensure_empty, write_run
-from prunekit.jobs.job import Inputs, Job, Outcome
+from prunekit.jobs.job import GivenObjects, Job, Outcome
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import run_recover
 from prunekit.jobs.sources import source_of
 from prunekit.model.inputs import input_device
+from prunekit.model.weights import keep_types
 from prunekit.report import Report
 from prunekit.report.couplings import write_couplings
 from prunekit.runtime.devices import pick_device
+from prunekit.runtime.modes import restoring
 from prunekit.runtime.processes import process_group, rank
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
-from prunekit.schedules.places import STATE
+from prunekit.schedules.folders import STATE
 
 _JOBS: Mapping[str, Callable[[Job], Outcome]] = {
     "prune": run_prune,
@@ -63,7 +66,7 @@ def run_job(
     output: Path | None,
     provenance: Mapping[str, str] | None = None,
     command: str | None = None,
-    inputs: Inputs | None = None,
+    inputs: GivenObjects | None = None,
 ) -> Completed:
     """Do `config.task` (prune, evaluate or recover) and write the result.
 
@@ -77,7 +80,7 @@ def run_job(
     Raises:
         PrunekitError: anything wrong with the request; `output` then holds no result.
     """
-    inputs = inputs or Inputs()
+    inputs = inputs or GivenObjects()
     import_modules(config.imports)
     export = ExportSettings.build(config.export)
     if export.wanted and config.task == "evaluate":
@@ -87,7 +90,13 @@ def run_job(
         )
     source = source_of(config) if inputs.model is None else inputs.model
     device = pick_device(config.device) if inputs.model is None else input_device(inputs.model)
-    with process_group(device), _seed_torch(config.seed, device), _open_folder(output) as folder:
+    kept = [keep_types(model) for model in (inputs.model, inputs.baseline) if model is not None]
+    with (
+        restoring(*kept),
+        process_group(device),
+        _seed_torch(config.seed, device),
+        _open_folder(output) as folder,
+    ):
         if not rank():  # the first process evaluates and writes
             if config.resume and any((folder / name).exists() for name in (STATE, TRAINING)):
                 clear_results(folder)  # half written by a run that was killed
@@ -152,8 +161,10 @@ def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
     import_modules(config.imports)
     ensure_empty(output)
     model = from_pretrained(source_of(config), trust_remote_code=config.model.trust_remote_code)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(config.seed))
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.randint(
+        embeddings.num_embeddings, (2, 8), generator=torch.Generator().manual_seed(config.seed)
+    )
     graph = trace(model, {"input_ids": ids})
     write_couplings(graph, output)
     return graph

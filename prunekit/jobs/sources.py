@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -55,17 +55,22 @@ def base_of(config: RunConfig) -> str | None:
 def load_source(
     source: Source, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, torch.dtype]:
-    """Load a model to the device; a model in memory is taken as it is.
+    """Load a model to the device; a model in memory stays where it is.
 
-    Half-precision checkpoints compute in float32 on a CPU.
+    Half precision computes in float32 on a CPU; a caller puts the weights of a model in memory back
+    by `keep_types`.
 
     Returns:
         The model in the type that it computes in, and the type that its result is stored in:
         `stored`, or else the type of the checkpoint.
     """
     if isinstance(source, nn.Module):
-        return source, source.dtype
-    model = from_pretrained(source, trust_remote_code=trust_remote_code)
+        stored = source.dtype
+        if (dtype := compute_dtype(stored, device)) != stored:
+            cast_weights(source, dtype)
+        return source, stored
+    # `PreTrainedModel.to` is wrapped in a way that hides its signature.
+    model: Any = from_pretrained(source, trust_remote_code=trust_remote_code)
     stored = stored or next(model.parameters()).dtype
     cast_weights(model, compute_dtype(stored, device))
     return model.to(device), stored

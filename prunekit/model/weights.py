@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prunekit.errors import DataError
+from prunekit.runtime.modes import Restore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +48,19 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
+
+
+def keep_types(model: PreTrainedModel) -> Restore:
+    """Note the types of a model's parameters, and the one that its config names."""
+    types = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    named = model.config.dtype
+
+    def restore() -> None:
+        for parameter, dtype in types:
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = named
+
+    return restore
 
 
 def round_weights(model: nn.Module, stored: torch.dtype) -> None:

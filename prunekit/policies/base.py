@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeGuard
+from typing import ClassVar, TypeGuard
 
 from torch import nn
 
@@ -38,7 +38,7 @@ class Setting:
     importance: Importance
     cost: Cost
     limit: float
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, object] = field(default_factory=dict)
 
 
 class Policy(ABC):

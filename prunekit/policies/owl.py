@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from prunekit.calibration.activations import Inputs, gather_input_statistics
+from prunekit.calibration.activations import InputSums, gather_input_statistics
 from prunekit.errors import ConfigError
 from prunekit.importance.structures import scale_by_inputs
 from prunekit.policies.base import Policy, Setting, expect_share, is_number
@@ -59,7 +59,7 @@ class Owl(Policy):
         }
 
     def _outlier_share(
-        self, setting: Setting, names: set[str], inputs: Mapping[str, Inputs]
+        self, setting: Setting, names: set[str], inputs: Mapping[str, InputSums]
     ) -> float:
         """The share of outliers among the weights of a layer, given their names."""
         if not names:

@@ -13,7 +13,7 @@ _CURVE_POINTS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class TrainingPoint:
     """One step of the training; None where a figure was not measured at that step.
 
     Attributes:
@@ -56,7 +56,7 @@ class RecoveryResult:
         bf16: whether forward passes computed in bfloat16.
     """
 
-    curve: tuple[Point, ...]
+    curve: tuple[TrainingPoint, ...]
     steps: int
     stopped_early: bool
     best_step: int
@@ -85,15 +85,15 @@ class RecoveryResult:
         }
 
 
-def trace_curve(history: Sequence[Mapping[str, Any]], steps: int) -> tuple[Point, ...]:
+def trace_curve(history: Sequence[Mapping[str, Any]], steps: int) -> tuple[TrainingPoint, ...]:
     """The curve of a training of `steps` steps from transformers' log history."""
     figures: dict[int, dict[str, Any]] = {}
-    known = [field.name for field in dataclasses.fields(Point)]
+    known = [field.name for field in dataclasses.fields(TrainingPoint)]
     for entry in history:
         if "loss" in entry or "perplexity" in entry:
             own = figures.setdefault(entry["step"], {})
             own.update({key: entry[key] for key in known if key in entry})
-    points = [Point(**own) for _, own in sorted(figures.items())]
+    points = [TrainingPoint(**own) for _, own in sorted(figures.items())]
     every = max(steps // _CURVE_POINTS, 1)
     kept = (point for point in points if point.step % every == 0 or point.perplexity is not None)
     return tuple(kept)

@@ -13,7 +13,7 @@ from prunekit.report.units import units
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Answers:
     """One prompt and what each model made of it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Code:
     text: str
 
 
-Block = str | Items | Code | Table | Picture | Sample
+Block = str | Items | Code | Table | Picture | Answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def _recovery(report: Report) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _samples(report: Report) -> list[Sample]:
+def _samples(report: Report) -> list[Answers]:
     samples = []
     for row in report.samples or ():
         answers = {
@@ -155,7 +155,7 @@ def _samples(report: Report) -> list[Sample]:
             if column in row.columns
         }
         prompt, mode = words.plain(row.prompt), words.plain(row.mode)
-        samples.append(Sample(prompt=prompt, mode=mode, answers=answers))
+        samples.append(Answers(prompt=prompt, mode=mode, answers=answers))
     return samples
 
 

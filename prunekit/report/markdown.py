@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from prunekit.report import words
-from prunekit.report.document import Block, Code, Items, Sample, Section, document, title
+from prunekit.report.document import Answers, Block, Code, Items, Section, document, title
 from prunekit.report.pictures import Picture
 from prunekit.report.record import Report
 from prunekit.report.tables import Table
@@ -32,7 +32,7 @@ def render_block(block: Block) -> str:
         return _table(block)
     if isinstance(block, Picture):
         return f"![{escape(block.label)}]({block.name}.svg)"
-    if isinstance(block, Sample):
+    if isinstance(block, Answers):
         return _sample(block)
     if isinstance(block, Code):
         return _fence(block.text, "sh")
@@ -61,7 +61,7 @@ def _cells(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Answers) -> str:
     mode = f" ({escape(sample.mode)})" if sample.mode else ""
     parts = [f"Prompt{mode}:", _fence(sample.prompt)]
     for column, answer in sample.answers.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunekit.report import words
-from prunekit.report.document import Code, Items, Sample, document, title
+from prunekit.report.document import Answers, Code, Items, document, title
 from prunekit.report.palette import dark_pictures, variables
 from prunekit.report.pictures import Picture
 from prunekit.report.record import Report
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
-_BLOCKS = {"table": Table, "picture": Picture, "sample": Sample, "code": Code, "items": Items}
+_BLOCKS = {"table": Table, "picture": Picture, "sample": Answers, "code": Code, "items": Items}
 
 
 def render_html(report: Report) -> str:

@@ -56,7 +56,7 @@ class PolicyShares:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class KeptUnits:
     """Units of one kind in one layer.
 
     Attributes:
@@ -70,14 +70,14 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKept:
-    """The units that one layer kept: kind of group → `Kept`.
+    """The units that one layer kept: kind of group → `KeptUnits`.
 
     Attributes:
         index: the layer; null for groups outside of layers, which stand by their names.
     """
 
     index: int | None
-    kinds: Mapping[str, Kept] = flat_field()
+    kinds: Mapping[str, KeptUnits] = flat_field()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ class Continuations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latency:
+class Throughput:
     """Tokens per second: column → median over the turns.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from prunekit.graph import Group
-from prunekit.report.parts import Kept, LayerKept
+from prunekit.report.parts import KeptUnits, LayerKept
 
 
 def count_units(
@@ -17,12 +17,12 @@ def count_units(
         groups: the groups that could be cut.
         removed: group → the units that are gone.
     """
-    layers: dict[int | None, dict[str, Kept]] = {}
+    layers: dict[int | None, dict[str, KeptUnits]] = {}
     for group in groups:
         kinds = layers.setdefault(group.layer, {})
         kind = group.kind if group.layer is not None else group.name
         # A layer may hold two groups of a kind: shared and routed experts.
-        before = kinds.get(kind, Kept(kept=0, total=0))
+        before = kinds.get(kind, KeptUnits(kept=0, total=0))
         kept = group.num_units - len(removed.get(group.name, ()))
-        kinds[kind] = Kept(kept=before.kept + kept, total=before.total + group.num_units)
+        kinds[kind] = KeptUnits(kept=before.kept + kept, total=before.total + group.num_units)
     return tuple(LayerKept(index=index, kinds=kinds) for index, kinds in layers.items())

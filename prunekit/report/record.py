@@ -11,7 +11,6 @@ from prunekit.errors import DataError
 from prunekit.report.parts import (
     Calibration,
     Continuations,
-    Latency,
     LayerError,
     LayerKept,
     Perplexity,
@@ -20,6 +19,7 @@ from prunekit.report.parts import (
     RecoveryFigures,
     Target,
     TaskScores,
+    Throughput,
 )
 from prunekit.report.plain import from_plain, schema_of, to_plain
 
@@ -99,7 +99,7 @@ class Report(Mapping[str, Any]):
     warnings: tuple[str, ...] | None = None
     samples: tuple[Continuations, ...] | None = None
     evaluation_bytes: Mapping[str, int] | None = None
-    latency: Latency | None = None
+    latency: Throughput | None = None
     seconds: Mapping[str, float] | None = None
     peak_memory_bytes: Mapping[str, int] | None = None
     activation_bytes: Mapping[str, int] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunekit.report import words
-from prunekit.report.document import Sample, document, title
+from prunekit.report.document import Answers, document, title
 from prunekit.report.record import Report
 from prunekit.report.tables import summary
 
@@ -47,7 +47,7 @@ def _lines(report: Report, folder: Path) -> list[str]:
         block
         for section in document(report)
         for block in section.blocks
-        if isinstance(block, Sample)
+        if isinstance(block, Answers)
     ]
     for sample in samples[:_SAMPLES]:
         lines.append(

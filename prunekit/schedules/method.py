@@ -16,7 +16,7 @@ from prunekit.allocation.costs.parameters import Parameters
 from prunekit.allocation.objective import select_cost
 from prunekit.allocation.scope import Scope
 from prunekit.compensation.base import Compensation
-from prunekit.config import Call, RunConfig, build_as, check
+from prunekit.config import ApiCall, RunConfig, build_as, check
 from prunekit.errors import ConfigError
 from prunekit.importance.base import Importance
 from prunekit.policies.base import Policy
@@ -75,7 +75,7 @@ class Method:
 
 
 def compose_pruning(
-    call: Call,
+    call: ApiCall,
     method: str,
     ratio: float | None,
     choices: Mapping[str, str | Backend | None],
@@ -126,7 +126,8 @@ def describe_objects(
     """Write into the sections of the configuration which objects take their place.
 
     The state and the record of a run read these sections without building them. Where the `whole`
-    content must be there, an attribute that can't be written down is an error; else it is left out.
+    content must be there, an attribute that can't be written down is an error; else its type stands
+    in its place, so that no run goes on from a state of which not everything is known.
     """
     for name, given in objects.items():
         kind = type(given)
@@ -137,6 +138,7 @@ def describe_objects(
             except ConfigError:
                 if whole:
                     raise
+                section[key] = f"{type(value).__name__}, which can't be written down"
         setattr(config, name, section)
 
 

@@ -11,8 +11,8 @@ from prunekit.checkpoint import LayerWriter, Shards
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.pipeline import prune_model
 from prunekit.runtime.stages import Stages
+from prunekit.schedules.folders import Folders
 from prunekit.schedules.method import Method
-from prunekit.schedules.places import Places
 
 ONE_BY_ONE = {  # families whose checkpoints hold experts one by one
     "mixtral": EXPERTS["mixtral"] | {"num_key_value_heads": 2},
@@ -30,10 +30,10 @@ def stream(folder, *overrides):
     """Prune the model in `folder/dense` layer by layer into `folder/pruned`."""
     config = cfg.check(cfg.compose(["output_dir=none", *overrides]))
     streamed = Streamed(folder / "dense", CPU, None, False)
-    places = Places(model=folder / "pruned", state=folder / "state")
+    folders = Folders(model=folder / "pruned", state=folder / "state")
     method = Method.build(config)
     result = prune_model(
-        streamed.model, config, method, BATCHES, Stages(CPU), places=places, streamed=streamed
+        streamed.model, config, method, BATCHES, Stages(CPU), folders=folders, streamed=streamed
     )
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
     streamed.writer.finish(streamed.model)

@@ -8,7 +8,7 @@ import torch
 from prunekit.evaluation.comparison import Comparison
 from prunekit.evaluation.cost import Macs
 from prunekit.evaluation.evaluation import Evaluation
-from prunekit.evaluation.generation import Drawing, Sample
+from prunekit.evaluation.generation import Continuation, Drawing
 from prunekit.evaluation.task_scores import TaskScore
 
 
@@ -20,7 +20,7 @@ def column(scale, odd=()):
         perplexity={"text": scale},
         tasks={"mmlu_anatomy": score},
         macs=Macs(total=7, by_module={"lm_head": 7}),
-        samples=(Sample(prompt="a", mode=str(Drawing()), text=f"a {scale}"),),
+        samples=(Continuation(prompt="a", mode=str(Drawing()), text=f"a {scale}"),),
         outputs={index: torch.full((2, 3), scale) for index in range(3)},
         odd_widths={8: frozenset(odd), 64: frozenset(odd)},
     )

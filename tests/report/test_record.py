@@ -11,7 +11,7 @@ from test_report import make
 
 from prunekit.errors import DataError
 from prunekit.report import Report, schema
-from prunekit.report.parts import Kept, LayerKept, Ratio
+from prunekit.report.parts import KeptUnits, LayerKept, Ratio
 
 # The keys of report.json in the order that each task has always written them in.
 ORDER = {
@@ -67,7 +67,7 @@ def test_parts_are_read_as_the_mapping_they_are_and_as_dataclasses():
     assert report.get("model", "none") == "none"
     with pytest.raises(KeyError):
         report["model"]
-    assert report.layers[0].kinds["mlp"] == Kept(**report["layers"][0]["mlp"])
+    assert report.layers[0].kinds["mlp"] == KeptUnits(**report["layers"][0]["mlp"])
     assert {**report} == report
 
 

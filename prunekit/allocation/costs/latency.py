@@ -20,7 +20,7 @@ from prunekit.allocation.costs.base import Cost, CostSetting, Term
 from prunekit.allocation.costs.curves import Curve, fit_isotonic, spread_widths
 from prunekit.allocation.costs.forward import ForwardCost
 from prunekit.allocation.costs.timing import (
-    Call,
+    Arguments,
     Inputs,
     fill_skeleton,
     median_seconds,
@@ -135,7 +135,7 @@ class Stopwatch:
 
     model: nn.Module
     graph: CouplingGraph
-    calls: Mapping[str, Call]
+    calls: Mapping[str, Arguments]
     device: torch.device
     repeats: int
 

@@ -21,7 +21,7 @@ _MOMENT = 5e-3  # seconds that a timing takes at least: quicker calls are repeat
 
 
 @dataclass(frozen=True)
-class Call:
+class Arguments:
     """The arguments a module was called with."""
 
     args: tuple[Any, ...]
@@ -33,16 +33,16 @@ class Call:
 
 
 @torch.inference_mode()
-def record_calls(model: nn.Module, places: set[str], example: Inputs) -> dict[str, Call]:
+def record_calls(model: nn.Module, places: set[str], example: Inputs) -> dict[str, Arguments]:
     """The arguments of the first call of each of these modules in a forward pass on the example.
 
     `places` are paths of modules; the answer also has the model itself, at the empty path.
     """
-    whole = Call((), example) if isinstance(example, Mapping) else Call(example, {})
+    whole = Arguments((), example) if isinstance(example, Mapping) else Arguments(example, {})
     calls = {"": whole}
 
     def note(place: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(place, Call(args, kwargs))
+        calls.setdefault(place, Arguments(args, kwargs))
 
     handles = [
         model.get_submodule(place).register_forward_pre_hook(partial(note, place), with_kwargs=True)
@@ -102,7 +102,7 @@ def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -
 @torch.inference_mode()
 def time_model(model: nn.Module, example: Inputs, repeats: int = 9) -> float:
     """Median seconds of one forward pass on the example, in evaluation mode."""
-    whole = Call((), example) if isinstance(example, Mapping) else Call(example, {})
+    whole = Arguments((), example) if isinstance(example, Mapping) else Arguments(example, {})
     with evaluating(model):
         return median_seconds(lambda: whole(model), next(model.parameters()).device, repeats)
 

@@ -4,7 +4,7 @@ They are seen one matrix at a time, and let go of as soon as they are reduced to
 """
 
 from prunekit.calibration.gradients.loss import Loss, mean_loss
-from prunekit.calibration.gradients.passes import FISHER, MEAN, Moments
+from prunekit.calibration.gradients.passes import FISHER, MEAN, GradientMoments
 from prunekit.calibration.gradients.scores import score_positions
 from prunekit.calibration.gradients.state import recomputing
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
@@ -13,7 +13,7 @@ __all__ = [
     "FISHER",
     "MEAN",
     "Loss",
-    "Moments",
+    "GradientMoments",
     "recomputing",
     "is_stock",
     "is_transposed",

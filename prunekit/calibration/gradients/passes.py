@@ -15,13 +15,13 @@ from prunekit.calibration.gradients.tapped import TappedLinear
 from prunekit.calibration.gradients.taps import is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import DataError
-from prunekit.graph.groups import Place
+from prunekit.graph.groups import ParameterDim
 from prunekit.runtime.console import track
 from prunekit.runtime.numbers import along, at_least_float32
 
 MEAN, FISHER = "mean", "fisher"  # of the gradients: g and F
-Moments = Mapping[str, Tensor]
-Elements = Callable[[Tensor, Moments], Tensor]  # (parameter, moments) → e of the same shape
+GradientMoments = Mapping[str, Tensor]
+Elements = Callable[[Tensor, GradientMoments], Tensor]  # (parameter, moments) → e of the same shape
 
 
 @dataclass
@@ -42,9 +42,9 @@ class GradientPass:
     calls: set[nn.Module] = field(default_factory=set)
     forward: bool = False
     totals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    reduced: dict[Place, Tensor] = field(default_factory=dict)
+    reduced: dict[ParameterDim, Tensor] = field(default_factory=dict)
 
-    def score(self, batches: Sequence[Batch]) -> dict[Place, Tensor]:
+    def score(self, batches: Sequence[Batch]) -> dict[ParameterDim, Tensor]:
         """(parameter, dim) → |Σ_k e_k| per position."""
         targets = 0
         with self._hooks(single=len(batches) == 1):

@@ -15,7 +15,7 @@ from prunekit.calibration.gradients.state import recomputing
 from prunekit.calibration.gradients.tapped import TappedLinear, find_tapped
 from prunekit.data.batches import Batch, split_samples
 from prunekit.graph import CouplingGraph, Group
-from prunekit.graph.groups import Place
+from prunekit.graph.groups import ParameterDim
 from prunekit.runtime.console import say
 from prunekit.runtime.modes import undisturbed
 
@@ -30,7 +30,7 @@ def score_positions(
     moments: Collection[str],
     memory: int | None = None,
     checkpointing: bool = False,
-) -> dict[Place, Tensor]:
+) -> dict[ParameterDim, Tensor]:
     """Score every position along every (parameter, dim) among the members of groups: |Σ_k e_k|.
 
     The sum runs over the elements k at this position. The model is left as it was, after an error
@@ -59,7 +59,7 @@ def score_positions(
     dims: dict[str, list[int]] = {name: [] for name, _ in places}
     for name, dim in dict.fromkeys(places):
         dims[name].append(dim)
-    scores: dict[Place, Tensor] = {}
+    scores: dict[ParameterDim, Tensor] = {}
     with undisturbed(model):
         tapped = find_tapped(model, batches, dims) if FISHER in moments else {}
         if FISHER in moments and (others := [name for name in dims if name not in tapped]):

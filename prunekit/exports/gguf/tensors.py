@@ -22,12 +22,11 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 # A tensor that is computed when it is written: its shape, rows first, and the function.
 Pending: TypeAlias = tuple[tuple[int, ...], Callable[[], Tensor]]
 
-_BLOCK = 32  # numbers that share one scale in q8_0
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class GgufTensor:
     """A tensor to be written.
 
     Attributes:
@@ -87,7 +86,7 @@ class Stored:
 
 def list_tensors(
     model: PreTrainedModel, shapes: Shapes, architecture: str, dtype: str
-) -> list[Stored]:
+) -> list[GgufTensor]:
     """Every tensor of the file, not computed yet.
 
     Args:
@@ -108,7 +107,7 @@ def list_tensors(
         known = names.get_name(name, (".weight", ".bias"))
         if known is None:
             raise ExportError(f"{name}: llama.cpp's {architecture} has no place for it")
-        stored.append(Stored(name=known, shape=shape, dtype=_type(shape, dtype), make=make))
+        stored.append(GgufTensor(name=known, shape=shape, dtype=_type(shape, dtype), make=make))
     return stored
 
 
@@ -147,7 +146,10 @@ def _type(shape: tuple[int, ...], dtype: str) -> str:
     """The type of one tensor: vectors stay f32, rows that q8_0's blocks don't divide f16."""
     if len(shape) < 2:
         return "f32"
-    return "f16" if dtype == "q8_0" and shape[-1] % _BLOCK else dtype
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[dtype.upper()]]  # numbers that share a scale
+    return "f16" if shape[-1] % block else dtype
 
 
 def _change(path: str, layer: int, shapes: Shapes, architecture: str) -> Callable[[Tensor], Tensor]:

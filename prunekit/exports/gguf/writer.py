@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prunekit.errors import ExportError, suggest
 from prunekit.exports.base import Export, Written, require_package
 from prunekit.exports.gguf.shapes import Shapes, architecture_of, check_family, read_shapes
-from prunekit.exports.gguf.tensors import TYPES, Stored, list_tensors
+from prunekit.exports.gguf.tensors import TYPES, GgufTensor, list_tensors
 from prunekit.exports.gguf.tokenizer import add_tokenizer
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _add_metadata(
         writer.add_rope_scaling_factor(shapes.rope_stretch)
 
 
-def _write_tensors(writer: GGUFWriter, tensors: Sequence[Stored]) -> None:
+def _write_tensors(writer: GGUFWriter, tensors: Sequence[GgufTensor]) -> None:
     """Names and sizes first, then the tensors' numbers, each computed when its turn comes."""
     for tensor in tensors:
         tensor.announce(writer)

@@ -37,7 +37,7 @@ _DEPENDS_ON = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Folders:
     """The folders of a run.
 
     Attributes:
@@ -80,7 +80,7 @@ class Places:
             return State(self.state, facts | flat(sections), config.resume)
 
 
-NOWHERE = Places()
+NOWHERE = Folders()
 
 
 def activations_folder(config: RunConfig, output: Path | None) -> Path | None:
