@@ -22,6 +22,7 @@ from prunekit.importance import Magnitude, ScoreImportance
 from prunekit.policies import Uniform
 from prunekit.recovery import Recovery
 from prunekit.schedules import Layerwise
+from prunekit.schedules.method import describe_objects
 
 QUICK = ["eval.max_tokens=512", "eval.speed=false", "eval.prompts=[]", "eval.layer_tokens=0"]
 QUICK += ["eval.macs=0", "eval.cache=null"]
@@ -187,6 +188,24 @@ def test_a_state_knows_the_objects_it_was_made_with(tmp_path, monkeypatch):
     assert resumed.plan == prune(importance=Magnitude()).plan
 
 
+def test_a_record_says_what_it_can_not_hold():
+    config = cfg.RunConfig()
+    backend = Custom(rule=len)
+    describe_objects(config, {"importance": backend})
+    assert config.importance["scale"] == 2
+    assert config.importance["rule"] == "builtin_function_or_method, which can't be written down"
+    with pytest.raises(ConfigError, match="importance.rule: expected a number, text, path"):
+        describe_objects(config, {"importance": backend}, whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(HighestFirst):
+    """An importance with a function among its attributes."""
+
+    rule: object
+    scale: float = 2
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder that `prune_checkpoint` wrote."""
@@ -253,15 +272,20 @@ def test_evaluate_a_folder_and_a_model_in_memory(run, tmp_path):
     assert figures["dense"] == expected["dense"]
     assert (tmp_path / "e" / "report.json").exists()
     assert not (tmp_path / "e" / "model").exists()
-    model = prunekit.from_pretrained(out / "model", dtype=torch.float32)
+    model = prunekit.from_pretrained(out / "model")
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
     torch.manual_seed(3)
     expected_number = torch.rand(1)
     torch.manual_seed(3)
     alone = prunekit.evaluate(model, tokenizer=load_tokenizer(DEMO_MODEL), overrides=QUICK)
     assert torch.equal(torch.rand(1), expected_number), "the caller's random numbers go on"
     assert alone["models"] == ["model"]
-    assert alone["perplexity"]["embedded"]["model"] == pytest.approx(figures["model"], rel=1e-5)
-    assert model.dtype == torch.float32
+    assert alone["perplexity"] == {"embedded": {"model": figures["model"]}}, "in float32 as well"
+    assert model.dtype == model.config.dtype == torch.float16
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.float16
+        assert torch.equal(weight, weights[name])
 
 
 def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):

@@ -1,10 +1,11 @@
 """Backends of a package that is not prunekit's: by object, by `_target_`, by a folder of configs.
 
-The package is written to a folder on Python's path, as `pip install` would leave it.
+The package is built by setuptools, which torch depends on, and installed by pip, offline.
 """
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,6 +138,21 @@ def register():
     def rule(call):
         return call.elementwise(call.value("x"))
 '''
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "mypkg"
+version = "1"
+
+[tool.setuptools]
+packages = ["mypkg", "mypkg.conf"]
+package-data = { "*" = ["*/*.yaml"] }
+"""
+OFFLINE = ("--quiet", "--disable-pip-version-check")
+OFFLINE += ("--no-deps", "--no-index", "--no-build-isolation")
 # Group → class, an option that only it has and its value, a choice that exists in prunekit.
 KINDS = {
     "importance": ("Last", "start", 3.0, "magnitude"),
@@ -151,10 +167,11 @@ BASE |= {"schedule": "oneshot", "cost": "parameters"}
 
 @pytest.fixture(scope="module")
 def mypkg(tmp_path_factory):
-    """A package of somebody else's, with a folder of configs, importable; its folder."""
-    folder = tmp_path_factory.mktemp("outside")
-    package = folder / "mypkg"
+    """A package of somebody else's with a folder of configs, installed by pip; where it lies."""
+    source = tmp_path_factory.mktemp("source")
+    package = source / "mypkg"
     package.mkdir()
+    (source / "pyproject.toml").write_text(PROJECT)
     (package / "__init__.py").write_text("")
     (package / "backends.py").write_text(BACKENDS)
     (package / "rules.py").write_text(RULES)
@@ -165,6 +182,9 @@ def mypkg(tmp_path_factory):
         (package / "conf" / group).mkdir()
         text = f"_target_: mypkg.backends.{name}\n{option}: {value}\n"
         (package / "conf" / group / "mine.yaml").write_text(text)
+    folder = tmp_path_factory.mktemp("installed")
+    install = [sys.executable, "-m", "pip", "install", *OFFLINE, "--target", folder, source]
+    subprocess.run(install, check=True)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     yield folder

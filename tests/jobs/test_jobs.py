@@ -352,6 +352,7 @@ def test_two_processes_recover_as_one(place, recovered):
             "recovery=distill: expected the dense model",
         ),
         (["task=evaluate", "eval.baseline=nowhere"], "nowhere"),
+        (["eval.baseline=dense"], "eval.baseline=dense: task=prune does not act on it; only task="),
         (["eval.prompts=['']"], "eval.prompts: expected prompts of 1 to 63 tokens, got 0: ''"),
         (["eval.batch_size=0"], "eval.batch_size: expected a whole number ≥ 1 or auto, got 0"),
     ],
