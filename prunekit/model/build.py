@@ -17,6 +17,7 @@ from prunekit.errors import CheckpointError, first_line
 from prunekit.model.attributes import fit_to_weight, resize
 from prunekit.model.compat import make_config
 from prunekit.model.modeling_prunekit import as_dense, fit
+from prunekit.model.names import synonyms
 from prunekit.model.per_layer import Overrides, layer_sizes, set_per_layer
 from prunekit.model.record import RECORD, is_ours, names_our_code
 from prunekit.model.stack import modules_of_layer
@@ -32,7 +33,10 @@ def needs_prunekit(config: Mapping[str, Any]) -> bool:
 
     if config.get("per_layer_config") or config.get("extra_biases") or is_ours(config):
         return True
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    hidden, heads = (
+        next((config[name] for name in synonyms(quantity) if config.get(name) is not None), None)
+        for quantity in ("hidden_size", "num_attention_heads")
+    )
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads):
         return False
     # Some classes take a head count that doesn't divide the hidden size, others refuse it.
