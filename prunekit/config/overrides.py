@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, open_dict
 
 from prunekit.config.sections import RunConfig
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, first_line, suggest
 
 GROUPS = (
     "model",
@@ -160,5 +160,5 @@ def one_line(error: BaseException) -> str:
     cause = error.__cause__ if error.__cause__ is not error else None
     text = "; ".join(lines[:2]).replace("Could not override", "can't set")
     if cause and str(cause) and str(cause) not in text:
-        return f"{text}: {str(cause).splitlines()[0]}"
+        return f"{text}: {first_line(cause)}"
     return text

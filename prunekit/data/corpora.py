@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.data import embedded
-from prunekit.errors import DataError, suggest
+from prunekit.errors import DataError, first_line, suggest
 
 _TEXT = {".txt", ".raw", ".tokens", ".md", ".text"}
 _RECORDS = {".jsonl", ".json", ".parquet"}
@@ -141,7 +141,7 @@ def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[dict[s
             else splits[purpose],
         )
     except Exception as error:
-        message = str(error).strip().splitlines()[0]
+        message = first_line(error)
         raise DataError(
             f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}"
         ) from error

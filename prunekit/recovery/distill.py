@@ -23,18 +23,21 @@ from torch import Tensor, nn
 from prunekit.errors import ConfigError
 from prunekit.recovery.examples import IGNORED
 from prunekit.recovery.settings import Recovery
+from prunekit.runtime.numbers import at_least_float32
 
 _SMALLEST_ENERGY = 1e-12  # of a hidden state that is divided by
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """−log p of the labels [M] under logits [M, V], summed, in float32."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
 
 
 def kl_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ model) of logits [M, V] at temperature T, summed over M, in float32."""
-    ours, theirs = (F.log_softmax(x.float() / temperature, dim=-1) for x in (logits, teacher))
+    ours, theirs = (
+        F.log_softmax(at_least_float32(x) / temperature, dim=-1) for x in (logits, teacher)
+    )
     return F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
 
 
@@ -60,8 +63,8 @@ def hidden_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], chosen: Ten
     ours, theirs = len(states) - 1, len(teacher) - 1
     total = torch.zeros((), device=states[0].device)
     for layer in range(1, ours + 1):
-        student = states[layer][chosen].float()
-        goal = teacher[round(layer * theirs / ours)][chosen].float()
+        student = at_least_float32(states[layer][chosen])
+        goal = at_least_float32(teacher[round(layer * theirs / ours)][chosen])
         energy = goal.square().sum(-1).clamp_min(_SMALLEST_ENERGY)
         total = total + ((student - goal).square().sum(-1) / energy).sum()
     return total / max(ours, 1)

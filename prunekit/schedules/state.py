@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from prunekit.calibration.consumers import Consumer
-from prunekit.errors import CheckpointError
+from prunekit.errors import CheckpointError, first_line
 from prunekit.runtime.processes import rank
 
 _HINT = "remove the folder, or choose another output_dir, to start anew"
@@ -121,9 +121,7 @@ class State:
                     consumer.set_bias(bias)
             return [int(unit) for unit in tensors["removed"]]
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: damaged: {str(error).splitlines()[0]}; {_HINT}"
-            ) from error
+            raise CheckpointError(f"{path}: damaged: {first_line(error)}; {_HINT}") from error
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
         """Let `write` write a temporary file, and rename it; only the first process does so.
@@ -144,9 +142,7 @@ class State:
             temporary.replace(path)
         except Exception as error:  # safetensors wraps the errors of the system in its own
             temporary.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{path}: can't be written: {str(error).splitlines()[0]}"
-            ) from error
+            raise CheckpointError(f"{path}: can't be written: {first_line(error)}") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
