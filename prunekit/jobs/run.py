@@ -90,13 +90,7 @@ def run_job(
         )
     source = source_of(config) if inputs.model is None else inputs.model
     device = pick_device(config.device) if inputs.model is None else input_device(inputs.model)
-    kept = [keep_types(model) for model in (inputs.model, inputs.baseline) if model is not None]
-    with (
-        restoring(*kept),
-        process_group(device),
-        _seed_torch(config.seed, device),
-        _open_folder(output) as folder,
-    ):
+    with process_group(device), _using(inputs, config.seed, device), _open_folder(output) as folder:
         if not rank():  # the first process evaluates and writes
             if config.resume and any((folder / name).exists() for name in (STATE, TRAINING)):
                 clear_results(folder)  # half written by a run that was killed
@@ -145,10 +139,14 @@ def _write(job: Job, outcome: Outcome, report: Report, provenance: Mapping[str, 
 
 
 @contextmanager
-def _seed_torch(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers for a `with` block; the caller's go on afterwards."""
+def _using(inputs: GivenObjects, seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random numbers for a `with` block.
+
+    Afterwards the caller's random numbers go on, and the models in memory have their types again.
+    """
+    models = [model for model in (inputs.model, inputs.baseline) if model is not None]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with restoring(*map(keep_types, models)), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 
