@@ -126,5 +126,15 @@ def test_composed_configuration_has_no_loose_ends():
     assert OmegaConf.missing_keys(config) == set()
 
 
+def test_what_is_done_to_a_configuration_does_not_change_the_next_one():
+    chosen = ["ratio=0.3", "output_dir=out"]
+    first = compose(chosen)
+    first.ratio = 0.7
+    first.eval.tasks = ["piqa"]
+    check(first).importance["_target_"] = "elsewhere"
+    assert check(compose(chosen)) == check(compose([*chosen, "seed=0"]))
+    assert compose(chosen).ratio == 0.3
+
+
 def test_one_corpus_needs_no_brackets():
     assert check(compose(["eval.corpora=/some/file.txt"])).eval.corpora == ["/some/file.txt"]

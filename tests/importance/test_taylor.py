@@ -427,7 +427,7 @@ def test_taylor_from_finite_differences_is_credited_to_the_right_unit(kv_heads):
         kv_heads, attention="eager", layers=1
     ).double()  # its norms still compute in float32: hence the step of 1e-3
     graph = trace(model, example())
-    ids = token_ids(5, 6)
+    ids = token_ids(3, 4)
     group = graph["layers.0.self_attn"]
     scores = TaylorFirst().score(model, graph, [group], batches(ids))[group.name]
     expected = torch.zeros(group.num_units, dtype=torch.float64)
