@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
-from prunekit.calibration.gradients.state import recomputing
+from prunekit.calibration.gradients.state import recomputing, should_recompute
 from prunekit.calibration.gradients.taps import is_stock, is_transposed, tap
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
@@ -45,12 +45,13 @@ class LoraGradient(ScoreImportance):
         p: 1, or 2 as in LoRAPrune.
         seed: of the directions A.
         checkpointing: recompute layers in the backward pass instead of keeping their activations.
+            None: where memory is short.
     """
 
     rank: int = 8
     p: int = 1
     seed: int = 0
-    checkpointing: bool = False
+    checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +148,7 @@ def _accumulate(
     model: nn.Module,
     adapters: Mapping[str, _Adapter],
     batches: Sequence[Batch],
-    checkpointing: bool,
+    checkpointing: bool | None,
 ) -> None:
     """Leave ∇B of the mean loss over the calibration set in the adapters.
 
@@ -164,6 +165,8 @@ def _accumulate(
             receive = partial(adapter.receive, targets_now)
             for module in adapter.modules:
                 taps.callback(tap(module, adapter.project, receive).remove)
+        if checkpointing is None:
+            checkpointing = should_recompute(model, batches)
         taps.enter_context(recomputing(model, checkpointing))
         for batch in track(batches, "gradients", len(batches)):
             loss = mean_loss(model, batch)

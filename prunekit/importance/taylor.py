@@ -31,13 +31,15 @@ class _Taylor(ScoreImportance, ABC):
 
     Args:
         memory: bytes that accumulated gradients may take; more passes over the data make up for a
-            small number. None: no limit.
+            small number. None: a share of what is free.
         checkpointing: recompute layers in the backward pass instead of keeping their activations.
+            None: where memory is short.
     """
 
     moments: ClassVar[tuple[str, ...]]  # which moments of the gradients `elements` needs
+    linear: ClassVar[bool] = False  # whether `elements` is linear in the moments
     memory: int | None = None
-    checkpointing: bool = False
+    checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +71,7 @@ class _Taylor(ScoreImportance, ABC):
             batches,
             self.elements,
             moments=self.moments,
+            linear=self.linear,
             memory=self.memory,
             checkpointing=self.checkpointing,
         )
@@ -82,6 +85,7 @@ class TaylorVector(_Taylor):
     """|Σ_k g_k w_k| of each channel, channels summed over a unit."""
 
     moments: ClassVar[tuple[str, ...]] = (MEAN,)
+    linear: ClassVar[bool] = True
 
     def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """Terms g w that cancel along a channel."""
@@ -104,6 +108,7 @@ class TaylorSecond(_Taylor):
     """Σ_k w_k² F_kk."""
 
     moments: ClassVar[tuple[str, ...]] = (FISHER,)
+    linear: ClassVar[bool] = True
 
     def elements(self, weight: Tensor, moments: GradientMoments) -> Tensor:
         """w² F."""

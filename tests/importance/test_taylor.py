@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids
@@ -6,10 +8,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import prunekit
+from prunekit.calibration.gradients import mean_loss, passes, state
+from prunekit.calibration.gradients import scores as scoring
 from prunekit.calibration.gradients import tapped as tapped_modules
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import trace
 from prunekit.importance import LoraGradient, TaylorFirst, TaylorMixed, TaylorSecond, TaylorVector
+from prunekit.runtime.modes import undisturbed
 
 TAYLOR = {
     "vector": TaylorVector,
@@ -212,6 +217,108 @@ def test_batches_checkpoints_and_memory_change_nothing(importance, make):
             )
 
 
+def scored(model, layers=None):
+    """The parameters of the groups that are scored below, and their bytes in float32."""
+    names = [n for n, _ in model.named_parameters() if ".layers." in n and "norm" not in n]
+    own = [n for n in names if layers is None or f".layers.{layers}." in n]
+    return sum(4 * model.get_parameter(name).numel() for name in own)
+
+
+def watch_gradients(monkeypatch, model):
+    """The most bytes of gradients and of their moments that live at the same time, in a list."""
+    given, peak, add = [], [0], passes.GradientPass._add
+
+    def watched(self, name, gradient, count):
+        given.append(weakref.ref(gradient))
+        add(self, name, gradient, count)
+        live = [tensor for one in given if (tensor := one()) is not None]
+        live += [p.grad for p in model.parameters() if p.grad is not None]
+        live += [moment for moments in self.totals.values() for moment in moments.values()]
+        peak[0] = max(peak[0], sum({t.data_ptr(): t.nbytes for t in live}.values()))
+
+    monkeypatch.setattr(passes.GradientPass, "_add", watched)
+    return peak
+
+
+@pytest.mark.parametrize("importance", TAYLOR.values())
+@pytest.mark.parametrize("size", [6, 2])
+def test_gradients_of_at_most_one_layer_live_at_a_time(importance, size, monkeypatch):
+    model = tiny_llama(layers=4)
+    graph = trace(model, example())
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    data = batches(token_ids(6, 7), size)
+    whole = importance(checkpointing=False, memory=10**9).score(model, graph, groups, data)
+    peak, layer = watch_gradients(monkeypatch, model), scored(model, 0)
+    options = {"memory": layer // 2} if size == 2 else {}
+    assert_same(whole, importance(**options).score(model, graph, groups, data), rtol=0, atol=0)
+    assert 0 < peak[0] <= layer < scored(model) / 3
+
+
+@pytest.mark.parametrize("importance", EVERY)
+@pytest.mark.parametrize("size", [6, 2])
+def test_where_memory_is_short_layers_run_again_and_parameters_take_turns(
+    importance, size, monkeypatch
+):
+    model = tiny_llama(layers=4)
+    graph = trace(model, example())
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    data, runs = batches(token_ids(6, 7), size), {"model": 0, "layer": 0}
+    model.register_forward_hook(lambda *_: runs.update(model=runs["model"] + 1))
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: runs.update(layer=runs["layer"] + 1)
+    )
+
+    def score(free):
+        runs.update(model=0, layer=0)
+        for module in (state, scoring):
+            monkeypatch.setattr(module, "free_bytes", lambda device: free)
+        found = importance().score(model, graph, groups, data)
+        return found, runs["model"], runs["layer"]
+
+    plenty, passes_of_plenty, layers = score(1e12)
+    assert passes_of_plenty == layers
+    short, passes_of_short, layers = score(scored(model))
+    assert layers > passes_of_short, "layers run again in the backward pass"
+    takes_turns = size == 2 and importance in (TaylorFirst, TaylorMixed)
+    assert (passes_of_short > passes_of_plenty) == takes_turns
+    assert_same(plenty, short, rtol=1e-12, atol=0)
+
+
+def test_bytes_of_activations_are_counted():
+    """Beside what a forward pass keeps of all rows, each storage once."""
+    model, kept = tiny_llama(), {}
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = {"input_ids": token_ids(6, 20), "use_cache": False}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        mean = mean_loss(model, batch)
+    with undisturbed(model):
+        counted = state.count_saved_bytes(model, batch, dict(model.named_parameters()))
+        assert not any(p.requires_grad for p in model.parameters())
+    assert mean.value.requires_grad
+    assert sum(kept.values()) <= counted <= 2 * sum(kept.values())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_without_gradients_is_the_same(side):
+    model, ids = tiny_llama(), token_ids(4, 9)
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 3) if side == "left" else slice(6, 9)] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    for by_sample in (False, True):
+        whole = mean_loss(model, batch, by_sample=by_sample)
+        with torch.no_grad():
+            rows = mean_loss(model, batch, by_sample=by_sample)
+        assert rows.counts == whole.counts
+        torch.testing.assert_close(rows.value, whole.value.detach(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("importance", [TaylorSecond, TaylorMixed])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_conv1d])
 def test_hooks_equal_one_backward_a_sample(importance, make, monkeypatch):
@@ -221,10 +328,10 @@ def test_hooks_equal_one_backward_a_sample(importance, make, monkeypatch):
     groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    tapped = importance().score(model, graph, groups, batches(ids))
+    tapped = importance(checkpointing=False).score(model, graph, groups, batches(ids))
     assert len(calls) == 1 + 2  # one sample to see what the modules do, two batches
     monkeypatch.setattr(tapped_modules, "is_stock", lambda module: False)
-    assert_same(tapped, importance().score(model, graph, groups, batches(ids)))
+    assert_same(tapped, importance(checkpointing=False).score(model, graph, groups, batches(ids)))
     assert len(calls) == 3 + 1 + 4
 
 

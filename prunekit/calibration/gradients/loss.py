@@ -78,9 +78,19 @@ def _next_token_loss(logits: Tensor, batch: Batch, by_sample: bool) -> Loss:
     if mask is not None:
         targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORED)
     targets = F.pad(targets, (0, 1), value=IGNORED).to(logits.device)
-    predicted = at_least_float32(logits.flatten(0, 1))
-    losses = F.cross_entropy(predicted, targets.flatten(), reduction="none", ignore_index=IGNORED)
-    sums, counts = losses.view(targets.shape).sum(1), (targets != IGNORED).sum(1)
+    # Without gradients, row by row: float32 takes memory for one row of logits at a time.
+    rows = 1 if not torch.is_grad_enabled() else len(logits)
+    sums = torch.cat(
+        [_sum_losses(*part) for part in zip(logits.split(rows), targets.split(rows), strict=True)]
+    )
+    counts = (targets != IGNORED).sum(1)
     if by_sample:
         return Loss(value=(sums / counts.clamp_min(1)).sum(), counts=tuple(counts.tolist()))
     return Loss(value=sums.sum() / counts.sum().clamp_min(1), counts=(int(counts.sum()),))
+
+
+def _sum_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of each row's losses [B], given logits [B, T, V] and targets [B, T]."""
+    predicted = at_least_float32(logits.flatten(0, 1))
+    losses = F.cross_entropy(predicted, targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(targets.shape).sum(1)

@@ -28,9 +28,15 @@ Elements = Callable[[Tensor, GradientMoments], Tensor]  # (parameter, moments) �
 class GradientPass:
     """One pass over the calibration set for some parameters.
 
+    A gradient is taken as soon as the backward pass has made it, before it makes that of the layer
+    below, and reduced to scores at once where nothing has to be added to it: where the pass has a
+    single batch, or where elements are linear in the moments.
+
     `dims`: parameter → the dims to score. `tapped`: parameter → its linear module, for those whose
-    gradients come from taps. `counts`: the targets of the batch in turn (`Loss.counts`). `totals`:
-    parameter → its moments so far. `reduced`: the scores of the parameters that are finished.
+    gradients come from taps. `linear`: whether the elements of a sum of moments are the sum of the
+    moments' elements. `counts`: the targets of the batch in turn (`Loss.counts`). `totals`:
+    parameter → its moments so far. `sums`: the sums over positions so far, where elements are
+    linear. `reduced`: the scores of the parameters that are finished.
     """
 
     model: nn.Module
@@ -38,10 +44,12 @@ class GradientPass:
     tapped: Mapping[str, TappedLinear]
     moments: Sequence[str]
     elements: Elements
+    linear: bool = False
     counts: tuple[int, ...] = ()
     calls: set[nn.Module] = field(default_factory=set)
     forward: bool = False
     totals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sums: dict[ParameterDim, Tensor] = field(default_factory=dict)
     reduced: dict[ParameterDim, Tensor] = field(default_factory=dict)
 
     def score(self, batches: Sequence[Batch]) -> dict[ParameterDim, Tensor]:
@@ -93,8 +101,7 @@ class GradientPass:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         self._add(name, gradient, sum(self.counts))
-        if single:
-            self._finish(name, sum(self.counts))
+        self._reduce(name, single)
 
     def _keep(self, module: nn.Module, names: Mapping[str, str], x: Tensor) -> Tensor:
         """Keep x, and refuse modules that run twice: `find_tapped` tried one sample alone."""
@@ -120,8 +127,8 @@ class GradientPass:
                 self._add(name, left.T @ right, count)
             if count and (name := names.get("bias")):
                 self._add(name, delta[j].sum(0), count)
-        for name in names.values() if single else ():
-            self._finish(name, sum(self.counts))
+        for name in names.values():
+            self._reduce(name, single)
 
     def _add(self, name: str, gradient: Tensor, count: int) -> None:
         """Add the gradient of a mean loss over `count` targets to the moments."""
@@ -136,11 +143,26 @@ class GradientPass:
                 totals[MEAN].add_(gradient, alpha=count) if MEAN in totals else gradient.mul_(count)
             )
 
+    def _reduce(self, name: str, single: bool) -> None:
+        """Reduce what a batch has added to the moments of a parameter, where that is possible."""
+        if single:
+            self._finish(name, sum(self.counts))
+        elif self.linear and name in self.totals:
+            elements = self.elements(self.model.get_parameter(name).detach(), self.totals.pop(name))
+            for dim in self.dims[name]:
+                own = along(elements, dim)
+                self.sums[name, dim] = (
+                    self.sums[name, dim] + own if (name, dim) in self.sums else own
+                )
+
     def _finish(self, name: str, targets: int) -> None:
         """Reduce the moments of a parameter to scores, and let go of them.
 
         A parameter that the loss does not depend on has moments of zero.
         """
+        if (name, self.dims[name][0]) in self.sums:
+            self._finish_sums(name, targets)
+            return
         weight = self.model.get_parameter(name).detach()
         moments = self.totals.pop(name, {})
         for moment in self.moments:
@@ -152,3 +174,11 @@ class GradientPass:
             raise DataError(f"{name}: its gradient holds NaN or infinity")
         elements = self.elements(weight, moments)
         self.reduced |= {(name, dim): along(elements, dim).abs().cpu() for dim in self.dims[name]}
+
+    def _finish_sums(self, name: str, targets: int) -> None:
+        """As `_finish`, where the moments of each batch are reduced to sums over positions."""
+        for dim in self.dims[name]:
+            total = self.sums.pop((name, dim)) / (targets if MEAN in self.moments else 1)
+            if not torch.isfinite(total).all():
+                raise DataError(f"{name}: its gradient holds NaN or infinity")
+            self.reduced[name, dim] = total.abs().cpu()
