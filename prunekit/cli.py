@@ -8,10 +8,12 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,10 +21,15 @@ from prunekit.config import RunConfig, check, check_choices, config_dir, drop_pr
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.runtime.torchrun import launched_rank
 
+if TYPE_CHECKING:
+    from prunekit.jobs.kept import Kept
+
 # Loggers that warn of problems of their own package when it is imported.
 _COMPLAINERS = ("torchao", "torch.utils._pytree")
 # The errors of failed runs of a sweep: Hydra goes on with its other runs.
 _failures: list[PrunekitError] = []
+# What the runs of a sweep have in common, once the first one has begun.
+_sweep: list[Kept] = []
 
 
 def main() -> None:
@@ -48,6 +55,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         print(f"prunekit: interrupted; no result was written{stop}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _sweep.clear()
     if _failures:
         sys.exit(2)
 
@@ -70,12 +79,12 @@ def _job(config: DictConfig) -> None:
 
 def _do(config: DictConfig, folder: Path) -> None:
     """Do what `task` names, and print the result."""
+    run_config = check(config)  # before the imports, which take seconds
     from prunekit import jobs
     from prunekit.report.couplings import print_comparison, print_groups
     from prunekit.runtime import console
 
     console.speak(launched_rank() == 0)
-    run_config = check(config)
     if run_config.task == "trace":
         print_groups(jobs.run_trace(run_config, folder))
     elif run_config.task == "diff":
@@ -98,9 +107,20 @@ def _run(config: DictConfig, run_config: RunConfig, folder: Path) -> None:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})),
     }
     command = shlex.join(["python", "-m", "prunekit", *overrides])
-    report = jobs.run(run_config, folder, provenance, command)
+    report = jobs.run(run_config, folder, provenance, command, _kept())
     if launched_rank() == 0:
         print_summary(report, Path(os.path.relpath(folder)))
+
+
+def _kept() -> Kept | None:
+    """What the runs of this sweep have in common; None where this is no sweep."""
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return None
+    from prunekit.jobs.kept import Kept
+
+    if not _sweep:
+        _sweep.append(Kept())
+    return _sweep[0]
 
 
 def _print_error(error: Exception, advice: str = "") -> None:

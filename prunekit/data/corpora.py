@@ -65,6 +65,15 @@ def load_records(
     )
 
 
+def stamp_of(name: str, known: Mapping[str, Mapping[str, Any]]) -> str:
+    """A text that changes with a corpus: how it is loaded, or the size and the time of a file."""
+    path = Path(name)
+    if name == "embedded" or name in known or not path.exists():
+        return f"{name} {known.get(name)}"
+    found = path.stat()
+    return f"{path.resolve()} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
 def read_file(path: Path, field: str = "text") -> list[str]:
     """The documents of a local file: a text file is one document, a record's is its `field`."""
     return [text_of(record, field, path) for record in read_records(path)]

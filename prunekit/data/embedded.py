@@ -8,8 +8,10 @@ of the split on every Python version.
 """
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,23 +37,30 @@ def split_of(name: str) -> Split:
 
 def documents(split: Split) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of every document on one side of the split, sorted by name."""
-    for name, text in sorted([*_modules(), *_topics()]):
-        if text.strip() and split_of(name) == split:
+    readers = {name: read for name, read in [*_modules(), *_topics()] if split_of(name) == split}
+    for name in sorted(readers):
+        if (text := readers[name]()).strip():
             yield name, text
 
 
-def _modules() -> Iterator[tuple[str, str]]:
+def _modules() -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield the name of each module's file and what reads it; skipped folders are not entered."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if _SKIPPED.isdisjoint(relative.parts) and not any(
-            p.startswith(_SKIPPED_PREFIXES) for p in relative.parts
-        ):
-            yield relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not _is_skipped(name)]
+        for name in files:
+            if name.endswith(".py") and not _is_skipped(name):
+                path = Path(folder, name)
+                read = partial(path.read_text, encoding="utf-8", errors="replace")
+                yield path.relative_to(root).as_posix(), read
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def _is_skipped(name: str) -> bool:
+    return name in _SKIPPED or name.startswith(_SKIPPED_PREFIXES)
+
+
+def _topics() -> Iterator[tuple[str, Callable[[], str]]]:
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
-        yield f"pydoc/{name}", text
+        yield f"pydoc/{name}", partial(str, text)

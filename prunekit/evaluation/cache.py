@@ -6,12 +6,13 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from prunekit.runtime.files import digest
 T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
 _OWN = ("evaluation", "data", "model", "runtime")  # packages whose code decides figures
+_THREADS = 8  # at most, that digest weights at the same time
 # Entries of a config on where a model is from, which change nothing that it computes.
 _ORIGIN = ("_name_or_path", "transformers_version")
 
@@ -38,14 +40,24 @@ class Cache:
         folder: of the files; None: nothing is kept.
         model: what tells the content of the model from others' (`model_key`); None: nothing is
             kept.
+        known: values that the process holds, of any types; it is filled here, and asked before the
+            files are. None: only files are asked.
     """
 
-    def __init__(self, folder: Path | None = None, model: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        model: str | None = None,
+        known: MutableMapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder if model else None
         self.model = model
+        self.known = known if model else None
 
     def get(self, key: str) -> object:
         """The value under the key; None where there is none, or its file is damaged."""
+        if self.known is not None and (held := self.known.get(f"{self.model} {key}")) is not None:
+            return held
         if self.folder is None:
             return None
         try:
@@ -56,6 +68,7 @@ class Cache:
 
     def put(self, key: str, value: object) -> None:
         """Keep a value; a folder that can't be written is no error."""
+        self._hold(key, value)
         if self.folder is None:
             return
         path = self._path(key)
@@ -73,10 +86,28 @@ class Cache:
         """The value under the key, computed and kept where there is none."""
         kept = self.get(key)
         if kept is not None:
+            self._hold(key, kept)
             return kept  # type: ignore[return-value]  # of JSON's types, as it was put
         value = compute()
         self.put(key, value)
         return value
+
+    def hold(self, name: str, how: object, compute: Callable[[], T]) -> T:
+        """A value of any type, held by the process alone: one for each `name`, the last one.
+
+        `how` has, in its text, all that decides the value beside the model.
+        """
+        key = f"{self.model} {how!r}"
+        if self.known is None:
+            return compute()
+        if self.known.get(name, ("",))[0] != key:
+            self.known[name] = (key, compute())
+        value: T = self.known[name][1]
+        return value
+
+    def _hold(self, key: str, value: object) -> None:
+        if self.known is not None:
+            self.known[f"{self.model} {key}"] = value
 
     def _check(self, key: str, value: object) -> str:
         return digest([str(self.model), key, json.dumps(value, sort_keys=True)])
@@ -123,12 +154,21 @@ def model_key(model: nn.Module) -> str | None:
     return digest(chain(_code_of(model), _config_of(model), _content_of(tensors)))
 
 
-def _content_of(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str | bytes | memoryview]:
-    """Yield the name, form and bytes of each tensor in turn; from a GPU, the bytes are a copy."""
-    for name, tensor in tensors:
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}"
-        flat = tensor.detach().cpu().contiguous().flatten()
-        yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
+def _content_of(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[str]:
+    """Yield a digest of each tensor in turn; from a GPU, its bytes are a copy.
+
+    Tensors are digested by several threads, for one takes 10 s and more for a 7B model.
+    """
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        yield from pool.map(_digest_tensor, tensors)
+
+
+def _digest_tensor(named: tuple[str, Tensor]) -> str:
+    """A digest of the name, the form and the bytes of a tensor."""
+    name, tensor = named
+    flat = tensor.detach().cpu().contiguous().flatten()
+    numbers = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return digest([f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}", numbers])
 
 
 def _code_of(model: nn.Module) -> list[str | bytes]:

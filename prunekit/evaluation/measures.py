@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.config import EvalConfig
-from prunekit.data.corpora import load_corpus
+from prunekit.data.corpora import load_corpus, stamp_of
 from prunekit.data.tokens import evaluation_windows
 from prunekit.evaluation.cache import Cache, default_folder, model_key
 from prunekit.evaluation.comparison import TENSOR_CORES, Comparison
-from prunekit.evaluation.cost import count_macs, measure_size, odd_widths
+from prunekit.evaluation.cost import Macs, count_macs, measure_size, odd_widths
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.generation import (
     Continuation,
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Share = Callable[[Hashable, Callable[[], Tensor]], Tensor]  # (how, load) → what `load` returns
+
+
+def load_anew(how: Hashable, load: Callable[[], Tensor]) -> Tensor:
+    """What `load` returns: nothing is shared with other measures."""
+    return load()
+
+
 class Measures:
     """What the `eval` section asks for, ready to be measured on any number of models.
 
@@ -50,6 +58,7 @@ class Measures:
         device: where inputs go.
         model: any of the models; one on the meta device will do.
         stored: the type that weights have in the model's file.
+        share: returns token windows that other measures with this tokenizer have loaded already.
 
     Attributes:
         windows: corpus → token windows, int64 [N, T].
@@ -70,6 +79,7 @@ class Measures:
         device: torch.device,
         model: nn.Module,
         stored: torch.dtype,
+        share: Share = load_anew,
     ) -> None:
         self.settings, self.seed, self.tokenizer = settings, seed, tokenizer
         self.device, self.stored = device, stored
@@ -77,7 +87,7 @@ class Measures:
         self.macs_tokens = min(settings.macs, self.longest or settings.macs)
         check_length("eval.window", settings.window, model)
         self.windows = {
-            shown: self._load_windows(name, corpora)
+            shown: share(self._how_windows(name, corpora), partial(self._windows, name, corpora))
             for name, shown in _name_corpora(settings.corpora).items()
         }
         self.prompts = expand_prompts(settings.prompts)
@@ -89,7 +99,13 @@ class Measures:
         folder = default_folder() if settings.cache == "auto" else settings.cache
         self._cache_folder = Path(folder) if folder else None
 
-    def _load_windows(self, name: str, corpora: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    def _how_windows(self, name: str, corpora: Mapping[str, Mapping[str, Any]]) -> Hashable:
+        """What decides the windows of a corpus, beside the tokenizer."""
+        settings = self.settings
+        sizes = settings.window, settings.max_tokens, settings.stride
+        return "eval", stamp_of(name, corpora), *sizes
+
+    def _windows(self, name: str, corpora: Mapping[str, Mapping[str, Any]]) -> Tensor:
         return evaluation_windows(
             load_corpus(name, "eval", corpora),
             self.tokenizer,
@@ -105,7 +121,12 @@ class Measures:
         batch = None if size == "auto" else size
         return perplexity(model, self.windows[corpus], batch, corpus, self.device, stride)
 
-    def of(self, model: PreTrainedModel, key: Callable[[], str | None] | None = None) -> Evaluation:
+    def of(
+        self,
+        model: PreTrainedModel,
+        key: Callable[[], str | None] | None = None,
+        known: MutableMapping[str, Any] | None = None,
+    ) -> Evaluation:
         """Everything that is measured on one model.
 
         Figures of an equal model come from the cache. Only the first of several processes measures;
@@ -115,28 +136,32 @@ class Measures:
             model: ready to run.
             key: returns a digest of the model's content, where its weights are not in memory; where
                 it returns None, nothing is cached.
+            known: what this process has measured on equal models, which is not measured again, and
+                is added to; nothing of it is used where `eval.cache` turns the cache off.
         """
         size = measure_size(model, self.stored)
         if rank():
             return Evaluation(parameters=size.parameters, weight_bytes=size.weight_bytes)
-        uses_cache = self._cache_folder and (self.windows or self.settings.tasks)
+        uses_cache = self._cache_folder and (
+            self.windows or self.settings.tasks or known is not None
+        )
         content = (key() if key else model_key(model)) if uses_cache else None
-        cache = Cache(self._cache_folder, content)
+        cache = Cache(self._cache_folder, content, known)
         return Evaluation(
             parameters=size.parameters,
             weight_bytes=size.weight_bytes,
             perplexity=self._perplexities(model, cache),
             tasks=self._tasks(model, cache),
-            macs=count_macs(model, self.macs_tokens, self.device) if self.settings.macs else None,
-            samples=self._samples(model),
-            outputs=self._outputs(model),
+            macs=cache.hold("macs", self.macs_tokens, partial(self._macs, model)),
+            samples=cache.hold("samples", self._how_samples(), partial(self._samples, model)),
+            outputs=cache.hold("outputs", self._how_outputs(), partial(self._outputs, model)),
             odd_widths={side: odd_widths(model, side) for side in TENSOR_CORES},
         )
 
     def _perplexities(self, model: nn.Module, cache: Cache) -> dict[str, float]:
         values: dict[str, float] = {}
         for corpus, windows in self.windows.items():
-            text = f"{digest([windows.contiguous().numpy().data])} {tuple(windows.shape)}"
+            text = _content_of(windows)
             how = f"perplexity {text} {self.settings.stride} {self.settings.batch_size}"
             values[corpus] = cache.remember(how, partial(self.perplexity, model, corpus))
         return values
@@ -156,6 +181,14 @@ class Measures:
             cache=cache,
             device=self.device,
         )
+
+    def _macs(self, model: nn.Module) -> Macs | None:
+        return count_macs(model, self.macs_tokens, self.device) if self.settings.macs else None
+
+    def _how_samples(self) -> tuple[object, ...]:
+        """What decides the samples, beside the model and its tokenizer."""
+        drawn = self.settings.temperature, self.settings.top_p, self.seed
+        return self.prompts, self.settings.new_tokens, self.longest, drawn
 
     def _samples(self, model: PreTrainedModel) -> tuple[Continuation, ...]:
         """Each prompt greedily continued, then, where a temperature is set, by drawn tokens."""
@@ -177,13 +210,24 @@ class Measures:
                 samples.append(Continuation(prompt=prompt, mode=str(drawing), text=text))
         return tuple(samples)
 
-    def _outputs(self, model: nn.Module) -> dict[int, Tensor]:
-        """Each layer's outputs on the first windows of the first corpus."""
+    def _output_windows(self) -> Tensor | None:
+        """The first windows of the first corpus; None where layers' outputs are not asked for."""
         windows, tokens = next(iter(self.windows.values()), None), self.settings.layer_tokens
         if windows is None or not tokens:
+            return None
+        return windows[: max(tokens // self.settings.window, 1), :tokens]
+
+    def _how_outputs(self) -> str | None:
+        """What decides the layers' outputs, beside the model."""
+        windows = self._output_windows()
+        return None if windows is None else _content_of(windows)
+
+    def _outputs(self, model: nn.Module) -> dict[int, Tensor]:
+        """Each layer's outputs on the first windows of the first corpus."""
+        windows = self._output_windows()
+        if windows is None:
             return {}
-        rows = max(tokens // self.settings.window, 1)
-        return dict(enumerate(layer_outputs(model, windows[:rows, :tokens], self.device)))
+        return dict(enumerate(layer_outputs(model, windows, self.device)))
 
     def compare(self, columns: Mapping[str, Evaluation]) -> Comparison:
         """The models' evaluations side by side.
@@ -205,6 +249,11 @@ class Measures:
         return measure_speed(
             models, batch=asked.batch, prompt=prompt, new=new, repeats=asked.repeats
         )
+
+
+def _content_of(windows: Tensor) -> str:
+    """What tells token windows from others: a digest, and their sizes."""
+    return f"{digest([windows.contiguous().numpy().data])} {tuple(windows.shape)}"
 
 
 def _name_corpora(given: Sequence[str]) -> dict[str, str]:

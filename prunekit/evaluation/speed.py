@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_WARM = 4  # tokens decoded to warm up: a GPU loads and chooses its kernels in the first ones
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """Speed and memory of models, each figure by the model's name.
@@ -70,8 +73,8 @@ def measure_speed(
 ) -> Speed:
     """Tokens a second of prefill and of decoding, and memory at the peak.
 
-    The models take turns, so that what slows the machine down slows all of them. The first turn of
-    each only warms up.
+    The models take turns, so that what slows the machine down slows all of them. A short turn of
+    each before only warms up.
 
     Args:
         models: name → causal language model, each on its device.
@@ -80,11 +83,12 @@ def measure_speed(
         new: tokens that follow, one forward pass each, with the cache.
         repeats: turns of each model that are timed; their median counts.
     """
-    turns: dict[str, list[Turn]] = {name: [] for name in models}
-    order = [name for _ in range(repeats + 1) for name in models]
+    timed: dict[str, list[Turn]] = {name: [] for name in models}
+    for model in models.values():
+        _take_turn(model, batch, prompt, min(new, _WARM))
+    order = [name for _ in range(repeats) for name in models]
     for name in track(order, "tokens/s", len(order)):
-        turns[name].append(_take_turn(models[name], batch, prompt, new))
-    timed = {name: own[1:] for name, own in turns.items()}
+        timed[name].append(_take_turn(models[name], batch, prompt, new))
     return Speed(
         prefill_tokens_per_second={
             name: batch * prompt / statistics.median(turn.prefill for turn in own)

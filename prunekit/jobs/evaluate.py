@@ -24,7 +24,7 @@ def run_evaluate(job: Job) -> Outcome:
             subject = job.open(source, measures=measures)
             measures = subject.measures
         with job.stages(f"evaluate_{name}"):
-            columns[name] = subject.evaluate()
+            columns[name] = subject.evaluate_as_loaded()
         if name == "dense":
             del subject
     figures = Report(model=_describe(job))

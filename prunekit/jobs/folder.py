@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunekit.errors import CheckpointError, PrunekitError
-from prunekit.report import Report, render_html, render_markdown, write_pictures
+from prunekit.report import Report, pictures, render_html, render_markdown, write_pictures
 from prunekit.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def clear_halves(output: Path) -> None:
 
 def clear_results(output: Path) -> None:
     """Remove the files and folders of `write_run`, finished or not."""
-    pictures = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]
-    names = ["report.json", "report.md", "report.html", "plan.json", "model", "adapter", *pictures]
+    drawings = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]
+    names = ["report.json", "report.md", "report.html", "plan.json", "model", "adapter", *drawings]
     half = [path for name in names for path in output.glob(f".{name}.*") if path.name != PARTIAL]
     for path in [*(output / name for name in [*names, ".hydra"]), *half]:
         if path.is_dir():
@@ -59,9 +59,10 @@ def write_run(
             write_text(output / ".hydra" / name, text)
         if result is not None:
             result.write(output, report, remote_code)
-        write_pictures(report, output)
+        drawn = pictures(report)
+        write_pictures(drawn, output)
         write_text(output / "report.md", render_markdown(report))
-        write_text(output / "report.html", render_html(report))
+        write_text(output / "report.html", render_html(report, drawn))
         write_text(output / "report.json", report.to_json())
     except BaseException as error:
         clear_results(output)

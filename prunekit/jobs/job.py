@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig, build_as
 from prunekit.errors import ConfigError
 from prunekit.evaluation.evaluation import Evaluation
-from prunekit.evaluation.measures import Measures
+from prunekit.evaluation.measures import Measures, load_anew
 from prunekit.jobs.export import ExportSettings
-from prunekit.jobs.sources import Source, load_source, loading_of
+from prunekit.jobs.kept import Kept
+from prunekit.jobs.sources import Source, content_of, load_source, loading_of
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, detach
 from prunekit.report import Report, model_card
@@ -63,6 +65,7 @@ class Job:
         stages: the clock; it knows the device.
         export: what is written beside the model.
         inputs: the objects that the caller gave.
+        kept: what the runs of a sweep have in common; None: this is no sweep.
     """
 
     config: RunConfig
@@ -71,11 +74,17 @@ class Job:
     stages: Stages
     export: ExportSettings
     inputs: GivenObjects = GivenObjects()
+    kept: Kept | None = None
 
     @property
     def baseline(self) -> Source | None:
         """The dense model that is measured beside, if there is one."""
         return self.inputs.baseline or self.config.eval.baseline
+
+    def kept_of(self, source: Source) -> Kept | None:
+        """What is kept of a model for the next runs of a sweep: of the dense model alone."""
+        dense = self.source if self.config.task == "prune" else self.baseline
+        return self.kept if source == dense and isinstance(source, str | Path) else None
 
     def build_recovery(self) -> Recovery | None:
         """The recovery that is asked for, if any."""
@@ -86,8 +95,10 @@ class Job:
     ) -> tuple[PreTrainedModel, torch.dtype]:
         """Load a model; the model and the type that its result is stored in (`load_source`)."""
         trust = self.config.model.trust_remote_code
-        stored = stored or pick_dtype(self.config.dtype)
-        return load_source(source, self.stages.device, stored, trust)
+        stored, device = stored or pick_dtype(self.config.dtype), self.stages.device
+        if isinstance(source, str | Path) and (kept := self.kept_of(source)) is not None:
+            return kept.load(source, device, stored, trust)
+        return load_source(source, device, stored, trust)
 
     def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
         """The tokenizer that was given, else the one beside the model."""
@@ -112,6 +123,7 @@ class Job:
         else:
             model, stored = self.load(source)
         self.export.check(model)
+        kept = None if streamed else self.kept_of(source)
         measures = measures or Measures(
             self.config.eval,
             corpora=self.config.corpora,
@@ -120,9 +132,15 @@ class Job:
             device=self.stages.device,
             model=model,
             stored=stored,
+            share=load_anew if kept is None else kept.windows,
         )
         return Subject(
-            source=source, model=model, stored=stored, measures=measures, streamed=streamed
+            source=source,
+            model=model,
+            stored=stored,
+            measures=measures,
+            streamed=streamed,
+            kept=kept,
         )
 
     def measure_speed(
@@ -157,6 +175,7 @@ class Subject:
         stored: the type that its result is stored in.
         measures: what it is measured by; it knows the tokenizer.
         streamed: the way to its layers on disk; None: they are in memory.
+        kept: what the runs of a sweep have in common, if this is their dense model.
     """
 
     source: Source
@@ -164,22 +183,29 @@ class Subject:
     stored: torch.dtype
     measures: Measures
     streamed: Streamed | None = None
+    kept: Kept | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model."""
         return self.measures.tokenizer
 
-    def evaluate(self, key: Callable[[], str | None] = lambda: None) -> Evaluation:
-        """Measure the model as it is now.
+    def evaluate_as_loaded(self) -> Evaluation:
+        """Measure the model before anything is done to it; the runs of a sweep measure it once."""
+        if self.streamed is not None:
+            with self.streamed.evaluated():
+                return self.measures.of(self.model, key=partial(content_of, self.source))
+        if self.kept is None:
+            return self.measures.of(self.model)
+        digest = partial(self.kept.digest, self.model)
+        return self.measures.of(self.model, key=digest, known=self.kept.figures)
 
-        `key` returns a digest of a streamed model's content, for the cache of results; where it
-        returns None, nothing is cached.
-        """
+    def evaluate(self) -> Evaluation:
+        """Measure the model as it is now; figures of a streamed model are not cached."""
         if self.streamed is None:
             return self.measures.of(self.model)
         with self.streamed.evaluated():
-            return self.measures.of(self.model, key=key)
+            return self.measures.of(self.model, key=lambda: None)
 
 
 @dataclass(frozen=True, kw_only=True)

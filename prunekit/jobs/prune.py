@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -10,13 +9,13 @@ from transformers import PreTrainedModel
 
 from prunekit.config import RunConfig
 from prunekit.data.batches import make_batches
-from prunekit.data.corpora import load_corpus
+from prunekit.data.corpora import load_corpus, stamp_of
 from prunekit.data.tokens import calibration_windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.jobs.finetune import FineTuning
 from prunekit.jobs.job import Finished, Job, Outcome, Subject
-from prunekit.jobs.sources import base_of, content_of, identity_of
+from prunekit.jobs.sources import base_of, identity_of
 from prunekit.jobs.streaming import open_streamed_source
 from prunekit.model.inputs import check_length
 from prunekit.model.weights import cast_weights, check_finite, round_weights
@@ -42,7 +41,7 @@ def run_prune(job: Job) -> Outcome:
     say(_announce(job.config, method, subject, windows))
     columns: dict[str, Evaluation] = {}
     with job.stages("evaluate_dense"):
-        columns["dense"] = subject.evaluate(key=partial(content_of, job.source))
+        columns["dense"] = subject.evaluate_as_loaded()
     result = _prune(job, method, subject, windows)
     dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
     columns["dense"] = columns["dense"].without_layers(dropped)
@@ -78,10 +77,15 @@ def load_windows(config: RunConfig, subject: Subject) -> Tensor:
     """
     text = config.data.calibration
     check_length("data.calibration.sequence_length", text.sequence_length, subject.model)
-    documents = load_corpus(text.path or text.corpus, "calibration", config.corpora)
-    return calibration_windows(
-        documents, subject.tokenizer, text.samples, text.sequence_length, text.seed
-    )
+    corpus, sizes = text.path or text.corpus, (text.samples, text.sequence_length, text.seed)
+
+    def load() -> Tensor:
+        documents = load_corpus(corpus, "calibration", config.corpora)
+        return calibration_windows(documents, subject.tokenizer, *sizes)
+
+    if subject.kept is None:
+        return load()
+    return subject.kept.windows(("calibration", stamp_of(corpus, config.corpora), *sizes), load)
 
 
 def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prunekit.errors import ConfigError, DataError
@@ -27,9 +28,7 @@ def run_recover(job: Job) -> Outcome:
     columns: dict[str, Evaluation] = {}
     if job.baseline is not None:
         with stages("evaluate_dense"):
-            dense, _ = job.load(job.baseline, subject.stored)
-            columns["dense"] = subject.measures.of(dense)
-            del dense
+            columns["dense"] = _evaluate_baseline(job, subject, job.baseline)
     with stages("evaluate_pruned"):
         columns["pruned"] = subject.evaluate()
     result, adapter = training.run({"model": identity_of(job.source)})
@@ -44,6 +43,13 @@ def run_recover(job: Job) -> Outcome:
     speed = job.measure_speed(subject.measures, columns, beside, {"recovered": subject.model})
     plan = _read_plan(job.source) if len(before) else None
     return Outcome(figures=figures.merge(speed), finished=_finish(subject, plan, adapter))
+
+
+def _evaluate_baseline(job: Job, subject: Subject, source: Source) -> Evaluation:
+    """Measure the dense model as the pruned one is measured; it is in memory meanwhile only."""
+    model, _ = job.load(source, subject.stored)
+    dense = replace(subject, source=source, model=model, kept=job.kept_of(source))
+    return dense.evaluate_as_loaded()
 
 
 def _finish(subject: Subject, plan: PruningPlan | None, adapter: Path | None) -> Finished:

@@ -22,6 +22,7 @@ from prunekit.jobs.export import ExportSettings
 from prunekit.jobs.finetune import TRAINING
 from prunekit.jobs.folder import PARTIAL, clear_results, ensure_empty, write_run
 from prunekit.jobs.job import GivenObjects, Job, Outcome
+from prunekit.jobs.kept import Kept
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import run_recover
 from prunekit.jobs.sources import source_of
@@ -56,9 +57,10 @@ def run(
     output: Path,
     provenance: Mapping[str, str] | None = None,
     command: str | None = None,
+    kept: Kept | None = None,
 ) -> Report:
     """Do `config.task` (prune, evaluate or recover) and write the result; `run_job` says how."""
-    return run_job(config, output, provenance, command).report
+    return run_job(config, output, provenance, command, kept=kept).report
 
 
 def run_job(
@@ -67,6 +69,7 @@ def run_job(
     provenance: Mapping[str, str] | None = None,
     command: str | None = None,
     inputs: GivenObjects | None = None,
+    kept: Kept | None = None,
 ) -> Completed:
     """Do `config.task` (prune, evaluate or recover) and write the result.
 
@@ -76,6 +79,7 @@ def run_job(
         provenance: file name → text, kept in `.hydra/`: what repeats the run.
         command: the same in one line, for the report.
         inputs: a model, a tokenizer and backends that the caller holds as objects.
+        kept: what the runs of a sweep have in common.
 
     Raises:
         PrunekitError: anything wrong with the request; `output` then holds no result.
@@ -102,6 +106,7 @@ def run_job(
             stages=Stages(device),
             export=export,
             inputs=inputs,
+            kept=kept,
         )
         outcome = _JOBS[config.task](job)
         report = outcome.figures if rank() else _assemble(job, outcome, command)

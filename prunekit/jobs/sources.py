@@ -69,11 +69,19 @@ def load_source(
         if (dtype := compute_dtype(stored, device)) != stored:
             cast_weights(source, dtype)
         return source, stored
+    model, stored = read_source(source, device, stored, trust_remote_code)
+    return model.to(device), stored
+
+
+def read_source(
+    source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """As `load_source`, for a folder or a name; the model is in the host's memory."""
     # `PreTrainedModel.to` is wrapped in a way that hides its signature.
     model: Any = from_pretrained(source, trust_remote_code=trust_remote_code)
     stored = stored or next(model.parameters()).dtype
     cast_weights(model, compute_dtype(stored, device))
-    return model.to(device), stored
+    return model, stored
 
 
 def identity_of(source: Source) -> str:

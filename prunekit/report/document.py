@@ -75,9 +75,9 @@ def aim(report: Report) -> str:
     return f"Target: {ratio.target:.2%} of all parameters; {ratio.achieved:.2%} removed."
 
 
-def document(report: Report) -> list[Section]:
-    """The sections that the report has figures for, in order."""
-    drawn = pictures(report)
+def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list[Section]:
+    """The sections that the report has figures for, in order; `drawn` are its `pictures`."""
+    drawn = pictures(report) if drawn is None else drawn
     sections: dict[str, list[Block | None]] = {
         "Warnings": [Items(report.warnings) if report.warnings else None],
         "Summary": [aim(report), _summary(report), _protocols(report)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +22,16 @@ _FOLDER = Path(__file__).parent
 _BLOCKS = {"table": Table, "picture": Picture, "sample": Answers, "code": Code, "items": Items}
 
 
-def render_html(report: Report) -> str:
-    """`report.html`: no script, nothing from elsewhere; text that users supplied is escaped."""
+def render_html(report: Report, drawn: Mapping[str, Picture] | None = None) -> str:
+    """`report.html`: no script, nothing from elsewhere; text that users supplied is escaped.
+
+    Args:
+        report: the figures.
+        drawn: its `pictures`, where they are drawn already.
+    """
     sheet = (_FOLDER / "page.css").read_text(encoding="utf-8")
     style = variables(":root") + dark_pictures() + sheet
-    return _template().render(title=title(report), style=style, sections=document(report))
+    return _template().render(title=title(report), style=style, sections=document(report, drawn))
 
 
 @cache

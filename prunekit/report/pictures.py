@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture, which is drawn when its SVG is asked for.
+    """A picture, which is drawn when its SVG is first asked for.
 
     Attributes:
         name: the file is `<name>.svg`.
@@ -34,6 +35,10 @@ class Picture:
 
     def svg(self) -> str:
         """The `<svg>` for a page; the same bytes for the same figures."""
+        return self._svg
+
+    @cached_property
+    def _svg(self) -> str:
         from matplotlib import style
 
         with style.context(["default", STYLE]):
@@ -46,9 +51,9 @@ def pictures(report: Report) -> dict[str, Picture]:
     return {picture.name: picture for picture in drawn if picture}
 
 
-def write_pictures(report: Report, folder: Path) -> None:
+def write_pictures(drawn: Mapping[str, Picture], folder: Path) -> None:
     """Write every picture as a file, `<name>.svg`, light or dark as its reader prefers."""
-    for name, picture in pictures(report).items():
+    for name, picture in drawn.items():
         (folder / f"{name}.svg").write_text(standalone(picture.svg()), encoding="utf-8")
 
 

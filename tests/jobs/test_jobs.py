@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import prunekit
 from prunekit.checkpoint import load_tokenizer
 from prunekit.demo import DEMO_MODEL
+from prunekit.errors import PrunekitError
 from prunekit.evaluation import perplexity as perplexities
 from prunekit.jobs.finetune import modules_by_kind
 
@@ -195,6 +196,152 @@ def test_a_sweep_measures_its_dense_model_once(place, monkeypatch):
         assert runs("changed", "seed=0") == (3, 1)
     finally:
         text.write_text(TEXT)
+
+
+FEW = ["method=magnitude", "eval=figures", "eval.window=32", "eval.max_tokens=512"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What runs did with dense models: folders that were loaded, sizes that were measured."""
+    from prunekit.evaluation import measures
+    from prunekit.jobs import sources
+
+    done = {"loaded": [], "perplexity": [], "macs": [], "samples": [], "outputs": []}
+
+    def note(owner, name, kind, what):
+        real = getattr(owner, name)
+
+        def noted(first, *rest, **options):
+            done[kind].append(what(first))
+            return real(first, *rest, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    size = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    note(sources, "from_pretrained", "loaded", str)
+    note(measures, "perplexity", "perplexity", size)
+    note(measures, "count_macs", "macs", size)
+    note(measures, "continue_prompt", "samples", size)
+    note(measures, "layer_outputs", "outputs", size)
+    return done
+
+
+def few(place, *arguments, code=0):
+    """Run a sweep, or one run, with few figures over the small model."""
+    texts = ["data.calibration.path=text.txt", "eval.corpora=[text.txt]"]
+    length = "data.calibration.sequence_length=32"
+    done = command_line(*FEW, *texts, length, *arguments, cwd=place)
+    assert done.returncode == code, done.stderr
+
+
+def sweep(place, *arguments, code=0):
+    """Run a sweep over the small model; the folders of its runs."""
+    folder = place / "sweep"
+    shutil.rmtree(folder, ignore_errors=True)
+    names = "hydra.sweep.subdir=${hydra.job.num}"
+    few(place, *arguments, f"hydra.sweep.dir={folder}", names, "-m", code=code)
+    return [path.parent for path in sorted(folder.glob("*/report.json"))]
+
+
+def test_the_runs_of_a_sweep_load_and_measure_their_dense_model_once(place, calls, tmp_path):
+    figures = [
+        *("model.path=dense", "eval.macs=8", "eval.layer_tokens=64", "eval.speed=true"),
+        *("eval.latency.prompt=8", "eval.latency.new=2", "eval.latency.repeats=1"),
+        *("eval.prompts=[Once]", "eval.new_tokens=4", f"eval.cache={tmp_path / 'cache'}"),
+    ]
+    folders = sweep(place, *figures, "ratio=0.2,0.3")
+    reports = [read_report(folder) for folder in folders]
+    dense, made = reports[0]["parameters"]["dense"], {k: list(v) for k, v in calls.items()}
+    assert made.pop("loaded") == ["dense"]
+    for kind, sizes in made.items():
+        assert sizes.count(dense) == (len(reports[0]["samples"]) if kind == "samples" else 1), kind
+        assert len(set(sizes)) == 3, kind
+    figures[-1] = "eval.cache=null"
+    for ratio, folder, swept in zip((0.2, 0.3), folders, reports, strict=True):
+        few(place, *figures, f"ratio={ratio}", f"output_dir={tmp_path / str(ratio)}")
+        alone = read_report(tmp_path / str(ratio))
+        measured = ("perplexity", "samples", "layer_error", "macs_by_module", "layers")
+        assert {key: swept[key] for key in measured} == {key: alone[key] for key in measured}
+        for file in ("plan.json", "model/model.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / str(ratio) / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("swept", "loads", "measured"),
+    [
+        ("eval.window=16,32", 1, 2),
+        ("eval.corpora=[text.txt],[again.txt]", 1, 2),
+        ("dtype=float32,bfloat16", 2, 1),  # a CPU computes in float32 either way
+        ("model.path=dense,again", 2, 2),
+        ("seed=0,1", 1, 1),
+    ],
+)
+def test_another_model_or_text_is_loaded_and_measured(
+    place, calls, tmp_path, swept, loads, measured
+):
+    (place / "again.txt").write_text(TEXT.replace("little", "big"))
+    if not (place / "again").exists():
+        model = prunekit.from_pretrained(place / "dense")
+        model.lm_head.weight.data.mul_(1.5)
+        prunekit.save_pretrained(model, place / "again", load_tokenizer(place / "dense"))
+    path = [] if swept.startswith("model.path") else ["model.path=dense"]
+    folders = sweep(place, swept, *path, "ratio=0.2", f"eval.cache={tmp_path}")
+    assert len(folders) == 2
+    assert len(calls["loaded"]) == loads
+    dense = read_report(folders[0])["parameters"]["dense"]
+    assert calls["perplexity"].count(dense) == measured
+
+
+def test_a_folder_that_changes_during_a_sweep_is_loaded_again(place, tmp_path, calls):
+    from prunekit.jobs.kept import Kept
+
+    folder, kept = tmp_path / "model", Kept()
+    shutil.copytree(place / "dense", folder)
+    load = lambda: kept.load(folder, torch.device("cpu"), None, False)[0]  # noqa: E731
+    first, again = load(), load()
+    first.lm_head.weight.data.zero_()
+    assert again.lm_head.weight.data.any() and load().lm_head.weight.data.any()
+    digest = kept.digest(again)
+    kept.figures["a"] = 1
+    assert len(calls["loaded"]) == 1
+    shutil.rmtree(folder)
+    again.lm_head.weight.data.mul_(2)
+    prunekit.save_pretrained(again, folder, load_tokenizer(place / "dense"))
+    changed = load()
+    assert len(calls["loaded"]) == 2 and not kept.figures
+    assert torch.equal(changed.lm_head.weight, again.lm_head.weight)
+    assert kept.digest(changed) != digest
+
+
+def test_where_memory_is_short_every_run_loads_its_model(place, calls, monkeypatch):
+    from prunekit.jobs import kept
+
+    monkeypatch.setattr(kept, "free_bytes", lambda device: 1000)
+    store = kept.Kept()
+    one, two = (store.load(place / "dense", torch.device("cpu"), None, False)[0] for _ in range(2))
+    assert len(calls["loaded"]) == 2 and one is not two
+
+
+def test_a_run_that_fails_leaves_the_model_of_the_sweep(place, calls, monkeypatch, tmp_path):
+    from prunekit.jobs import prune
+
+    real, runs = prune.round_weights, []
+
+    def spoil(model, stored):
+        real(model, stored)
+        runs.append(1)
+        if len(runs) == 1:
+            for parameter in model.parameters():
+                parameter.data.zero_()
+            raise PrunekitError("the first run fails")
+
+    monkeypatch.setattr(prune, "round_weights", spoil)
+    options = ["model.path=dense", "ratio=0.2,0.3", f"eval.cache={tmp_path}"]
+    [left] = sweep(place, *options, code=2)
+    assert len(calls["loaded"]) == 1 and len(runs) == 2
+    few(place, "model.path=dense", "ratio=0.3", f"output_dir={tmp_path / 'alone'}")
+    assert read_report(left)["perplexity"] == read_report(tmp_path / "alone")["perplexity"]
 
 
 def test_a_recovery_that_broke_off_goes_on(place, monkeypatch, tmp_path):
