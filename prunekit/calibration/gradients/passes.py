@@ -36,7 +36,8 @@ class GradientPass:
     gradients come from taps. `linear`: whether the elements of a sum of moments are the sum of the
     moments' elements. `counts`: the targets of the batch in turn (`Loss.counts`). `totals`:
     parameter → its moments so far. `sums`: the sums over positions so far, where elements are
-    linear. `reduced`: the scores of the parameters that are finished.
+    linear. `reduced`: the scores of the parameters that are finished. `finite`: whether their
+    gradients are. Both stay on the device until the pass is over: fetching would wait for it.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class GradientPass:
     totals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     sums: dict[ParameterDim, Tensor] = field(default_factory=dict)
     reduced: dict[ParameterDim, Tensor] = field(default_factory=dict)
+    finite: dict[str, Tensor] = field(default_factory=dict)
 
     def score(self, batches: Sequence[Batch]) -> dict[ParameterDim, Tensor]:
         """(parameter, dim) → |Σ_k e_k| per position."""
@@ -63,7 +65,10 @@ class GradientPass:
         for name in self.dims:
             if (name, self.dims[name][0]) not in self.reduced:
                 self._finish(name, targets)
-        return self.reduced
+        for name, every in self.finite.items():
+            if not every:
+                raise DataError(f"{name}: its gradient holds NaN or infinity")
+        return {place: scores.cpu() for place, scores in self.reduced.items()}
 
     def _backward(self, batch: Batch) -> int:
         """Run the model forwards and backwards on a batch; the number of its targets."""
@@ -170,15 +175,14 @@ class GradientPass:
                 moments[moment] = torch.zeros_like(at_least_float32(weight))
         if MEAN in moments:
             moments[MEAN].div_(targets)
-        if not all(torch.isfinite(moment).all() for moment in moments.values()):
-            raise DataError(f"{name}: its gradient holds NaN or infinity")
+        flags = [torch.isfinite(moment).all() for moment in moments.values()]
+        self.finite[name] = torch.stack(flags).all()
         elements = self.elements(weight, moments)
-        self.reduced |= {(name, dim): along(elements, dim).abs().cpu() for dim in self.dims[name]}
+        self.reduced |= {(name, dim): along(elements, dim).abs() for dim in self.dims[name]}
 
     def _finish_sums(self, name: str, targets: int) -> None:
         """As `_finish`, where the moments of each batch are reduced to sums over positions."""
-        for dim in self.dims[name]:
-            total = self.sums.pop((name, dim)) / (targets if MEAN in self.moments else 1)
-            if not torch.isfinite(total).all():
-                raise DataError(f"{name}: its gradient holds NaN or infinity")
-            self.reduced[name, dim] = total.abs().cpu()
+        count = targets if MEAN in self.moments else 1
+        totals = {(name, dim): self.sums.pop((name, dim)) / count for dim in self.dims[name]}
+        self.finite[name] = torch.stack([torch.isfinite(t).all() for t in totals.values()]).all()
+        self.reduced |= {place: total.abs() for place, total in totals.items()}
