@@ -72,12 +72,30 @@ def test_help_imports_nothing_slow_and_lists_what_is_needed_first(tmp_path):
         assert word in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["ratio=1.5"]])
+def test_what_is_found_in_the_configuration_takes_no_import(tmp_path, arguments):
+    command = [sys.executable, "-c", _LIST_IMPORTS, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == (0 if arguments[0] == "--cfg" else 2)
+    assert not {"torch", "transformers"} & set(done.stderr.split())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    done = prunekit_command(*QUICK, "ratio=0.2", "output_dir=result", cwd=folder)
+    noted = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = prunekit_command(*QUICK, "ratio=0.2", "output_dir=result", cwd=folder, env=noted)
     assert done.returncode == 0, done.stderr
+    (folder / "imports").write_text(done.stderr)
     return folder / "result", done.stdout
+
+
+def test_a_run_imports_what_it_uses(finished):
+    lines = (finished[0].parent / "imports").read_text().splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if "import time:" in line}
+    assert {"torch", "transformers", "matplotlib"} <= imported
+    others = {"lm_eval", "datasets", "peft", "pandas", "torch_pruning", "onnx", "gguf", "evaluate"}
+    assert not others & imported
 
 
 def test_a_run_leaves_the_folder_of_the_design(finished):

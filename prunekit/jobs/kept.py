@@ -90,7 +90,7 @@ class _Loaded:
     key: Hashable
     asked: torch.dtype | None
     stored: torch.dtype
-    model: PreTrainedModel | None
+    model: Any  # a PreTrainedModel, or None
 
 
 def _stamp(source: str | Path) -> tuple[Hashable, ...]:

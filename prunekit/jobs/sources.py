@@ -75,10 +75,12 @@ def load_source(
 
 def read_source(
     source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """As `load_source`, for a folder or a name; the model is in the host's memory."""
-    # `PreTrainedModel.to` is wrapped in a way that hides its signature.
-    model: Any = from_pretrained(source, trust_remote_code=trust_remote_code)
+) -> tuple[Any, torch.dtype]:
+    """As `load_source`, for a folder or a name; the model is in the host's memory.
+
+    `PreTrainedModel.to` is wrapped in a way that hides its signature: hence no type of the model's.
+    """
+    model = from_pretrained(source, trust_remote_code=trust_remote_code)
     stored = stored or next(model.parameters()).dtype
     cast_weights(model, compute_dtype(stored, device))
     return model, stored
