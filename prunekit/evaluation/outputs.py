@@ -31,7 +31,7 @@ def layer_outputs(
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             hidden = hidden_of_output(output)
             assert hidden is not None
-            outputs_of_layer.append(hidden.detach().clone())  # later layers may write to it
+            outputs_of_layer.append(hidden.detach().cpu())
 
         return hook
 
@@ -43,9 +43,6 @@ def layer_outputs(
         with evaluating(model):
             for window in windows:
                 model(input_ids=window[None].to(device or input_device(model)), use_cache=False)
-                # Fetched after the pass: fetching in it would wait for the GPU in every layer.
-                for own in outputs:
-                    own[:] = [hidden.cpu() for hidden in own]
     finally:
         for hook in hooks:
             hook.remove()
