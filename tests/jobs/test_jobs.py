@@ -271,20 +271,20 @@ def test_the_runs_of_a_sweep_load_and_measure_their_dense_model_once(place, call
     ("swept", "loads", "measured"),
     [
         ("eval.window=16,32", 1, 2),
-        ("eval.corpora=[text.txt],[again.txt]", 1, 2),
+        ("eval.corpora=[text.txt],[bigger.txt]", 1, 2),
         ("dtype=float32,bfloat16", 2, 1),  # a CPU computes in float32 either way
-        ("model.path=dense,again", 2, 2),
+        ("model.path=dense,louder", 2, 2),
         ("seed=0,1", 1, 1),
     ],
 )
 def test_another_model_or_text_is_loaded_and_measured(
     place, calls, tmp_path, swept, loads, measured
 ):
-    (place / "again.txt").write_text(TEXT.replace("little", "big"))
-    if not (place / "again").exists():
+    (place / "bigger.txt").write_text(TEXT.replace("little", "big"))
+    if not (place / "louder").exists():
         model = prunekit.from_pretrained(place / "dense")
         model.lm_head.weight.data.mul_(1.5)
-        prunekit.save_pretrained(model, place / "again", load_tokenizer(place / "dense"))
+        prunekit.save_pretrained(model, place / "louder", load_tokenizer(place / "dense"))
     path = [] if swept.startswith("model.path") else ["model.path=dense"]
     folders = sweep(place, swept, *path, "ratio=0.2", f"eval.cache={tmp_path}")
     assert len(folders) == 2
