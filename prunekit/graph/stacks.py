@@ -93,7 +93,7 @@ def find_stacks(
     names = _choose_names(list(lists), taken)
     stacks = []
     for path, layers in lists.items():
-        reason = watch.find_problem(path, len(layers)) or _find_misfit(model, path, layers)
+        reason = watch.find_problem(path, len(layers)) or find_misfit(model, path, layers)
         stacks.append(
             LayerStack(
                 name=names[path],
@@ -119,7 +119,7 @@ def _choose_names(paths: Sequence[str], taken: Container[str]) -> dict[str, str]
     return names
 
 
-def _find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
+def find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
     """Why config or indices of layers can't follow when layers are dropped; None: they can."""
     config = config_around(model, path)
     if getattr(config, "is_encoder_decoder", False):

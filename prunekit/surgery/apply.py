@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -10,9 +10,11 @@ from torch import nn
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
 from prunekit.plan import PruningPlan
-from prunekit.surgery.attempts import cut_until_right, try_cut
-from prunekit.surgery.check import Fault, expect
+from prunekit.model.modeling_prunekit import place_in_stack
+from prunekit.surgery.attempts import cut_and_check, try_cut
+from prunekit.surgery.check import expect, precisions
 from prunekit.surgery.cut import cut_model
+from prunekit.surgery.fault import Fault
 
 Removed = Mapping[str, list[int]]
 
@@ -22,11 +24,14 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
 
     Slices parameters, their gradients and buffers (tied ones once), sets the attributes modules
     read while they run, and gives each layer its own view of the config; whole layers (units of
-    `graph.stacks`) leave their list, and what counts layers follows. Then the cut model's outputs
-    on the graph's example inputs must equal the uncut model's with the units' consumer columns
-    zeroed and the layers passed over, and traced again it must have as many units as were left.
-    Groups the tracer calls inexact must leave outputs of the right shape; those cut beside them are
-    checked without them first. On meta only the units are counted.
+    `graph.stacks`) leave their list, and what counts layers follows. Then, on the graph's example
+    inputs and in float32 (float64 for a model of float64), the cut model must compute what the
+    uncut model does with the units' consumer columns zeroed and the layers passed over: what goes
+    into each layer and each consumer and what comes out of it, then the outputs. Each layer is fed
+    what the masked model's was, so that no rounding adds up. Groups that no such comparison can see
+    must have as many units as were left when the model is traced again. Groups the tracer calls
+    inexact must leave outputs of the right shape; those cut beside them are checked without them
+    first. On meta only the units are counted.
 
     Raises:
         TraceError: the plan doesn't fit the graph.
@@ -39,8 +44,8 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     on_meta = _is_on_meta(model)
     exact = {name: units for name, units in plan.removed.items() if graph[name].exact}
     if len(exact) == len(plan.removed):
-        expectation = expect(model, graph, plan.removed)
-        fault = cut_until_right(partial(cut_model, model, graph, plan.removed), expectation.check)
+        cut = partial(cut_model, model, graph, plan.removed)
+        fault = cut_and_check(model, graph, plan.removed, cut)
     else:
         if exact and not on_meta:
             _check_alone(model, graph, exact)
@@ -63,12 +68,15 @@ def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed) -> None
 
     Once inexact groups are cut as well, only the shapes of the outputs can be compared.
     """
-    expectation = expect(model, graph, exact)
-    changes, fault = try_cut(partial(cut_model, model, graph, exact), expectation.check)
-    if fault and fault.runs:  # exact groups may not run without the inexact ones
-        raise _refusal(model, graph, exact, fault)
-    if changes:
-        changes.undo()
+    for wide in precisions(model):
+        expectation = expect(model, graph, exact, wide)
+        changes, fault = try_cut(partial(cut_model, model, graph, exact), expectation.check)
+        if fault is None or not fault.runs:  # exact groups may not run without the inexact ones
+            if changes:
+                changes.undo()
+            return
+    assert fault is not None
+    raise _refusal(model, graph, exact, fault)
 
 
 def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:
@@ -80,21 +88,36 @@ def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault
 def _refusal(
     model: nn.Module, graph: CouplingGraph, removed: Removed, fault: Fault
 ) -> SurgeryError:
-    """The error; it names the first group that fails when it is cut alone, or else all groups."""
-    culprit = fault.group or _find_culprit(model, graph, removed)
+    """The error; it names the first group that fails when it is cut alone, or else those near the
+    fault.
+    """
+    near = _groups_near(model, graph, removed, fault)
+    culprit = fault.group or _find_culprit(model, graph, removed, near)
     hint = ""
     if graph[culprit or next(iter(removed))].kind == "head_dim":
         hint = "; a module with one width for queries, keys and values needs as many of each cut"
     return SurgeryError(
-        f"{culprit or ', '.join(removed)}: {fault.text}; the model was put back{hint}"
+        f"{culprit or ', '.join(near or removed)}: {fault.text}; the model was put back{hint}"
     )
 
 
-def _find_culprit(model: nn.Module, graph: CouplingGraph, removed: Removed) -> str | None:
-    """The first group that, cut alone, does not leave the masked model's outputs."""
-    for name, units in removed.items():
-        alone = {name: units}
-        expectation = expect(model, graph, alone)
+def _groups_near(
+    model: nn.Module, graph: CouplingGraph, removed: Removed, fault: Fault
+) -> list[str]:
+    """The groups in the layer where a fault was seen."""
+    if fault.path is None:
+        return []
+    layer = place_in_stack(model, fault.path)
+    return [name for name in removed if place_in_stack(model, graph[name].module) == layer]
+
+
+def _find_culprit(
+    model: nn.Module, graph: CouplingGraph, removed: Removed, near: Sequence[str]
+) -> str | None:
+    """The first group that, cut alone, leaves another model than the masked one."""
+    for name in sorted(removed, key=lambda name: name not in near):
+        alone = {name: removed[name]}
+        expectation = expect(model, graph, alone, precisions(model)[-1])
         changes, fault = try_cut(partial(cut_model, model, graph, alone), expectation.check_outputs)
         if fault:
             return name

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
+from torch import nn
+
+from prunekit.graph import CouplingGraph
 from prunekit.surgery.attributes import Attempt, attempts
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.check import Check, Fault, catch_fault
+from prunekit.surgery.check import Check, Run, catch_fault, expect, precisions
+from prunekit.surgery.fault import Fault
+
+Cut = Callable[[Attempt], Changes]  # cuts as an attempt says; on an error nothing is changed
 
 
-def cut_until_right(cut: Callable[[Attempt], Changes], check: Check) -> Fault | None:
+def cut_and_check(
+    model: nn.Module,
+    graph: CouplingGraph,
+    removed: Mapping[str, list[int]],
+    cut: Cut,
+    run: Run | None = None,
+) -> Fault | None:
+    """Cut until the model computes what the masked model computes, or tell what is wrong.
+
+    A model that does not in float32 is tried again in float64: rounding is no reason to refuse it.
+
+    Args:
+        model: the model, not cut yet; as it was where a fault is returned.
+        graph: its graph.
+        removed: name of a group → unit indices.
+        cut: cuts the model.
+        run: runs the part of the model that is cut, where the rest is not loaded; then no units are
+            counted.
+    """
+    fault = None
+    for wide in precisions(model):
+        expectation = expect(model, graph, removed, wide, run)
+        check = expectation.check if run is None else expectation.check_outputs
+        fault = cut_until_right(cut, check)
+        if fault is None or not fault.runs:
+            break
+    return fault
+
+
+def cut_until_right(cut: Cut, check: Check) -> Fault | None:
     """Cut as the first strategy says whose result passes the check.
 
     Args:

@@ -1,80 +1,135 @@
-"""Checks of a cut model: it must compute the outputs of the masked model.
+"""Checks of a cut model: it must compute what the masked model computes.
 
-How the model was cut plays no part here.
+Both run on the example in float32 (in float64 where the model is stored so), whatever type the
+model is stored in: a type's rounding is never judged. How the model was cut plays no part here.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import DataError, TraceError
-from prunekit.graph import CouplingGraph, trace
-from prunekit.surgery.layers import leave_out_dropped
-from prunekit.surgery.masking import masked_outputs, run_example
+from prunekit.errors import DataError
+from prunekit.graph import CouplingGraph
+from prunekit.runtime.precision import computing_in, has_narrow
+from prunekit.surgery.counting import count_units
+from prunekit.surgery.fault import Fault
+from prunekit.surgery.masking import masked, run_example
+from prunekit.surgery.probes import Mismatch, Recording, Remainder, differ, find_probes
 
-# The largest difference of two outputs, as a share of the largest number in the expected one.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# The largest difference of two tensors, as a share of the largest number in the expected one.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 Check = Callable[[], "Fault | None"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """What is wrong with a cut model.
-
-    Args:
-        text: the fault in words.
-        group: the name of the group where it lies, if that is known.
-        runs: whether the cut model runs at all.
-    """
-
-    text: str
-    group: str | None = None
-    runs: bool = True
+Run = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expectation:
-    """The outputs and the numbers of units that a model must have after a cut.
+    """What a model must compute, and how many units it must have, after a cut.
 
     Args:
         model: the model, before or after the cut.
         graph: the graph of the uncut model.
         removed: name of a group → unit indices.
+        run: runs the model; its output tensors.
+        wide: the type to compute in.
         outputs: the masked model's output tensors; empty for a model on meta.
+        recording: what went into the masked model's probes and came out of them.
     """
 
     model: nn.Module
     graph: CouplingGraph
     removed: Mapping[str, list[int]]
+    run: Run
+    wide: torch.dtype
     outputs: Sequence[Tensor]
+    recording: Recording
 
     def check_outputs(self) -> Fault | None:
-        """Compare the outputs of the cut model with the masked model's."""
-        outputs = [] if _is_on_meta(self.model) else run_example(self.model, self.graph)
-        exact = all(self.graph[name].exact for name in self.removed)
-        return compare_outputs(self.outputs, outputs, exact)
+        """Compare the cut model with the masked model, probe by probe, then their outputs."""
+        if not _loaded(self.model):
+            return None
+        try:
+            with _computing(self.model, self.wide), self.recording.comparing():
+                outputs = self.run()
+        except Mismatch as mismatch:
+            return Fault(text=mismatch.text, path=mismatch.path)
+        tolerance = self.recording.tolerance if _is_exact(self.graph, self.removed) else None
+        return compare_outputs(self.outputs, outputs, tolerance)
 
     def check(self) -> Fault | None:
-        """Compare the outputs, then trace the cut model again and count its units."""
-        return self.check_outputs() or count_units(self.model, self.graph, self.removed)
+        """Compare the outputs, then count the units of the groups whose consumers were not seen.
+
+        Counting takes a second trace. It finds mistakes whose effect on the outputs is too small; a
+        consumer that was fed what it must be fed has as many units as it must have.
+        """
+        return self.check_outputs() or count_units(
+            self.model, self.graph, self.removed, self.recording.seen
+        )
 
 
-def expect(model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> Expectation:
+def expect(
+    model: nn.Module,
+    graph: CouplingGraph,
+    removed: Mapping[str, list[int]],
+    wide: torch.dtype | None = None,
+    run: Run | None = None,
+) -> Expectation:
     """Run the masked model: to be called before the model is cut.
+
+    Args:
+        model: the model.
+        graph: its graph.
+        removed: name of a group → unit indices.
+        wide: the type to compute in; the narrowest of `precisions` by default.
+        run: runs the model, or the part of it that is cut; the whole of it on the graph's example
+            by default.
 
     Raises:
         DataError: the outputs hold NaN or infinity.
     """
-    outputs = [] if _is_on_meta(model) else masked_outputs(model, graph, removed)
+    run = run or partial(run_example, model, graph)
+    wide = wide or precisions(model)[0]
+    recording = Recording(
+        probes=find_probes(model, graph, removed) if _is_exact(graph, removed) else (),
+        remainder=Remainder(graph, removed),
+        wide=wide,
+        tolerance=TOLERANCE[precisions(model)[0]],
+    )
+    outputs: Sequence[Tensor] = []
+    if _loaded(model):
+        with masked(model, graph, removed), _computing(model, wide), recording.recording():
+            outputs = run()
     if not all(torch.isfinite(output).all() for output in outputs):
         raise DataError("the model's outputs hold NaN or infinity before anything is cut")
-    return Expectation(model=model, graph=graph, removed=removed, outputs=outputs)
+    return Expectation(
+        model=model,
+        graph=graph,
+        removed=removed,
+        run=run,
+        wide=wide,
+        outputs=outputs,
+        recording=recording,
+    )
+
+
+def precisions(model: nn.Module) -> tuple[torch.dtype, ...]:
+    """The types that a model is checked in, one after another, until it passes.
+
+    What differs in float32 must differ in float64 too: rounding does not.
+    """
+    loaded = _loaded(model)
+    if loaded and {t.dtype for t in loaded if t.is_floating_point()} == {torch.float64}:
+        return (torch.float64,)
+    has_double = loaded and loaded[0].device.type != "mps"
+    return (torch.float32, torch.float64) if has_double else (torch.float32,)
 
 
 def catch_fault(action: Check) -> Fault | None:
@@ -87,78 +142,47 @@ def catch_fault(action: Check) -> Fault | None:
 
 
 def compare_outputs(
-    expected: Sequence[Tensor], outputs: Sequence[Tensor], exact: bool
+    expected: Sequence[Tensor], outputs: Sequence[Tensor], tolerance: float | None
 ) -> Fault | None:
     """Compare the outputs of the cut model with the expected ones, tensor by tensor.
 
     Args:
         expected: output tensors of the masked model.
         outputs: as many of the cut model.
-        exact: whether the numbers must agree, and not the shapes alone.
+        tolerance: the largest difference, as a share of the largest number; None: only the shapes
+            must agree.
     """
-    for masked, cut in zip(expected, outputs, strict=True):
-        if masked.shape != cut.shape:
-            shapes = f"{tuple(cut.shape)}, expected {tuple(masked.shape)}"
+    for masked_output, output in zip(expected, outputs, strict=True):
+        if masked_output.shape != output.shape:
+            shapes = f"{tuple(output.shape)}, expected {tuple(masked_output.shape)}"
             return Fault(text=f"the cut model's output has shape {shapes}")
-        if exact and (difference := _describe_difference(masked, cut)):
-            return Fault(text=f"the cut model's outputs differ from the masked model's{difference}")
+        if tolerance is not None and (by := _describe(masked_output, output, tolerance)) is not None:
+            return Fault(text=f"the cut model's outputs differ from the masked model's{by}")
     return None
 
 
-def _describe_difference(expected: Tensor, output: Tensor) -> str | None:
+def _describe(expected: Tensor, output: Tensor, tolerance: float) -> str | None:
     """By how much two tensors of one shape differ, in words; None where they agree."""
     if not expected.is_floating_point():
         return None if torch.equal(expected, output) else ""
-    scale = expected.float().abs().max().clamp_min(1e-30)
-    error = ((expected.float() - output.float()).abs().max() / scale).item()
-    if error <= TOLERANCE.get(expected.dtype, 1e-3):
+    if not expected.numel():
         return None
-    return f" by {error:.2g} of their size"  # NaN too, which is no smaller than anything
+    error = differ(expected, output, expected.abs().amax(), 0.0, tolerance)
+    return None if error is None else f" by {error:.2g} of their size"
 
 
-def count_units(
-    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
-) -> Fault | None:
-    """Trace the cut model and look for a group that has another number of units than were left.
-
-    This finds mistakes whose effect on the outputs is too small. A model that can't be traced again
-    passes if it was run, because its outputs were compared.
-    """
-    try:
-        again = trace(model, graph.example_inputs)
-    except TraceError as error:  # the model may have hooks that can't be traced
-        return Fault(text=str(error)) if _is_on_meta(model) else None
-    return _check_stacks(graph, again, removed) or _check_groups(graph, again, removed)
+def _computing(model: nn.Module, wide: torch.dtype) -> Any:
+    """A context in which the model computes in a type; nothing is done where it does so anyway."""
+    loaded = _loaded(model)
+    if wide is torch.float32 and not has_narrow([*loaded, *model.buffers()], wide):
+        return nullcontext()
+    return computing_in(wide, loaded[0].device)
 
 
-def _check_stacks(
-    graph: CouplingGraph, again: CouplingGraph, removed: Mapping[str, list[int]]
-) -> Fault | None:
-    """A shortened stack that can't be pruned any more has lost its order or its config's count."""
-    reasons = {stack.module: stack.reason for stack in again.stacks}
-    for stack in graph.stacks:
-        if stack.name in removed and (reason := reasons.get(stack.module)):
-            return Fault(text=reason, group=stack.name)
-    return None
+def _loaded(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not on meta; of a streamed model those of the layer in turn."""
+    return [parameter for parameter in model.parameters() if not parameter.is_meta]
 
 
-def _check_groups(
-    graph: CouplingGraph, again: CouplingGraph, removed: Mapping[str, list[int]]
-) -> Fault | None:
-    """A group is known again by its members, under the names that they have after the cut."""
-    counts: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
-    for group in again.groups:
-        counts[frozenset((m.parameter, m.dim) for m in group.members)].add(group.num_units)
-    names = graph.names_after(removed)
-    for name, units in leave_out_dropped(graph, removed).items():
-        left = graph[name].num_units - len(units)
-        members = [m for m in graph[name].members if m.parameter in names]
-        read = counts[frozenset((names[m.parameter], m.dim) for m in members)]
-        if left > 1 and left not in read:  # one unit left has no axis, and so no group
-            text = f"the cut model reads {sorted(read)} units where {left} were left"
-            return Fault(text=text, group=name)
-    return None
-
-
-def _is_on_meta(model: nn.Module) -> bool:
-    return next(model.parameters()).is_meta
+def _is_exact(graph: CouplingGraph, removed: Mapping[str, list[int]]) -> bool:
+    return all(graph[name].exact for name in removed)

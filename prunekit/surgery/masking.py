@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.graph import CouplingGraph, Group, Member
-from prunekit.runtime.modes import at_rest, keep_tensors
+from prunekit.runtime.modes import at_rest
 from prunekit.surgery.layers import passing_over
 
 
@@ -28,14 +28,6 @@ def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def masked_outputs(
-    model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
-) -> list[Tensor]:
-    """The output tensors of the masked model on the graph's example inputs."""
-    with masked(model, graph, removed):
-        return run_example(model, graph)
-
-
 @contextmanager
 def masked(
     model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
@@ -50,8 +42,9 @@ def masked(
         for name, units in removed.items():
             for member in _members_to_zero(graph[name], graph):
                 tensor = tensors[member.parameter].data
-                stack.callback(keep_tensors([tensor]))
                 positions = member.index[units].flatten().to(tensor.device)
+                slices = tensor.index_select(member.dim, positions)
+                stack.callback(tensor.index_copy_, member.dim, positions, slices)
                 tensor.index_fill_(member.dim, positions, 0)
         stack.enter_context(passing_over(model, graph, removed))
         yield

@@ -1,0 +1,135 @@
+"""Units of a cut model, counted by tracing it again, with one layer of each structure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from prunekit.errors import TraceError
+from prunekit.graph import CouplingGraph, trace
+from prunekit.graph.capture import meta_copy
+from prunekit.graph.groups import Group, Place
+from prunekit.graph.stacks import find_misfit
+from prunekit.model.stack import index_attributes
+from prunekit.surgery.changes import Changes
+from prunekit.surgery.fault import Fault
+from prunekit.surgery.layers import drop_layers, leave_out_dropped
+
+Removed = Mapping[str, list[int]]
+
+
+def count_units(
+    model: nn.Module, graph: CouplingGraph, removed: Removed, seen: Collection[Place] = ()
+) -> Fault | None:
+    """Look for a group of a cut model that has another number of units than were left.
+
+    The model is traced again, unless every group was seen; a model that can't be traced passes if
+    it was run, because its outputs were compared.
+
+    Args:
+        model: the cut model.
+        graph: the graph of the uncut model.
+        removed: name of a group → unit indices.
+        seen: (parameter, dim) of consumers whose inputs are known to be right; their groups need no
+            counting.
+    """
+    if fault := _check_stacks(model, graph, removed):
+        return fault
+    groups = [graph[name] for name in leave_out_dropped(graph, removed)]
+    if all(_is_seen(group, seen) for group in groups):
+        return None
+    skeleton, left_out = _keep_one_of_each(model, graph, removed)
+    try:
+        again = trace(skeleton, graph.example_inputs)
+    except TraceError as error:  # the model may have hooks that can't be traced
+        return Fault(text=str(error)) if next(model.parameters()).is_meta else None
+    return _check_groups(graph, again, left_out)
+
+
+def _is_seen(group: Group, seen: Collection[Place]) -> bool:
+    """Whether all consumers of a group were seen; one whose units no consumer reads never is."""
+    places = [(member.parameter, member.dim) for member in group.consumers]
+    return bool(places) and all(place in seen for place in places)
+
+
+def _check_stacks(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:
+    """A shortened stack that can't be pruned any more has lost its config's count or its order."""
+    for stack in graph.stacks:
+        if stack.name in removed:
+            layers = model.get_submodule(stack.module)
+            assert isinstance(layers, nn.ModuleList)
+            if len(layers) > 1 and (reason := find_misfit(model, stack.module, layers)):
+                return Fault(text=reason, group=stack.name)
+    return None
+
+
+def _keep_one_of_each(
+    model: nn.Module, graph: CouplingGraph, removed: Removed
+) -> tuple[nn.Module, dict[str, list[int]]]:
+    """A copy of the cut model on meta, without the layers that are like an earlier one.
+
+    Returns:
+        The copy, and `removed` with the layers that it lacks.
+    """
+    skeleton, everything = meta_copy(model), dict(removed)
+    for stack in graph.stacks:
+        layers = skeleton.get_submodule(stack.module)
+        assert isinstance(layers, nn.ModuleList)
+        if not stack.prunable or find_misfit(skeleton, stack.module, layers):
+            continue  # its layers can't be passed over
+        dropped = removed.get(stack.name, [])
+        old = [index for index in range(stack.num_units) if index not in dropped]
+        if repeated := _repeated_layers(layers):
+            here = replace(stack, num_units=len(layers))
+            drop_layers(skeleton, here, repeated, Changes(skeleton))
+            everything[stack.name] = sorted([*dropped, *(old[index] for index in repeated)])
+    return skeleton, everything
+
+
+def _repeated_layers(layers: nn.ModuleList) -> list[int]:
+    """The indices of the layers that differ in nothing but their index from an earlier layer."""
+    own_index = {(path, name) for path, name, _ in index_attributes(layers)}
+    known: set[Hashable] = set()
+    repeated = []
+    for index, layer in enumerate(layers):
+        structure = _structure(layer, own_index)
+        if structure in known:
+            repeated.append(index)
+        known.add(structure)
+    return repeated
+
+
+def _structure(layer: nn.Module, ignored: Collection[tuple[str, str]]) -> Hashable:
+    """The modules of a layer, their tensors' shapes, the numbers and words that they keep."""
+    parts: list[Hashable] = []
+    for path, module in layer.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        shapes = [(name, tuple(t.shape)) for name, t in tensors.items() if t is not None]
+        plain = [
+            (name, value)
+            for name, value in sorted(vars(module).items())
+            if type(value) in (bool, int, float, str) and (path, name) not in ignored
+        ]
+        own = getattr(module.__dict__.get("config"), "__dict__", {}).get("_overrides", {})
+        values = sorted((name, repr(value)) for name, value in own.items())
+        parts.append((path, type(module), tuple(shapes), tuple(plain), tuple(values)))
+    return tuple(parts)
+
+
+def _check_groups(graph: CouplingGraph, again: CouplingGraph, removed: Removed) -> Fault | None:
+    """A group is known again by its members, under the names that they have after the cut."""
+    counts: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
+    for group in again.groups:
+        counts[frozenset((m.parameter, m.dim) for m in group.members)].add(group.num_units)
+    names = graph.names_after(removed)
+    for name, units in leave_out_dropped(graph, removed).items():
+        left = graph[name].num_units - len(units)
+        members = [m for m in graph[name].members if m.parameter in names]
+        read = counts[frozenset((names[m.parameter], m.dim) for m in members)]
+        if left > 1 and left not in read:  # one unit left has no axis, and so no group
+            text = f"the cut model reads {sorted(read)} units where {left} were left"
+            return Fault(text=text, group=name)
+    return None
