@@ -39,9 +39,14 @@ def widen(tree: T, wide: torch.dtype) -> T:
 
 
 def has_narrow(tree: Any, wide: torch.dtype) -> bool:
-    """Whether a tensor inside nested lists, tuples and dicts is narrower than a type."""
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return any(is_narrower(tensor.dtype, wide) for tensor in tensors)
+    """Whether nested lists, tuples and dicts hold or name what `widen` changes."""
+    if isinstance(tree, Tensor):
+        return is_narrower(tree.dtype, wide)
+    if isinstance(tree, list | tuple):
+        return any(has_narrow(value, wide) for value in tree)
+    if isinstance(tree, dict):
+        return any(has_narrow(value, wide) for value in tree.values())
+    return isinstance(tree, torch.dtype) and is_narrower(tree, wide)
 
 
 @contextmanager
@@ -73,7 +78,8 @@ class _Widening(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.is_view:  # a view of a weight stays one; whoever computes with it casts it
+        # A view of a weight stays one; whoever computes with it casts it.
+        if func.is_view or not has_narrow((args, kwargs), self.wide):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return self._write(func, args, kwargs)

@@ -12,7 +12,7 @@ from prunekit.graph import CouplingGraph
 from prunekit.plan import PruningPlan
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.surgery.attempts import cut_and_check, try_cut
-from prunekit.surgery.check import expect, precisions
+from prunekit.surgery.check import expect, expectations
 from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
 
@@ -68,8 +68,8 @@ def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed) -> None
 
     Once inexact groups are cut as well, only the shapes of the outputs can be compared.
     """
-    for wide in precisions(model):
-        expectation = expect(model, graph, exact, wide)
+    fault = None
+    for expectation in expectations(model, graph, exact):
         changes, fault = try_cut(partial(cut_model, model, graph, exact), expectation.check)
         if fault is None or not fault.runs:  # exact groups may not run without the inexact ones
             if changes:
@@ -117,7 +117,7 @@ def _find_culprit(
     """The first group that, cut alone, leaves another model than the masked one."""
     for name in sorted(removed, key=lambda name: name not in near):
         alone = {name: removed[name]}
-        expectation = expect(model, graph, alone, precisions(model)[-1])
+        expectation = expect(model, graph, alone)
         changes, fault = try_cut(partial(cut_model, model, graph, alone), expectation.check_outputs)
         if fault:
             return name

@@ -10,7 +10,7 @@ from torch import nn
 from prunekit.graph import CouplingGraph
 from prunekit.surgery.attributes import Attempt, attempts
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.check import Check, Run, catch_fault, expect, precisions
+from prunekit.surgery.check import Check, Run, catch_fault, expectations
 from prunekit.surgery.fault import Fault
 
 Cut = Callable[[Attempt], Changes]  # cuts as an attempt says; on an error nothing is changed
@@ -25,8 +25,6 @@ def cut_and_check(
 ) -> Fault | None:
     """Cut until the model computes what the masked model computes, or tell what is wrong.
 
-    A model that does not in float32 is tried again in float64: rounding is no reason to refuse it.
-
     Args:
         model: the model, not cut yet; as it was where a fault is returned.
         graph: its graph.
@@ -36,8 +34,7 @@ def cut_and_check(
             counted.
     """
     fault = None
-    for wide in precisions(model):
-        expectation = expect(model, graph, removed, wide, run)
+    for expectation in expectations(model, graph, removed, run):
         check = expectation.check if run is None else expectation.check_outputs
         fault = cut_until_right(cut, check)
         if fault is None or not fault.runs:

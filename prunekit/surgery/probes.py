@@ -216,7 +216,9 @@ class Recording:
             raise Mismatch(probe.path, f"{text} of its size")
 
     @contextmanager
-    def _watching(self, see: Callable[[Probe, Side, Tensor | None], Tensor | None]) -> Iterator[None]:
+    def _watching(
+        self, see: Callable[[Probe, Side, Tensor | None], Tensor | None]
+    ) -> Iterator[None]:
         """Show every input and output of the probes to `see`; a tensor that it returns for a
         layer's input takes the place of this input.
         """
@@ -276,8 +278,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _replace(args: Any, kwargs: Any, old: Tensor | None, new: Tensor) -> tuple[Any, Any]:
-    """Arguments of a call with one tensor in place of another; a copy, for a layer may write to it.
-    """
+    """Arguments of a call with one tensor in place of another; a copy, for a layer may write to it."""
     new = new.clone()
     return (
         tuple(new if value is old else value for value in args),

@@ -1,0 +1,248 @@
+"""Surgery's check: rounding never fails it, a wrong slice always does, nothing of it stays behind."""
+
+import copy
+
+import pytest
+import torch
+from conftest import example, randomise, tiny_llama, token_ids
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import prunekit
+from prunekit.errors import SurgeryError
+from prunekit.surgery import counting, cut
+from prunekit.surgery.masking import masked
+
+
+class SumsInHalves(TorchDispatchMode):
+    """Adds matrix products up in two halves, as kernels of a GPU may: where columns are gone, other
+    columns meet in a half, and the sum is rounded otherwise.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            left, right = args
+            half = left.shape[1] // 2
+            return left[:, :half] @ right[:half] + left[:, half:] @ right[half:]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def rough():
+    """30 random layers with a large gain in bf16, in which rounding grows; a plan that halves them.
+
+    The model, its graph, and name of a group → removed units.
+    """
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=97, num_hidden_layers=30, num_key_value_heads=4, **sizes)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 3 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1)
+    graph = prunekit.trace(model.bfloat16(), example())
+    wanted = [group for group in graph.groups if group.kind in ("attention", "mlp")]
+    return model, graph, {group.name: list(range(group.num_units // 2)) for group in wanted}
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(**example()).logits
+
+
+def test_rounding_never_fails_a_cut(rough):
+    dense, graph, removed = rough
+    model = copy.deepcopy(dense)
+    with SumsInHalves():
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+        with masked(dense, graph, removed):
+            expected = logits_of(dense)
+        difference = (logits_of(model) - expected).abs().max() / expected.abs().max()
+    assert difference > 0.2, "the whole outputs in bf16 differ, and by rounding alone"
+    shapes = {tuple(layer.mlp.up_proj.weight.shape) for layer in model.model.layers}
+    assert shapes == {(48, 64)}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "row"),
+    [("model.layers.17.mlp.up_proj.weight", 3), ("model.layers.17.self_attn.v_proj.weight", 20)],
+)
+def test_one_wrong_row_fails_it_and_is_named(rough, parameter, row, monkeypatch):
+    """A row of a removed unit stands where another row belongs."""
+    dense, graph, removed = rough
+    model = copy.deepcopy(dense)
+    cut_right = cut._slice
+
+    def cut_wrong(places, positions, changes):
+        module, attribute, name = places[0]
+        before = getattr(module, attribute).detach().clone()
+        cut_right(places, positions, changes)
+        if name == parameter:
+            getattr(module, attribute).data[row] = before[positions[0][0]]
+
+    monkeypatch.setattr(cut, "_slice", cut_wrong)
+    plan = {name: units for name, units in removed.items() if graph[name].layer in (16, 17, 18)}
+    block = parameter.rsplit(".", 2)[0]
+    fault = rf"^{block.removeprefix('model.')}: the input of {block}\.(down|o)_proj differs"
+    with pytest.raises(SurgeryError, match=fault):
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
+    assert torch.equal(logits_of(model), logits_of(dense))
+
+
+class Block(nn.Module):
+    def __init__(self, loudness):
+        super().__init__()
+        self.up, self.down, self.loudness = nn.Linear(8, 12), nn.Linear(12, 8), loudness
+
+    def forward(self, x):
+        return x + self.loudness * self.down(self.up(x).relu())
+
+
+class Plain(nn.Module):
+    """A residual stream without norms, so that its channels can be cut exactly."""
+
+    def __init__(self, loudness=1.0):
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(Block(loudness) for _ in range(4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_residual_channels_are_compared_where_they_stay(dtype):
+    model = randomise(Plain()).to(dtype)
+    x = torch.randn(4, 5, dtype=dtype)
+    graph = prunekit.trace(model, (x,))
+    (channel,) = (group for group in graph.groups if group.exact and group.num_units == 8)
+    removed = {channel.name: [1, 6], "layers.2": [0]}
+    with masked(model, graph, removed), torch.no_grad():
+        expected = model(x)
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+    assert model.layers[2].up.weight.shape == (11, 6)
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["layers.2.up.weight", "layers.2.down.weight"])
+def test_a_whisper_is_judged_by_its_own_size(name, monkeypatch):
+    """What the third layer adds is a millionth of the hidden states beside it."""
+    model = randomise(Plain(loudness=1e-6))
+    graph = prunekit.trace(model, (torch.randn(4, 5),))
+    cut_right = cut._slice
+
+    def cut_wrong(places, positions, changes):
+        cut_right(places, positions, changes)
+        module, attribute, own = places[0]
+        if own == name:
+            getattr(module, attribute).data.mul_(1.01)
+
+    monkeypatch.setattr(cut, "_slice", cut_wrong)
+    with pytest.raises(SurgeryError, match=r"^layers\.2: the (in|out)put of layers\.2\.down"):
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan({"layers.2": [0, 4]}))
+
+
+def state_of(model):
+    """What an interrupted check might leave: hooks, casts, modes, settings."""
+    backends = torch.backends
+    return (
+        {name: (p.dtype, p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()},
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        [module.training for module in model.modules()],
+        _get_current_dispatch_mode_stack(),
+        [backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision],
+        backends.mkldnn.matmul.fp32_precision,
+    )
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_an_interruption_inside_any_forward_pass_leaves_nothing(at, monkeypatch):
+    """Three layers, run by the masked model and by the cut one; the seventh call is never made."""
+    model = tiny_llama().bfloat16().train()
+    graph = prunekit.trace(model, example())
+    before, weights = state_of(model), copy.deepcopy(model.state_dict())
+    forward, calls = LlamaDecoderLayer.forward, []
+
+    def interrupt(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    plan = prunekit.PruningPlan({"layers.1.mlp": [3], "layers.0.self_attn": [1]})
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", interrupt)
+    if at == 7:
+        prunekit.apply_plan(model, graph, plan)
+        assert len(calls) == 6
+        assert state_of(model)[1:] == before[1:]
+        return
+    with pytest.raises(KeyboardInterrupt):
+        prunekit.apply_plan(model, graph, plan)
+    assert state_of(model) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The numbers of layers that are traced to count units."""
+    numbers, trace = [], counting.trace
+
+    def note(model, inputs):
+        numbers.append(len(model.model.layers))
+        return trace(model, inputs)
+
+    monkeypatch.setattr(counting, "trace", note)
+    return numbers
+
+
+def test_nothing_is_counted_where_every_consumer_was_compared(traced):
+    model = tiny_llama()
+    graph = prunekit.trace(model, example())
+    plan = {"layers": [1], "layers.0.mlp": [1, 2], "layers.2.self_attn": [0]}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
+    assert traced == []
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_units_are_counted_in_one_layer_of_each_structure(traced, on_meta):
+    model = tiny_llama(layers=5)
+    model = model.to("meta") if on_meta else model
+    graph = prunekit.trace(model, example())
+    (channel,) = (group.name for group in graph.groups if group.kind == "channel")
+    plan = {channel: [0, 5], "layers.3.mlp": [7], "layers": [1]}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
+    assert traced[-1] == 2, "layer 3, and one for layers 0, 2 and 4"
+    assert model.config.num_hidden_layers == 4
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+
+
+def test_a_wrong_number_of_units_is_found_in_a_layer_left_out(monkeypatch):
+    """Each structure is counted, wherever its first layer stands."""
+    model = tiny_llama(layers=4).to("meta")
+    graph = prunekit.trace(model, example())
+    cut_right = cut._cut_units
+
+    def cut_wrong(model, graph, removed, attempt, changes):
+        wrong = [name for name in removed if graph[name].layer == 2]
+        removed = removed | {name: removed[name][:1] for name in wrong}
+        cut_right(model, graph, removed, attempt, changes)
+
+    monkeypatch.setattr(cut, "_cut_units", cut_wrong)
+    plan = {f"layers.{layer}.mlp": [0, 1] for layer in range(4)}
+    with pytest.raises(SurgeryError, match=r"^layers\.2\.mlp: the cut model reads \[39\] units"):
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
+
+
+def test_generation_inputs_with_labels_are_compared_too():
+    """Outputs beside the hidden states: the loss, in float32 as well."""
+    model = tiny_llama(layers=2).bfloat16()
+    inputs = example() | {"labels": token_ids(2, 7, seed=4)}
+    graph = prunekit.trace(model, inputs)
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan({"layers.1.mlp": [3]}))
+    assert model.model.layers[1].mlp.up_proj.weight.shape == (39, 48)
