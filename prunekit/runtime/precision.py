@@ -26,8 +26,8 @@ def is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
 
 
 def widen(tree: T, wide: torch.dtype) -> T:
-    """Cast all narrower tensors inside nested lists, tuples and dicts; name the wide type where
-    they name a narrower one.
+    """Nested lists, tuples and dicts with their narrower tensors cast, and a wide type for each
+    narrower one that they name.
     """
 
     def widen_leaf(value: Any) -> Any:
@@ -110,7 +110,7 @@ class _Widening(TorchDispatchMode):
 
 def _full_mantissas() -> Any:
     """A context in which no backend shortens the mantissas of float32."""
-    backends = torch.backends
+    backends: Any = torch.backends
     places = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv]
     places += [backends.cudnn.conv, backends.cudnn.rnn]
     kept = [(place, place.fp32_precision) for place in places]

@@ -9,8 +9,8 @@ from torch import nn
 
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
-from prunekit.plan import PruningPlan
 from prunekit.model.modeling_prunekit import place_in_stack
+from prunekit.plan import PruningPlan
 from prunekit.surgery.attempts import cut_and_check, try_cut
 from prunekit.surgery.check import expect, expectations
 from prunekit.surgery.cut import cut_model

@@ -278,7 +278,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _replace(args: Any, kwargs: Any, old: Tensor | None, new: Tensor) -> tuple[Any, Any]:
-    """Arguments of a call with one tensor in place of another; a copy, for a layer may write to it."""
+    """Arguments of a call with a copy of one tensor in place of another."""
     new = new.clone()
     return (
         tuple(new if value is old else value for value in args),

@@ -1,4 +1,4 @@
-"""Surgery's check: rounding never fails it, a wrong slice always does, nothing of it stays behind."""
+"""Surgery's check: rounding never fails it, a wrong slice does, and nothing of it stays behind."""
 
 import copy
 
