@@ -40,7 +40,7 @@ from prunekit.schedules import Assignment, Schedule
 from prunekit.schedules.folders import NOWHERE, Folders, activations_folder
 from prunekit.schedules.method import Method, compose_pruning
 from prunekit.surgery import apply_plan, shapes
-from prunekit.surgery.snapshot import note_biases, restore, take_snapshot
+from prunekit.surgery.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -301,17 +301,12 @@ def choose_and_cut(
     if streamed:
         streamed.write_to(folders.model, resume=bool(assignment.state and assignment.state.there))
         assignment = replace(assignment, layers=streamed.layers(graph))
-    before: dict[str, Tensor | None] = {}
-    repairs = assignment.compensation is not None or method.schedule.layerwise
-    if repairs or assignment.independent:
-        copies = folders.undo and streamed is None
-        before = take_snapshot(model, assignment.groups, assignment.independent, copies=copies)
-    # Modules, not names: where whole layers go, the names of later layers change.
-    without_bias = [
-        model.get_submodule(name.rpartition(".")[0])
-        for name, bias in before.items()
-        if bias is None
-    ]
+    snapshot = Snapshot(
+        model, everything=assignment.independent, copies=folders.undo and streamed is None
+    )
+    if assignment.independent:  # all groups change at once
+        snapshot.keep(assignment.groups)
+    assignment = replace(assignment, snapshot=snapshot)
     try:
         plan = method.schedule.run(assignment)
         if streamed is None:
@@ -319,11 +314,11 @@ def choose_and_cut(
         else:
             streamed.complete(graph)
     except BaseException:
-        restore(model, before)
+        snapshot.restore()
         if assignment.state:
             assignment.state.drop_if_empty()
         raise
-    note_biases(model, [module for module in without_bias if module.bias is not None])
+    snapshot.note_biases()
     return plan
 
 

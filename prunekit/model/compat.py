@@ -9,7 +9,7 @@ its own workarounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _EXPERTS = "_experts_implementation_internal"
+_ATTENTION = "_attn_implementation_internal"
 _REPLACED = "_prunekit"  # an attribute of the function that replaces transformers' own
 
 
@@ -102,19 +103,38 @@ def experts_computed(model: nn.Module, how: Literal["eager", "batched_mm"]) -> I
     experts. `PreTrainedModel.set_experts_implementation` would check whether the class can, by
     reading its source file, and can't put several configs back to different values.
     """
-    configs = {id(own): own for module in model.modules() if _sets_experts(own := _config(module))}
-    with restoring(keep_attributes(configs.values(), _EXPERTS)):
-        for config in configs.values():
-            vars(config)[_EXPERTS] = how
+    with _set_in_configs(model, _EXPERTS, how):
         yield
 
 
-def _config(module: nn.Module) -> Any:
-    return getattr(module, "config", None)
+@contextmanager
+def computed_in_any_type(model: nn.Module) -> Iterator[None]:
+    """Compute attention and stacked experts by plain operators during a `with` block.
+
+    Flash attention takes half precision only, a grouped matrix product no float64.
+    `PreTrainedModel.set_attn_implementation` can't put several configs back to different values.
+    """
+    with (
+        _set_in_configs(model, _ATTENTION, "eager", kept=(None, "eager", "sdpa")),
+        experts_computed(model, "eager"),
+    ):
+        yield
 
 
-def _sets_experts(config: Any) -> bool:
-    return _EXPERTS in getattr(config, "__dict__", {})
+@contextmanager
+def _set_in_configs(
+    model: nn.Module, attribute: str, value: str, kept: Container[Any] = ()
+) -> Iterator[None]:
+    """Set a private attribute of all configs that have it, unless its value is to be kept."""
+    configs = {}
+    for module in model.modules():
+        own = getattr(getattr(module, "config", None), "__dict__", {})
+        if attribute in own and own[attribute] not in kept:
+            configs[id(own)] = module.config
+    with restoring(keep_attributes(configs.values(), attribute)):
+        for config in configs.values():
+            vars(config)[attribute] = value
+        yield
 
 
 def replace_config_loader(

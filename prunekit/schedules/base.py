@@ -23,6 +23,7 @@ from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import Importance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.state import State
+from prunekit.surgery.snapshot import Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class Assignment:
     `independent`: every matrix loses units of its own choice (`prunekit.schedules.independent`).
     `state`: keeps the groups that are finished on disk. `store`: keeps activations between two
     layers. `layers`: reads the layers of a streamed model, cuts and writes them; None where the
-    whole model is in memory.
+    whole model is in memory. `snapshot`: keeps a group's weights before they change; None where
+    nobody puts them back.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Assignment:
     state: State | None = None
     store: Store | None = None
     layers: Layers | None = None
+    snapshot: Snapshot | None = None
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `compute`, or the result that a run kept before it was broken off.

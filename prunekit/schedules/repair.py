@@ -34,6 +34,8 @@ def cut_groups(
     groups = [g for g in assignment.groups if counts.get(g.name) or removed.get(g.name)]
     walk = walk_through(assignment, groups)
     for group, sites in track(walk, "pruning layer by layer", len(groups)):
+        if assignment.snapshot is not None:
+            assignment.snapshot.keep([group])
         if sites:
             units = removed.get(group.name)
             count = counts.get(group.name, 0)

@@ -7,16 +7,16 @@ model is stored in: a type's rounding is never judged. How the model was cut pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.errors import DataError
 from prunekit.graph import CouplingGraph
+from prunekit.model.compat import computed_in_any_type
 from prunekit.runtime.precision import computing_in, has_narrow
 from prunekit.surgery.counting import count_units
 from prunekit.surgery.fault import Fault
@@ -192,12 +192,15 @@ def _describe(expected: Tensor, output: Tensor, tolerance: float) -> str | None:
     return None if error is None else f" by {error:.2g} of their size"
 
 
-def _computing(model: nn.Module, wide: torch.dtype) -> Any:
-    """A context in which the model computes in a type; nothing is done where it does so anyway."""
+@contextmanager
+def _computing(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
+    """Let a model compute in a type; nothing is done where it does so anyway."""
     loaded = _loaded(model)
     if wide is torch.float32 and not has_narrow([*loaded, *model.buffers()], wide):
-        return nullcontext()
-    return computing_in(wide, loaded[0].device)
+        yield
+        return
+    with computed_in_any_type(model), computing_in(wide, loaded[0].device):
+        yield
 
 
 def _loaded(model: nn.Module) -> list[nn.Parameter]:

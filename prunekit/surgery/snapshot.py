@@ -2,62 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunekit.graph import Group
 from prunekit.runtime.console import say
 
 
-def take_snapshot(
-    model: nn.Module, groups: Sequence[Group], everything: bool, copies: bool = True
-) -> dict[str, Tensor | None]:
-    """Copy the weights that may change to host memory.
+class Snapshot:
+    """Copies in host memory, made group by group, each just before the group's weights change.
+
+    No copy can go while any layer is still to be repaired, cut or checked: an error in the last
+    layer puts the first one back too. Where nothing is to be put back (a model that only this run
+    holds; a streamed one, whose dense layers stay on disk), no weight is copied at all.
 
     Args:
         model: the model.
-        groups: the groups that are to be pruned.
-        everything: all members may change, and not only consumers and their biases.
+        everything: all members of a group may change, and not only consumers and their biases.
         copies: copy weights; otherwise only note which biases are missing.
-
-    Returns:
-        Name of a parameter → a copy of it; None for a bias that its module lacks.
     """
-    names = {m.parameter for g in groups for m in (g.members if everything else g.consumers)}
-    parameters = dict(model.named_parameters())
-    kept: dict[str, Tensor | None] = {}
-    if copies:
-        for name in names & parameters.keys():
-            kept[name] = parameters[name].detach().to("cpu", copy=True)
-    for name in {f"{name.rpartition('.')[0]}.bias" for name in names} - names:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if "bias" not in module._parameters:
-            continue
-        if (bias := module._parameters["bias"]) is None:
-            kept[name] = None
-        elif copies:
-            kept[name] = bias.detach().to("cpu", copy=True)
-    return kept
+
+    def __init__(self, model: nn.Module, *, everything: bool, copies: bool) -> None:
+        self.model, self.everything, self.copies = model, everything, copies
+        # Modules, not names: where whole layers go, the names of later layers change.
+        self._kept: dict[tuple[nn.Module, str], Tensor | None] = {}
+
+    def keep(self, groups: Iterable[Group]) -> None:
+        """Copy what may change of these groups; what is copied already stays."""
+        for group in groups:
+            for member in group.members if self.everything else group.consumers:
+                path, _, attribute = member.parameter.rpartition(".")
+                module = self.model.get_submodule(path)
+                self._keep(module, attribute)
+                self._keep(module, "bias")
+
+    def _keep(self, module: nn.Module, attribute: str) -> None:
+        """Copy a parameter; None for a bias that its module lacks."""
+        if attribute not in module._parameters or (module, attribute) in self._kept:
+            return
+        parameter = module._parameters[attribute]
+        if parameter is None or self.copies:
+            own = None if parameter is None else _copy_to_host(parameter.detach())
+            self._kept[module, attribute] = own
+
+    def restore(self) -> None:
+        """Put copies back; a bias that was not there goes."""
+        for (module, attribute), before in self._kept.items():
+            parameter = module._parameters[attribute]
+            if before is None:
+                module._parameters[attribute] = None
+            elif parameter is not None:
+                parameter.data.copy_(before)
+
+    def note_biases(self) -> None:
+        """Tell the config which modules were given a bias: a saved model is loaded with it."""
+        given = {
+            module
+            for (module, attribute), before in self._kept.items()
+            if before is None and module._parameters[attribute] is not None
+        }
+        config: Any = getattr(self.model, "config", None)
+        paths = [path for path, module in self.model.named_modules() if module in given]
+        if paths and config is not None:
+            config.extra_biases = sorted({*paths, *(getattr(config, "extra_biases", None) or ())})
+            say(
+                f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, "
+                "other loaders leave it out"
+            )
 
 
-def restore(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
-    """Put copies back; a bias that was not there goes."""
-    for name, weight in before.items():
-        if weight is None:
-            model.get_submodule(name.rpartition(".")[0])._parameters["bias"] = None
-        else:
-            model.get_parameter(name).data.copy_(weight)
-
-
-def note_biases(model: nn.Module, given: Sequence[nn.Module]) -> None:
-    """Tell the config which modules were given a bias, so that a saved model is loaded with it."""
-    config: Any = getattr(model, "config", None)
-    paths = [path for path, module in model.named_modules() if module in set(given)]
-    if paths and config is not None:
-        config.extra_biases = sorted({*paths, *(getattr(config, "extra_biases", None) or ())})
-        say(
-            f"{len(paths)} modules got a bias: prunekit.from_pretrained loads it, "
-            "other loaders leave it out"
-        )
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory. A GPU makes it in the order of its work, and nobody waits for it."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

@@ -1,6 +1,7 @@
 """Surgery's check: rounding never fails it, a wrong slice does, and nothing of it stays behind."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -90,6 +91,30 @@ def test_one_wrong_row_fails_it_and_is_named(rough, parameter, row, monkeypatch)
     with pytest.raises(SurgeryError, match=fault):
         prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
     assert torch.equal(logits_of(model), logits_of(dense))
+
+
+class Casts(TorchDispatchMode):
+    """Counts the numbers of bf16 tensors that are held in float32 at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.bfloat16:
+            self.alive.add(output.untyped_storage())
+            self.most = max(self.most, sum(storage.nbytes() // 4 for storage in self.alive))
+        return output
+
+
+def test_no_more_than_a_layer_is_held_wide():
+    model = tiny_llama(layers=6).bfloat16()
+    graph = prunekit.trace(model, example())
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    with Casts() as casts:
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan({"layers.1.mlp": [3]}))
+    assert model.lm_head.weight.numel() <= casts.most <= layer
 
 
 class Block(nn.Module):
@@ -239,8 +264,26 @@ def test_a_wrong_number_of_units_is_found_in_a_layer_left_out(monkeypatch):
         prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
 
 
-def test_generation_inputs_with_labels_are_compared_too():
-    """Outputs beside the hidden states: the loss, in float32 as well."""
+def test_attention_that_takes_half_precision_only():
+    """Flash attention is one such; the check computes attention by plain operators."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attend(module, query, *args, **kwargs):
+        assert query.dtype == torch.bfloat16, "half precision only"
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("half_only", attend)
+    model = tiny_llama().bfloat16()
+    graph = prunekit.trace(model, example())
+    model.config._attn_implementation = "half_only"
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan({"layers.1.self_attn": [3]}))
+    assert model.config._attn_implementation == "half_only"
+    assert model(**example()).logits.dtype == torch.bfloat16
+
+
+def test_outputs_beside_the_logits_are_compared_too():
+    """The loss, in float32 as well."""
     model = tiny_llama(layers=2).bfloat16()
     inputs = example() | {"labels": token_ids(2, 7, seed=4)}
     graph = prunekit.trace(model, inputs)
