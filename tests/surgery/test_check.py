@@ -98,13 +98,16 @@ class Casts(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.most = weakref.WeakSet(), 0
+        self.casts, self.most = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.bfloat16:
-            self.alive.add(output.untyped_storage())
-            self.most = max(self.most, sum(storage.nbytes() // 4 for storage in self.alive))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype) and (
+            (args[0].dtype, output.dtype) == (torch.bfloat16, torch.float32)
+        ):
+            self.casts = [cast for cast in self.casts if cast() is not None]
+            self.casts.append(weakref.ref(output))
+            self.most = max(self.most, sum(cast().numel() for cast in self.casts))
         return output
 
 
