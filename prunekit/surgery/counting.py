@@ -11,7 +11,7 @@ from torch import nn
 from prunekit.errors import TraceError
 from prunekit.graph import CouplingGraph, trace
 from prunekit.graph.capture import meta_copy
-from prunekit.graph.groups import Group, Place
+from prunekit.graph.groups import Group, ParameterDim
 from prunekit.graph.stacks import find_misfit
 from prunekit.model.stack import index_attributes
 from prunekit.surgery.changes import Changes
@@ -22,7 +22,7 @@ Removed = Mapping[str, list[int]]
 
 
 def count_units(
-    model: nn.Module, graph: CouplingGraph, removed: Removed, seen: Collection[Place] = ()
+    model: nn.Module, graph: CouplingGraph, removed: Removed, seen: Collection[ParameterDim] = ()
 ) -> Fault | None:
     """Look for a group of a cut model that has another number of units than were left.
 
@@ -49,10 +49,10 @@ def count_units(
     return _check_groups(graph, again, left_out)
 
 
-def _is_seen(group: Group, seen: Collection[Place]) -> bool:
+def _is_seen(group: Group, seen: Collection[ParameterDim]) -> bool:
     """Whether all consumers of a group were seen; one whose units no consumer reads never is."""
-    places = [(member.parameter, member.dim) for member in group.consumers]
-    return bool(places) and all(place in seen for place in places)
+    dims = [(member.parameter, member.dim) for member in group.consumers]
+    return bool(dims) and all(own in seen for own in dims)
 
 
 def _check_stacks(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.graph import CouplingGraph
-from prunekit.graph.groups import Place
+from prunekit.graph.groups import ParameterDim
 from prunekit.model.stack import hidden_of_call, hidden_of_output, module_lists
 from prunekit.runtime.precision import has_narrow, widen
 from prunekit.surgery.layers import leave_out_dropped
@@ -37,13 +37,13 @@ class Probe:
     Args:
         path: its path, for messages.
         module: the module; it stays the same object when its weights are cut.
-        places: for a consumer, (parameter, dim) of its inputs and of its outputs; empty for a
+        dims: for a consumer, (parameter, dim) of its inputs and of its outputs; empty for a
             layer.
     """
 
     path: str
     module: nn.Module
-    places: Mapping[Side, Place] = field(default_factory=dict)
+    dims: Mapping[Side, ParameterDim] = field(default_factory=dict)
 
 
 class Mismatch(Exception):  # noqa: N818  it ends the forward pass in which it is found
@@ -72,17 +72,20 @@ def find_probes(
         if index not in dropped.get(path, ())
     ]
     gone = tuple(f"{path}.{index}." for path, units in dropped.items() for index in units)
-    places = {
+    dims = {
         (member.parameter, member.dim)
         for name in leave_out_dropped(graph, removed)
         for member in graph[name].consumers
         if not member.parameter.startswith(gone)
     }
-    for parameter, dim in sorted(places):
+    for parameter, dim in sorted(dims):
         path, _, attribute = parameter.rpartition(".")
         if attribute == "weight" and len(graph.shapes[parameter]) == 2:
-            sides: dict[Side, Place] = {"input": (parameter, dim), "output": (parameter, 1 - dim)}
-            probes.append(Probe(path=path, module=model.get_submodule(path), places=sides))
+            sides: dict[Side, ParameterDim] = {
+                "input": (parameter, dim),
+                "output": (parameter, 1 - dim),
+            }
+            probes.append(Probe(path=path, module=model.get_submodule(path), dims=sides))
     return probes
 
 
@@ -95,32 +98,34 @@ class Remainder:
     """
 
     def __init__(self, graph: CouplingGraph, removed: Mapping[str, list[int]]) -> None:
-        gone: dict[Place, list[Tensor]] = defaultdict(list)
+        gone: dict[ParameterDim, list[Tensor]] = defaultdict(list)
         for name in leave_out_dropped(graph, removed):
             for member in graph[name].members:
                 positions = member.index[removed[name]].flatten()
                 gone[member.parameter, member.dim].append(positions)
-        self._kept: dict[Place, tuple[int, Tensor]] = {}  # place → (old size, positions)
+        self._kept: dict[ParameterDim, tuple[int, Tensor]] = {}  # → (old size, positions)
         for (parameter, dim), parts in gone.items():
             stays = torch.ones(graph.shapes[parameter][dim], dtype=torch.bool)
             stays[torch.cat(parts)] = False
             self._kept[parameter, dim] = len(stays), stays.nonzero().flatten()
 
-    def select(self, tensor: Tensor, shape: Sequence[int], place: Place | None) -> Tensor | None:
+    def select(
+        self, tensor: Tensor, shape: Sequence[int], own: ParameterDim | None
+    ) -> Tensor | None:
         """What stays of a tensor of the uncut model, or None where that can't be told.
 
         Args:
             tensor: computed by the masked model.
             shape: the shape that it must have in the cut model.
-            place: the dim of a parameter that the tensor's last dim belongs to. None: any dim that
-                is cut, if all that have this size before and after keep the same positions.
+            own: the dim of a parameter that the tensor's last dim belongs to. None: any dim that is
+                cut, if all that have this size before and after keep the same positions.
         """
         if tensor.ndim != len(shape):
             return None
         for dim, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
             if old != new:
-                places = self._kept.values() if place is None else [self._kept.get(place)]
-                fitting = [own[1] for own in places if own and (own[0], len(own[1])) == (old, new)]
+                cuts = self._kept.values() if own is None else [self._kept.get(own, (0, tensor))]
+                fitting = [kept for size, kept in cuts if (size, len(kept)) == (old, new)]
                 if not fitting or not all(torch.equal(fitting[0], other) for other in fitting[1:]):
                     return None
                 tensor = tensor.index_select(dim, fitting[0].to(tensor.device))
@@ -130,7 +135,7 @@ class Remainder:
 @dataclass(eq=False)
 class Recording:
     """What went into the probes of the masked model and came out of them, call by call, in host
-    memory; and which places the cut model was compared at.
+    memory; and which dims of consumers the cut model was compared in.
 
     Args:
         probes: the probes.
@@ -143,7 +148,7 @@ class Recording:
     remainder: Remainder
     wide: torch.dtype
     tolerance: float
-    seen: set[Place] = field(default_factory=set)
+    seen: set[ParameterDim] = field(default_factory=set)
     _calls: dict[tuple[Probe, Side], list[Tensor | None]] = field(
         default_factory=lambda: defaultdict(list)
     )
@@ -154,7 +159,7 @@ class Recording:
 
         def note(probe: Probe, side: Side, tensor: Tensor | None) -> None:
             if tensor is not None:
-                tensor = _rows(tensor) if probe.places else tensor
+                tensor = _rows(tensor) if probe.dims else tensor
                 tensor = tensor.detach().to("cpu", copy=True)
             self._calls[probe, side].append(tensor)
 
@@ -177,16 +182,16 @@ class Recording:
             recorded = next(pending[probe, side], None) if (probe, side) in pending else None
             if tensor is None or recorded is None:
                 return None
-            actual = _rows(tensor) if probe.places else tensor
-            expected = self.remainder.select(recorded, actual.shape, probe.places.get(side))
+            actual = _rows(tensor) if probe.dims else tensor
+            expected = self.remainder.select(recorded, actual.shape, probe.dims.get(side))
             if expected is None:
                 return None
             expected = expected.to(actual.device)
             before = fed.pop(probe, None) if side == "output" else None
             self._judge(probe, side, expected, actual, before)
-            if probe.places and recorded.shape != actual.shape:
-                self.seen.add(probe.places[side])
-            if probe.places or side == "output":
+            if probe.dims and recorded.shape != actual.shape:
+                self.seen.add(probe.dims[side])
+            if probe.dims or side == "output":
                 return None
             fed[probe] = expected
             return expected
