@@ -81,11 +81,11 @@ def find_probes(
     for parameter, dim in sorted(dims):
         path, _, attribute = parameter.rpartition(".")
         if attribute == "weight" and len(graph.shapes[parameter]) == 2:
-            sides: dict[Side, ParameterDim] = {
+            own: dict[Side, ParameterDim] = {
                 "input": (parameter, dim),
                 "output": (parameter, 1 - dim),
             }
-            probes.append(Probe(path=path, module=model.get_submodule(path), dims=sides))
+            probes.append(Probe(path=path, module=model.get_submodule(path), dims=own))
     return probes
 
 
@@ -124,8 +124,11 @@ class Remainder:
             return None
         for dim, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
             if old != new:
-                cuts = self._kept.values() if own is None else [self._kept.get(own, (0, tensor))]
-                fitting = [kept for size, kept in cuts if (size, len(kept)) == (old, new)]
+                fitting = [
+                    kept
+                    for cut, (size, kept) in self._kept.items()
+                    if (size, len(kept)) == (old, new) and own in (None, cut)
+                ]
                 if not fitting or not all(torch.equal(fitting[0], other) for other in fitting[1:]):
                     return None
                 tensor = tensor.index_select(dim, fitting[0].to(tensor.device))
