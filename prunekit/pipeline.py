@@ -318,6 +318,9 @@ def choose_and_cut(
         if assignment.state:
             assignment.state.drop_if_empty()
         raise
+    finally:
+        if streamed:
+            streamed.settle()
     snapshot.note_biases()
     return plan
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import DataError
-from prunekit.runtime.memory import free_bytes
+from prunekit.runtime.memory import free_bytes, to_host
 
 
 class Kept:
@@ -91,8 +91,7 @@ class Store:
         self.used[level] += tensor.nbytes
         self.peak[level] = max(self.peak[level], self.used[level])
         if level == "host":
-            pinned = self.device.type == "cuda"
-            tensor = torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor)
+            tensor = to_host(tensor)
         elif level == "file":
             tensor = torch.empty_like(tensor, device="meta")  # shape and dtype, to read it back
         elif copy:

@@ -163,11 +163,12 @@ class Shards:
         names: Iterable[str],
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        pinned: bool = False,
     ) -> dict[str, Tensor]:
         """Copies of tensors on a device, floating ones as `dtype`; no page of a file stays mapped.
 
         Parts go to their place one by one: beside a tensor there is never more than one of its
-        parts.
+        parts. Host memory is `pinned` where that is asked for.
 
         Raises:
             CheckpointError: a name is missing, or its file is by now.
@@ -177,7 +178,10 @@ class Shards:
         for name in names:
             own = dtype if self[name].dtype.is_floating_point else None
             tensors[name] = torch.empty(
-                self[name].shape, dtype=own or self[name].dtype, device=device
+                self[name].shape,
+                dtype=own or self[name].dtype,
+                device=device,
+                pin_memory=pinned,
             )
             places += self[name].places(tensors[name])
         for file in {part.file: None for part, _ in places}:

@@ -16,6 +16,7 @@ from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_st
 from prunekit.errors import ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.model.stack import stacks_around
+from prunekit.runtime.background import Background
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
 from prunekit.runtime.processes import rank
@@ -47,6 +48,8 @@ class Streamed:
         self.model, self.shards = open_streamed(source, self.dtype, trust_remote_code)
         self.weights = Weights(self.model, self.shards, device)
         self.writer: LayerWriter | None = None
+        self.reading: Background[dict[str, Tensor]] = Background("prunekit-read")
+        self.writing: Background[None] = Background("prunekit-write")
 
     def write_to(self, folder: Path, resume: bool) -> None:
         """Let the result go to a folder; of several processes the first one writes.
@@ -87,35 +90,69 @@ class Streamed:
             )
         return paths[0]
 
+    def write_behind(self, key: str) -> None:
+        """Write a module in a thread, once the one before is written; it may be released at once.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        assert self.writer is not None
+        self.writing.result()
+        tensors = self.writer.gather(self.weights.state(key))
+        self.writing.begin(partial(self.writer.write, key, tensors))
+
     def complete(self, graph: CouplingGraph) -> None:
         """Write the layers in which no group was cut, and all tensors outside the layers."""
-        path = self.layers_path(graph)
-        for i in range(len(self.model.get_submodule(path))):  # type: ignore[arg-type]
-            if self.writer and not self.writer.has(f"{path}.{i}"):
-                with self.weights.enter(f"{path}.{i}"):
-                    self.writer.write(f"{path}.{i}", self.weights.state(f"{path}.{i}"))
-        if self.writer:
-            self.writer.copy(self.shards, self.weights.outside_names(path))
+        self.writing.result()
+        if self.writer is None:
+            return
+        layers = self.layers(graph)
+        for i in range(layers.count):
+            if not self.writer.has(f"{layers.path}.{i}"):
+                layers.enter(i)
+                layers.leave(i)
+        self.writing.result()
+        self.writer.copy(self.shards, self.weights.outside_names(layers.path))
+
+    def settle(self) -> None:
+        """Wait until nothing is read and nothing is written any more, however it ends."""
+        self.reading.settle()
+        self.writing.settle()
 
 
 class StreamedLayers:
     """`prunekit.calibration.layers.Layers` over shards.
 
-    A layer is read when it is entered; when it is left it is cut, checked, written and let go of.
+    A layer is read while the one before it is worked on; when it is left it is cut, checked and let
+    go of, and written while the next one is worked on. So there is never more than one layer ahead
+    and one behind in host memory.
     """
 
     def __init__(self, streamed: Streamed, graph: CouplingGraph) -> None:
         self.streamed, self.graph = streamed, graph
         self.path = streamed.layers_path(graph)
+        self.count = len(streamed.model.get_submodule(self.path))  # type: ignore[arg-type]
         self.removed: dict[int, dict[str, list[int]]] = defaultdict(dict)  # [layer][group name]
 
     def outside(self) -> AbstractContextManager[Any]:
         """Embeddings, the last norm, the head."""
+        self._read_ahead(0)
         return self.streamed.weights.outside(self.path)
 
     def enter(self, layer: int) -> None:
-        """Read a layer."""
-        self.streamed.weights.load(f"{self.path}.{layer}")
+        """Bring a layer to the device, and begin to read the next one.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape, a shard is damaged.
+            DataError: a weight is NaN or infinite.
+        """
+        fetched = self.streamed.reading.result()
+        self.streamed.weights.load(f"{self.path}.{layer}", fetched=fetched)
+        self._read_ahead(layer + 1)
+
+    def _read_ahead(self, layer: int) -> None:
+        if layer < self.count:
+            self.streamed.reading.begin(self.streamed.weights.fetcher(f"{self.path}.{layer}"))
 
     def remove(self, group: Group, units: Sequence[int]) -> None:
         """Note the units that a group of the layer in turn has lost; `leave` cuts them."""
@@ -123,18 +160,20 @@ class StreamedLayers:
         if units:
             self.removed[group.layer][group.name] = list(units)
 
-    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
+    def leave(self, layer: int, run: Callable[[], Tensor] | None = None) -> None:
         """Cut a layer, check that `run` gives the output that it gave before, write the layer.
 
         Raises:
             SurgeryError: the layer that was cut gives another output.
+            CheckpointError: the layer before could not be written.
         """
         key = f"{self.path}.{layer}"
         if units := self.removed.pop(layer, {}):
+            assert run is not None
             self._cut(units, run)
         writer = self.streamed.writer
         if writer and not writer.has(key):
-            writer.write(key, self.streamed.weights.state(key))
+            self.streamed.write_behind(key)
         self.streamed.weights.release(key)
 
     def _cut(self, units: Mapping[str, list[int]], run: Callable[[], Tensor]) -> None:

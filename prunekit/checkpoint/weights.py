@@ -37,13 +37,16 @@ class Weights:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
-    def load(self, path: str, source: Shards | None = None) -> None:
+    def load(
+        self, path: str, source: Shards | None = None, fetched: dict[str, Tensor] | None = None
+    ) -> None:
         """Read every parameter under a module path that is on meta, in the type it has there.
 
         Args:
             path: of a module ("model.layers.3").
             source: read these shards instead: what was written of a layer that was cut before. Its
                 buffers are read too, and a bias it holds is added to a module that lacks one.
+            fetched: what a `fetcher` has read; it is emptied, and nothing in it is read again.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape than the module's, a shard is
@@ -52,7 +55,29 @@ class Weights:
         """
         if source is not None:
             self._take_additions(path, source)
-        self._load(self._under(path), source)
+        self._load(self._under(path), source, fetched)
+
+    def fetcher(self, path: str) -> Callable[[], dict[str, Tensor]]:
+        """A function that reads what `load` would read, into host memory, as it is stored.
+
+        The function looks at no module, so that it may run in a thread while the model changes. Its
+        result goes to `load`. It raises the errors of `load` but for those about shapes.
+        """
+        names = [
+            _stored_name(places, self.shards)
+            for places in self._under(path)
+            if _parameter_at(places).is_meta
+        ]
+        pinned = self.device.type == "cuda"
+
+        def fetch() -> dict[str, Tensor]:
+            fetched: dict[str, Tensor] = {}
+            for name in names:
+                fetched |= self.shards.read([name], pinned=pinned)
+                _check_numbers(name, fetched[name])
+            return fetched
+
+        return fetch
 
     def release(self, path: str) -> None:
         """Put every parameter under a module path on meta, in the shape it has by now."""
@@ -120,7 +145,12 @@ class Weights:
         ]
 
     @torch.inference_mode(False)
-    def _load(self, parameters: list[_Places], source: Shards | None = None) -> None:
+    def _load(
+        self,
+        parameters: list[_Places],
+        source: Shards | None = None,
+        fetched: dict[str, Tensor] | None = None,
+    ) -> None:
         for places in parameters:
             if not (old := _parameter_at(places)).is_meta:
                 continue
@@ -131,12 +161,16 @@ class Weights:
                 raise CheckpointError(
                     f"{shards[name].file}: {name}: expected shape {shape}, got {shards[name].shape}"
                 )
-            tensor = shards.read([name], self.device, old.dtype)[name]
-            # If a tensor holds NaN, so do its extremes. Unlike `isfinite` of the whole tensor, they
-            # take no memory.
-            extremes = tensor.aminmax() if tensor.numel() else ()
-            if not all(torch.isfinite(extreme) for extreme in extremes):
-                raise DataError(f"{name}: the weights hold NaN or infinity")
+            if fetched and name in fetched:
+                # To the device first: another type is made there.
+                there = fetched.pop(name).to(self.device, non_blocking=True)
+                tensor = there.to(old.dtype)
+                checked = tensor is there
+            else:
+                tensor = shards.read([name], self.device, old.dtype)[name]
+                checked = False
+            if not checked:
+                _check_numbers(name, tensor)
             _put(places, tensor, old.requires_grad)
 
     @torch.inference_mode(False)
@@ -162,6 +196,15 @@ class Weights:
                 module.bias = nn.Parameter(
                     torch.empty(source[name].shape, dtype=like.dtype, device="meta")
                 )
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise DataError where a tensor holds NaN or infinity."""
+    # If a tensor holds NaN, so do its extremes. Unlike `isfinite` of the whole tensor, they take no
+    # memory.
+    extremes = tensor.aminmax() if tensor.numel() else ()
+    if not all(torch.isfinite(extreme) for extreme in extremes):
+        raise DataError(f"{name}: the weights hold NaN or infinity")
 
 
 def _parameter_at(places: _Places) -> nn.Parameter:

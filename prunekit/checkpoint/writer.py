@@ -23,6 +23,7 @@ from prunekit.model.compat import unvalidated
 from prunekit.model.ties import parameter_places
 from prunekit.model.verify import check_loadable, required_record
 from prunekit.runtime.files import check_free, disk_errors, publish, write_text
+from prunekit.runtime.memory import to_host
 
 _KEY = "prunekit_key"  # the entry of a shard's metadata that names the part it holds
 
@@ -95,10 +96,7 @@ class LayerWriter:
         from safetensors import torch as safetensors
 
         temporary, file = self.folder / f".{key}.tmp", self.folder / f"{key}.safetensors"
-        own = {
-            name: tensor.detach().to("cpu", self._dtype_of(tensor)).contiguous()
-            for name, tensor in tensors.items()
-        }
+        own = self.gather(tensors)
         with disk_errors(self.target):
             try:
                 safetensors.save_file(own, str(temporary), metadata={"format": "pt", _KEY: key})
@@ -108,6 +106,16 @@ class LayerWriter:
             finally:
                 temporary.unlink(missing_ok=True)
         self.parts[key] = Shards.of_file(file)
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory, in the types that they are stored in.
+
+        `write` takes them as they are, so that another thread need not touch the device.
+        """
+        return {
+            name: to_host(tensor.detach(), self._dtype_of(tensor))
+            for name, tensor in tensors.items()
+        }
 
     def copy(self, shards: Shards, names: Mapping[str, str]) -> None:
         """Store tensors of other shards as they are, each as a part of its own.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 _MMAP_THRESHOLD = -3  # the number that mallopt gives to M_MMAP_THRESHOLD
@@ -23,6 +24,17 @@ def return_freed() -> None:
         libc.malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         pass  # another C library, which has no such setting
+
+
+def to_host(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor in host memory, contiguous and pinned if it comes from a GPU; itself if it can be.
+
+    Pinned memory is what a GPU copies from and to without a detour.
+    """
+    dtype = dtype or tensor.dtype
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", dtype).contiguous()
+    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor)
 
 
 def run_within_memory(

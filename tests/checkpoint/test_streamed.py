@@ -1,14 +1,21 @@
 """Models whose layers come from disk one by one, against the same models loaded whole."""
 
+import errno
+import threading
+import time
+
 import pytest
+import safetensors.torch
 import torch
-from conftest import token_ids
+from conftest import tiny_llama, token_ids
 from families import EXPERTS, FIRST, MORE, NAMED, build
+from safetensors.torch import load_file, save_file
 
 import prunekit
 from prunekit import config as cfg
-from prunekit.checkpoint import LayerWriter, Shards
-from prunekit.checkpoint.streamed import Streamed
+from prunekit.checkpoint import LayerWriter, Shards, Weights
+from prunekit.checkpoint.streamed import Streamed, StreamedLayers
+from prunekit.errors import CheckpointError, DataError
 from prunekit.pipeline import prune_model
 from prunekit.runtime.stages import Stages
 from prunekit.schedules.folders import Folders
@@ -115,3 +122,151 @@ def test_experts_of_a_broken_run(tmp_path, monkeypatch):
         stream(tmp_path, "ratio=0.3")
     assert (tmp_path / "state").exists() and not (tmp_path / "pruned").exists()
     assert_equals_whole(tmp_path, "ratio=0.3", "resume=true")
+
+
+PATIENCE = 20  # seconds that a thread waits for another one where the test is to fail
+
+
+class Rendezvous(dict):
+    """Events by name, made where they are asked for."""
+
+    def __missing__(self, name):
+        return self.setdefault(name, threading.Event())
+
+    def meet(self, name):
+        assert self[name].wait(PATIENCE), f"{name} never came"
+
+
+def four_layers(folder):
+    tiny_llama(layers=4).save_pretrained(folder / "dense")
+
+
+def number_in(names):
+    """The layer that tensors belong to."""
+    (number,) = {int(name.split(".")[2]) for name in names}
+    return number
+
+
+def test_the_next_layer_is_read_while_one_is_worked_on(tmp_path, monkeypatch):
+    four_layers(tmp_path)
+    events, ahead = Rendezvous(), []
+    fetcher, leave = Weights.fetcher, StreamedLayers.leave
+
+    def slow_fetcher(self, path):
+        fetch, number = fetcher(self, path), int(path.rsplit(".", 1)[1])
+
+        def wait_and_fetch():
+            ahead.append(number)
+            events[f"reading {number}"].set()
+            if number:
+                events.meet(f"leaving {number - 1}")  # so that reading goes on beside the work
+            return fetch()
+
+        return wait_and_fetch
+
+    def watched_leave(self, layer, run=None):
+        if layer < 3:
+            events.meet(f"reading {layer + 1}")  # reading has begun before this layer is left
+            assert ahead[-1] == layer + 1  # one layer ahead and no more
+        events[f"leaving {layer}"].set()
+        leave(self, layer, run)
+
+    monkeypatch.setattr(Weights, "fetcher", slow_fetcher)
+    monkeypatch.setattr(StreamedLayers, "leave", watched_leave)
+    assert_equals_whole(tmp_path, "ratio=0.3")
+    assert ahead == [0, 1, 2, 3]
+
+
+def test_the_last_layer_is_written_while_the_next_is_worked_on(tmp_path, monkeypatch):
+    four_layers(tmp_path)
+    events, behind = Rendezvous(), []
+    write, gather, remove = LayerWriter.write, LayerWriter.gather, StreamedLayers.remove
+
+    def slow_write(self, key, tensors):
+        number = int(key.rsplit(".", 1)[1]) if ".layers." in key else None
+        if number in (0, 1, 2):
+            events.meet(f"working on {number + 1}")
+        write(self, key, tensors)
+        if number is not None:
+            behind.append(("written", number))
+
+    def watched_gather(self, tensors):
+        if threading.current_thread() is threading.main_thread() and len(tensors) > 1:
+            behind.append(("held", number_in(tensors)))
+        return gather(self, tensors)
+
+    def watched_remove(self, group, units):
+        events[f"working on {group.layer}"].set()
+        remove(self, group, units)
+
+    monkeypatch.setattr(LayerWriter, "write", slow_write)
+    monkeypatch.setattr(LayerWriter, "gather", watched_gather)
+    monkeypatch.setattr(StreamedLayers, "remove", watched_remove)
+    assert_equals_whole(tmp_path, "ratio=0.3")
+    assert behind == [(what, i) for i in range(4) for what in ("held", "written")]  # one at most
+
+
+def test_a_layer_that_cannot_be_read_ahead_is_named(tmp_path):
+    four_layers(tmp_path)
+    name = "model.layers.2.mlp.up_proj.weight"
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[7] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=f"{name}: the weights hold NaN"):
+        stream(tmp_path, "ratio=0.3")
+    assert threads() == []
+    assert sorted(path.name for path in (tmp_path / ".pruned.partial").iterdir()) == [
+        "model.layers.0.safetensors",
+        "model.layers.1.safetensors",
+    ]
+
+
+def test_a_layer_that_cannot_be_written_behind_is_written_by_the_next_run(tmp_path, monkeypatch):
+    four_layers(tmp_path)
+    save = safetensors.torch.save_file
+
+    def fills(tensors, file, metadata=None):
+        if "model.layers.1" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, file, metadata)
+
+    match = f"{tmp_path / 'pruned'}: can't be written: .*No space left on device"
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=match):
+        patch.setattr(safetensors.torch, "save_file", fills)
+        stream(tmp_path, "ratio=0.3")
+    assert threads() == [] and not (tmp_path / "pruned").exists()
+    assert_equals_whole(tmp_path, "ratio=0.3", "resume=true")
+
+
+def test_an_interrupt_waits_until_the_last_layer_is_whole(tmp_path, monkeypatch):
+    four_layers(tmp_path)
+    failing, write, remove = threading.Event(), LayerWriter.write, StreamedLayers.remove
+
+    def slow_write(self, key, tensors):
+        if key.endswith("layers.1"):
+            assert failing.wait(PATIENCE)
+            time.sleep(0.2)  # long enough to see whether somebody waits
+        write(self, key, tensors)
+
+    def interrupted(self, group, units):
+        if group.layer == 2:
+            failing.set()
+            raise KeyboardInterrupt
+        remove(self, group, units)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LayerWriter, "write", slow_write)
+        patch.setattr(StreamedLayers, "remove", interrupted)
+        stream(tmp_path, "ratio=0.3")
+    partial = tmp_path / ".pruned.partial"
+    assert {path.name for path in partial.iterdir()} == {
+        f"model.layers.{i}.safetensors" for i in (0, 1)
+    }
+    assert threads() == []
+    assert_equals_whole(tmp_path, "ratio=0.3", "resume=true")
+
+
+def threads():
+    """The threads of reading and writing that still run."""
+    return [one.name for one in threading.enumerate() if one.name.startswith("prunekit-")]

@@ -1,6 +1,7 @@
 """Modes that are put back, memory that is halved, files that appear whole, devices and types."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from prunekit.errors import CheckpointError, ConfigError
 from prunekit.runtime import console
+from prunekit.runtime.background import Background
 from prunekit.runtime.devices import compute_dtype, pick_device, pick_dtype
 from prunekit.runtime.files import check_free, digest, new_folder, write_text
 from prunekit.runtime.memory import (
@@ -16,6 +18,7 @@ from prunekit.runtime.memory import (
     peak_memory,
     reset_peak,
     run_within_memory,
+    to_host,
 )
 from prunekit.runtime.modes import (
     at_rest,
@@ -146,6 +149,36 @@ def test_peak_and_free_memory_are_bytes():
     assert peak_memory(CPU) >= before
     assert held.nbytes < peak_memory(CPU) < 1 << 45
     assert free_bytes(CPU) > 1 << 20
+
+
+def test_host_memory_holds_a_tensor_as_it_is_stored():
+    tensor = torch.randn(6, 4)
+    assert to_host(tensor) is tensor
+    other = to_host(tensor.T, torch.bfloat16)
+    assert other.is_contiguous() and torch.equal(other, tensor.T.to(torch.bfloat16))
+
+
+def test_work_beside_gives_its_result_or_its_error_to_whoever_asks():
+    background, ran = Background("prunekit-test"), []
+    assert background.result() is None
+
+    def work():
+        ran.append(threading.current_thread().name)
+        return 3
+
+    background.begin(work)
+    assert background.result() == 3 and background.result() is None
+    assert ran[0].startswith("prunekit-test")
+
+    def fails():
+        raise CheckpointError("no")
+
+    background.begin(fails)
+    with pytest.raises(CheckpointError, match="no"):
+        background.result()
+    background.begin(fails)
+    background.settle()
+    assert background.result() is None
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
