@@ -24,8 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
 from prunekit.calibration.moments import Moments
-from prunekit.schedules import Layerwise
-from prunekit.schedules import base as schedules
+from prunekit.schedules import Layerwise, repair
 
 BATCH = 16
 NOTE = (
@@ -75,7 +74,7 @@ def layerwise(model: nn.Module, ids: Tensor, target: str) -> dict[str, float]:
     with ExitStack() as stack:
         for owner, name, key in (
             (Moments, "add", "products"),
-            (schedules, "_cut", "solver"),
+            (repair, "cut_group", "solver"),
             (Layerwise, "run", "run"),
         ):
             stack.enter_context(timed(owner, name, spent, key))

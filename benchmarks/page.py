@@ -357,36 +357,6 @@ def streamed(result: dict) -> list[str]:
     ]
 
 
-def llama7b(result: dict) -> list[str]:
-    keys = ("trace", "forward", "products", "solver", "schedule", "whole")
-    rows = [
-        [
-            f"{row['samples']} × 2,048, "
-            f"{'activations in host memory' if row['budget'] == 0 else 'all on the device'}"
-        ]
-        + [f"{row['seconds'][key]:.1f}" for key in keys]
-        + [f"{row['peak_mb'][key]:,.0f}" for key in ("schedule", "whole")]
-        for row in result["rows"]
-    ]
-    paper = result["paper"]
-    rows.append(["the paper's", *["–"] * 5, f"{paper['seconds']}", "–", f"{paper['peak_mb']:,}"])
-    gpu = (
-        f"{result['device']}, CUDA {result['cuda']}",
-        f"{result['rows'][0]['weights_mb']:,.0f} MB of weights",
-    )
-    return [
-        *head("LLaMA-7B's shape on a GPU, 20 %", "llama7b", result, *gpu),
-        result["note"],
-        "",
-        *table(
-            "tokens | "
-            + " | ".join(f">{key}, s" for key in keys)
-            + " | >schedule's peak, MB | >whole's peak, MB",
-            rows,
-        ),
-    ]
-
-
 def quality(result: dict) -> list[str]:
     lines = [
         *head("SlimGPT's choices over five calibration draws", "quality", result),
@@ -466,7 +436,6 @@ SECTIONS = {
     "importance": importance,
     "layerwise": layerwise,
     "streamed": streamed,
-    "llama7b": llama7b,
     "experiments": experiments,
     "accumulation": accumulation,
     "quality": quality,

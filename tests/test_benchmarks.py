@@ -1,0 +1,125 @@
+"""`benchmarks/gpu.py` in small, on the CPU: every part, what a line says, and what goes wrong."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FIELDS = {"name", "value", "unit", "measured", "repeats", "device", "command", "revision"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def run(gpu, capsys):
+    """Run the command: its exit status, and the lines it prints."""
+
+    def run(*arguments):
+        status = gpu.main(arguments)
+        return status, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_every_part_runs_in_small(gpu, run):
+    status, lines = run("--small")
+    assert [line for line in lines if "error" in line] == []
+    assert status == 0
+    for line in lines:
+        assert line.keys() >= FIELDS | {"versions"}, line
+        assert line["device"] == "CPU"  # whatever this machine has
+        assert "7B" not in line["measured"] or line["name"].endswith(".total")
+        assert line["command"] == "python benchmarks/gpu.py --small"
+    assert len({line["name"] for line in lines}) == len(lines)
+    assert {line["name"].split(".")[0] for line in lines} == set(gpu.PARTS)
+    assert all(line["limit"] > 0 for line in lines if line["name"].endswith(".total"))
+    figures = {line["name"]: line["value"] for line in lines}
+    inside = ("products", "cut", "forward")
+    whole = sum(figures[f"pruned.{name}"] for name in ("trace", "schedule", "rest"))
+    assert figures["pruned.whole"] == pytest.approx(whole, abs=1e-3)
+    schedule = sum(figures[f"pruned.{name}"] for name in inside)
+    assert figures["pruned.schedule"] == pytest.approx(schedule, abs=1e-3)
+    assert all(figures[f"pruned.{name}"] > 0 for name in inside)  # the functions still exist
+    assert figures["pruned.ratio"] == pytest.approx(0.2, abs=0.05)
+    assert figures["embedded.difference"] == 0
+    ratio = figures["streamed.by_layer"] / figures["streamed.whole"]
+    assert figures["streamed.ratio"] == pytest.approx(ratio, rel=0.1)
+
+
+def test_the_model_of_the_rounding_part_amplifies_rounding(gpu):
+    from gpu_parts import amplifying_model, measure_amplification
+
+    ids = torch.randint(2, 97, (4, 16), generator=torch.Generator().manual_seed(0))
+    amplified = measure_amplification(amplifying_model(30, 48), ids)
+    assert amplified > 20 * torch.finfo(torch.bfloat16).eps
+
+
+def test_a_part_that_fails_does_not_stop_the_others(gpu, run, monkeypatch):
+    def fails(bench):
+        bench.figure("fails.first", 1.0, "s", "something")
+        raise ValueError("no such luck\nat all")
+
+    def never_ends(bench):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # as a run may do on its way
+                pass
+
+    def works(bench):
+        bench.figure("works.first", 2, "s", "something")
+
+    parts = {
+        "fails": gpu.Part(fails, 10, "fails"),
+        "never_ends": gpu.Part(never_ends, 0.2, "never ends"),
+        "works": gpu.Part(works, 10, "works"),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    status, lines = run("--small", "--only", "fails", "never_ends", "works")
+    assert status == 1
+    assert [line["name"] for line in lines] == [
+        "fails.first",
+        "fails",
+        "fails.total",
+        "never_ends",
+        "never_ends.total",
+        "works.first",
+        "works.total",
+    ]
+    assert lines[1]["error"] == "ValueError: no such luck"
+    assert lines[3]["error"] == "OutOfTime: longer than 0.2 s"
+    assert run("--small", "--only", "works")[0] == 0
+
+
+def test_an_unknown_part_and_a_missing_gpu_are_named(gpu, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--small", "--only", "prefill", "speed"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == ""
+    assert f"--only: unknown speed; parts: {', '.join(gpu.PARTS)}" in said.err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--only", "prefill"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == ""
+    assert "needs a CUDA GPU, and there is none here; --small runs on a CPU" in said.err
+
+
+def test_the_parts_fit_into_the_time_of_the_whole(gpu, run, monkeypatch):
+    """On a GPU a part gets at most what the parts before it have left."""
+    limits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "TOTAL", 30)
+    monkeypatch.setattr(gpu, "run_part", lambda *arguments: limits.append(arguments[-1]) or True)
+    monkeypatch.setattr(gpu.time, "perf_counter", iter(range(0, 1000, 10)).__next__)
+    gpu.main(["--only", "pruned", "residual", "streamed"])
+    assert limits == [30, 20, 10]
