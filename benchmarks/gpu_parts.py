@@ -31,8 +31,8 @@ from prunekit.evaluation.perplexity import perplexity
 from prunekit.runtime.memory import free_cached, peak_memory
 from prunekit.runtime.stages import Stages
 from prunekit.schedules import Layerwise, repair
+from prunekit.schedules.folders import Folders
 from prunekit.schedules.method import Method
-from prunekit.schedules.places import Places
 
 if TYPE_CHECKING:
     from gpu import Bench
@@ -393,10 +393,10 @@ def streamed(bench: Bench) -> None:
             config = cfg.check(cfg.compose([*options, f"memory.budget={option}"]))
             by_layer = Streamed(dense, device, None, False) if name == "by_layer" else None
             model = by_layer.model if by_layer else prunekit.from_pretrained(dense).to(device)
-            stages, places = Stages(device), Places(model=Path(place, "out"), undo=False)
+            stages, folders = Stages(device), Folders(model=Path(place, "out"), undo=False)
             batches, method = make_batches(model, ids, sizes.batch, device), Method.build(config)
             result = pipeline.prune_model(
-                model, config, method, batches, stages, places=places, streamed=by_layer
+                model, config, method, batches, stages, folders=folders, streamed=by_layer
             )
             plans[name], seconds[name] = result.plan, stages.seconds["prune"]
             peaks[name] = highest_peak(result.report)

@@ -174,6 +174,7 @@ LONGEST = (
     "test_families.py",
     "test_layers.py",
     "test_state.py",
+    "test_benchmarks.py",
     "test_contract_importances.py",
     "test_costs.py",
     "test_demo.py",
