@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,14 +18,13 @@ class Background(Generic[T]):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._piece: Future[T] | None = None
+        self._piece: tuple[ThreadPoolExecutor, Future[T]] | None = None
 
     def begin(self, work: Callable[[], T]) -> None:
         """Begin a piece of work; the result of the one before must have been taken."""
         assert self._piece is None
         pool = ThreadPoolExecutor(1, thread_name_prefix=self.name)
-        self._piece = pool.submit(work)
-        pool.shutdown(wait=False)
+        self._piece = pool, pool.submit(work)
 
     def result(self) -> T | None:
         """Wait for the piece of work that was begun, and return its result; None if there is none.
@@ -33,14 +32,17 @@ class Background(Generic[T]):
         Raises:
             BaseException: whatever the work raised.
         """
-        if self._piece is None:
-            return None
-        wait([self._piece])  # an interrupt leaves the piece where `settle` finds it
-        piece, self._piece = self._piece, None
-        return piece.result()
+        future = self._end()
+        return future.result() if future else None
 
     def settle(self) -> None:
         """Wait until no work is under way, and forget how it ended."""
-        if self._piece is not None:
-            wait([self._piece])
-            self._piece = None
+        self._end()
+
+    def _end(self) -> Future[T] | None:
+        if self._piece is None:
+            return None
+        pool, future = self._piece
+        pool.shutdown()  # an interrupt in here leaves the piece where `settle` finds it
+        self._piece = None
+        return future
