@@ -4,7 +4,7 @@ Next goes the unit S with the least Σ E(S) over all consumers of its group; the
 consumer are brought up to date (`prunekit.obs.inverse` has the equations).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Literal
@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunekit.obs.downdate import Downdate, vacancies
+from prunekit.obs.downdate import Downdate
 from prunekit.obs.inverse import HeadScore, Problem, cholesky, unit_errors
+from prunekit.obs.replay import capture
 
 Groups = Literal["greedy", "dynamic_group", "released_group", "fixed_group"]
-_BLOCK = 256  # greedy steps between two updates of the whole A and WᵀW
+BLOCK = 128  # greedy steps between two updates of the whole A and WᵀW
 _LARGEST, _SMALLEST = 1024, 8  # columns of a group, in the paper
 _SHARE = 4  # a group takes a quarter of the columns that are left to remove
 _RELEASED_OFFSET, _RELEASED_SMALLEST = 512, 64  # of the paper's released code
@@ -52,51 +53,83 @@ def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "gr
     """Choose `count` units of width one, the first to go first: the least Σ ‖w_p‖² / A_pp.
 
     With `groups` greedy they go one at a time, and each choice is exact. The other ways remove the
-    best k columns at once, with k from `dynamic_sizes`, `released_sizes` or `fixed_sizes`. Each
-    problem takes one more matrix [n, n] beside A, and some rows of it.
+    best k columns at once, with k from `dynamic_sizes`, `released_sizes` or `fixed_sizes`. On a CPU
+    each problem takes one more matrix [n, n] beside A, and some rows of it; elsewhere two more.
     """
-    block = min(_BLOCK, count)
+    return order_columns(problems, count, groups).tolist() if count else []
+
+
+def order_columns(problems: Sequence[Problem], count: int, groups: Groups = "greedy") -> Tensor:
+    """The columns [count ≥ 1] that `choose_columns` chooses; greedy never waits for the device."""
+    block = min(BLOCK, count) if groups == "greedy" else 0
     work = [Downdate(problem, block) for problem in problems]
-    shares = [d.unit / max(e.unit for e in work) for d in work]
-    alive = torch.arange(len(problems[0].index), device=problems[0].index.device)
+    units = torch.stack([downdate.unit for downdate in work])
+    pick = Picker(work, units / units.max())
     order: list[Tensor] = []
+    left = count
     for size in SIZES[groups](count):
-        picked = _greedy(work, shares, size) if groups == "greedy" else _at_once(work, shares, size)
-        order.append(alive[picked])
-        if sum(map(len, order)) < count:
-            holes, movers = vacancies(picked, len(alive))
-            for downdate in work:
-                downdate.settle(holes, movers)
-            alive[holes] = alive[movers]
-            alive = alive[: len(alive) - size]
-    return torch.cat(order).tolist() if order else []
+        picked = pick.greedily(size) if groups == "greedy" else pick.at_once(size)
+        order.append(work[0].alive[picked])
+        left -= size
+        for downdate in work if left else ():
+            if groups == "greedy":
+                downdate.settle(picked)
+            else:
+                downdate.remove_group(picked)
+    return torch.cat(order)
 
 
-def _greedy(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Tensor:
-    """Remove the next `size` columns, one after another; nothing waits for the device."""
-    picked = []
-    for _ in range(size):
-        picked.append(_total(work, shares).argmin(0, keepdim=True))
-        for downdate in work:
-            downdate.remove(picked[-1])
-    return torch.cat(picked)
+class Picker:
+    """Picks the next columns by their errors, summed over the consumers.
 
+    Attributes:
+        work: a downdate for each consumer; greedy picking removes what it picks from them.
+        shares: [consumers], their units as shares of one common unit.
+    """
 
-def _at_once(work: Sequence[Downdate], shares: Sequence[float], size: int) -> Tensor:
-    """Remove the `size` columns that have the least errors now, the least first."""
-    picked = _total(work, shares).topk(size, largest=False).indices
-    for downdate in work:
-        downdate.remove_group(picked)
-    return picked
+    def __init__(self, work: Sequence[Downdate], shares: Tensor) -> None:
+        self.work, self.shares = work, shares
+        self._picked = torch.empty(work[0].block, dtype=torch.long, device=shares.device)
+        self._blocks = 0
+        self._replay: Callable[[], None] | None = None
 
+    def greedily(self, size: int) -> Tensor:
+        """Remove the next `size` columns one after another; at most a block of them.
 
-def _total(work: Sequence[Downdate], shares: Sequence[float]) -> Tensor:
-    """The errors of the columns [n], summed over the consumers in one common unit."""
-    errors = work[0].errors()
-    if len(work) == 1:
-        return errors
-    rest = (share * downdate.errors() for share, downdate in zip(shares[1:], work[1:], strict=True))
-    return sum(rest, shares[0] * errors.double())
+        From the second block on all steps of a block are one CUDA graph, where there are such. The
+        last block may then take some steps more than it has to: nobody looks at what they do.
+        """
+        if self._blocks == 1:
+            self._replay = capture(self._run, self.shares.device)
+        self._blocks += 1
+        if self._replay is not None:
+            self._replay()
+        else:
+            self._run(size)
+        return self._picked[:size].clone()
+
+    def _run(self, size: int | None = None) -> None:
+        """Take the steps of a block, all of them or the first `size`."""
+        for k in range(len(self._picked) if size is None else size):
+            p = self._picked[k : k + 1]
+            torch.argmin(self._total(), 0, keepdim=True, out=p)
+            for downdate in self.work:
+                downdate.remove(k, p)
+
+    def at_once(self, size: int) -> Tensor:
+        """The `size` columns that have the least errors now, the least first."""
+        return self._total().topk(size, largest=False).indices
+
+    def _total(self) -> Tensor:
+        """The errors of the columns [n], in one common unit."""
+        errors = self.work[0].errors
+        if len(self.work) == 1:
+            return errors
+        rest = (
+            share * downdate.errors
+            for share, downdate in zip(self.shares[1:], self.work[1:], strict=True)
+        )
+        return sum(rest, self.shares[0] * errors.double())
 
 
 def _cap(sizes: Iterator[int], count: int) -> Iterator[int]:
@@ -109,7 +142,7 @@ def _cap(sizes: Iterator[int], count: int) -> Iterator[int]:
 
 def greedy_sizes(count: int) -> Iterator[int]:
     """Greedy steps between two updates of the whole A and WᵀW."""
-    return _cap(repeat(_BLOCK), count)
+    return _cap(repeat(BLOCK), count)
 
 
 def dynamic_sizes(count: int) -> Iterator[int]:

@@ -1,202 +1,128 @@
-"""A = (H + λI)⁻¹ and G = WᵀW while columns go: two symmetric matrices in the room of one.
+"""A = (H + λI)⁻¹ and G = WᵀW while columns go, one after another or several at once.
 
-Removing the columns S, with A_SS = L Lᵀ, U = L⁻¹ A_S:, Z = L⁻¹ G_S:, M = L⁻¹ G_SS L⁻ᵀ and
-V = Z − ½ M U:
+W itself is not needed: ‖w_p‖² = G_pp. Removing p, with r and s its rows of A and of G:
 
-    A ← A − UᵀU,   G ← G − UᵀV − VᵀU
+    t = s − ½ (G_pp / A_pp) r,   w = −r / A_pp,   A ← A + rᵀw,   G ← G + tᵀw + wᵀt
 
-W itself is not needed: ‖w_p‖² = G_pp. Single columns one after another are the same with one row of
-U and of V each (a Cholesky factorisation of A with weighted pivots). Rows are gathered to a block;
-inside it only the row of the next pivot is evaluated, and A and G are updated at its end.
+(the elimination of p from A + εG, where ε² = 0). The vectors r, w and t are gathered to a block;
+inside it only the row of the next column and the diagonals are brought up to date, and A and G are
+at its end. Several columns S at once, with A_SS = L Lᵀ, U = L⁻¹ A_S:, Z = L⁻¹ G_S:, M = L⁻¹ G_SS L⁻ᵀ:
+
+    V = Z − ½ M U,   A ← A − UᵀU,   G ← G − UᵀV − VᵀU
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from prunekit.obs.inverse import Problem, cholesky
+from prunekit.obs.matrices import hold
 
-_PANEL = 512  # the most columns of a panel; fewer than 4,096 columns make eight panels
+# Rows of a table: A_pp, a one, ½ G_pp, 1 / A_pp, the error ½ G_pp / A_pp, a zero, and the vectors
+# of the steps. The order makes pairs of rows that one operation works on.
+_A, _ONE, _G, _INVERSE, _ERROR, _ZERO, _STEPS = range(7)
 
 
 class Downdate:
     """The columns of a problem of width one that are still there.
 
-    Columns are divided into panels of P. Where i and j lie in panels I ≥ J, A_ij is `store[i, j]`
-    and G_ij is `store[j, i + P]`, in a `store` [n, n + P]: only half of each symmetric matrix is
-    kept and computed.
-
     Attributes:
-        n: number of columns that are still there.
-        factors: [2, block, n], the rows of U and V of the block's steps.
-        steps: number of columns that the present block has removed.
-        diagonals: [2, n], A_pp and ½ G_pp, after every step.
-        unit: the error that an error of one stands for.
+        alive: [n], these columns: their units in the problem.
+        matrices: A and G of these columns, without the present block; each is scaled to a mean
+            diagonal of one at first.
+        table: [rows, n], what the steps of a block work on: it stays where it is.
+        unit: the error that an error of one stands for, a number in float64.
     """
 
     def __init__(self, problem: Problem, block: int) -> None:
         columns = problem.index[:, 0]
-        self.n, self.panel = len(columns), _panel(len(columns))
-        self.panels = torch.arange(self.n, device=columns.device) // self.panel
-        self.sides = torch.tensor([0, self.panel], device=columns.device)
-        self.store = problem.inverse.new_empty(self.n, self.n + self.panel)
-        self.factors = problem.inverse.new_empty(2, block, self.n)
-        self.steps = 0
-        self._load(problem, columns)
+        self.alive = torch.arange(len(columns), device=columns.device)
+        self.block = block
+        self.matrices = hold(problem.inverse, problem.weight, columns)
+        sizes = [
+            half.diagonal().mean(dtype=torch.float64)
+            for half in (self.matrices.a, self.matrices.g)
+        ]
+        a, g = (torch.where(size == 0, 1.0, size) for size in sizes)
+        self.matrices.scale(1 / a, 1 / g)
+        self.unit = g / a
+        dtype, device = problem.inverse.dtype, problem.inverse.device
+        self.table = torch.zeros(_STEPS + 3 * block, len(self.alive), dtype=dtype, device=device)
+        self.table[_ONE] = 1
+        # The least A_pp and ½ G_pp: rounding may take a column that the others explain below zero.
+        self.floor = torch.tensor([[torch.finfo(dtype).tiny], [0]], dtype=dtype, device=device)
+        self.places = _places(block, device)
         self._refresh()
 
-    def _load(self, problem: Problem, columns: Tensor) -> None:
-        """Fill the store with A and G, each scaled to a mean diagonal of one, and set `unit`."""
-        inverse = problem.inverse
-        whole = self.n == len(inverse) and bool(
-            (columns == torch.arange(self.n, device=columns.device)).all()
-        )
-        weight = problem.weight.to(inverse.dtype)
-        weight = weight if whole else weight[:, columns]
-        for lo, hi in self._bounds():
-            rows = inverse[lo:hi, :hi] if whole else inverse[columns[lo:hi, None], columns[:hi]]
-            self.a[lo:hi, :hi] = rows
-            self.g[lo:, lo:hi].addmm_(weight[:, lo:].T, weight[:, lo:hi], beta=0)
-        size_a, size_g = (
-            half.diagonal().mean(dtype=torch.float64).item() or 1.0 for half in (self.a, self.g)
-        )
-        for lo, hi in self._bounds():
-            self.a[lo:, lo:hi].mul_(1 / size_a)
-            self.g[lo:, lo:hi].mul_(1 / size_g)
-        self.unit = size_g / size_a
-
     @property
-    def a(self) -> Tensor:
-        """A [n, n]; only panels I ≥ J are valid."""
-        return self.store[: self.n, : self.n]
-
-    @property
-    def g(self) -> Tensor:
-        """G [n, n]; only panels I ≥ J are valid."""
-        return self.store[: self.n, self.panel : self.n + self.panel].T
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        return [(lo, min(lo + self.panel, self.n)) for lo in range(0, self.n, self.panel)]
-
-    def _refresh(self) -> None:
-        """Read the diagonals off A and G."""
-        self.diagonals = torch.stack([self.a.diagonal(), 0.5 * self.g.diagonal()])
-        self._keep_positive()
-
-    def _keep_positive(self) -> None:
-        """Keep A_pp positive: rounding may take a column that the others explain below zero."""
-        self.diagonals[0].clamp_min_(torch.finfo(self.store.dtype).tiny)
-
     def errors(self) -> Tensor:
         """½ ‖w_p‖² / A_pp [n], in units of `unit`; infinite for columns the block has removed."""
-        return self.diagonals[1].clamp_min(0).div_(self.diagonals[0])
+        return self.table[_ERROR, : self.matrices.n]
 
-    def _row(self, p: Tensor) -> Tensor:
-        """The row `p` [1] of A and of G before the block, [2, n]; nothing waits for the device."""
-        n, panel = self.n, self.panel
-        # From the whole store, because index_select would copy a part of the store first.
-        across = self.store.index_select(0, p)[0]
-        if n <= panel:
-            return torch.stack([across[:n], across[panel : panel + n]])
-        down = self.store.index_select(1, p + self.sides)[:n].T
-        lower = self.panels[:n] <= self.panels.index_select(0, p)
-        row = across.new_empty(2, n)
-        torch.where(lower, across[:n], down[0], out=row[0])
-        torch.where(lower, down[1], across[panel : panel + n], out=row[1])
-        return row
+    def _refresh(self) -> None:
+        """Read the diagonals off A and G; make room for the vectors of a block."""
+        table = self.table[:, : self.matrices.n]
+        gone = table[_G].isinf()
+        table[_A] = self.matrices.a.diagonal()
+        torch.mul(self.matrices.g.diagonal(), 0.5, out=table[_G])
+        table[_G].masked_fill_(gone, torch.inf)
+        table[_A : _G + 1 : _G - _A].clamp_min_(self.floor)
+        torch.div(table[_ONE : _G + 1], table[_A], out=table[_INVERSE : _ERROR + 1])
+        table[_STEPS + self.block :].zero_()
 
-    def _rows(self, index: Tensor) -> Tensor:
-        """The rows `index` [m] of A and of G, [2, m, n]."""
-        rows = self.store.new_empty(2, len(index), self.n)
-        for lo, hi, here in self._by_panel(index):
-            at = index[here]
-            a, g = self.store[at, :hi], self.store[at, self.panel + lo : self.panel + self.n]
-            rows[0, here] = torch.cat([a, self.store[hi : self.n, at].T], dim=1)
-            rows[1, here] = torch.cat([self.store[:lo, at + self.panel].T, g], dim=1)
-        return rows
-
-    def _write(self, index: Tensor, rows: Tensor) -> None:
-        """Write `rows` [2, m, n] to the rows and the columns `index` [m] of A and of G."""
-        for lo, hi, here in self._by_panel(index):
-            at, (a, g) = index[here], rows[:, here]
-            self.store[at, :hi], self.store[at, self.panel + lo : self.panel + self.n] = (
-                a[:, :hi],
-                g[:, lo:],
-            )
-            self.store[lo : self.n, at], self.store[:hi, at + self.panel] = a[:, lo:].T, g[:, :hi].T
-
-    def _by_panel(self, index: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """The bounds of each panel that `index` has columns of, and their places in `index`."""
-        for lo, hi in self._bounds():
-            here = ((index >= lo) & (index < hi)).nonzero()[:, 0]
-            if len(here):
-                yield lo, hi, here
-
-    def remove(self, p: Tensor) -> None:
-        """Remove one column `p` [1], the next step of the block; nothing waits for the device."""
-        k = self.steps
-        step, before = self.factors[:, k, : self.n], self.factors[:, :k, : self.n]
-        rows = self._row(p)
+    def remove(self, k: int, p: Tensor) -> None:
+        """Remove one column `p` [1], step k of the block; nothing waits for the device."""
+        table, first = self.table[:, : self.matrices.n], _STEPS + self.block
+        w = first + 2 * k
+        rows = table[_STEPS + k : w + 2 : w + 1 - _STEPS - k]  # r and s, which becomes t
+        at = table[self.places[:, : 1 + 2 * k], p]
+        self.matrices.read(p, rows)
         if k:
-            at = self.factors.index_select(2, p)[:, :k, 0]
-            rows.addmm_(at, before[0], alpha=-1)
-            rows[1].addmv_(before[1].T, at[0], alpha=-1)
-        pivot, half = self.diagonals.index_select(1, p)
-        torch.div(rows, pivot.sqrt(), out=step)
-        step[1].addcmul_(step[0], half / pivot, value=-1)
-        self.diagonals.addcmul_(step[0], step, value=-1)
-        self.diagonals[1].index_fill_(0, p, torch.inf)
-        self._keep_positive()
-        self.steps += 1
+            rows.addmm_(at[:, 1:], table[first:w])
+        table[w : w + 2].addcmul_(rows[0], at[:, :1], value=-1)  # zero becomes w, s becomes t
+        diagonals = table[_A : _G + 1 : _G - _A]
+        diagonals.addcmul_(table[w], rows).clamp_min_(self.floor)
+        table[_G].index_fill_(0, p, torch.inf)
+        torch.div(table[_ONE : _G + 1], table[_A], out=table[_INVERSE : _ERROR + 1])
 
-    def remove_group(self, index: Tensor) -> None:
-        """Remove the columns `index` [k] at once, as a block of their own."""
-        a, g = self._rows(index)
-        factor = cholesky(a[:, index])
-        u, z = (torch.linalg.solve_triangular(factor, rows, upper=False) for rows in (a, g))
-        gram = torch.linalg.solve_triangular(factor, z[:, index].T, upper=False)
-        self.factors = torch.stack([u, z.addmm_(gram, u, alpha=-0.5)])
-        self.steps = len(index)
-
-    def settle(self, holes: Tensor, movers: Tensor) -> None:
-        """End the block: `movers` [m] fill the `holes` [m] (`vacancies`), A and G are updated."""
-        factors = self.factors[:, : self.steps]
-        n = self.n - self.steps
-        factors[..., holes] = factors[..., movers]
-        self._move(holes, movers, n)
-        self._fold(factors[..., :n])
-        self.steps = 0
+    def settle(self, picked: Tensor) -> None:
+        """End the block, whose steps have removed the columns `picked` [k]: A and G follow."""
+        k, first = len(picked), _STEPS + self.block
+        self._let_go(picked, self.table)
+        table = self.table[:, : self.matrices.n]
+        w, t = table[first : first + 2 * k : 2], table[first + 1 : first + 2 * k : 2]
+        self.matrices.fold(table[_STEPS : _STEPS + k], w, t)
         self._refresh()
 
-    def _move(self, holes: Tensor, movers: Tensor, n: int) -> None:
-        """Move the columns `movers` [m] to `holes` [m]; `n` columns are left."""
-        rows = self._rows(movers)
-        rows[..., holes] = rows[..., movers]
-        self.n = n
-        self._write(holes, rows[..., :n])
+    def remove_group(self, picked: Tensor) -> None:
+        """Remove the columns `picked` [k] at once, as a block of their own."""
+        a, g = self.matrices.rows(picked)
+        factor = cholesky(a[:, picked])
+        u, z = (torch.linalg.solve_triangular(factor, rows, upper=False) for rows in (a, g))
+        gram = torch.linalg.solve_triangular(factor, z[:, picked].T, upper=False)
+        vectors = torch.cat([u, z.addmm_(gram, u, alpha=-0.5)])
+        self.table[_G].index_fill_(0, picked, torch.inf)
+        self._let_go(picked, vectors)
+        u, v = vectors[:, : self.matrices.n].split(len(picked))
+        self.matrices.fold(u, -u, v)
+        self._refresh()
 
-    def _fold(self, factors: Tensor) -> None:
-        """A ← A − UᵀU and G ← G − UᵀV − VᵀU for the `factors` U and V [2, steps, n]."""
-        u, v = factors
-        for lo, hi in self._bounds():
-            self.a[lo:, lo:hi].addmm_(u[:, lo:].T, u[:, lo:hi], alpha=-1)
-            g = self.g[lo:, lo:hi]
-            g.addmm_(u[:, lo:].T, v[:, lo:hi], alpha=-1).addmm_(v[:, lo:].T, u[:, lo:hi], alpha=-1)
+    def _let_go(self, picked: Tensor, vectors: Tensor) -> None:
+        """Let the columns `picked` [k] go, in `vectors` [rows, n] and all else, where any go."""
+        left = self.matrices.let_go(picked, vectors)
+        if left is not None:
+            self.alive = self.alive[left]
+            self.table[_G] = 0  # none of those that are left has been removed
 
 
-def _panel(n: int) -> int:
-    """Columns of a panel, for n columns in all."""
-    return min(max(n // 8, 64), _PANEL, n)
+def _places(block: int, device: torch.device) -> Tensor:
+    """What a step reads of a column p: the places [2, 1 + 2 · block] in its column of the table.
 
-
-def vacancies(picked: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The holes that removing `picked` [k] of n columns leaves, and the columns that fill them.
-
-    Holes are the places [m] that come free among the first n − k; movers are the columns [m] that
-    stay behind these places.
+    First 1 / A_pp and the error. Then what the earlier vectors w and t, in turn, have to be
+    multiplied by for the row p of A, and of G: by r_p and nothing, by t_p and w_p.
     """
-    n -= len(picked)
-    stays = torch.ones(len(picked), dtype=torch.bool, device=picked.device)
-    stays[picked[picked >= n] - n] = False
-    return picked[picked < n], stays.nonzero()[:, 0] + n
+    r = torch.arange(_STEPS, _STEPS + block)
+    w = torch.arange(_STEPS + block, _STEPS + 3 * block, 2)
+    for_a = torch.stack([r, torch.full_like(r, _ZERO)], 1).flatten()
+    for_g = torch.stack([w + 1, w], 1).flatten()
+    first = torch.tensor([[_INVERSE], [_ERROR]])
+    return torch.cat([first, torch.stack([for_a, for_g])], 1).to(device)

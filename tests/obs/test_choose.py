@@ -1,12 +1,15 @@
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import Counting, Tape
 from problems import collinear, error, inputs, left_error, optimum, peak, single
 
-import prunekit.obs.downdate as downdate
+from prunekit.obs import choose, downdate, matrices
 from prunekit.obs.choose import (
     SIZES,
     choose_columns,
@@ -14,6 +17,7 @@ from prunekit.obs.choose import (
     dynamic_sizes,
     fixed_sizes,
     greedy_sizes,
+    order_columns,
     released_sizes,
 )
 from prunekit.obs.inverse import Problem, invert, removal_error
@@ -43,7 +47,7 @@ def naive(problems, sizes):
 
 @pytest.fixture(params=[512, 16])
 def panel(request, monkeypatch):
-    monkeypatch.setattr(downdate, "_PANEL", request.param)
+    monkeypatch.setattr(matrices, "_PANEL", request.param)
 
 
 @pytest.mark.parametrize(("n", "count"), [(24, 23), (200, 150), (600, 256), (600, 257), (300, 300)])
@@ -73,6 +77,63 @@ def test_any_columns_of_any_consumers_as_the_naive_loop_has_them(n, seed, groups
     assert choose_columns(problems, count, groups) == naive(problems, sizes)
 
 
+@pytest.fixture
+def wholes(monkeypatch):
+    """Both matrices whole and no column ever gone, as on a GPU."""
+    monkeypatch.setattr(downdate, "hold", matrices.Wholes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 60), st.integers(0, 10_000), st.integers(1, 2), st.floats(0, 3), st.data())
+def test_a_gpus_matrices_and_graphs_give_the_columns_of_a_cpu(n, seed, consumers, ill, data):
+    count = data.draw(st.integers(1, n))
+    problems = []
+    for i in range(consumers):
+        h, w = collinear(n, seed + i, noise=10**-ill)
+        problems.append(single(w, invert(h, 1e-9).matrix))
+    graphs = []
+
+    def capture(work, device):
+        graphs.append(Tape(work))
+        return graphs[-1].replay
+
+    for groups in GROUPS:
+        expected = choose_columns(problems, count, groups)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(downdate, "hold", matrices.Wholes)
+            patched.setattr(choose, "BLOCK", 8)
+            plain = choose_columns(problems, count, groups)
+            patched.setattr(choose, "capture", capture)
+            assert choose_columns(problems, count, groups) == plain == expected
+    assert len(graphs) == (count > 8)
+
+
+def test_a_gpu_is_given_nine_operations_a_column_and_one_graph_a_block(wholes, monkeypatch):
+    problem = single(torch.randn(5, 200), torch.eye(200))
+    launched = []
+    for count in (40, 90):
+        with Counting() as counting:
+            order_columns([problem], count)
+        launched.append(counting.launched.total())
+        assert not counting.waited
+    assert (launched[1] - launched[0]) / 50 == 9
+    replays = []
+    monkeypatch.setattr(choose, "BLOCK", 16)
+    monkeypatch.setattr(choose, "capture", lambda *_: partial(replays.append, 1))
+    order_columns([problem], 90)
+    assert len(replays) == 5  # six blocks; the first one goes step by step
+
+
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_greedy_columns_never_wait_for_the_device(consumers):
+    """A tensor on the meta device has no values that anything could wait for."""
+    problem = single(torch.randn(5, 300, device="meta"), torch.eye(300, device="meta"))
+    problem = replace(problem, index=problem.index.to("meta"))
+    assert order_columns([problem] * consumers, 290).shape == (290,)
+    with pytest.raises(NotImplementedError, match="meta"):
+        choose_columns([problem], 2)
+
+
 def test_released_sizes_are_those_of_its_recurrence():
     assert list(released_sizes(0)) == []
     assert list(released_sizes(50)) == [50]
@@ -91,7 +152,7 @@ def test_dynamic_sizes_shrink_from_1024_to_8():
 
 def test_fixed_and_greedy_sizes():
     assert list(fixed_sizes(300)) == [128, 128, 44]
-    assert list(greedy_sizes(257)) == [256, 1]
+    assert list(greedy_sizes(257)) == [128, 128, 1]
     assert list(fixed_sizes(0)) == []
 
 
@@ -167,7 +228,7 @@ def test_of_two_equal_inputs_one_goes_for_nothing():
 @pytest.mark.parametrize("consumers", [1, 2])
 @pytest.mark.parametrize("groups", ["greedy", "fixed_group"])
 def test_columns_on_one_more_copy_of_a(groups, consumers, monkeypatch):
-    monkeypatch.setattr("prunekit.obs.choose._BLOCK", 8)
+    monkeypatch.setattr("prunekit.obs.choose.BLOCK", 8)
     monkeypatch.setattr("prunekit.obs.choose._FIXED", 8)
     n = 512
     problem = single(torch.randn(300, n), invert(torch.eye(n) + 0.1).matrix)
