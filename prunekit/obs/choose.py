@@ -25,28 +25,51 @@ _FIXED = 128  # columns of every group in the paper's ablation
 
 
 def choose_units(problems: Sequence[Problem], count: int, score: HeadScore) -> list[int]:
-    """Choose `count` units of any width, the first to go first; every W and A follows each one."""
+    """Choose `count` units of any width, the first to go first; every W and A follows each one.
+
+    The device is waited for once, at the end. Should rounding have made a block indefinite by then,
+    all is done again with blocks that are looked at one by one.
+    """
+    failed: list[Tensor] = []
+    order = order_units(problems, count, score, failed)
+    *units, failures = torch.cat([order, sum(failed, order.new_zeros(1))]).tolist()
+    return order_units(problems, count, score).tolist() if failures else units
+
+
+def order_units(
+    problems: Sequence[Problem],
+    count: int,
+    score: HeadScore,
+    failed: list[Tensor] | None = None,
+) -> Tensor:
+    """The units [count] that `choose_units` chooses; `failed` is that of `inverse.cholesky`."""
     work = [
         replace(p, weight=p.weight.to(p.inverse.dtype, copy=True), inverse=p.inverse.clone())
         for p in problems
     ]
-    alive = list(range(len(problems[0].index)))
-    order: list[int] = []
-    while len(order) < count:
-        errors = unit_errors([replace(p, index=p.index[alive]) for p in work], score)
-        order.append(alive.pop(int(errors.argmin())))
-        if len(order) < count:
-            for problem in work:
-                _remove(problem.weight, problem.inverse, problem.index[order[-1]])
+    device = problems[0].index.device
+    order = torch.zeros(count, dtype=torch.long, device=device)
+    gone = torch.zeros(len(problems[0].index), dtype=torch.bool, device=device)
+    for k in range(count):
+        errors = unit_errors(work, score, failed).masked_fill_(gone, torch.inf)
+        unit = torch.argmin(errors, 0, keepdim=True, out=order[k : k + 1])
+        gone.index_fill_(0, unit, True)
+        for problem in work if k + 1 < count else ():
+            columns = problem.index.index_select(0, unit)[0]
+            _remove(problem.weight, problem.inverse, columns, failed)
     return order
 
 
-def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
-    """Remove `columns` [width] from W [d, n] and A [n, n], in place."""
+def _remove(
+    weight: Tensor, inverse: Tensor, columns: Tensor, failed: list[Tensor] | None
+) -> None:
+    """Remove `columns` [width] from W [d, n] and A [n, n], in place; A is one there afterwards."""
     rows = inverse[columns]
-    gain = torch.cholesky_solve(rows, cholesky(rows[:, columns]))  # (A_SS)⁻¹ A_S:
+    gain = torch.cholesky_solve(rows, cholesky(rows[:, columns], failed))  # (A_SS)⁻¹ A_S:
     weight.addmm_(weight[:, columns], gain, alpha=-1)
     inverse.addmm_(rows.T, gain, alpha=-1)
+    eye = torch.eye(len(columns), dtype=inverse.dtype, device=inverse.device)
+    inverse[columns[:, None], columns] = eye  # so that the block of a removed unit has a factor
 
 
 def choose_columns(problems: Sequence[Problem], count: int, groups: Groups = "greedy") -> list[int]:

@@ -69,7 +69,8 @@ def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
     """
     diagonal = hessian.diagonal().double()
     dead = diagonal <= _DEAD * diagonal.max().clamp_min(0)
-    mean = diagonal[~dead].mean().item() if not dead.all() else 1.0
+    count = len(dead) - dead.count_nonzero()
+    mean = torch.where(count > 0, diagonal.masked_fill(dead, 0).sum() / count, 1.0)
     double = hessian.dtype == torch.float64
     floor = 1e-12 if double else torch.finfo(torch.float32).eps
     share = damping
@@ -88,12 +89,12 @@ def invert(hessian: Tensor, damping: float = 0.0) -> Inverse:
 
 
 def _try_to_invert(
-    hessian: Tensor, diagonal: Tensor, dead: Tensor, mean: float, floor: float, dtype: torch.dtype
+    hessian: Tensor, diagonal: Tensor, dead: Tensor, mean: Tensor, floor: float, dtype: torch.dtype
 ) -> Tensor | None:
     """Invert `hessian` [n, n] with another `diagonal` [n]; None where that would be inaccurate.
 
     It would be where a squared pivot is not above `floor`; in float32 also where an inflation
-    factor is above 1 / `floor`.
+    factor is above 1 / `floor`. A GPU is waited for once.
     """
     root = diagonal.masked_fill(dead, torch.inf).rsqrt().to(dtype)
     scaled = hessian.to(dtype, copy=True).mul_(root[:, None]).mul_(root)
@@ -101,22 +102,28 @@ def _try_to_invert(
     columns = scaled.T  # symmetric, in LAPACK's order: factor and inverse take its place
     info = torch.empty((), dtype=torch.int32, device=scaled.device)
     torch.linalg.cholesky_ex(columns, out=(columns, info))
-    if info or not scaled.diagonal().square().min() > floor:
-        return None
+    sound = (info == 0) & (scaled.diagonal().square().min() > floor)
+    if scaled.device.type == "cpu" and not sound:
+        return None  # to go on would take a CPU longer than to look
     torch.cholesky_inverse(columns, out=columns)
-    if dtype == torch.float32 and not scaled.diagonal().max() * floor <= 1:
-        return None
-    root[dead] = mean**-0.5
+    if dtype == torch.float32:
+        sound &= scaled.diagonal().max() * floor <= 1
+    root.masked_fill_(dead, mean.rsqrt())
     scaled.mul_(root[:, None]).mul_(root)
-    return scaled if torch.isfinite(scaled.diagonal()).all() else None
+    return scaled if sound & torch.isfinite(scaled.diagonal()).all() else None
 
 
-def cholesky(blocks: Tensor) -> Tensor:
+def cholesky(blocks: Tensor, failed: list[Tensor] | None = None) -> Tensor:
     """L of positive definite `blocks` [..., k, k].
 
-    Where rounding has made a block indefinite, its diagonal is raised as little as it takes.
+    Where rounding has made a block indefinite, its diagonal is raised as little as it takes. With a
+    list `failed` nothing waits for the device: the number of such blocks is appended to it, and
+    what is returned for them is no factor.
     """
     factor, info = torch.linalg.cholesky_ex(blocks)
+    if failed is not None:
+        failed.append(info.count_nonzero())
+        return factor
     share = torch.finfo(blocks.dtype).eps
     while info.any() and share < 1:
         share *= 10
@@ -153,24 +160,26 @@ def removal_error(problem: Problem, units: Sequence[int]) -> Tensor:
     return half.square().sum(dtype=torch.float64)
 
 
-def unit_errors(problems: Sequence[Problem], score: HeadScore) -> Tensor:
+def unit_errors(
+    problems: Sequence[Problem], score: HeadScore, failed: list[Tensor] | None = None
+) -> Tensor:
     """Errors [units], float64, of removing each unit alone, summed over `problems`.
 
     exact: E(S). grouped_cholesky (SlimGPT, algorithm 1): Σ_j ‖w_j‖² / L_jj² with A_SS = L Lᵀ and w
-    not updated. diagonal (its "−GCD" ablation): Σ_j ‖w_j‖² / A_jj.
+    not updated. diagonal (its "−GCD" ablation): Σ_j ‖w_j‖² / A_jj. `failed`: see `cholesky`.
     """
-    return torch.stack([_errors(problem, score) for problem in problems]).sum(0)
+    return torch.stack([_errors(problem, score, failed) for problem in problems]).sum(0)
 
 
-def _errors(problem: Problem, score: HeadScore) -> Tensor:
+def _errors(problem: Problem, score: HeadScore, failed: list[Tensor] | None) -> Tensor:
     index = problem.index
     blocks = problem.inverse[index[:, :, None], index[:, None, :]]
     columns = problem.weight.T[index].to(blocks.dtype)  # [units, width, d]
     if score == "exact":
-        half = torch.linalg.solve_triangular(cholesky(blocks), columns, upper=False)
+        half = torch.linalg.solve_triangular(cholesky(blocks, failed), columns, upper=False)
         return half.square().sum((1, 2), dtype=torch.float64)
     if score == "grouped_cholesky":
-        pivots = cholesky(blocks).diagonal(dim1=1, dim2=2).square()
+        pivots = cholesky(blocks, failed).diagonal(dim1=1, dim2=2).square()
     else:
         pivots = blocks.diagonal(dim1=1, dim2=2)
     return (columns.square().sum(-1) / pivots).sum(-1, dtype=torch.float64)

@@ -18,6 +18,7 @@ from prunekit.obs.choose import (
     fixed_sizes,
     greedy_sizes,
     order_columns,
+    order_units,
     released_sizes,
 )
 from prunekit.obs.inverse import Problem, invert, removal_error
@@ -300,6 +301,26 @@ def test_exact_units_of_any_consumers_one_after_another(units, width, consumers,
     for problem, (w, a) in zip(problems, before, strict=True):
         assert torch.equal(problem.weight, w)
         assert torch.equal(problem.inverse, a)
+
+
+@pytest.mark.parametrize("score", ["exact", "grouped_cholesky", "diagonal"])
+def test_units_wait_for_the_device_once_however_many_they_are(score):
+    x, w, h = inputs(24)
+    problem = Problem(weight=w, inverse=invert(h).matrix, index=torch.arange(24).view(8, 3))
+    for count in (1, 3, 7):
+        with Counting() as counting:
+            order_units([problem] * 2, count, score, [])
+        assert not counting.waited
+
+
+def test_units_whose_blocks_have_no_factor_are_chosen_one_by_one():
+    _, w, _ = inputs(12)
+    a = torch.ones(12, 12) - 1e-6 * torch.eye(12)  # what rounding may make of two equal inputs
+    problem = Problem(weight=w.float(), inverse=a, index=torch.arange(12).view(4, 3))
+    failed = []
+    order_units([problem], 2, "exact", failed)
+    assert sum(failed) > 0
+    assert choose_units([problem], 2, "exact") == order_units([problem], 2, "exact").tolist()
 
 
 def heads(units, width, seed):
