@@ -164,7 +164,10 @@ class Sighting:
         for module, returned in self.around:
             leaves, spec = _tree.tree_flatten(returned)
             places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            if len(places) == 1 and torch.equal(leaves[places[0]], output):
+            if len(places) != 1:
+                continue
+            leaf = leaves[places[0]]
+            if leaf is output or torch.equal(leaf, output):  # a device is waited for if need be
                 rest = [None if k in places else leaf for k, leaf in enumerate(leaves)]
                 block = Block(module, self.consumer, rest, spec, places[0], first)
         return block

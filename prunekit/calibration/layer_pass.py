@@ -87,13 +87,20 @@ class LayerPass:
         Raises:
             DataError: an output holds NaN or infinity.
         """
-        for batch, (sample, _) in enumerate(self.batches):
+        finite = []
+        for batch in range(len(self.batches)):
             output = self.run_pruned(batch)
-            if not torch.isfinite(output).all():
-                bad = (~torch.isfinite(output.flatten(1))).any(1).nonzero()[0].item()
-                raise DataError(
-                    f"layer {self.index}: its outputs hold NaN or infinity in calibration sample "
-                    f"{sample + bad}"
-                )
+            finite.append(torch.isfinite(output.flatten(1)).all(1))
             self.hidden[batch].free()
             self.hidden[batch] = self.store.put(output, copy=False)
+        if not torch.cat(finite).all():  # the device is waited for once a layer
+            samples = [
+                sample + row
+                for (sample, _), rows in zip(self.batches, finite, strict=True)
+                for row, sound in enumerate(rows.tolist())
+                if not sound
+            ]
+            raise DataError(
+                f"layer {self.index}: its outputs hold NaN or infinity in calibration sample "
+                f"{samples[0]}"
+            )

@@ -6,6 +6,7 @@ They are running means, so that they are right after any number of batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Moments:
     ) -> None:
         self.name = name
         self.tokens = 0
+        self._taken: list[_Taken] = []
         self.dtype = widen(dtype)
         self.hessian = torch.zeros(size, size, device=device, dtype=self.dtype)
         self.mean = torch.zeros(size, device=device, dtype=self.dtype)
@@ -64,14 +66,12 @@ class Moments:
         inputs: Tensor,
         mask: Tensor | None = None,
         error: Tensor | None = None,
-        sample: int = 0,
+        samples: Sequence[int] = (),
     ) -> None:
         """Take in inputs [..., n], and errors [..., d] where there are `outputs`.
 
-        `mask` [...] is False at padding. `sample` is the number of the first row, for messages.
-
-        Raises:
-            DataError: the inputs hold NaN or infinity.
+        `mask` [...] is False at padding. `samples` are the numbers of the rows, for `check`.
+        Without a mask nothing waits for the device.
         """
         if mask is not None and mask.shape != inputs.shape[:-1]:
             mask = None  # the positions were regrouped, as the tokens of an expert are
@@ -83,8 +83,7 @@ class Moments:
         for start in range(0, len(self.hessian), _PANEL):
             panel = self.hessian[start:, start : start + _PANEL]
             _add_product(panel, x[:, start:], x[:, start : start + _PANEL], old, share)
-        if not torch.isfinite(self.hessian.diagonal()).all():
-            raise DataError(f"{self.name}: its inputs hold NaN or infinity{_where(inputs, sample)}")
+        self._taken.append(_Taken.of(self.hessian, inputs, samples))
         self.mean.mul_(old).add_(x.sum(0, dtype=self.dtype), alpha=share)
         if self.cross is not None and self.error is not None:
             assert error is not None
@@ -92,6 +91,22 @@ class Moments:
             _add_product(self.cross, e.detach(), x, old, share)
             self.error.mul_(old).add_(e.detach().sum(0, dtype=self.dtype), alpha=share)
         self.tokens = new
+
+    def look(self) -> list[Tensor]:
+        """Whether the means were finite after each of the inputs, as numbers on the device."""
+        return [taken.sound for taken in self._taken]
+
+    def check(self) -> None:
+        """Wait for the device, and look at what was taken in since the last check.
+
+        Raises:
+            DataError: the inputs held NaN or infinity.
+        """
+        sound = torch.stack(self.look()).tolist() if self._taken else []
+        if not all(sound):
+            where = self._taken[sound.index(False)].where()
+            raise DataError(f"{self.name}: its inputs hold NaN or infinity{where}")
+        self._taken.clear()
 
     def finish(self) -> Moments:
         """Merge the means of all processes, and fill the upper half of the Hessian."""
@@ -136,20 +151,58 @@ class Moments:
 def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: float) -> None:
     """Total ← old · total + share · leftᵀ right, in place.
 
-    On a GPU half precision is multiplied as it is: the products are exact and summed in float32.
+    On a GPU half precision is multiplied as it is: the products are exact and summed in float32. A
+    `left` in float32 is split into two parts in half precision for that.
     """
-    half = left.dtype == right.dtype and is_half(left.dtype)
-    if half and left.is_cuda:
+    if not (right.is_cuda and is_half(right.dtype)):
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=old, alpha=share)
+    elif left.dtype == right.dtype:
         total.mul_(old).add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=share)
     else:
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=old, alpha=share)
+        scale, *parts = split(left, right.dtype)
+        product = sum(torch.mm(part.T, right, out_dtype=torch.float32) for part in parts)
+        total.mul_(old).add_(product * scale, alpha=share)
 
 
-def _where(inputs: Tensor, sample: int) -> str:
-    """Which sample of inputs [B, ..., n] is not finite, in words; empty where no one can tell."""
-    if inputs.ndim < 3:
-        return ""
-    bad = (~torch.isfinite(inputs.flatten(1))).any(1).nonzero().flatten()
-    if not len(bad):
-        return f" when squared (samples {sample} to {sample + len(inputs) - 1})"
-    return f" in calibration sample {sample + int(bad[0])}"
+def split(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A number and two parts in half precision: number · (part + part) is `tensor`.
+
+    It is to 1e-5 of each element; to 1e-8 of the largest element where that is more. The number is
+    a power of two, so that the parts fit the range of float16.
+    """
+    largest = tensor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = largest.log2().floor().sub(8).exp2().clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = tensor / scale
+    first = scaled.to(dtype)
+    return scale, first, (scaled - first).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What `check` has to know of some inputs.
+
+    `sound`: whether the means are finite with them. `finite` [rows]: whether the inputs are; None
+    where their rows are no samples.
+    """
+
+    sound: Tensor
+    finite: Tensor | None
+    samples: Sequence[int]
+
+    @classmethod
+    def of(cls, hessian: Tensor, inputs: Tensor, samples: Sequence[int]) -> _Taken:
+        """Look at inputs [B, ..., n] that `hessian` holds by now."""
+        sound = torch.isfinite(hessian.diagonal()).all()
+        if inputs.ndim < 3 or len(samples) != len(inputs):
+            return cls(sound, None, samples)
+        sums = inputs.detach().flatten(1).sum(1, dtype=hessian.dtype)
+        return cls(sound, torch.isfinite(sums), samples)
+
+    def where(self) -> str:
+        """Which sample is not finite, in words; empty where no one can tell."""
+        if self.finite is None:
+            return ""
+        finite = self.finite.tolist()
+        if all(finite):
+            return f" when squared (samples {self.samples[0]} to {self.samples[-1]})"
+        return f" in calibration sample {self.samples[finite.index(False)]}"

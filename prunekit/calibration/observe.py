@@ -91,19 +91,19 @@ class Observation:
         """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments."""
         fits = self._mask is not None and self._mask.shape == inputs.shape[:-1]
         mask = self._mask if fits else None
+        samples = range(self._sample, self._sample + len(inputs))
         if self._wanted is None or site.held is None:
-            site.moments.add(inputs, mask, None, self._sample)
+            site.moments.add(inputs, mask, None, samples)
             return
         output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
         error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
-        if mask is None:
-            mask = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device)
-        rows = (
-            torch.arange(len(inputs), device=inputs.device) + self._sample
-        ) % HELD_OUT == HELD_OUT - 1
-        rows = rows.view(-1, *[1] * (mask.ndim - 1))
-        site.moments.add(inputs, mask & ~rows, error, self._sample)
-        site.held.add(inputs, mask & rows, error, self._sample)
+        for moments, held in ((site.moments, False), (site.held, True)):
+            rows = [i for i, n in enumerate(samples) if (n % HELD_OUT == HELD_OUT - 1) == held]
+            part, own, lost = (
+                None if one is None else take_rows(one, rows) for one in (inputs, mask, error)
+            )
+            assert part is not None
+            moments.add(part, own, lost, [samples[i] for i in rows])
 
     def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
         """The site of other consumers that were fed this very tensor, or a new one."""
@@ -126,6 +126,19 @@ class Observation:
         self.sites[consumer] = Site([consumer], moments[0], moments[1] if self.targeted else None)
         return self.sites[consumer]
 
+    def check(self) -> None:
+        """Wait for the device once, and look at all that the consumers were fed.
+
+        Raises:
+            DataError: NaN or infinity was among it.
+        """
+        sites = list(dict.fromkeys(self.sites.values()))
+        parts = [part for site in sites for part in (site.moments, site.held) if part is not None]
+        sound = [one for part in parts for one in part.look()]
+        if sound and not torch.stack(sound).all():
+            for part in parts:
+                part.check()
+
     def finish(self) -> list[Site]:
         """The sites with their moments over all processes, in the order of their consumers.
 
@@ -142,6 +155,17 @@ class Observation:
                 site.held.finish()
         _share_moments(sites)
         return sites
+
+
+def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of a tensor, which ascend; a view where they follow one another.
+
+    The numbers of the rows do not go to the device, which would have to be waited for.
+    """
+    ends = [i for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1] != row + 1]
+    starts = [0, *(end + 1 for end in ends)]
+    runs = [tensor[rows[a] : rows[b] + 1] for a, b in zip(starts, ends, strict=False)]
+    return tensor[:0] if not runs else runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
 def _share_moments(sites: Sequence[Site]) -> None:

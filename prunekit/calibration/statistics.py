@@ -118,7 +118,8 @@ def measure_share(moments: Moments, held: Moments, damping: float, *, centred: b
     assert held.error is not None
     gain = (step * held.cross).sum() + offset @ held.error
     scale = ((step @ held.hessian) * step).sum() + 2 * offset @ (step @ held.mean) + offset @ offset
-    return min(max((gain / scale).item(), 0.0), 1.0) if scale > 0 else 0.0
+    share = torch.where(scale > 0, gain / scale, 0.0).clamp(0, 1)
+    return share.item()
 
 
 def step_towards_target(

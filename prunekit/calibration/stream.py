@@ -88,21 +88,23 @@ class Stream:
 
     def walk(self, targets: Mapping[str, str], done: Container[str]) -> Iterator[Visit]:
         """Yield (group, sites) layer by layer; see `Walk`."""
-        last = max(group.layer for group in self.groups if group.layer is not None)
+        cut = [group.layer for group in self.groups if group.layer is not None]
+        first, last = min(cut), max(cut)
         if targets and _count_rows(self.batches, self.store.device) < HELD_OUT:
             say(
                 f"fewer than {HELD_OUT} calibration samples: too few to hold some out; "
                 "target=pruned is taken"
             )
             targets = {}
-        hidden, dense = self.recording.hidden, []
-        if targets:
-            dense = [self.store.put(kept.get()) for kept in hidden]
+        hidden: list[Kept] = self.recording.hidden
+        dense: list[Kept] = []
         for i in range(last + 1):
             if self.source:
                 self.source.enter(i)
+            if targets and i == first:
+                dense = list(hidden)  # up to the first layer that is cut both streams are the same
             layer = self._open_layer(i, hidden, dense, shallow=bool(targets))
-            after = layer.run_dense() if targets else []
+            after = layer.run_dense() if dense else []
             yield from self._visit_groups(layer, targets, done)
             self._leave_layer(layer, is_last=i == last)
             for kept in dense:
@@ -166,6 +168,7 @@ class Stream:
         target = self._settle_target(layer, group, target)
         observation = Observation(self.consumers[group.name], targeted=target != "pruned")
         self._feed(layer, group, observation, target)
+        observation.check()
         return observation
 
     def _put_inputs_aside(self, layer: LayerPass, group: Group) -> None:

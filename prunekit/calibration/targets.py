@@ -54,5 +54,5 @@ def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> bool:
     massive activations may hide a difference.
     """
     small = rest.abs() <= rest.abs().median()
-    lost = (total - rest - part)[small].square().sum()
-    return bool(lost <= 0.01 * part[small].square().sum())
+    lost, own = ((one * small).square().sum() for one in (total - rest - part, part))
+    return bool(lost <= 0.01 * own)

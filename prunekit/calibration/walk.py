@@ -132,4 +132,5 @@ def observe_whole_model(
         for sample, batch in batches:
             with observation.of(sample, batch), watching(consumers, observation.see):
                 model(**copy_batch(batch))
+        observation.check()
     return observation.finish()

@@ -60,9 +60,7 @@ def order_units(
     return order
 
 
-def _remove(
-    weight: Tensor, inverse: Tensor, columns: Tensor, failed: list[Tensor] | None
-) -> None:
+def _remove(weight: Tensor, inverse: Tensor, columns: Tensor, failed: list[Tensor] | None) -> None:
     """Remove `columns` [width] from W [d, n] and A [n, n], in place; A is one there afterwards."""
     rows = inverse[columns]
     gain = torch.cholesky_solve(rows, cholesky(rows[:, columns], failed))  # (A_SS)⁻¹ A_S:

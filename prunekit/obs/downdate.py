@@ -6,9 +6,10 @@ W itself is not needed: ‖w_p‖² = G_pp. Removing p, with r and s its rows of
 
 (the elimination of p from A + εG, where ε² = 0). The vectors r, w and t are gathered to a block;
 inside it only the row of the next column and the diagonals are brought up to date, and A and G are
-at its end. Several columns S at once, with A_SS = L Lᵀ, U = L⁻¹ A_S:, Z = L⁻¹ G_S:, M = L⁻¹ G_SS L⁻ᵀ:
+at its end. Several columns S at once, with A_SS = L Lᵀ:
 
-    V = Z − ½ M U,   A ← A − UᵀU,   G ← G − UᵀV − VᵀU
+    U = L⁻¹ A_S:,   Z = L⁻¹ G_S:,   M = L⁻¹ G_SS L⁻ᵀ,   V = Z − ½ M U,
+      A ← A − UᵀU,   G ← G − UᵀV − VᵀU
 """
 
 import torch
@@ -39,8 +40,7 @@ class Downdate:
         self.block = block
         self.matrices = hold(problem.inverse, problem.weight, columns)
         sizes = [
-            half.diagonal().mean(dtype=torch.float64)
-            for half in (self.matrices.a, self.matrices.g)
+            half.diagonal().mean(dtype=torch.float64) for half in (self.matrices.a, self.matrices.g)
         ]
         a, g = (torch.where(size == 0, 1.0, size) for size in sizes)
         self.matrices.scale(1 / a, 1 / g)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import inputs_of, tiny_llama, token_ids
 from families import FIRST, build
+from operations import Counting
 
 import prunekit
 from prunekit.calibration import statistics
 from prunekit.calibration.consumers import Consumer
-from prunekit.calibration.moments import Moments
-from prunekit.calibration.observe import Site
+from prunekit.calibration.moments import Moments, split
+from prunekit.calibration.observe import Site, take_rows
 from prunekit.calibration.statistics import measure_share, prepare_site
 from prunekit.compensation.obs import Obs
 from prunekit.errors import ConfigError
@@ -202,3 +203,26 @@ def test_targets_by_kind_and_unknown_ones():
         ConfigError, match=r"compensation.mlp: unknown 'dens': did you mean dense\?"
     ):
         Obs(mlp="dens")
+
+
+def test_rows_are_taken_without_their_numbers_going_to_the_device():
+    tensor = torch.arange(40).view(10, 4)
+    for rows in ([], [0], [9], [0, 1, 2], [1, 3, 4, 8], list(range(10))):
+        with Counting() as counting:
+            taken = take_rows(tensor, rows)
+        assert torch.equal(taken, tensor[rows])
+        assert set(counting.launched) <= {"cat"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+def test_two_parts_in_half_precision_are_a_number_in_float32(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    tensor = size * torch.randn(50, 40, generator=generator).mul(3).exp()
+    tensor *= torch.randn(50, 40, generator=generator).sign()
+    scale, *parts = split(tensor, dtype)
+    assert all(part.dtype == dtype and torch.isfinite(part).all() for part in parts)
+    back = sum(part.double() for part in parts) * scale.double()
+    error = (back - tensor.double()).abs()
+    assert (error <= 1e-5 * tensor.abs() + 1e-8 * tensor.abs().max()).all()
+    assert not any(part.any() for part in split(torch.zeros(3, 3), dtype)[1:])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import inputs_of, tiny_llama, token_ids
 from families import EXPERTS, FIRST, build
+from operations import Counting
 from torch import nn
 
 import prunekit
@@ -88,6 +89,50 @@ def test_no_pass_is_made_twice():
         assert found["o_proj"] == 4 + 1  # the first batch also tells what the block's output is
         assert found["down_proj"] == (4 + 1 if layer < 2 else 1)
     assert not ran["lm_head"]
+
+
+@pytest.mark.parametrize("target", ["pruned", "residual"])
+def test_a_device_is_not_waited_for_at_every_batch(target):
+    """With a GPU each of these waits leaves it without work, whatever the batch."""
+    waits = []
+    for size in (8, 2):
+        model = tiny_llama()
+        graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+        groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+        targets = {} if target == "pruned" else {group.name: target for group in groups}
+        given = batches(token_ids(24, 9), size)
+        walk = iter(walking.Walk(model=model, groups=groups, batches=given, targets=targets))
+        found = [next(walk)]  # the calls of the layers are recorded
+        with Counting() as counting:
+            found += list(walk)
+        assert len(found) == len(groups)
+        waits.append(counting.waited.total())
+    assert waits[0] == waits[1]
+    # For each group its moments, and whether its output is added to the stream; for each layer but
+    # the last its outputs.
+    assert waits[0] <= (1 + (target == "residual")) * len(groups) + 2
+
+
+def test_the_dense_stream_begins_where_something_is_cut():
+    """Up to there it is the pruned one; against a walk that cuts nothing in the first layer."""
+    ran, found = Counter(), []
+    for first in (0, 2):
+        model = tiny_llama()
+        graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+        groups = [g for g in graph.groups if g.kind == "mlp" and g.layer >= first]
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.gate_proj.register_forward_hook(lambda *_, i=i: ran.update([i]))
+        given, targets = batches(token_ids(24, 9)), {group.name: "residual" for group in groups}
+        ran.clear()
+        for group, (site,) in walking.Walk(
+            model=model, groups=groups, batches=given, targets=targets
+        ):
+            if group.layer == 2:
+                found.append((site.moments.cross.clone(), site.held.hessian.clone()))
+    assert ran[0] == ran[1] == len(given)
+    assert ran[2] > len(given)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0, 20_000])

@@ -205,5 +205,8 @@ def test_moments_are_the_mean_over_tokens_whatever_the_batches():
 def test_nan_among_the_inputs_is_an_error_with_the_layers_name(bad):
     x = torch.randn(2, 3, 4)
     x[1, 1, 1] = bad
-    with pytest.raises(DataError, match=r"layers\.1\.o_proj.*NaN or infinity"):
-        Moments(4, "layers.1.o_proj").add(x)
+    moments = Moments(4, "layers.1.o_proj")
+    moments.add(x, samples=[6, 7])
+    moments.add(x[:1], samples=[8])
+    with pytest.raises(DataError, match=r"layers\.1\.o_proj.*NaN or infinity in .*sample 7"):
+        moments.check()
