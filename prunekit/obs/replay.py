@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -20,11 +21,12 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
     if device.type != "cuda":
         return None
     graph = torch.cuda.CUDAGraph()
-    aside = torch.cuda.Stream(device)
+    aside = _stream_aside(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     try:
         # `torch.cuda.graph` would also wait for the device, collect garbage and empty the cache.
         with torch.cuda.device(device), torch.cuda.stream(aside):
+            torch.cuda.current_blas_handle()  # its workspace must not be a part of the graph
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 work()
@@ -36,3 +38,9 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
         return None
     torch.cuda.current_stream(device).wait_stream(aside)
     return graph.replay
+
+
+@cache
+def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures on a device: every stream keeps a workspace of its own."""
+    return torch.cuda.Stream(device)
