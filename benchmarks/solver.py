@@ -4,6 +4,7 @@ one run, medians.
     python benchmarks/solver.py                        # LLaMA-7B's down_proj: n = 11,008, d = 4,096
     python benchmarks/solver.py --n 1024 --d 384       # a minute's check; add --repeats 1 for a
     quick one
+    python benchmarks/solver.py --device cuda          # the same on a GPU
 
 The inputs share a few factors, in a different scale each; the variance inflation factors are some
 tens. Beside the greedy choice: groups, the released code's schedule as it runs there (the Hessian
@@ -29,7 +30,7 @@ SHARES = (0.2, 0.5)
 GROUPS: tuple[Groups, ...] = ("greedy", "dynamic_group", "released_group", "fixed_group")
 
 
-def case(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def case(n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """H [n, n] and W [d, n]; one part in ten of an input's variance is its own."""
     generator = torch.Generator().manual_seed(n)
     mixing = torch.randn(n // 4, n, generator=generator, dtype=dtype).div_((n / 4) ** 0.5)
@@ -37,13 +38,21 @@ def case(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     hessian.diagonal().add_(0.1)
     scales = torch.randn(n, generator=generator, dtype=dtype).exp_()
     hessian.mul_(scales[:, None]).mul_(scales)
-    return hessian, torch.randn(d, n, generator=generator, dtype=dtype)
+    weight = torch.randn(d, n, generator=generator, dtype=dtype)
+    return hessian.to(device), weight.to(device)
 
 
 def timed(function: Callable[[], object]) -> float:
+    _wait()
     began = time.perf_counter()
     function()
+    _wait()
     return time.perf_counter() - began
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def plain_inverse(hessian: Tensor) -> Tensor:
@@ -80,14 +89,18 @@ def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[st
     return {name: statistics.median(turn[name] for turn in turns[1:]) for name in functions}
 
 
-def measure(n: int, d: int, dtype: torch.dtype, repeats: int, baseline: bool) -> Iterator[dict]:
+def measure(
+    n: int, d: int, dtype: torch.dtype, device: str, repeats: int, baseline: bool
+) -> Iterator[dict]:
     """A row for each share; `baseline`: with the schedule that inverts again."""
-    hessian, weight = case(n, d, dtype)
+    hessian, weight = case(n, d, dtype, device)
     inverse = invert(hessian)
     assert (inverse.matrix.dtype, inverse.damping) == (dtype, 0), (
         "the Hessian should be one that this dtype inverts"
     )
-    problem = Problem(weight=weight, inverse=inverse.matrix, index=torch.arange(n)[:, None])
+    problem = Problem(
+        weight=weight, inverse=inverse.matrix, index=torch.arange(n, device=device)[:, None]
+    )
     for share in SHARES:
         count = int(share * n)
         functions: dict[str, Callable[[], object]] = {"inversion": lambda: plain_inverse(hessian)}
@@ -109,15 +122,16 @@ def measure(n: int, d: int, dtype: torch.dtype, repeats: int, baseline: bool) ->
         }
 
 
-def growth(n: int, d: int, repeats: int) -> dict:
+def growth(n: int, d: int, device: str, repeats: int) -> dict:
     """The naive loop and greedy at two smaller sizes, 20 % of the columns, and the exponents of
     their growth with n.
     """
     rows = []
     for size in (n // 2, n):
-        hessian, weight = case(size, d * size // n, torch.float32)
+        hessian, weight = case(size, d * size // n, torch.float32, device)
         inverse = invert(hessian).matrix
-        problem = Problem(weight=weight, inverse=inverse, index=torch.arange(size)[:, None])
+        index = torch.arange(size, device=device)[:, None]
+        problem = Problem(weight=weight, inverse=inverse, index=index)
         count = size // 5
         functions = {
             "greedy": lambda problem=problem, count=count: choose_columns([problem], count),
@@ -141,10 +155,12 @@ def main() -> None:
         "--naive-n", type=int, default=2048, help="the larger size of the naive loop"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    rows = list(measure(args.n, args.d, torch.float32, args.repeats, True))
-    rows += measure(args.n // 2, args.d // 2, torch.float64, args.repeats, False)
-    loop = growth(args.naive_n, args.naive_n * args.d // args.n, args.repeats)
+    device, repeats = args.device, args.repeats
+    rows = list(measure(args.n, args.d, torch.float32, device, repeats, True))
+    rows += measure(args.n // 2, args.d // 2, torch.float64, device, repeats, False)
+    loop = growth(args.naive_n, args.naive_n * args.d // args.n, device, repeats)
     command = " ".join(["python benchmarks/solver.py", *sys.argv[1:]])
     result = {**environment("solver"), "command": command, "repeats": args.repeats}
     write("solver", {**result, "rows": rows, "naive": loop})
