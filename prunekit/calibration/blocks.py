@@ -27,9 +27,9 @@ class Block:
     """A module that returns the output of its consumer, alone or in a structure of values.
 
     `leaves`, `spec`: the flattened structure, with the consumer's output at `place` left out.
-    `first`: the consumer's output on the batch that the block was found with. By batch: `inputs` of
-    the consumer until it is repaired, its `outputs` from then on, and its `dense` outputs where a
-    target needs them.
+    `first`: the consumer's output on the batch that the block was found with, until it is taken or
+    turns out to be of no use. By batch: `inputs` of the consumer until it is repaired, its
+    `outputs` from then on, and its `dense` outputs where a target needs them.
     """
 
     module: nn.Module
@@ -37,7 +37,7 @@ class Block:
     leaves: list[Any]
     spec: Any
     place: int
-    first: Tensor
+    first: Tensor | None
     inputs: dict[int, Kept] = field(default_factory=dict)
     outputs: dict[int, Kept] = field(default_factory=dict)
     dense: dict[int, Kept] = field(default_factory=dict)
@@ -55,6 +55,12 @@ class Block:
             self.outputs[batch] = store.put(output, copy=False)
             self.inputs.pop(batch).free()
         return self.outputs[batch].get()
+
+    def take_first(self) -> Tensor:
+        """Hand over the output on the first batch: the block does not keep it."""
+        first, self.first = self.first, None
+        assert first is not None
+        return first
 
     def free(self) -> None:
         """Let go of all tensors that are put aside."""
@@ -122,6 +128,8 @@ class Finder:
         for one, sighting in sightings.items():
             block = sighting.find_block()
             useful = block and (self.shallow or block.module is not one.module)
+            if block and not self.shallow:
+                block.first = None  # only targets need it
             self._blocks[one] = block if useful else None
 
     def _around(self, module: nn.Module) -> list[nn.Module]:

@@ -78,7 +78,7 @@ class LayerPass:
                 output = self.run(batch, {}, self.dense[batch])
                 after.append(self.store.put(output, copy=False))
         for block in self.finder.blocks:
-            block.dense[0] = self.store.put(block.first, copy=False)
+            block.dense[0] = self.store.put(block.take_first(), copy=False)
         return after
 
     def advance(self) -> None:

@@ -73,10 +73,12 @@ class Observation:
             wanted: the target of a lone consumer [..., d], if it has one.
         """
         self._mask, self._positions = padding_mask(batch), count_positions(batch)
-        self._sample, self._wanted = sample, wanted
+        self._sample = sample
+        self._wanted: Tensor | None = wanted
         self._fed: list[tuple[Tensor, Site]] = []
         yield
         self._fed.clear()
+        self._wanted = None  # memory outside of the store is needed for one batch at a time only
 
     def see(self, consumer: Consumer, inputs: Tensor) -> None:
         """Take in the inputs [..., n] of a consumer, and the errors [..., d] of its outputs."""

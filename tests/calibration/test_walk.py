@@ -1,6 +1,7 @@
 """Layers one by one, in one pass, against forward passes of the whole model."""
 
 import copy
+import gc
 from collections import Counter
 
 import pytest
@@ -382,3 +383,36 @@ def test_a_sample_without_tokens_is_named_too():
     x[77] = torch.nan
     with pytest.raises(DataError, match="calibration sample 77"):
         prunekit.prune(net, calibration=[{"input": part} for part in x.split(50)])
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense", "residual"])
+def test_activations_on_the_device_stay_within_the_budget(target, tmp_path):
+    """Counted among all tensors that are alive between two groups, not as the store counts."""
+    model = tiny_llama()
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    rows, length = 3, 11
+    given = batches(token_ids(24, length), rows)
+    targets = {} if target == "pruned" else {group.name: target for group in groups}
+    budget = 10 * rows * length * 48 * 4  # ten of 8 batches of hidden states in each stream
+    store, alive = Store(budget=budget, folder=tmp_path / "activations"), []
+
+    def count_bytes():
+        gc.collect()
+        activations = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+            for one in gc.get_objects()
+            if type(one) is torch.Tensor
+            and one.is_floating_point()
+            and one.device.type == "cpu"
+            and one.shape[:2] == (rows, length)
+        }
+        return sum(activations.values())
+
+    walk = walking.Walk(model=model, groups=groups, batches=given, targets=targets, store=store)
+    for _, sites in walk:
+        for consumer in sites[0].consumers:
+            consumer.store(consumer.weight() * 0.5)
+        alive.append(count_bytes())
+    assert budget / 2 < max(alive) <= budget
+    assert store.peak["device"] <= budget and store.peak["file"] > 0
