@@ -5,9 +5,9 @@ loss over its n_j targets, so that g = Σ_j n_j g_j / Σ_j n_j. For a linear mod
 of its inputs and its output gradients over the positions of sample j: one backward pass gives those
 of all samples of a batch. For any other parameter each sample takes a backward pass of its own.
 
-What a model of 7B takes in bfloat16 (32 layers of 4,096), computed and not measured: its weights are
-13.5 GB; for each token a forward pass keeps 204 kB a layer and 289 kB in the head, 8.7 GB for 10
-samples of 128 tokens. On a GPU of 24 GB that is more than 0.4 of the 11.7 GB that are left, so
+What a model of 7B takes in bfloat16 (32 layers of 4,096), computed and not measured: its weights
+are 13.5 GB; for each token a forward pass keeps 204 kB a layer and 289 kB in the head, 8.7 GB for
+10 samples of 128 tokens. On a GPU of 24 GB that is more than 0.4 of the 11.7 GB that are left, so
 layers are computed again: their inputs take 0.34 GB then, the layer in work 0.26, the head 0.37,
 and the largest matrix, with its gradient in float32 and what is computed from it, 0.7: 15.2 GB in
 all. Moments of several batches, where they can't be reduced batch by batch, take up to 4.7 GB more,
