@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from prunekit.data.windows import Windows
 from prunekit.evaluation.cache import model_key
 from prunekit.jobs.sources import read_source
 from prunekit.runtime.memory import free_bytes
@@ -36,7 +36,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.figures: dict[str, Any] = {}
-        self._windows: dict[Hashable, Tensor] = {}
+        self._windows: dict[Hashable, Windows] = {}
         self._loaded: _Loaded | None = None
         self._content: str | None = None
 
@@ -71,7 +71,7 @@ class Kept:
             return (copy.deepcopy(model) if fits else model).to(device), result
         return copy.deepcopy(loaded.model).to(device), loaded.stored
 
-    def windows(self, how: Hashable, load: Callable[[], Tensor]) -> Tensor:
+    def windows(self, how: Hashable, load: Callable[[], Windows]) -> Windows:
         """Token windows of the model's tokenizer; `how` has all else that decides them."""
         if how not in self._windows:
             self._windows[how] = load()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from prunekit.config import RunConfig
 from prunekit.data.batches import make_batches
 from prunekit.data.corpora import load_corpus, stamp_of
-from prunekit.data.tokens import calibration_windows
+from prunekit.data.windows import Windows, draw_windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.jobs.finetune import FineTuning
@@ -42,12 +42,14 @@ def run_prune(job: Job) -> Outcome:
     columns: dict[str, Evaluation] = {}
     with job.stages("evaluate_dense"):
         columns["dense"] = subject.evaluate_as_loaded()
-    result = _prune(job, method, subject, windows)
+    result = _prune(job, method, subject, windows.ids)
     dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
     columns["dense"] = columns["dense"].without_layers(dropped)
     with job.stages("evaluate_pruned"):
         columns["pruned"] = subject.evaluate()
-    source = Report(base=base_of(job.config), calibration=_describe_calibration(job.config))
+    source = Report(
+        base=base_of(job.config), calibration=_describe_calibration(job.config, windows)
+    )
     figures = result.report.merge(source)
     adapter: Path | None = None
     if training:
@@ -58,6 +60,8 @@ def run_prune(job: Job) -> Outcome:
             columns["recovered"] = subject.evaluate()
     if not rank():
         figures = figures.merge(_compare(job, subject, columns))
+    if windows.warning:
+        figures = figures.merge(Report(warnings=(windows.warning, *(figures.warnings or ()))))
     finished = Finished(
         model=subject.model,
         tokenizer=subject.tokenizer,
@@ -68,8 +72,8 @@ def run_prune(job: Job) -> Outcome:
     return Outcome(figures=figures, finished=finished)
 
 
-def load_windows(config: RunConfig, subject: Subject) -> Tensor:
-    """Load the calibration tokens, int64 [samples, sequence_length].
+def load_windows(config: RunConfig, subject: Subject) -> Windows:
+    """Draw the calibration windows, and say where they come from.
 
     Raises:
         ConfigError: sequences longer than the model was made for.
@@ -79,13 +83,18 @@ def load_windows(config: RunConfig, subject: Subject) -> Tensor:
     check_length("data.calibration.sequence_length", text.sequence_length, subject.model)
     corpus, sizes = text.path or text.corpus, (text.samples, text.sequence_length, text.seed)
 
-    def load() -> Tensor:
+    def load() -> Windows:
         documents = load_corpus(corpus, "calibration", config.corpora)
-        return calibration_windows(documents, subject.tokenizer, *sizes)
+        return draw_windows(documents, subject.tokenizer, *sizes)
 
     if subject.kept is None:
-        return load()
-    return subject.kept.windows(("calibration", stamp_of(corpus, config.corpora), *sizes), load)
+        windows = load()
+    else:
+        how = ("calibration", stamp_of(corpus, config.corpora), *sizes)
+        windows = subject.kept.windows(how, load)
+    if windows.warning:
+        say(f"warning: {windows.warning}")
+    return windows
 
 
 def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
@@ -129,7 +138,7 @@ def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Repo
     return figures
 
 
-def _describe_calibration(config: RunConfig) -> Calibration:
+def _describe_calibration(config: RunConfig, windows: Windows) -> Calibration:
     """Describe the calibration text and its amount, for the report."""
     text = config.data.calibration
     return Calibration(
@@ -137,16 +146,18 @@ def _describe_calibration(config: RunConfig) -> Calibration:
         samples=text.samples,
         sequence_length=text.sequence_length,
         seed=text.seed,
+        documents=windows.documents,
+        distinct_tokens=windows.distinct_tokens,
     )
 
 
-def _announce(config: RunConfig, method: Method, subject: Subject, windows: Tensor) -> str:
+def _announce(config: RunConfig, method: Method, subject: Subject, windows: Windows) -> str:
     """Describe the pruning that is about to begin, in one line."""
     name = config.model.path or "the embedded model"
     count = measure_size(subject.model, subject.stored).parameters
     return (
         f"{name}: {count:,} parameters; {config.method_name}, {_describe_aim(config, method)}; "
-        f"{windows.numel():,} calibration tokens"
+        f"calibration on {windows.origin}"
     )
 
 

@@ -72,9 +72,12 @@ def _done(report: Report) -> str:
     if aimed := aim(report):
         sentences.append(f"Method: {report.method}. {aimed}")
     if text := report.calibration:
+        origin = text.corpus
+        if text.documents is not None:
+            origin = f"{text.documents:,} documents of {text.corpus}"
         sentences.append(
             f"Calibration: {text.samples} sequences of {text.sequence_length} tokens of "
-            f"{text.corpus}, seed {text.seed}."
+            f"{origin}, seed {text.seed}."
         )
     if recovery := report.recovery:
         sentences.append(

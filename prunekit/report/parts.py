@@ -89,12 +89,16 @@ class Calibration:
         samples: number of sequences.
         sequence_length: tokens of each sequence.
         seed: the seed that the sequences were drawn with.
+        documents: number of documents that the sequences hold tokens of.
+        distinct_tokens: number of different tokens in the sequences.
     """
 
     corpus: str
     samples: int
     sequence_length: int
     seed: int
+    documents: int | None = None
+    distinct_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

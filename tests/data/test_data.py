@@ -6,7 +6,7 @@ import torch
 from prunekit.data import embedded
 from prunekit.data.batches import count_positions
 from prunekit.data.corpora import load_corpus, read_file
-from prunekit.data.tokens import calibration_windows, evaluation_windows
+from prunekit.data.tokens import evaluation_windows
 from prunekit.errors import DataError
 
 
@@ -34,23 +34,6 @@ def test_evaluation_windows_are_consecutive_and_drop_the_tail():
     assert len(evaluation_windows(["abcdefghijkl" * 50], Characters(), 4, 12, "x")) == 3
     with pytest.raises(DataError, match=r"it has 4 tokens, one window needs 128 \(eval.window\)"):
         evaluation_windows(["abc"], Characters(), 128, None, "x")
-
-
-def test_calibration_windows_are_seeded_crops_of_long_documents():
-    documents = ["a" * 3, "".join(map(chr, range(200, 240))), "b" * 50]
-    one, two = (calibration_windows(documents, Characters(), 12, 10, seed) for seed in (3, 3))
-    assert torch.equal(one, two)
-    assert one.shape == (12, 10)
-    assert not torch.equal(one, calibration_windows(documents, Characters(), 12, 10, 4))
-    for row in one.tolist():
-        assert row == [98] * 10 or row == list(range(row[0], row[0] + 10))
-
-
-def test_short_documents_are_joined():
-    windows = calibration_windows(["abc"] * 10, Characters(), 4, 10, 0)
-    assert windows.shape == (4, 10)
-    with pytest.raises(DataError, match="the text has 8 tokens, one window needs 64"):
-        calibration_windows(["abc", "abc"], Characters(), 4, 64, 0)
 
 
 def test_local_files(tmp_path):
