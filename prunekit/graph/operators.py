@@ -13,7 +13,7 @@ operator takes. Register a rule for an operator of your own:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
+from prunekit.graph.groups import ParameterDim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class Value:
 
     `tainted`: they depend on a parameter or buffer. `data`: they depend on an input of the model.
     `sources`: the parameters of a value that depends on weights alone. `softmax`: they are softmax
-    probabilities. `indexes`: they are positions along this axis (routing).
+    probabilities. `indexes`: they are positions along this axis (routing). `counted`: axes whose
+    positions whole numbers were computed from, in a way that is not followed.
     """
 
     axes: tuple[Axis, ...]
@@ -38,6 +40,7 @@ class Value:
     sources: frozenset[str] = frozenset()
     softmax: bool = False
     indexes: Axis | None = None
+    counted: tuple[Axis, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,10 +50,15 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Contraction:
-    """An axis that weights (`sources`, by name) are summed over against activations."""
+    """An axis that weights (`sources`, by name) are summed over against activations.
+
+    `dims`: the dims of these weights that the axis is, where the weights are used as they are
+    stored; empty where that is not known.
+    """
 
     sources: frozenset[str]
     axis: Axis
+    dims: frozenset[ParameterDim] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +141,39 @@ class Call:
             if data
             else frozenset().union(*(value.sources for value in inputs)),
             softmax=softmax,
+            counted=self._counted(inputs),
         )
+
+    def _counted(self, inputs: Sequence[Value]) -> tuple[Axis, ...]:
+        """The axes whose positions the output's whole numbers are computed from."""
+        meta = self.node.meta["val"]
+        first = meta[0] if isinstance(meta, list | tuple) else meta
+        if first.is_floating_point() or first.is_complex():
+            return ()
+        axes = [axis for v in inputs for axis in (*v.counted, v.indexes) if axis is not None]
+        return tuple(dict.fromkeys(axes))
+
+    def look_up(self, axis: Axis, index: Value, what: str) -> bool:
+        """Note that `index` holds positions along an axis; return whether it is known whose.
+
+        Whatever is indexed by the same routing is one axis. Where that is not known for sure, both
+        the axis and what the numbers were computed from must keep their sizes.
+        """
+        known = index.indexes
+        if known is not None and ax.axis_size(known) == ax.axis_size(axis):
+            ax.unify(axis, known)
+            ax.tag(axis, "expert")
+            return True
+        for fixed in (axis, *index.counted, *([known] if known is not None else [])):
+            ax.pin(fixed, f"{self.where} {what}")
+        return False
+
+    def make_rows(self, table: Value, axes: Sequence[Axis], routed: bool) -> Value:
+        """What is looked up in a table: weights again, where they are those of tokens' experts."""
+        rows = self.make(axes)
+        if routed and table.sources:
+            return replace(rows, data=False, sources=table.sources)
+        return rows
 
     def elementwise(self, *values: Value) -> Value:
         """Broadcast values against each other: axes of more than one position are unified."""

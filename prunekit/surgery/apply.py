@@ -13,6 +13,7 @@ from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.plan import PruningPlan
 from prunekit.surgery.attempts import cut_and_check, try_cut
 from prunekit.surgery.check import expect, expectations
+from prunekit.surgery.counterpart import compare_with_class, find_unshared
 from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
 
@@ -30,8 +31,9 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     into each layer and each consumer and what comes out of it, then the outputs. Each layer is fed
     what the masked model's was, so that no rounding adds up. Groups that no such comparison can see
     must have as many units as were left when the model is traced again. Groups the tracer calls
-    inexact must leave outputs of the right shape; those cut beside them are checked without them
-    first. On meta only the units are counted.
+    inexact must leave outputs of the right shape, and hold all that the model's class makes smaller
+    with them; those cut beside them are checked without them first. On meta only the units are
+    counted.
 
     Raises:
         TraceError: the plan doesn't fit the graph.
@@ -81,8 +83,14 @@ def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed) -> None
 
 def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:
     """Cut without guesses: a check that compares shapes alone can't tell a wrong guess."""
+    if fault := find_unshared(model, graph, removed):
+        return fault
     expectation = expect(model, graph, removed)
-    return try_cut(partial(cut_model, model, graph, removed), expectation.check)[1]
+
+    def check() -> Fault | None:
+        return expectation.check() or compare_with_class(model, graph, removed)
+
+    return try_cut(partial(cut_model, model, graph, removed), check)[1]
 
 
 def _refusal(

@@ -76,7 +76,7 @@ def find_probes(
         (member.parameter, member.dim)
         for name in leave_out_dropped(graph, removed)
         for member in graph[name].consumers
-        if not member.parameter.startswith(gone)
+        if not member.parameter.startswith(gone) and not member.elsewhere
     }
     for parameter, dim in sorted(dims):
         path, _, attribute = parameter.rpartition(".")

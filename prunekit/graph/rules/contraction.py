@@ -184,8 +184,8 @@ def _unify_heads(query: Axis, key: Axis) -> Axis:
 @operator_rule("aten.embedding")
 def _embedding(call: Call) -> Value:
     weight, indices = call.value("weight"), call.value("indices")
-    ax.pin(weight.axes[0], f"{call.where} looks its rows up (a vocabulary)")
-    return call.make([*indices.axes, weight.axes[1]])
+    routed = call.look_up(weight.axes[0], indices, "looks its rows up (a vocabulary)")
+    return call.make_rows(weight, [*indices.axes, weight.axes[1]], routed)
 
 
 @operator_rule("aten.embedding_bag", "aten._embedding_bag")

@@ -275,13 +275,12 @@ def _index(call: Call) -> Value:
     value, indices = call.value("self"), list(call.arguments["indices"])
     indices += [None] * (len(value.axes) - len(indices))
     at = [i for i, index in enumerate(indices) if index is not None]
-    for i in at:
-        ax.pin(value.axes[i], f"{call.where} looks its indices up")
+    routed = [call.look_up(value.axes[i], indices[i], "looks its indices up") for i in at]
     kept = [axis for i, axis in enumerate(value.axes) if i not in at]
     place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     rank = max(len(indices[i].axes) for i in at)
     looked_up = [ax.fresh(size, "looked up by index") for size in call.shape[place : place + rank]]
-    return call.make([*kept[:place], *looked_up, *kept[place:]])
+    return call.make_rows(value, [*kept[:place], *looked_up, *kept[place:]], all(routed))
 
 
 @operator_rule("aten.movedim")
@@ -300,8 +299,8 @@ def _movedim(call: Call) -> Value:
 
 @operator_rule(*aten("scatter scatter_add index_add index_fill masked_scatter", in_place=True))
 def _write(call: Call) -> Value:
-    value = call.value("self")
-    ax.pin(value.axes[dim_of(value, call.get("dim", 0))], f"{call.where} writes by index")
+    value, index = call.value("self"), call.get("index") or call.get("mask")
+    call.look_up(value.axes[dim_of(value, call.get("dim", 0))], index, "writes by index")
     return call.make(value.axes)
 
 
@@ -309,5 +308,7 @@ def _write(call: Call) -> Value:
 def _pick(call: Call) -> Value:
     value = call.value("self")
     dim = dim_of(value, call.get("dim", 0))
-    ax.pin(value.axes[dim], f"{call.where} looks its indices up")
-    return call.make(replace_axis(value.axes, dim, ax.fresh(call.shape[dim], "looked up by index")))
+    index = call.get("index") or call.value("indices")
+    routed = call.look_up(value.axes[dim], index, "looks its indices up")
+    looked_up = ax.fresh(call.shape[dim], "looked up by index")
+    return call.make_rows(value, replace_axis(value.axes, dim, looked_up), routed)

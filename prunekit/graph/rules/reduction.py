@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from prunekit.graph import axes as ax
+from prunekit.graph.axes import Axis
 from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
 
 _REDUCTIONS = """
 mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm
-logsumexp
+logsumexp argmin
 """
 
 
@@ -21,8 +24,17 @@ def _reduce(call: Call) -> Value:
     for dim in dims:
         ax.mark_inexact(value.axes[dim], f"{call.where} reduces over it")
     if call.get("keepdim", False):
-        return call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
-    return call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
+        out = call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
+    else:
+        out = call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
+    if "argm" not in str(call.node.target):
+        return out
+    return replace(out, indexes=_reduced(value, dims), counted=())
+
+
+def _reduced(value: Value, dims: Collection[int]) -> Axis:
+    """The product of the axes that an operator reduces over, which its positions are along."""
+    return tuple(factor for dim in sorted(dims) for factor in value.axes[dim])
 
 
 @operator_rule(
@@ -34,8 +46,13 @@ def _reduce(call: Call) -> Value:
     "aten.aminmax",
 )
 def _reduce_twice(call: Call) -> tuple[Value, Value]:
+    """Values, and for `max`, `min` and `median` the positions that they came from."""
     out = _reduce(call)
-    return out, out
+    if "mean" in str(call.node.target) or "aminmax" in str(call.node.target):
+        return out, out
+    value = call.value("self")
+    along = value.axes[dim_of(value, call.get("dim", 0))]
+    return out, replace(out, indexes=along, counted=())
 
 
 @operator_rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax")

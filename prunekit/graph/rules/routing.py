@@ -19,7 +19,7 @@ def _sort(call: Call) -> tuple[Value, Value]:
         ax.tag(chosen_from, "expert")
     axes = replace_axis(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
     return replace(call.make(axes, value), indexes=value.indexes), replace(
-        call.make(axes, value), indexes=chosen_from
+        call.make(axes, value), indexes=chosen_from, counted=()
     )
 
 
@@ -28,10 +28,9 @@ def _counts(call: Call) -> Value:
     """How often each position occurs: an axis of what the numbers index."""
     value = call.value("self")
     (size,) = call.shape
-    known = value.indexes is not None and ax.axis_size(value.indexes) == size
-    return call.make(
-        [value.indexes if known and value.indexes else ax.fresh(size, "counted")], value
-    )
+    counted = ax.fresh(size)
+    call.look_up(counted, value, "counts")
+    return call.make([counted], value)
 
 
 @operator_rule("aten.index_put_", "aten.index_put")
@@ -39,7 +38,7 @@ def _index_put(call: Call) -> Value:
     value = call.value("self")
     for axis, index in zip(value.axes, call.arguments["indices"], strict=False):
         if index is not None:
-            ax.pin(axis, f"{call.where} writes by index")
+            call.look_up(axis, index, "writes by index")
     return call.make(value.axes)
 
 
