@@ -70,13 +70,16 @@ def gather_input_statistics(
         DataError: inputs hold NaN or infinity.
     """
     places = tensor_places(model)
-    weights = [name for name in names if places[name][0].attribute == "weight"]
-    modules = {name: places[name][0].module for name in weights}
-    watcher = _Watcher({name: InputSums() for name, module in modules.items() if is_stock(module)})
+    modules = {
+        name: [p.module for p in places[name] if p.attribute == "weight" and is_stock(p.module)]
+        for name in names
+    }
+    watcher = _Watcher({name: InputSums() for name, readers in modules.items() if readers})
     with undisturbed(model), ExitStack() as stack, torch.no_grad():
         for name in watcher.inputs:
-            see = partial(watcher.see, name)
-            stack.callback(modules[name].register_forward_pre_hook(see).remove)
+            for module in modules[name]:
+                see = partial(watcher.see, name)
+                stack.callback(module.register_forward_pre_hook(see).remove)
         for batch in track(batches, "activations", len(batches)):
             watcher.mask = padding_mask(batch)
             model(**without_cache(model, batch))

@@ -1,4 +1,8 @@
-"""Consumers: the matrices that the units of a group feed, whatever their layout in memory."""
+"""Consumers: the matrices that the units of a group feed, whatever their layout in memory.
+
+A consumer is a parameter in one use of it: the product over the units. A parameter may have other
+uses (an embedding that is tied to the head is looked up), whose inputs say nothing of the units.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunekit.calibration.gradients.taps import is_stock
 from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
+from prunekit.model.ties import Place, parameter_places
 from prunekit.runtime.numbers import widen
 
 See = Callable[["Consumer", Tensor], None]  # see(consumer, inputs [..., n])
-_PRODUCTS = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+_MATRIX = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+_PRODUCTS = (F.linear, torch.bmm, Tensor.bmm, *_MATRIX)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Consumer:
     """A linear consumer, with its weight as W [d_out, n] whatever its layout.
 
+    `module`: holds the parameter, as its `attribute`, and computes the product over the units.
     `expert`: its place in a stacked parameter [experts, …]; None for a matrix of its own.
     """
 
@@ -33,13 +41,31 @@ class Consumer:
     member: Member
     name: str
     expert: int | None = None
+    attribute: str = "weight"
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the weight, of all experts where they are stacked."""
-        parameter = getattr(self.module, self.member.parameter.rsplit(".", 1)[-1])
+        parameter = getattr(self.module, self.attribute)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    @property
+    def is_repairable(self) -> bool:
+        """Whether the columns that stay may change: no other use of the parameter reads them."""
+        return not self.member.elsewhere
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether the module is called with the inputs of the product, and with nothing else.
+
+        That holds of stock modules, and of others that hold no second matrix. Of the rest the
+        products themselves have to be watched.
+        """
+        if self.expert is not None:
+            return False
+        matrices = [p for p in self.module.parameters() if p.ndim > 1]
+        return is_stock(self.module) or (self.is_repairable and len(matrices) == 1)
 
     @property
     def _stored(self) -> Tensor:
@@ -52,6 +78,11 @@ class Consumer:
         return self.parameter.shape[
             {1: 2, 2: 1}[self.member.dim] if self.expert is not None else 1 - self.member.dim
         ]
+
+    @property
+    def stride(self) -> int:
+        """The distance in memory of two columns of W, which tells them from its rows."""
+        return self.parameter.stride(self.member.dim)
 
     def weight(self) -> Tensor:
         """W [d_out, n], a copy in float32 at least."""
@@ -84,12 +115,10 @@ class Consumer:
 def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
     """The linear consumers of a group.
 
-    A parameter that also makes the units (a tied embedding) is left out: it can't be repaired.
-
     Raises:
         TraceError: the group has no consumer, or one that is no matrix.
     """
-    made = {member.parameter for member in group.members if member.role == "producer"}
+    places = parameter_places(model)
     consumers = []
     for member in group.consumers:
         shape = model.get_parameter(member.parameter).shape
@@ -97,27 +126,37 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
             raise TraceError(
                 f"{group.name}: layer-wise pruning expects matrices, {member.parameter} is none"
             )
-        if member.parameter in made:
-            continue
-        path = member.parameter.rpartition(".")[0]
-        module = model.get_submodule(path)
+        module, attribute, name = _place_of_product(places[member.parameter])
         experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
-        for expert in experts:
-            consumers.append(Consumer(module=module, member=member, name=path, expert=expert))
+        consumers += [
+            Consumer(
+                module=module,
+                member=member,
+                name=name.rpartition(".")[0],
+                expert=expert,
+                attribute=attribute,
+            )
+            for expert in experts
+        ]
     if not consumers:
         raise TraceError(f"{group.name}: layer-wise pruning expects a linear consumer, found none")
     return consumers
+
+
+def _place_of_product(places: Sequence[Place]) -> Place:
+    """The place of a parameter whose module computes x Wᵀ, or else the canonical place."""
+    return next((place for place in places if is_stock(place.module)), places[0])
 
 
 @contextmanager
 def watching(consumers: Sequence[Consumer], see: See) -> Iterator[None]:
     """Inside the `with` block, call `see(consumer, inputs)` for everything consumers are fed."""
     with ExitStack() as stack:
-        for consumer in (c for c in consumers if c.expert is None):
+        for consumer in (c for c in consumers if c.is_hooked):
             show = partial(_show_inputs, consumer, see)
             stack.callback(consumer.module.register_forward_pre_hook(show).remove)
-        if stacked := [c for c in consumers if c.expert is not None]:
-            stack.enter_context(_Products(stacked, see))
+        if others := [c for c in consumers if not c.is_hooked]:
+            stack.enter_context(_Products(others, see))
         yield
 
 
@@ -135,10 +174,11 @@ def running_experts_in_turn(model: nn.Module, consumers: Sequence[Consumer]) -> 
 
 
 class _Products(TorchFunctionMode):
-    """Sees matrix products with stacked parameters [experts, …].
+    """Sees matrix products with parameters, of experts [experts, …] too.
 
     A product with one expert's slice, which is a new tensor each time, is known by the address of
-    its memory; a batched product with the whole parameter shows the inputs of all experts.
+    its memory, and by the dim of the parameter that it sums over; a batched product with the whole
+    parameter shows the inputs of all experts.
     """
 
     def __init__(self, consumers: Sequence[Consumer], see: See) -> None:
@@ -154,7 +194,8 @@ class _Products(TorchFunctionMode):
         if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
             inputs, weight = args[0], args[1]
             if weight.ndim == 2 and (consumer := self.places.get(weight.data_ptr())):
-                self.see(consumer, inputs)
+                if weight.stride(1 if func is F.linear else 0) == consumer.stride:
+                    self.see(consumer, inputs)
             elif weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
                 for consumer, own in zip(all_, inputs, strict=True):
                     self.see(consumer, own)

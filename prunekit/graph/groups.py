@@ -37,12 +37,16 @@ class Member:
         role: a consumer's dim is contracted with activations (columns of `o_proj`), a producer's
             dim makes activations (rows of `q_proj`).
         index: int64 [num_units, width].
+        elsewhere: whether activations meet the parameter in a use that does not contract this dim:
+            the lookup of an embedding tied to the head, the transposed product. A repair for the
+            one use would change the other.
     """
 
     parameter: str
     dim: int
     role: Literal["producer", "consumer"]
     index: Tensor
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

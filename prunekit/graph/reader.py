@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +34,7 @@ class Findings:
         tensors: name → axes of every parameter and traced buffer, in the order of first use.
         buffers: which of these names are buffers.
         contractions: axes of weights that are summed over against activations, in order.
+        otherwise: the parameters that meet activations in any other way too.
         notes: sizes that modules may keep in attributes.
         folds: axes that two weights are summed over against each other.
         products: for each operator with multiply-adds the axes whose product counts them.
@@ -42,6 +43,7 @@ class Findings:
     tensors: Mapping[str, tuple[Axis, ...]]
     buffers: frozenset[str]
     contractions: tuple[Contraction, ...]
+    otherwise: frozenset[str]
     notes: tuple[Note, ...]
     folds: tuple[Axis, ...]
     products: tuple[tuple[Axis, ...], ...]
@@ -62,13 +64,26 @@ class Findings:
         return dict(places)
 
     @cached_property
-    def consumed(self) -> dict[tuple[str, Atom], int]:
-        """(parameter, atom) → the place in `contractions` where it is last summed over."""
-        last: dict[tuple[str, Atom], int] = {}
+    def consumed(self) -> dict[tuple[ParameterDim, Atom], int]:
+        """A dim of a parameter, an atom → where in `contractions` the atom is last summed over."""
+        last: dict[tuple[ParameterDim, Atom], int] = {}
         for order, contraction in enumerate(self.contractions):
             for atom in ax.atoms(contraction.axis):
-                last.update({(name, atom): order for name in contraction.sources})
+                dims = contraction.dims or self._dims_with(atom, contraction.sources)
+                last.update({(place, atom): order for place in dims})
         return last
+
+    def _dims_with(self, atom: Atom, names: Container[str]) -> list[ParameterDim]:
+        """Every dim of these parameters whose axis holds the atom."""
+        return [place for place in self.places.get(atom, ()) if place[0] in names]
+
+    @cached_property
+    def contracted(self) -> dict[str, set[int]]:
+        """Parameter → its dims that are summed over against activations anywhere."""
+        dims: dict[str, set[int]] = defaultdict(set)
+        for (name, dim), _ in self.consumed:
+            dims[name].add(dim)
+        return dict(dims)
 
     @cached_property
     def attention(self) -> set[Atom]:
@@ -159,7 +174,7 @@ def _mark_scales(findings: Findings) -> None:
     weights, whose value does not change when the atom's zeroed units go from both.
     """
     for atom in (atom for axis in findings.folds for atom in ax.atoms(axis)):
-        if any((name, atom) in findings.consumed for name, _ in findings.places[atom]):
+        if any((place, atom) in findings.consumed for place in findings.places[atom]):
             atom.inexact = atom.inexact or "weights are summed over it, for a scale"
 
 
@@ -173,7 +188,7 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
         else:
             members.append(member)
     location = locate(model, [name for name, _ in places if name not in findings.buffers])
-    uses = [findings.consumed[m.parameter, atom] for m in members if m.role == "consumer"]
+    uses = [findings.consumed[(m.parameter, m.dim), atom] for m in members if m.role == "consumer"]
     return _Draft(
         atom=atom,
         location=location,
@@ -186,11 +201,7 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
 
 
 def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | None:
-    """The slice of a parameter that the atom's units own; None where they own uneven parts.
-
-    A parameter that holds the atom in two dims (a square weight of the residual stream) and is
-    summed over it is a consumer in both.
-    """
+    """The slice of a parameter that the atom's units own; None where they own uneven parts."""
     name, dim = place
     owners = ax.owners(findings.axis(place), atom)
     counts = torch.bincount(owners[owners >= 0], minlength=atom.size)
@@ -199,8 +210,9 @@ def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | Non
     return Member(
         parameter=name,
         dim=dim,
-        role="consumer" if (name, atom) in findings.consumed else "producer",
+        role="consumer" if (place, atom) in findings.consumed else "producer",
         index=_index_table(owners, atom.size),
+        elsewhere=name in findings.otherwise or bool(findings.contracted.get(name, set()) - {dim}),
     )
 
 

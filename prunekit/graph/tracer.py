@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,12 +81,17 @@ def _read(
 
 @dataclass
 class _Tracer:
-    """Follows the values of one forward pass; `used` tells where each tensor is first used."""
+    """Follows the values of one forward pass.
+
+    `used` tells where each tensor is first used. `otherwise` names the parameters that meet
+    activations in another way than being summed over against them: a lookup, a sum.
+    """
 
     model: nn.Module
     tensors: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
+    otherwise: set[str] = field(default_factory=set)
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
     products: list[tuple[Axis, ...]] = field(default_factory=list)
@@ -105,6 +110,7 @@ class _Tracer:
             tensors={name: self.tensors[name] for name in in_order},
             buffers=frozenset(self.tensors.keys() - dict(self.model.named_parameters()).keys()),
             contractions=tuple(self.contractions),
+            otherwise=frozenset(self.otherwise),
             notes=tuple(self.notes),
             folds=tuple(self.folds),
             products=tuple(self.products),
@@ -188,11 +194,27 @@ class _Tracer:
                 return None
             raise TraceError(_missing_rule(node, call.where))
         outputs = rule(call)
-        self.contractions.extend(call.contractions)
+        self._note_uses(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)
         self.products.extend(call.products)
         return outputs
+
+    def _note_uses(self, call: Call) -> None:
+        """Note what a call does with the parameters that meet activations in it."""
+        values = call.inputs()
+        if not any(value.data for value in values):
+            return
+        contracted = frozenset[str]().union(*(c.sources for c in call.contractions))
+        self.otherwise |= frozenset().union(*(v.sources for v in values)) - contracted
+        for contraction in call.contractions:
+            dims = (
+                (name, dim)
+                for name in contraction.sources
+                for dim, axis in enumerate(self.tensors[name])
+                if axis is contraction.axis
+            )
+            self.contractions.append(replace(contraction, dims=frozenset(dims)))
 
 
 def _values_in(tree: Any) -> list[Value]:

@@ -111,15 +111,19 @@ def cut_group(
 
 
 def repair_site(work: SiteWork, compensation: Compensation | None, units: Sequence[int]) -> None:
-    """Zero the columns of the units in all consumers of a site, and repair the other columns."""
+    """Zero the columns of the units in all consumers of a site, and repair the other columns.
+
+    A consumer whose parameter has another use as well keeps its other columns.
+    """
     site, weight = work.site, work.weight
     columns = site.consumers[0].member.index[torch.tensor(units)].flatten().to(weight.device)
-    bias = None
-    if compensation is None:
-        repaired = weight.index_fill(1, columns, 0)
+    masked, bias = weight.index_fill(1, columns, 0), None
+    if compensation is None or not any(consumer.is_repairable for consumer in site.consumers):
+        repaired = masked
     else:
         repaired, bias = compensation.repair(weight, work.statistics, columns)
     rows = [consumer.outputs for consumer in site.consumers]
     biases = [None] * len(rows) if bias is None else bias.split(rows)
-    for consumer, part, own in zip(site.consumers, repaired.split(rows), biases, strict=True):
-        consumer.store(part, own)
+    parts = zip(site.consumers, repaired.split(rows), masked.split(rows), biases, strict=True)
+    for consumer, part, plain, own in parts:
+        consumer.store(part if consumer.is_repairable else plain, own)

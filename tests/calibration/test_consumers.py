@@ -1,0 +1,131 @@
+"""Consumers are uses of parameters: the inputs of the product over the units, of no other use."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import inputs_of, randomise, tiny_llama, token_ids
+from torch import nn
+
+import prunekit
+from prunekit.calibration.activations import gather_input_statistics
+from prunekit.calibration.walk import Walk, find_consumers
+
+
+def group_of(graph, parameter, dim):
+    """The group that a dim of a parameter belongs to."""
+    (group,) = (
+        g for g in graph.groups for m in g.members if (m.parameter, m.dim) == (parameter, dim)
+    )
+    return group
+
+
+def hessian_seen(model, group, batches, parameter):
+    """E[x xᵀ] and the number of tokens that a walk gathers for the consumer of a parameter."""
+    ((_, sites),) = list(Walk(model=model, groups=[group], batches=batches))
+    (site,) = (s for s in sites if any(c.member.parameter == parameter for c in s.consumers))
+    return site.moments.hessian.double(), site.moments.tokens
+
+
+def second_moment(x):
+    x = x.double()
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("length", [16, 48])  # 48: as many tokens as hidden channels
+def test_a_tied_weight_is_fed_what_the_head_is_fed(length):
+    model, ids = tiny_llama(tied=True, layers=2), token_ids(8, length)
+    graph = prunekit.trace(model, {"input_ids": ids[:2], "use_cache": False})
+    group = group_of(graph, "model.embed_tokens.weight", 1)
+    fed = inputs_of(model, "lm_head", ids)
+    batches = [{"input_ids": ids, "use_cache": False}]
+    hessian, tokens = hessian_seen(model, group, batches, "model.embed_tokens.weight")
+    assert tokens == ids.numel()
+    torch.testing.assert_close(hessian, second_moment(fed), rtol=1e-3, atol=1e-3)
+
+    statistics = gather_input_statistics(model, ["model.embed_tokens.weight"], batches)
+    norm = statistics["model.embed_tokens.weight"].norm()
+    torch.testing.assert_close(norm, fed.norm(dim=0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [16, 48])
+def test_channels_leave_a_tied_weight_as_it_is_but_for_their_columns(length):
+    dense = tiny_llama(tied=True, layers=2).model.embed_tokens.weight.detach().clone()
+    model = tiny_llama(tied=True, layers=2)
+    result = prunekit.prune(
+        model, ratio=0.15, calibration=token_ids(32, length), overrides=["groups=channel"]
+    )
+    ((_, units),) = result.plan.removed.items()
+    kept = [j for j in range(48) if j not in units]
+    assert torch.equal(model.model.embed_tokens.weight, dense[:, kept])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # The other consumers are repaired.
+    untouched = tiny_llama(tied=True, layers=2).model.layers[0].mlp.up_proj.weight[:, kept]
+    assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, untouched, atol=1e-3)
+
+
+class Autoencoder(nn.Module):
+    """One square weight that encodes, and decodes transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(6, 6))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight).relu(), self.weight.t())
+
+
+class Matrices(nn.Module):
+    """Two square matrices in one module, the second fed by the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.empty(6, 6)) for _ in range(2))
+
+    def forward(self, x):
+        return (x @ self.first).relu() @ self.second
+
+
+@pytest.mark.parametrize(
+    ("build", "parameter", "hidden", "repairable"),
+    [
+        (Autoencoder, "weight", lambda m, x: F.linear(x, m.weight).relu(), False),
+        (Matrices, "second", lambda m, x: (x @ m.first).relu(), True),
+    ],
+)
+def test_the_inputs_of_the_product_count_and_not_those_of_the_module(
+    build, parameter, hidden, repairable
+):
+    model, x = randomise(build(), 1), torch.randn(20, 6)
+    graph = prunekit.trace(model, {"x": x[:2]})
+    group = group_of(graph, parameter, 0)
+    (consumer,) = find_consumers(model, group)
+    assert consumer.is_repairable == repairable
+    hessian, tokens = hessian_seen(model, group, [{"x": x}], parameter)
+    assert tokens == len(x)
+    torch.testing.assert_close(hessian, second_moment(hidden(model, x).detach()))
+
+
+class Residual(nn.Module):
+    """A square matrix from the residual stream to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.square, self.head = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        stream = self.inner(x)
+        return self.head(stream + self.square(stream))
+
+
+def test_a_square_weight_of_the_residual_stream_has_a_role_in_each_dim():
+    model = randomise(Residual(), 1)
+    graph = prunekit.trace(model, {"x": torch.randn(2, 3)})
+    group = group_of(graph, "head.weight", 1)
+    roles = {(m.parameter, m.dim): m.role for m in group.members}
+    assert roles["square.weight", 0] == "producer"
+    assert roles["square.weight", 1] == "consumer"
+    consumers = find_consumers(model, group)
+    assert [(c.name, c.member.dim, c.is_repairable) for c in consumers] == [
+        ("square", 1, True),
+        ("head", 1, True),
+    ]
