@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from prunekit.data.windows import Windows
 from prunekit.evaluation.cache import model_key
 from prunekit.jobs.sources import read_source
 from prunekit.runtime.memory import free_bytes
@@ -18,6 +17,8 @@ from prunekit.runtime.processes import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 _SHARE = 0.25  # of the host's free memory that the kept model may take
 _HOST = torch.device("cpu")
@@ -36,7 +37,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.figures: dict[str, Any] = {}
-        self._windows: dict[Hashable, Windows] = {}
+        self._windows: dict[Hashable, Any] = {}
         self._loaded: _Loaded | None = None
         self._content: str | None = None
 
@@ -71,7 +72,7 @@ class Kept:
             return (copy.deepcopy(model) if fits else model).to(device), result
         return copy.deepcopy(loaded.model).to(device), loaded.stored
 
-    def windows(self, how: Hashable, load: Callable[[], Windows]) -> Windows:
+    def windows(self, how: Hashable, load: Callable[[], T]) -> T:
         """Token windows of the model's tokenizer; `how` has all else that decides them."""
         if how not in self._windows:
             self._windows[how] = load()

@@ -21,8 +21,8 @@ from prunekit.model.modeling_prunekit import as_dense, layer_of, per_layer_overr
 from prunekit.model.names import config_name
 from prunekit.model.per_layer import keep_head_dim
 from prunekit.model.record import stock_class
-from prunekit.surgery.fault import Fault
 from prunekit.surgery.configs import config_to_cut
+from prunekit.surgery.fault import Fault
 from prunekit.surgery.masking import run_example
 from prunekit.surgery.sizes import measure_cut
 
