@@ -28,6 +28,7 @@ from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CouplingGraph, Group, trace
 from prunekit.graph.example import example_of
 from prunekit.importance import Importance
+from prunekit.model.verify import let_others_save
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
 from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
@@ -322,6 +323,8 @@ def choose_and_cut(
         if streamed:
             streamed.settle()
     snapshot.note_biases()
+    if streamed is None:
+        let_others_save(model)
     return plan
 
 

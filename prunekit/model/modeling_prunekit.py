@@ -182,6 +182,17 @@ class _Config:
     def validate(self) -> None:
         """Called before saving."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by what the class was made from: it is made anew in another process."""
+        made_from = self.model_type, type(self).__module__  # type: ignore[attr-defined]
+        return _empty_config, made_from, vars(self)
+
+
+def _empty_config(model_type: str, module: str) -> Any:
+    """A config of `pruned_classes` without a value."""
+    config = pruned_classes(model_type, module)[0]
+    return config.__new__(config)
+
 
 class _Model:
     """Goes before a model class of transformers: lets each layer have its own sizes."""

@@ -17,6 +17,7 @@ from prunekit.model.build import (
     make_dense_config,
     needs_prunekit,
 )
+from prunekit.model.compat import let_save_itself
 from prunekit.model.record import RECORD, make_record, stock_class
 
 _NOT_SAVED = "a model cut like this can't be saved"
@@ -54,6 +55,22 @@ def required_record(model: nn.Module) -> dict[str, Any] | None:
     except Exception as error:
         raise _refusal(error) from error
     return make_record(model, dense)
+
+
+def let_others_save(model: nn.Module) -> None:
+    """Let transformers' own functions save, copy and pickle a model of theirs that was cut.
+
+    Its config gets the record that its folder must hold, and no longer refuses the model's sizes.
+    Nothing is done where the class makes all sizes, and where the model can't be saved.
+    """
+    try:
+        record = required_record(model) if hasattr(model, "config") else None
+    except CheckpointError:
+        return
+    if record is not None:
+        config: Any = model.config
+        let_save_itself(model)  # type: ignore[arg-type]
+        setattr(config, RECORD, record)
 
 
 def check_loadable(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -126,4 +126,7 @@ def repair_site(work: SiteWork, compensation: Compensation | None, units: Sequen
     biases = [None] * len(rows) if bias is None else bias.split(rows)
     parts = zip(site.consumers, repaired.split(rows), masked.split(rows), biases, strict=True)
     for consumer, part, plain, own in parts:
-        consumer.store(part if consumer.is_repairable else plain, own)
+        if consumer.is_repairable:
+            consumer.store(part, own)
+        else:
+            consumer.store(plain)

@@ -53,7 +53,7 @@ def test_the_card(run):
     assert facts["library_name"] == "transformers"
     assert {"prunekit", "magnitude"} <= set(facts["tags"])
     assert "30.00% of all parameters" in body
-    assert "8 sequences of 128 tokens of embedded, seed 0" in body
+    assert "8 sequences of 128 tokens of 8 documents of embedded, seed 0" in body
     assert "prunekit.register_with_transformers()" in body
     report = {
         "task": "prune",

@@ -1,0 +1,74 @@
+"""A pruned model in memory, never reloaded, is saved, copied and pickled like any other."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_llama, token_ids
+from transformers import Trainer, TrainingArguments
+
+import prunekit
+
+IDS = token_ids(8, 12)
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    model = tiny_llama(layers=4)
+    prunekit.prune(model, ratio=0.3, calibration=IDS)
+    kept = {layer.mlp.up_proj.out_features for layer in model.model.layers}
+    assert len(kept) > 1  # the model's class can't build it
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def through_torch(model, folder):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_transformers(model, folder):
+    model.save_pretrained(folder / "model")
+    return prunekit.from_pretrained(folder / "model")
+
+
+def through_trainer(model, folder):
+    settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1}
+    args = TrainingArguments(output_dir=str(folder), save_steps=1, learning_rate=0.0, **settings)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    Trainer(model=copy.deepcopy(model), args=args, train_dataset=rows).train()
+    return prunekit.from_pretrained(folder / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        lambda model, _: copy.deepcopy(model),
+        lambda model, _: pickle.loads(pickle.dumps(model)),
+        through_torch,
+        through_transformers,
+        through_trainer,
+    ],
+    ids=["deepcopy", "pickle", "torch.save", "save_pretrained", "Trainer"],
+)
+def test_the_model_computes_the_same_afterwards(pruned, through, tmp_path):
+    again = through(pruned, tmp_path)
+    assert torch.equal(logits(again), logits(pruned))
+    prunekit.save_pretrained(again, tmp_path / "own")
+    assert torch.equal(logits(prunekit.from_pretrained(tmp_path / "own")), logits(pruned))
+
+
+def test_a_model_that_is_pruned_again_has_the_record_of_its_new_sizes(tmp_path):
+    model = tiny_llama(layers=4)
+    for _ in range(2):
+        prunekit.prune(model, ratio=0.2, calibration=IDS)
+        again = through_transformers(model, tmp_path / str(_))
+        assert torch.equal(logits(again), logits(model))
