@@ -92,7 +92,7 @@ def measure(
             for seed in DRAWS:
                 pruned = copy.deepcopy(model)
                 tokens = calibration_windows(documents, tokenizer, SAMPLES, WINDOW, seed)
-                options = [f"policy={policy}", f"compensation.target={target}"]
+                options = ["shapes=free", f"policy={policy}", f"compensation.target={target}"]
                 prunekit.prune(pruned, ratio=ratio, calibration=tokens, overrides=options)
                 found = activations(pruned, windows)
                 for key in dense:

@@ -89,7 +89,7 @@ class Setting:
             model,
             ratio=ratio,
             calibration=self.calibration(tokens, seed),
-            overrides=["compensation.target=pruned", option],
+            overrides=["compensation.target=pruned", "shapes=free", option],
         )
         return perplexity(model, self.windows, 32, self.name)
 

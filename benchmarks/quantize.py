@@ -22,7 +22,7 @@ from prunekit.evaluation.speed import measure_speed
 
 RATIO, GROUP, REPEATS = 0.2, 32, 5
 SHAPES = {
-    "pruned": [],
+    "pruned": ["shapes=free"],
     "pruned, shapes=aligned": ["shapes=aligned", f"scope.width_multiple={GROUP}"],
 }
 KINDS: dict[str, Any] = {

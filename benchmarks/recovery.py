@@ -67,7 +67,13 @@ class Setting:
 
     def pruned(self, method: str, ratio: float) -> Any:
         model = copy.deepcopy(self.model)
-        prunekit.prune(model, method=method, ratio=ratio, calibration=self.calibration)
+        prunekit.prune(
+            model,
+            method=method,
+            ratio=ratio,
+            calibration=self.calibration,
+            overrides=["shapes=free"],
+        )
         return model
 
     def recovered(self, pruned: Any, kind: str, **more: Any) -> dict[str, Any]:

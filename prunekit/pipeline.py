@@ -17,7 +17,7 @@ from prunekit.allocation.costs.base import CostModel, CostSetting
 from prunekit.allocation.groups import choose_groups
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
-from prunekit.allocation.slots import make_slots
+from prunekit.allocation.slots import gather_steps, make_slots
 from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.store import Store
 from prunekit.checkpoint.streamed import Streamed
@@ -346,6 +346,8 @@ def _name_limits(config: RunConfig, method: Method) -> str:
     """Name the options that limit how many units can go, for messages."""
     least = method.scope.min_units
     options = [f"scope.min_units={least}"] if least != 1 else []
+    widths = method.scope.width_multiple
+    options += [f"scope.width_multiple={widths}"] if widths else []
     options += [f"shapes={config.shapes}"] if config.shapes != "free" else []
     return f" ({', '.join(options)})" if options else ""
 
@@ -371,6 +373,7 @@ def _report(
         parameters={"dense": dense, "pruned": left},
         target=_count_target(allocation, plan, pruned) if states_target else None,
         policy=PolicyShares(shares=allocation.shares, notes=allocation.notes),
+        steps=gather_steps(allocation.assignment.budget.slots),
         layers=count_units(allocation.groups, plan.removed),
         seconds=stages.seconds,
         peak_memory_bytes=stages.peak_memory_bytes,

@@ -41,12 +41,14 @@ def set_lasting_objects_aside():
     gc.freeze()
 
 
-def tiny_llama(kv_heads=4, attention="sdpa", tied=False, layers=3, heads=8, seed=0, **kwargs):
+def tiny_llama(
+    kv_heads=4, attention="sdpa", tied=False, layers=3, heads=8, seed=0, ffn=40, **kwargs
+):
     """A Llama with random weights everywhere (norms and biases too), so that nothing cancels."""
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=48,
-        intermediate_size=40,
+        intermediate_size=ffn,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

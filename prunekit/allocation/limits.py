@@ -1,4 +1,4 @@
-"""What the model itself demands of a cut: units that must stay, widths its kernels can run."""
+"""What is demanded of a cut: units that must stay, widths that kernels can run or run fast."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from prunekit.config import RunConfig
 from prunekit.graph import CouplingGraph, Group
 from prunekit.model.names import experts_per_token
 from prunekit.surgery import shapes
+from prunekit.surgery.sizes import HEADS
 
 
 def find_demands(
@@ -23,15 +24,17 @@ def find_demands(
     config: RunConfig,
     scope: Scope,
 ) -> Demands:
-    """What the model, and the option `shapes`, demand of a cut of these groups.
+    """What the model, and the options of widths and heads, demand of a cut of these groups.
 
     Raises:
         ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold.
     """
     uniform = config.shapes == "uniform"
+    free = config.shapes == "free" or scope.width_multiple is not None
     return Demands(
         floors=_find_floors(model, groups),
-        multiples=_find_multiples(model, groups, config, scope),
+        multiples=_find_multiples(model, groups, scope),
+        steps={} if free else shapes.find_steps(groups, uniform),
         possible=shapes.find_stock_counts(model, graph, groups) if uniform else {},
         uniform=uniform,
     )
@@ -45,13 +48,12 @@ def _find_floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
     return {group.name: needed for group in groups if group.kind == "expert"}
 
 
-def _find_multiples(
-    model: nn.Module, groups: Sequence[Group], config: RunConfig, scope: Scope
-) -> dict[str, int]:
+def _find_multiples(model: nn.Module, groups: Sequence[Group], scope: Scope) -> dict[str, int]:
     """Group → the number that divides the number of its kept units.
 
-    The grouped matrix products of stacked experts [experts, rows, columns] take rows of whole 16
-    bytes: 8 numbers in half precision, which a model in float32 may be stored in too.
+    The scope asks for some, and kernels for others: the grouped matrix products of stacked experts
+    [experts, rows, columns] take rows of whole 16 bytes, 8 numbers in half precision, which a model
+    in float32 may be stored in too.
     """
     stacked = {
         name: max(16 // min(parameter.element_size(), 2), 1)
@@ -59,9 +61,10 @@ def _find_multiples(
         if parameter.ndim == 3
         and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }
-    aligned = scope.width_multiple if scope.width_multiple > 1 else shapes.ALIGNMENT
-    multiples = shapes.find_multiples(groups, aligned) if config.shapes == "aligned" else {}
+    multiples = shapes.find_multiples(groups, scope.width_multiple or 1)
     for group in groups:
+        if group.kind in HEADS:
+            multiples[group.name] = math.lcm(multiples[group.name], scope.head_multiple)
         for member in group.members if group.kind != "expert" else ():
             if member.parameter in stacked and member.dim > 0:
                 step = stacked[member.parameter]

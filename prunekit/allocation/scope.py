@@ -27,7 +27,8 @@ class Scope:
         min_units: fewest units that stay in a group: one number, or group kind → number.
         exclude: shell patterns over groups, modules and parameters (`layers.0`, `*.mlp`); what
             matches is left alone.
-        width_multiple: kept FFN, residual and head widths are multiples of it.
+        width_multiple: the width of every matrix that is cut, and of its heads where they are cut,
+            is a multiple of it; None leaves the widths to `shapes`.
         head_multiple: kept heads (KV groups) are multiples of it, for tensor parallelism.
     """
 
@@ -35,13 +36,15 @@ class Scope:
     rounds: int = 1
     min_units: int | Mapping[str, int] = 1
     exclude: Sequence[str] = ()
-    width_multiple: int = 1
+    width_multiple: int | None = None
     head_multiple: int = 1
 
     def __post_init__(self) -> None:
         expect_one_of("scope.ranking", self.ranking, get_args(Ranking))
-        for key in ("rounds", "width_multiple", "head_multiple"):
+        for key in ("rounds", "head_multiple"):
             _expect_positive(key, getattr(self, key))
+        if self.width_multiple is not None:
+            _expect_positive("width_multiple", self.width_multiple)
         if isinstance(self.min_units, Mapping):
             for kind, number in self.min_units.items():
                 _expect_positive(f"min_units.{kind}", number)
@@ -62,14 +65,6 @@ class Scope:
         if isinstance(self.min_units, Mapping):
             return self.min_units.get(group.kind, 1)
         return self.min_units
-
-    def multiple(self, group: Group, factor: int) -> int:
-        """What the kept units must be a multiple of, each of them `factor` units of the group."""
-        if group.kind in ("attention", "query_head"):
-            return self.head_multiple
-        if not group.sets_width:
-            return 1
-        return max(self.width_multiple // factor, 1)
 
     def select_groups(self, groups: Sequence[Group], known: Sequence[Group]) -> list[Group]:
         """The groups that no pattern matches.

@@ -6,25 +6,29 @@ import math
 from collections import defaultdict
 from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from prunekit.allocation.scope import Scope
 from prunekit.errors import ConfigError
 from prunekit.graph import Group
+from prunekit.surgery.shapes import FINENESS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demands:
-    """What the model itself demands of a cut, beside the demands of the scope.
+    """What is demanded of the numbers of units that stay, beside the minima of the scope.
 
     Args:
         floors: group → how many units must stay.
         multiples: group → the number that divides the number of its kept units.
+        steps: group → a power of two that should divide it as well, where enough numbers are left.
         possible: group → which numbers of kept units are possible; any where it has no entry.
         uniform: groups that differ in nothing but their layer are cut in step.
     """
 
     floors: Mapping[str, int] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
     possible: Mapping[str, Container[int]] = field(default_factory=dict)
     uniform: bool = False
 
@@ -36,12 +40,14 @@ class Slot:
     Args:
         groups: in execution order; the first one names the slot.
         removed: how many units of the coarsest group are gone at step 0, 1, …; rises from 0.
+        multiple: divides the number of units of the coarsest group that stay, unless all stay.
         factors: group → how many of its units go with one unit of the coarsest group.
         share: the share of its units that the policy gives the slot.
     """
 
     groups: tuple[Group, ...]
     removed: tuple[int, ...]
+    multiple: int
     factors: Mapping[str, int]
     share: float
 
@@ -76,11 +82,12 @@ def make_slots(
         coarsest = min(bundle, key=lambda group: group.num_units)
         share = max(shares[group.name] for group in bundle)
         total = coarsest.num_units
-        kept = _allowed_counts(scope, bundle, coarsest, demands) if share > 0 else [total]
+        kept, multiple = _allowed_counts(scope, bundle, coarsest, demands)
         slots.append(
             Slot(
                 groups=tuple(bundle),
-                removed=tuple(total - count for count in kept),
+                removed=(0, *(total - count for count in kept if share > 0)),
+                multiple=multiple,
                 factors={group.name: group.num_units // total for group in bundle},
                 share=share,
             )
@@ -88,25 +95,49 @@ def make_slots(
     return slots
 
 
+def gather_steps(slots: Sequence[Slot]) -> dict[str, int]:
+    """Kind of group → the number that divides the units that stay in each that is cut."""
+    steps: dict[str, int] = {}
+    for slot in slots:
+        for group in slot.groups:
+            own = slot.multiple * slot.factors[group.name]
+            steps[group.kind] = math.gcd(steps.get(group.kind, own), own)
+    return steps
+
+
 def _allowed_counts(
     scope: Scope, bundle: Sequence[Group], coarsest: Group, demands: Demands
-) -> list[int]:
-    """How many units of the coarsest group may stay, falling from all of them."""
+) -> tuple[list[int], int]:
+    """How many units of the coarsest group may stay, falling, if not all; what divides them."""
     total = coarsest.num_units
-    finest = max(group.num_units for group in bundle) // total
     fewest = max(1, len(scope.protected_units(coarsest)))
-    multiple = scope.multiple(coarsest, finest)
+    multiple = step = 1
     for group in bundle:
+        factor = group.num_units // total
         floor = max(scope.fewest(group), demands.floors.get(group.name, 1))
-        fewest = max(fewest, floor * total // group.num_units)
-        multiple = math.lcm(multiple, demands.multiples.get(group.name, 1))
+        fewest = max(fewest, -(-floor // factor))
+        multiple = math.lcm(multiple, _per_unit(demands.multiples.get(group.name, 1), factor))
+        step = math.lcm(step, _per_unit(demands.steps.get(group.name, 1), factor))
     possible = [demands.possible[g.name] for g in bundle if g.name in demands.possible]
-    cut = [
+    counts = [
         count
         for count in range(total - 1, fewest - 1, -1)
-        if count % multiple == 0 and all(count in counts for counts in possible)
+        if count % multiple == 0 and all(count in choice for choice in possible)
     ]
-    return [total, *cut]
+    while not _is_fine(total, [count for count in counts if count % step == 0]) and step > 1:
+        step //= 2
+    return [count for count in counts if count % step == 0], math.lcm(multiple, step)
+
+
+def _per_unit(multiple: int, factor: int) -> int:
+    """What divides a number, if `multiple` divides `factor` times that number."""
+    return multiple // math.gcd(multiple, factor)
+
+
+def _is_fine(total: int, counts: Sequence[int]) -> bool:
+    """Whether there are such numbers of units, and no two are further apart than steps may be."""
+    gaps = [more - less for more, less in pairwise([total, *counts])]
+    return bool(gaps) and max(gaps) * FINENESS <= total
 
 
 def _bundle_groups(groups: Sequence[Group], uniform: bool) -> list[list[Group]]:

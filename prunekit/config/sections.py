@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from prunekit.errors import ConfigError, expect_one_of
 
 TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff")
-SHAPES = ("free", "uniform", "aligned")
+SHAPES = ("aligned", "free", "uniform")
 MEASURES = ("parameters", "bytes", "flops", "latency")
 LIMITS = (*MEASURES, "limit")
 BLOCK = ("attention", "mlp")
@@ -187,7 +187,7 @@ class RunConfig:
     ratio: float = 0.2
     target: TargetConfig = field(default_factory=TargetConfig)
     groups: Any = "block"
-    shapes: str = "free"
+    shapes: str = "aligned"
     seed: int = 0
     output_dir: str = MISSING
     resume: bool = False

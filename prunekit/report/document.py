@@ -81,7 +81,11 @@ def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list
     sections: dict[str, list[Block | None]] = {
         "Warnings": [Items(report.warnings) if report.warnings else None],
         "Summary": [aim(report), _summary(report), _protocols(report)],
-        "What was kept": [drawn.get("layers"), _tell_removed_whole(report)],
+        "What was kept": [
+            drawn.get("layers"),
+            _tell_removed_whole(report),
+            _tell_steps(report),
+        ],
         "Ratio by layer": [
             tables.policy_note(units(report)),
             drawn.get("ratio"),
@@ -116,6 +120,13 @@ def _tell_removed_whole(report: Report) -> str:
             layers.setdefault(entry.kind, []).append(str(entry.index))
     told = "; ".join(f"{kind} of layer {', '.join(indices)}" for kind, indices in layers.items())
     return f"Removed whole (crosses): {told}." if told else ""
+
+
+def _tell_steps(report: Report) -> str:
+    """Tell in words what the numbers of units are multiples of; empty where any number may stay."""
+    steps = {kind: step for kind, step in (report.steps or {}).items() if step > 1}
+    told = ", ".join(f"{step} ({kind})" for kind, step in steps.items())
+    return f"A group keeps all of its units or a multiple of: {told}." if told else ""
 
 
 def _error_formula(drawn: Mapping[str, Picture]) -> str:

@@ -26,12 +26,12 @@ from prunekit.report.plain import from_plain, schema_of, to_plain
 # The first keys of the file that `task=prune` writes; the others follow in the order of the fields.
 _PRUNING_FIRST = (
     *("task", "seed", "command", "versions", "method", "ratio", "parameters", "target", "policy"),
-    *("layers", "seconds", "peak_memory_bytes", "activation_bytes", "base", "calibration"),
+    *("steps", "layers", "seconds", "peak_memory_bytes", "activation_bytes", "base", "calibration"),
 )
 # Keys that are written as null too, where the key beside them is written.
 _NULL_BESIDE = {"command": "task", "base": "calibration"}
 # The keys that stay true of a pruned model once it is fine-tuned.
-_OF_PRUNING = ("base", "method", "ratio", "target", "policy", "layers", "calibration")
+_OF_PRUNING = ("base", "method", "ratio", "target", "policy", "steps", "layers", "calibration")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +53,7 @@ class Report(Mapping[str, Any]):
         ratio: the share of all parameters that was removed.
         target: the target, where it was no ratio.
         policy: how the policy spread the target over the groups.
+        steps: kind of group → the number that divides the units that stay in each that is cut.
         layers: what each layer kept.
         calibration: the text that units were chosen by.
         recovery: how the pruned model was fine-tuned.
@@ -84,6 +85,7 @@ class Report(Mapping[str, Any]):
     ratio: Ratio | None = None
     target: Target | None = None
     policy: PolicyShares | None = None
+    steps: Mapping[str, int] | None = None
     layers: tuple[LayerKept, ...] | None = None
     calibration: Calibration | None = None
     recovery: RecoveryFigures | None = None

@@ -1,4 +1,4 @@
-"""Shapes: whether layers are cut alike, and to which widths (`shapes=free|uniform|aligned`)."""
+"""Shapes: whether layers are cut alike, and to which widths (`shapes=aligned|free|uniform`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,43 @@ from prunekit.surgery.apply import apply_plan
 from prunekit.surgery.cut import cut_layer
 from prunekit.surgery.sizes import HEADS
 
-# The widths of `shapes=aligned` are multiples of this unless `scope.width_multiple` is given.
-ALIGNMENT = 64
+# Widths are multiples of the largest of these that is at most a `FINENESS`-th of the dense width.
+# Kernels have nothing from a smaller one: 8 numbers in half precision are the 16 bytes they load.
+_STEPS = (128, 64, 32, 16, 8)
+FINENESS = 16
 # A class may refuse some numbers of units of these kinds, so that each number is tried. For other
 # kinds one number stands for all.
 _COUNTED = (*HEADS, "expert")
 
 
+def choose_step(width: int, fineness: int = FINENESS) -> int:
+    """The number that divides the widths to which a dense width is cut; 1 for a narrow one."""
+    return next((step for step in _STEPS if step * fineness <= width), 1)
+
+
+def find_steps(groups: Sequence[Group], uniform: bool = False) -> dict[str, int]:
+    """Group → the number that should divide its kept units, so that its width suits kernels.
+
+    The width is the narrowest that its units make in any matrix, or that of one head. Where FFNs
+    are `uniform`, a step is taken in all layers at once: it is a quarter of what it could be.
+
+    Returns:
+        Name of a group → the number; heads and experts, which are counted, are left out.
+    """
+    steps = {}
+    for group in groups:
+        if group.sets_width and group.kind not in HEADS:
+            unit = min(_unit_widths(group, groups))
+            finer = 4 if uniform and group.kind == "mlp" else 1
+            step = choose_step(group.num_units * unit, finer * FINENESS)
+            steps[group.name] = step // math.gcd(step, unit)
+    return steps
+
+
 def find_multiples(groups: Sequence[Group], to: int) -> dict[str, int]:
     """Group → the number that must divide its kept units, so that `to` divides each matrix's width.
+
+    Where the heads' width is what is cut, `to` divides the width of each head.
 
     Returns:
         Name of a group → the multiple; groups whose units are counted and set no width are left
@@ -36,9 +64,18 @@ def find_multiples(groups: Sequence[Group], to: int) -> dict[str, int]:
     for group in groups:
         if group.sets_width:
             # A unit owns `width` positions: `to` / gcd units fill a multiple of `to`.
-            widths = {member.index.shape[1] for member in group.members}
+            widths = _unit_widths(group, groups)
             multiples[group.name] = math.lcm(*(to // math.gcd(to, width) for width in widths))
     return multiples
+
+
+def _unit_widths(group: Group, groups: Sequence[Group]) -> set[int]:
+    """How many positions a unit of a group owns in each matrix, or in one head."""
+    if group.kind == "head_dim":
+        # A pair of rotary channels is two positions, which two units of the values go with.
+        widest = max(other.num_units for other in groups if other.kind == "head_dim")
+        return {widest // group.num_units}
+    return {member.index.shape[1] for member in group.members}
 
 
 def average_shares(shares: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:

@@ -53,7 +53,6 @@ def aligned(tmp_path_factory):
         "method=magnitude",
         "ratio=0.2",
         "eval=none",
-        "shapes=aligned",
         f"scope.width_multiple={GROUP}",
     )
     run = command_line(*given, "output_dir=out", cwd=folder)
@@ -68,16 +67,17 @@ def test_aligned_widths_are_what_the_group_divides(aligned):
     assert all(width % GROUP == 0 for width in found)
 
 
-def test_aligned_widths_are_multiples_of_64_by_default():
+@pytest.mark.parametrize(("options", "multiple"), [([], 32), (["scope.width_multiple=64"], 64)])
+def test_all_widths_are_aligned_by_default(options, multiple):
     model = prunekit.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     prunekit.prune(
         model,
         ratio=0.2,
         method="magnitude",
-        overrides=["shapes=aligned"],
+        overrides=options,
         calibration=token_ids(8, 16),
     )
-    assert all(width % 64 == 0 for width in widths(model))
+    assert all(width % multiple == 0 for width in widths(model))
 
 
 @pytest.mark.parametrize("config, worst", [(int8, 0.02), (int4, 0.2)])

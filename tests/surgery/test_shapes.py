@@ -2,6 +2,8 @@
 want.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids
@@ -19,7 +21,8 @@ from transformers import (
 
 import prunekit
 from prunekit.errors import ConfigError
-from prunekit.surgery.shapes import find_multiples, find_stock_counts
+from prunekit.report.markdown import render_markdown
+from prunekit.surgery.shapes import choose_step, find_stock_counts
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8}
 
@@ -119,20 +122,43 @@ def wide_llama():
     )
 
 
-@pytest.mark.parametrize(("multiple", "expected"), [(8, 8), (1, 64)])
-def test_aligned_widths(multiple, expected):
+def test_steps_of_dense_widths():
+    widths = [11008, 4096, 2048, 2047, 1536, 640, 172, 128, 127, 64, 40, 6]
+    assert [choose_step(w) for w in widths] == [128, 128, 128, 64, 64, 32, 8, 8, 1, 1, 1, 1]
+
+
+def test_widths_are_aligned_by_default():
     model = wide_llama()
-    options = ["shapes=aligned", f"scope.width_multiple={multiple}", "policy=linear_increase"]
+    dense = sum(p.numel() for p in model.parameters())
+    options = ["policy=linear_increase"]
     result = prunekit.prune(model, ratio=0.3, calibration=token_ids(8, 12), overrides=options)
+    widths = {layer.mlp.down_proj.in_features for layer in model.model.layers}
+    assert len(widths) > 1
+    assert all(width % 16 == 0 for width in widths)
+    heads = {layer.self_attn.o_proj.in_features for layer in model.model.layers}
+    assert any(width % 16 for width in heads)  # heads are counted
+    assert result.report["steps"] == {"attention": 1, "mlp": 16}
+    text = render_markdown(replace(result.report, models=("dense", "pruned")))
+    assert "keeps all of its units or a multiple of: 16 (mlp)." in text
+    pruned = sum(p.numel() for p in model.parameters())
+    assert abs(dense - pruned - 0.3 * dense) <= 16 * 3 * 48 / 2
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+@pytest.mark.parametrize("shapes", ["aligned", "free"])
+def test_a_multiple_of_ones_own_divides_every_width(multiple, shapes):
+    model = wide_llama()
+    options = [f"shapes={shapes}", f"scope.width_multiple={multiple}", "policy=linear_increase"]
+    prunekit.prune(
+        model, method="magnitude", ratio=0.3, calibration=token_ids(8, 12), overrides=options
+    )
     widths = {
         (layer.mlp.down_proj.in_features, layer.self_attn.o_proj.in_features)
         for layer in model.model.layers
     }
     assert len(widths) > 1
-    assert all(mlp % expected == 0 for mlp, _ in widths)
-    assert all(heads % expected == 0 or heads == 48 for _, heads in widths)
-    sides = find_multiples(result.graph.groups, expected)
-    assert {sides[group.name] for group in result.graph.groups if group.kind == "mlp"} == {expected}
+    assert all(mlp % multiple == 0 for mlp, _ in widths)
+    assert all(heads % multiple == 0 or heads == 48 for _, heads in widths)
 
 
 def test_a_layer_that_stays_whole_is_no_uniform_shape():
