@@ -27,19 +27,23 @@ def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) ->
     does not need the whole model.
 
     Raises:
-        ConfigError: asked for, but something of the job needs the whole model.
+        ConfigError: asked for, but something of the job needs the whole model, or the folder does
+            not exist.
         CheckpointError: asked for, but the folder can't be read layer by layer.
     """
     source, device, asked = job.source, job.stages.device, job.config.memory.stream is True
     if job.config.memory.stream is False:
         return None
     if not isinstance(source, str | Path) or not Path(source).is_dir():
-        reason: str | None = "a hub name; expected model.path to be a local folder"
-    else:
-        reason = _find_obstacle(method, recovery)
-    if reason and asked:
-        raise ConfigError(f"memory.stream: can't go with {reason}")
-    if reason or not isinstance(source, str | Path):
+        if asked:
+            raise ConfigError(
+                f"model.path: the folder {source} does not exist: memory.stream=true reads layers "
+                "from a local one"
+            )
+        return None
+    if reason := _find_obstacle(method, recovery):
+        if asked:
+            raise ConfigError(f"memory.stream: can't go with {reason}")
         return None
     if not asked and not _is_short(Path(source), device):
         return None

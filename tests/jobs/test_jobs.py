@@ -493,6 +493,10 @@ def test_two_processes_recover_as_one(place, recovered):
             "output",
         ),
         (["recovery=lora", "memory.stream=true"], "memory.stream: can't go with a recovery"),
+        (
+            ["model.path=no/where", "memory.stream=true"],
+            "model.path: the folder no/where does not exist: memory.stream=true reads layers from",
+        ),
         (["task=recover"], "task=recover: expected recovery=lora or another, got none"),
         (
             ["task=recover", "recovery=distill", *TRAIN],
