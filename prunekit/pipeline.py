@@ -283,14 +283,15 @@ def _make_budget(
     if repairs is not None and repairs.adds_biases and objective.cost.stored:
         limit -= count_added_biases(model, cut) * objective.cost({}) / graph.num_parameters()
     demands = find_demands(model, graph, cut, config, method.scope)
+    slots = make_slots(method.scope, cut, shares, demands)
     return Budget(
-        slots=make_slots(method.scope, cut, shares, demands),
+        slots=slots,
         cost=objective.cost,
         limit=limit,
         ranking=method.scope.ranking,
         comparable=method.importance.comparable,
         key=objective.option,
-        hint=_name_limits(config, method),
+        hint=_name_limits(config, method, stepped=max(gather_steps(slots).values()) > 1),
     )
 
 
@@ -342,13 +343,14 @@ def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group])
             ) from error
 
 
-def _name_limits(config: RunConfig, method: Method) -> str:
-    """Name the options that limit how many units can go, for messages."""
+def _name_limits(config: RunConfig, method: Method, stepped: bool) -> str:
+    """Name the options that limit how many units can go, or (`stepped`) in which numbers."""
     least = method.scope.min_units
     options = [f"scope.min_units={least}"] if least != 1 else []
     widths = method.scope.width_multiple
     options += [f"scope.width_multiple={widths}"] if widths else []
-    options += [f"shapes={config.shapes}"] if config.shapes != "free" else []
+    narrow = config.shapes == "uniform" or (config.shapes == "aligned" and stepped and not widths)
+    options += [f"shapes={config.shapes}"] if narrow else []
     return f" ({', '.join(options)})" if options else ""
 
 
