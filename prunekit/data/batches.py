@@ -87,6 +87,17 @@ def _take(value: Any, index: int, rows: int) -> Any:
     return value[index : index + 1] if by_row else value
 
 
+def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    """A batch of some rows of another one; values that have no row for each sample stay."""
+    size = count_positions(batch)[0]
+    return {
+        key: value[list(rows)]
+        if isinstance(value, Tensor) and value.ndim and len(value) == size
+        else value
+        for key, value in batch.items()
+    }
+
+
 def copy_batch(batch: Batch) -> Batch:
     """A copy that the model may write to."""
     return {

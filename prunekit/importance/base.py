@@ -111,7 +111,16 @@ class LayerImportance(Importance, ABC):
     """Chooses units layer by layer, on the inputs that the already cut layers give.
 
     Backends implement `choose`.
+
+    Attributes:
+        nested: the units of a lower count are always the first ones of a higher count, so that one
+            choice serves both.
     """
+
+    @property
+    def nested(self) -> bool:
+        """Whether `choose` takes units one after another, each for good."""
+        return False
 
     @abstractmethod
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:

@@ -54,6 +54,11 @@ class Obs(ScoreImportance, LayerImportance):
         if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
             raise ConfigError(f"importance.damping: expected a number ≥ 0, got {self.damping}")
 
+    @property
+    def nested(self) -> bool:
+        """Heads go one by one, and so do columns that are taken greedily."""
+        return self.columns == "greedy" and self.refine == "none"
+
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
         """Choose units one by one by the least error; with `refine`, swap them afterwards."""
         if all(problem.index.shape[1] == 1 for problem in problems):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from torch import nn
 
 from prunekit.allocation.costs.base import Cost
+from prunekit.allocation.scope import Scope
+from prunekit.allocation.slots import Demands
+from prunekit.calibration.store import Store
+from prunekit.compensation.base import Compensation
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import Importance
+
+Compute = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,16 @@ class Setting:
         importance: what will choose the units.
         cost: what counts.
         limit: what `cost` must come down to once units of `groups` are gone.
+        scope: what the cut may touch, and how finely.
+        demands: what the model itself demands of it.
+        compensation: what will repair the weights that stay, if anything will.
+        layerwise: units will be chosen layer by layer, where the importance can do that.
+        damping: λ / mean(diag H) of the choice and of the repair.
+        protected: group → units that must stay.
+        seed: of everything that is drawn at random.
+        open_store: given a name, opens a store for tensors between passes.
+        remember: given a name and a function, its result, or the one that a run kept before it was
+            broken off; a small JSON object.
         notes: a policy writes here what it measured and a reader of the report may want to see.
     """
 
@@ -38,6 +54,17 @@ class Setting:
     importance: Importance
     cost: Cost
     limit: float
+    scope: Scope = field(default_factory=Scope)
+    demands: Demands = field(default_factory=Demands)
+    compensation: Compensation | None = None
+    layerwise: bool = False
+    damping: float = 0.0
+    protected: Mapping[str, list[int]] = field(default_factory=dict)
+    seed: int = 0
+    open_store: Callable[[str], Store] = field(default=lambda name: Store())
+    remember: Callable[[str, Compute], dict[str, Any]] = field(
+        default=lambda name, compute: compute()
+    )
     notes: dict[str, object] = field(default_factory=dict)
 
 
@@ -74,18 +101,26 @@ class DepthPolicy(Policy, ABC):
         """
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
-        """Each group's share by its layer; groups of no layer take the mean share of the layers.
+        """Each group's share by its layer; see `spread_over_depth`."""
+        return spread_over_depth(setting, self.shares)
 
-        Where no group has a layer, the depth is that of the groups in execution order.
-        """
-        layers = {group.layer for group in setting.graph.groups if group.layer is not None}
-        inside = [group for group in setting.groups if group.layer is not None]
-        if layers and (inside or any(group.spans_depth for group in setting.groups)):
-            shares = self.shares(max(layers) + 1)
-            mean = sum(shares) / len(shares)
-            return {g.name: mean if g.layer is None else shares[g.layer] for g in setting.groups}
-        shares = self.shares(len(setting.groups))
-        return {group.name: share for group, share in zip(setting.groups, shares, strict=True)}
+
+def spread_over_depth(
+    setting: Setting, shares_of: Callable[[int], Sequence[float]]
+) -> dict[str, float]:
+    """Each group's share by its layer; groups of no layer take the mean share of the layers.
+
+    Where no group has a layer, the depth is that of the groups in execution order. `shares_of` a
+    depth are the shares of so many layers.
+    """
+    layers = {group.layer for group in setting.graph.groups if group.layer is not None}
+    inside = [group for group in setting.groups if group.layer is not None]
+    if layers and (inside or any(group.spans_depth for group in setting.groups)):
+        shares = shares_of(max(layers) + 1)
+        mean = sum(shares) / len(shares)
+        return {g.name: mean if g.layer is None else shares[g.layer] for g in setting.groups}
+    shares = shares_of(len(setting.groups))
+    return {group.name: share for group, share in zip(setting.groups, shares, strict=True)}
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -88,6 +88,27 @@ def cut_group(
     """
     compensation = assignment.compensation
     inverted = units is None or (compensation is not None and compensation.needs_inverse)
+    work = prepare_sites(group, sites, compensation, damping, inverted=inverted)
+    if units is None:
+        importance = assignment.importance.by_layer
+        assert importance is not None
+        units = importance.choose([part.pose_problem() for part in work], count)
+    for part in work:
+        repair_site(part, compensation, units)
+    if assignment.state:
+        assignment.state.record(group.name, units, find_consumers(assignment.model, group))
+    return units
+
+
+def prepare_sites(
+    group: Group,
+    sites: Sequence[Site],
+    compensation: Compensation | None,
+    damping: float,
+    *,
+    inverted: bool,
+) -> list[SiteWork]:
+    """Prepare all sites of a group; `inverted` says whether their inverses are needed."""
     work = []
     for site in sites:
         centred = compensation is not None and compensation.centred(site)
@@ -99,15 +120,7 @@ def cut_group(
     # few tokens), so that Hessians are dropped only when all sites are inverted.
     for site in sites if inverted else ():
         site.moments.drop()
-    if units is None:
-        importance = assignment.importance.by_layer
-        assert importance is not None
-        units = importance.choose([part.pose_problem() for part in work], count)
-    for part in work:
-        repair_site(part, compensation, units)
-    if assignment.state:
-        assignment.state.record(group.name, units, find_consumers(assignment.model, group))
-    return units
+    return work
 
 
 def repair_site(work: SiteWork, compensation: Compensation | None, units: Sequence[int]) -> None:

@@ -16,6 +16,9 @@ from prunekit.policies import (
     Window,
 )
 from prunekit.policies.knapsack import Point, spread_saving
+from prunekit.policies.manual import write_shares
+
+PARTS = ("self_attn", "mlp")
 
 
 @settings(max_examples=30, deadline=None)
@@ -84,6 +87,24 @@ def test_manual_shares_from_a_csv(tmp_path):
         Manual(path=str(path)).shares(3)
     with pytest.raises(ConfigError, match="No such file"):
         Manual(path=str(tmp_path / "none.csv")).shares(3)
+
+
+def test_manual_shares_by_group(tmp_path):
+    path = tmp_path / "shares.csv"
+    shares = {f"layers.{i}.{part}": 0.1 * i + (part == "mlp") for i in range(4) for part in PARTS}
+    path.write_text(write_shares(shares))
+    chosen = ["importance=magnitude", "policy=manual", f"policy.path={path}"]
+    _, result = run(chosen)
+    assert result.report["policy"]["shares"] == shares
+    path.write_text(write_shares({**shares, "layers.9.mlp": 1.0}))
+    with pytest.raises(ConfigError, match=r"'layers\.9\.mlp' is no group: did you mean layers"):
+        run(chosen)
+    path.write_text(write_shares({"layers.0.mlp": 1.0}))
+    with pytest.raises(ConfigError, match=r"a share for each group, got none for layers\."):
+        run(chosen)
+    path.write_text(write_shares({**shares, "layers.0.mlp": -1.0}))
+    with pytest.raises(ConfigError, match="expected numbers ≥ 0"):
+        run(chosen)
 
 
 def test_window_of_a_model_too_shallow():
