@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,13 @@ from prunekit.model.verify import let_others_save
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
 from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
-from prunekit.report.parts import PolicyShares, Ratio, Target
+from prunekit.policies.base import Compute
+from prunekit.report.parts import PolicyShares, Ratio, SearchFigures, Target
 from prunekit.report.pruning import count_units
 from prunekit.report.record import Report
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
-from prunekit.schedules import Assignment, Schedule
+from prunekit.schedules import Assignment, Schedule, State
 from prunekit.schedules.folders import NOWHERE, Folders, activations_folder
 from prunekit.schedules.method import Method, compose_pruning
 from prunekit.surgery import apply_plan, shapes
@@ -181,14 +182,10 @@ def prune_model(
         graph = trace(model, example_of(batches[0]))
     dense = num_parameters(model)
     with stages("prune"):
-        allocation = allocate(model, graph, config, method, batches, stored)
-        assignment = replace(
-            allocation.assignment,
-            state=folders.open_state(config, graph, batches),
-            store=Store(
-                stages.device, config.memory.budget, config.memory.host, folders.activations
-            ),
-        )
+        state = folders.open_state(config, graph, batches)
+        tools = Tools.of(config, folders, state, stages.device)
+        allocation = allocate(model, graph, config, method, batches, stored, tools)
+        assignment = replace(allocation.assignment, state=state, store=tools.open_store(""))
         plan = choose_and_cut(assignment, method, folders, streamed)
     report = _report(config, allocation, plan, (dense, model), stages)
     if assignment.store and any(assignment.store.peak.values()):
@@ -196,6 +193,36 @@ def prune_model(
     if assignment.state and not folders.keep:
         assignment.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What a policy keeps tensors and unfinished results in.
+
+    Attributes:
+        open_store: given a name, opens a store; an empty name is that of the run's activations.
+        remember: given a name and a function, its result, or the one of the run that goes on.
+    """
+
+    open_store: Callable[[str], Store] = field(default=lambda name: Store())
+    remember: Callable[[str, Compute], dict[str, Any]] = field(
+        default=lambda name, compute: compute()
+    )
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, folders: Folders, state: State | None, device: torch.device
+    ) -> Tools:
+        """The tools of a run with these folders and this state, if it keeps one."""
+        memory, folder = config.memory, folders.activations
+
+        def open_store(name: str) -> Store:
+            own = folder.with_name(f"{folder.name}-{name}") if folder and name else folder
+            return Store(device, memory.budget, memory.host, own)
+
+        if state is None:
+            return cls(open_store=open_store)
+        return cls(open_store=open_store, remember=state.remember)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,27 +249,21 @@ def allocate(
     method: Method,
     batches: Sequence[Batch],
     stored: torch.dtype | None = None,
+    tools: Tools | None = None,
 ) -> Allocation:
     """Spread the target over the groups that the configuration lets be cut.
 
     Raises:
         ConfigError: a target out of reach; a policy or a repair that doesn't fit the model.
     """
+    tools = tools or Tools()
     everything = [*graph.groups, *graph.stacks]
     groups = method.scope.select_groups(choose_groups(graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
     objective = set_objective(method.cost, costs, config)
     if method.compensation is not None or method.schedule.layerwise:
         _check_repairable(method, model, groups)
-    setting = Setting(
-        model=model,
-        graph=graph,
-        groups=groups,
-        batches=batches,
-        importance=method.importance,
-        cost=objective.cost,
-        limit=objective.limit,
-    )
+    setting = _make_setting(costs, objective, config, method, tools)
     shares = _find_shares(setting, config, method)
     cut = [group for group in groups if shares[group.name] > 0] or groups
     assignment = Assignment(
@@ -258,6 +279,31 @@ def allocate(
         independent="independent" in cfg.kinds_of(config.groups),
     )
     return Allocation(assignment=assignment, groups=groups, shares=shares, notes=setting.notes)
+
+
+def _make_setting(
+    costs: CostSetting, objective: Objective, config: RunConfig, method: Method, tools: Tools
+) -> Setting:
+    """Gather what the policy may look at."""
+    scope, groups = method.scope, costs.groups
+    return Setting(
+        model=costs.model,
+        graph=costs.graph,
+        groups=groups,
+        batches=costs.batches,
+        importance=method.importance,
+        cost=objective.cost,
+        limit=objective.limit,
+        scope=scope,
+        demands=find_demands(costs.model, costs.graph, groups, config, scope),
+        compensation=method.compensation,
+        layerwise=method.schedule.layerwise,
+        damping=method.schedule.damping,
+        protected={group.name: scope.protected_units(group) for group in groups},
+        seed=config.seed,
+        open_store=tools.open_store,
+        remember=tools.remember,
+    )
 
 
 def _find_shares(setting: Setting, config: RunConfig, method: Method) -> dict[str, float]:
@@ -374,12 +420,20 @@ def _report(
         ratio=Ratio(target=None if states_target else config.ratio, achieved=1 - left / dense),
         parameters={"dense": dense, "pruned": left},
         target=_count_target(allocation, plan, pruned) if states_target else None,
-        policy=PolicyShares(shares=allocation.shares, notes=allocation.notes),
+        policy=describe_policy(allocation),
         steps=gather_steps(allocation.assignment.budget.slots),
         layers=count_units(allocation.groups, plan.removed),
         seconds=stages.seconds,
         peak_memory_bytes=stages.peak_memory_bytes,
     )
+
+
+def describe_policy(allocation: Allocation) -> PolicyShares:
+    """The shares of the policy, with what it measured."""
+    notes = dict(allocation.notes)
+    search = notes.pop("search", None)
+    assert search is None or isinstance(search, SearchFigures)
+    return PolicyShares(shares=allocation.shares, search=search, notes=notes)
 
 
 def _count_target(allocation: Allocation, plan: PruningPlan, pruned: nn.Module) -> Target:

@@ -11,7 +11,12 @@ POLICIES = sorted(path.stem for path in (cfg.config_dir() / "policy").glob("*.ya
 SCOPES = sorted(path.stem for path in (cfg.config_dir() / "scope").glob("*.yaml"))
 COSTS = sorted(path.stem for path in (cfg.config_dir() / "cost").glob("*.yaml"))
 AGGREGATIONS = ("sum", "mean", "max", "prod", "first", "last")
-VALUES = {"manual": ["policy.values=[1,0.5,0,2]"], "single": ["policy.layer=1"]}
+SEARCH = {"rounds": 1, "sweeps": 1, "generations": 1, "children": 2, "seeds": "[uniform]"}
+VALUES = {
+    "manual": ["policy.values=[1,0.5,0,2]"],
+    "single": ["policy.layer=1"],
+    "search": [f"policy.{key}={value}" for key, value in SEARCH.items()],
+}
 
 
 def overrides(importance, aggregation, policy, scope):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.policies.manual import write_shares
 from prunekit.report import Report, pictures, render_html, render_markdown, write_pictures
 from prunekit.runtime.files import write_text
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from prunekit.jobs.job import Finished
 
 PARTIAL = ".model.partial"  # a streamed model's layers until it is finished
+SHARES = "shares.csv"  # what policy=manual takes
 
 
 def ensure_empty(folder: Path, besides: Collection[str] = ()) -> None:
@@ -35,8 +37,9 @@ def clear_halves(output: Path) -> None:
 
 def clear_results(output: Path) -> None:
     """Remove the files and folders of `write_run`, finished or not."""
-    drawings = [f"{name}.svg" for name in ("layers", "ratio", "error", "curve", "tasks")]
-    names = ["report.json", "report.md", "report.html", "plan.json", "model", "adapter", *drawings]
+    drawings = [f"{name}.svg" for name in ("layers", "ratio", "search", "error", "curve", "tasks")]
+    names = ["report.json", "report.md", "report.html", "plan.json", SHARES, "model", "adapter"]
+    names += drawings
     half = [path for name in names for path in output.glob(f".{name}.*") if path.name != PARTIAL]
     for path in [*(output / name for name in [*names, ".hydra"]), *half]:
         if path.is_dir():
@@ -59,6 +62,9 @@ def write_run(
             write_text(output / ".hydra" / name, text)
         if result is not None:
             result.write(output, report, remote_code)
+        policy = report.policy
+        if policy is not None and (report.task == "search" or policy.search is not None):
+            write_text(output / SHARES, write_shares(policy.shares))
         drawn = pictures(report)
         write_pictures(drawn, output)
         write_text(output / "report.md", render_markdown(report))

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunekit.config import RunConfig
-from prunekit.data.batches import make_batches
+from prunekit.data.batches import Batch, make_batches
 from prunekit.data.corpora import load_corpus, stamp_of
 from prunekit.data.windows import Windows, draw_windows
 from prunekit.evaluation.cost import measure_size
@@ -47,9 +47,7 @@ def run_prune(job: Job) -> Outcome:
     columns["dense"] = columns["dense"].without_layers(dropped)
     with job.stages("evaluate_pruned"):
         columns["pruned"] = subject.evaluate()
-    source = Report(
-        base=base_of(job.config), calibration=_describe_calibration(job.config, windows)
-    )
+    source = Report(base=base_of(job.config), calibration=describe_calibration(job.config, windows))
     figures = result.report.merge(source)
     adapter: Path | None = None
     if training:
@@ -97,28 +95,38 @@ def load_windows(config: RunConfig, subject: Subject) -> Windows:
     return windows
 
 
-def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
-    """Prune the model on the windows, and round its weights to the type that is saved."""
-    config = job.config
-    folders = Folders(
+def folders_of(job: Job) -> Folders:
+    """The folders of a job that prunes."""
+    return Folders(
         state=job.output / STATE,
-        activations=activations_folder(config, job.output),
+        activations=activations_folder(job.config, job.output),
         model=job.output / "model",
         identity=identity_of(job.source),
         undo=False,
         keep=True,
     )
-    # Each process has a part of the windows: a batch must not hold more than its part.
+
+
+def make_calibration(job: Job, subject: Subject, windows: Tensor) -> list[Batch]:
+    """The batches of the calibration windows.
+
+    Each process has a part of the windows: a batch must not hold more than its part.
+    """
     own_share = -(-len(windows) // world_size())
-    rows = min(config.data.calibration.batch_size, own_share)
+    rows = min(job.config.data.calibration.batch_size, own_share)
+    return make_batches(subject.model, windows, rows, job.stages.device)
+
+
+def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
+    """Prune the model on the windows, and round its weights to the type that is saved."""
     result = prune_model(
         subject.model,
-        config,
+        job.config,
         method,
-        make_batches(subject.model, windows, rows, job.stages.device),
+        make_calibration(job, subject, windows),
         job.stages,
         stored=subject.stored,
-        folders=folders,
+        folders=folders_of(job),
         streamed=subject.streamed,
     )
     if subject.streamed is None:
@@ -138,7 +146,7 @@ def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Repo
     return figures
 
 
-def _describe_calibration(config: RunConfig, windows: Windows) -> Calibration:
+def describe_calibration(config: RunConfig, windows: Windows) -> Calibration:
     """Describe the calibration text and its amount, for the report."""
     text = config.data.calibration
     return Calibration(

@@ -25,6 +25,7 @@ from prunekit.jobs.job import GivenObjects, Job, Outcome
 from prunekit.jobs.kept import Kept
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import run_recover
+from prunekit.jobs.search import run_search
 from prunekit.jobs.sources import source_of
 from prunekit.model.inputs import input_device
 from prunekit.model.weights import keep_types
@@ -41,6 +42,7 @@ _JOBS: Mapping[str, Callable[[Job], Outcome]] = {
     "prune": run_prune,
     "evaluate": run_evaluate,
     "recover": run_recover,
+    "search": run_search,
 }
 
 
@@ -59,7 +61,7 @@ def run(
     command: str | None = None,
     kept: Kept | None = None,
 ) -> Report:
-    """Do `config.task` (prune, evaluate or recover) and write the result; `run_job` says how."""
+    """Do `config.task` (one of `_JOBS`) and write the result; `run_job` says how."""
     return run_job(config, output, provenance, command, kept=kept).report
 
 
@@ -71,7 +73,7 @@ def run_job(
     inputs: GivenObjects | None = None,
     kept: Kept | None = None,
 ) -> Completed:
-    """Do `config.task` (prune, evaluate or recover) and write the result.
+    """Do `config.task` (prune, evaluate, recover or search) and write the result.
 
     Args:
         config: what to do.
@@ -87,9 +89,9 @@ def run_job(
     inputs = inputs or GivenObjects()
     import_modules(config.imports)
     export = ExportSettings.build(config.export)
-    if export.wanted and config.task == "evaluate":
+    if export.wanted and config.task in ("evaluate", "search"):
         raise ConfigError(
-            "task=evaluate: writes no model that could be exported; expected task=export, or "
+            f"task={config.task}: writes no model that could be exported; expected task=export, or "
             "export=none"
         )
     source = source_of(config) if inputs.model is None else inputs.model

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prunekit.report import tables, words
 from prunekit.report.pictures import Picture, pictures
 from prunekit.report.record import Report
+from prunekit.report.searching import search_tables, tell_search
 from prunekit.report.tables import Table
 from prunekit.report.units import units
 
@@ -91,6 +92,7 @@ def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list
             drawn.get("ratio"),
             tables.layers(report),
         ],
+        "Search": [tell_search(report), drawn.get("search"), *search_tables(report)],
         "Error by layer": [_error_formula(drawn), drawn.get("error"), tables.errors(report)],
         "Recovery": [
             _recovery(report),

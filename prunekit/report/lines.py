@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.report import words
 from prunekit.report.palette import LIGHT, MARKERS, SERIES, STYLES, place
 from prunekit.report.panels import layers_of, legend, legend_columns, new_figure, percent_axes
-from prunekit.report.parts import CurvePoint, LayerError
+from prunekit.report.parts import CurvePoint, LayerError, SearchRound
 from prunekit.report.units import Units, by_kind
 
 if TYPE_CHECKING:
@@ -69,6 +69,21 @@ def draw_errors(rows: Sequence[LayerError], columns: Sequence[str]) -> Figure:
     if not _scale_logarithmically(panel, values):
         panel.set_ylim(0, 1.08 * max(values) or 1)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    legend(panel)
+    return figure
+
+
+def draw_search(rounds: Sequence[SearchRound]) -> Figure:
+    """Draw a line for each round: the best KL over all evaluations so far."""
+    figure, (panel,) = new_figure([2.4])
+    before = 0
+    for i, part in enumerate(rounds):
+        points = [(float(before + p.evaluations), p.divergence) for p in part.curve]
+        _plot(panel, points, f"round {i + 1}", _LOOKS[i % len(_LOOKS)])
+        before += part.evaluations
+    panel.set(xlabel="candidates judged", ylabel="KL to the dense model")
+    panel.grid(axis="y")
+    panel.tick_params(length=0)
     legend(panel)
     return figure
 

@@ -44,14 +44,93 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchPoint:
+    """The best candidate of a search after so many evaluations.
+
+    Attributes:
+        evaluations: how many candidates of the round were judged so far.
+        divergence: KL(dense ‖ candidate), mean over positions, brought to the cost of the limit.
+    """
+
+    evaluations: int
+    divergence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRound:
+    """One round of a search: a database of levels, and the candidates made of them.
+
+    Attributes:
+        step: the share of a group's units between two levels.
+        database_bytes: bytes of the repaired weights of all levels.
+        evaluations: how many candidates were judged.
+        tokens: tokens that went through the whole model for it; half of the model counts half.
+        curve: the best candidate so far.
+    """
+
+    step: float
+    database_bytes: int
+    evaluations: int
+    tokens: int
+    curve: tuple[SearchPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedCut:
+    """A seed, or the winner of a round, cut as an ordinary run would on a part of the calibration.
+
+    Attributes:
+        fitness: KL(dense ‖ cut) on the samples that candidates were judged on.
+        held_out: the same on held-out samples.
+        lead: by how much the last winner's KL is lower on held-out samples.
+        lead_error: the standard error of the lead, over samples.
+        shares: group → the share of its units that is removed.
+    """
+
+    fitness: float
+    held_out: float
+    lead: float
+    lead_error: float
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFigures:
+    """What a search for the shares tried and found.
+
+    Attributes:
+        taken: the name of the cut whose shares were taken.
+        verdict: why, in a sentence.
+        cuts: the seeds by their names, and the winner of each round.
+        rounds: the rounds, in order.
+        prices: group → KL(dense ‖ dense model with this group alone at the share it has in the
+            last winner).
+        evaluations: how many candidates were judged in all rounds.
+        passes: the cost of judging them, in forward passes over the calibration set.
+        samples: database, fitness, held_out → how many calibration samples each had.
+    """
+
+    taken: str
+    verdict: str
+    cuts: Mapping[str, SearchedCut]
+    rounds: tuple[SearchRound, ...]
+    prices: Mapping[str, float]
+    evaluations: int
+    passes: float
+    samples: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyShares:
     """How the policy spread the ratio; beside it stands what the policy measured.
 
     Attributes:
         shares: group name → its share; only the proportions count.
+        search: what the policy tried, if it searched.
     """
 
     shares: Mapping[str, float]
+    search: SearchFigures | None = None
     notes: Mapping[str, object] = flat_field()
 
 

@@ -46,8 +46,9 @@ class Picture:
 
 
 def pictures(report: Report) -> dict[str, Picture]:
-    """Name → picture: layers, ratio, error, curve and tasks, as far as there are figures."""
-    drawn = (_layers(report), _ratio(report), _error(report), _curve(report), _tasks(report))
+    """Name → picture: layers, ratio, search, error, curve, tasks, as far as there are figures."""
+    makers = (_layers, _ratio, _search, _error, _curve, _tasks)
+    drawn = [make(report) for make in makers]
     return {picture.name: picture for picture in drawn if picture}
 
 
@@ -85,6 +86,20 @@ def _ratio(report: Report) -> Picture | None:
     spans = f": {', '.join(told)} removed." if told else "."
     label = f"Lines, the share of units {shares} in each layer{spans}"
     return Picture(name="ratio", label=label, draw=lambda: lines.draw_ratios(entries))
+
+
+def _search(report: Report) -> Picture | None:
+    """The best KL of each round over its evaluations."""
+    search = report.policy.search if report.policy else None
+    if search is None:
+        return None
+    told = [
+        f"round {number} from {words.decimal(part.curve[0].divergence)} to "
+        f"{words.decimal(part.curve[-1].divergence)}"
+        for number, part in enumerate(search.rounds, 1)
+    ]
+    label = f"Lines, the best candidate's KL to the dense model: {'; '.join(told)}."
+    return Picture(name="search", label=label, draw=lambda: lines.draw_search(search.rounds))
 
 
 def _error(report: Report) -> Picture | None:

@@ -48,6 +48,8 @@ def header(report: Report) -> Row:
 def rows(report: Report) -> list[Row]:
     """The rows of the summary: name, a cell for each model, the last model against the first."""
     models, width = report.models or (), len(header(report))
+    if not models:
+        return []  # nothing was measured: the shares were settled alone
     cells = [_row(report, name, values, style) for name, values, style in _list_figures(report)]
     for name, task in average_last(report).items():
         share = is_share(task, models)

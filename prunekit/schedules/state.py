@@ -77,8 +77,12 @@ class State:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def drop_if_empty(self) -> None:
-        """Remove the folder of a run that was broken off before its first group was finished."""
-        if not rank() and not any(self.folder.glob("*.safetensors")):
+        """Remove the folder of a run that was broken off before it had finished anything dear.
+
+        That is a group, or a part of a policy's search.
+        """
+        kept = [*self.folder.glob("*.safetensors"), *self.folder.glob("search-*.json")]
+        if not rank() and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

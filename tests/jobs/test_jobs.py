@@ -133,6 +133,27 @@ def test_evaluate_any_folder_beside_another(place, recovered):
     assert alone["perplexity"]["text.txt"]["model"] != before["dense"]
 
 
+def test_shares_are_searched_alone_and_taken_by_hand(place):
+    quick = ["rounds=1", "sweeps=1", "generations=1", "children=2", "seeds=[uniform]"]
+    search = ["policy=search", *(f"policy.{option}" for option in quick)]
+    options = ["model.path=dense", "ratio=0.3"]
+    report, printed = done("task=search", *options, *search, "output_dir=searched", cwd=place)
+    assert report["policy"]["search"]["taken"] in ("uniform", "round 1")
+    assert "shares.csv" in printed
+    assert not (place / "searched" / "model").exists()
+    assert "## Search" in (place / "searched" / "report.md").read_text()
+    by_hand, _ = done(
+        *options,
+        *("policy=manual", "policy.path=searched/shares.csv", "eval=none", "output_dir=manual"),
+        cwd=place,
+    )
+    assert by_hand["policy"]["shares"] == report["policy"]["shares"]
+    assert [row["mlp"] for row in by_hand["layers"]] == [row["mlp"] for row in report["layers"]]
+    finished = command_line(*SMALL, "task=search", "scope=global", "output_dir=no", cwd=place)
+    assert finished.returncode == 2
+    assert "task=search: expected scope=local" in finished.stderr
+
+
 def test_recover_later_and_keep_the_adapter(place, recovered):
     from peft import PeftModel
 

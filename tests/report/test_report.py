@@ -31,6 +31,43 @@ NASTY = (
 )
 
 
+def make_search(groups):
+    """The figures of a search of two rounds."""
+    cuts = {
+        name: {
+            "fitness": 0.2 - 0.01 * k,
+            "held_out": 0.21 - 0.01 * k,
+            "lead": 0.03 - 0.01 * k,
+            "lead_error": 0.002,
+            "shares": dict.fromkeys(groups, 0.1 * (k + 1)),
+        }
+        for k, name in enumerate(("uniform", "knapsack", "round 1", "round 2"))
+    }
+    rounds = [
+        {
+            "step": step,
+            "database_bytes": 3 * 2**20,
+            "evaluations": 180,
+            "tokens": 90_000,
+            "curve": [
+                {"evaluations": 20 * k, "divergence": 0.2 - step / 10 - 0.01 * k}
+                for k in range(1, 10)
+            ],
+        }
+        for step in (0.125, 0.0625)
+    ]
+    return {
+        "taken": "round 2",
+        "verdict": "the search's winner leads every seed",
+        "cuts": cuts,
+        "rounds": rounds,
+        "prices": dict.fromkeys(groups, 0.0125),
+        "evaluations": 360,
+        "passes": 11.0,
+        "samples": {"database": 80, "fitness": 32, "held_out": 16},
+    }
+
+
 def make(layers=6, recovered=True, kinds=("attention", "mlp")):
     """A whole report of made-up figures; `kinds` are cut in every layer."""
     models = ["dense", "pruned", "recovered"] if recovered else ["dense", "pruned"]
@@ -106,7 +143,8 @@ def make(layers=6, recovered=True, kinds=("attention", "mlp")):
         "policy": {
             "shares": {
                 f"model.layers.{i}.{kind}": 3 * wanted[i] for i in range(layers) for kind in kinds
-            }
+            },
+            "search": make_search([f"model.layers.{i}.{kind}" for i in range(2) for kind in kinds]),
         },
         "layers": [
             {"index": i}
@@ -291,6 +329,7 @@ DRAWN = {
     "layer_error": ("error",),
     "recovery": ("curve",),
     "tasks": ("tasks",),
+    "policy": ("search",),
 }
 
 
@@ -393,10 +432,10 @@ def colours_of(svg):
 
 def test_every_svg_is_xml_with_colours_that_adapt(report, page, tmp_path):
     inside = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(inside) == len(pictures(report)) == 5
+    assert len(inside) == len(pictures(report)) == 6
     write_pictures(pictures(report), tmp_path)
     files = [path.read_text() for path in sorted(tmp_path.glob("*.svg"))]
-    assert len(files) == 5
+    assert len(files) == 6
     for text, sheet in [*((svg, page) for svg in inside), *((file, file) for file in files)]:
         assert {"viewBox", "role", "aria-label"} <= ElementTree.fromstring(text).attrib.keys()
         dark = sheet[sheet.index("@media (prefers-color-scheme:dark){[") :]
@@ -520,6 +559,18 @@ def test_groups_outside_of_layers(many, layers):
         if table[0][0] == "layer"
     )
     assert [row[1] for row in table if row[0] == "–"] == names
+
+
+def test_a_search_is_shown_with_the_cuts_the_shares_and_the_rounds(report):
+    text = render_markdown(report)
+    assert "The search's winner leads every seed. 360 candidates were judged" in text
+    assert "samples: 80 (database), 32 (fitness), 16 (held out)" in text
+    tables = {table[0][0]: table for table in markdown_tables(text)[0]}
+    assert tables["cut"][-1] == ["round 2 (taken)", "0.1700", "0.1800", "0.0000 ± 0.0020"]
+    assert tables["group"][1] == [
+        *("model.layers.0.attention", "10.0%", "20.0%", "30.0%", "40.0%", "0.0125"),
+    ]
+    assert tables["round"][2][:4] == ["2", "6.25%", "3.00 MiB", "180"]
 
 
 def test_the_policy_s_curve_is_scaled_to_what_was_removed():

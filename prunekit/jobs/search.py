@@ -1,0 +1,54 @@
+"""`task=search`: settle the shares of all groups, as pruning would, and cut nothing."""
+
+from __future__ import annotations
+
+from prunekit.errors import ConfigError
+from prunekit.graph import trace
+from prunekit.graph.example import example_of
+from prunekit.jobs.job import Job, Outcome
+from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
+from prunekit.jobs.sources import base_of
+from prunekit.model.weights import check_finite
+from prunekit.pipeline import Tools, allocate, describe_policy
+from prunekit.report import Report
+from prunekit.report.pruning import count_units
+from prunekit.schedules.method import Method
+
+
+def run_search(job: Job) -> Outcome:
+    """Let the policy settle the shares; `shares.csv` is what `policy=manual` takes.
+
+    Raises:
+        ConfigError: groups that compete, so that shares don't settle how much each loses.
+    """
+    config = job.config
+    method = Method.build(config, job.inputs.backends)
+    if method.scope.ranking != "local":
+        raise ConfigError(
+            f"task=search: expected scope=local, got scope.ranking={method.scope.ranking}, where "
+            "scores settle how much each group loses"
+        )
+    with job.stages("load"):
+        subject = job.open(job.source)
+        windows = load_windows(config, subject)
+    check_finite(subject.model)
+    batches = make_calibration(job, subject, windows.ids)
+    with job.stages("trace"):
+        graph = trace(subject.model, example_of(batches[0]))
+    with job.stages("search"):
+        folders = folders_of(job)
+        state = folders.open_state(config, graph, batches)
+        tools = Tools.of(config, folders, state, job.stages.device)
+        allocation = allocate(subject.model, graph, config, method, batches, subject.stored, tools)
+    counts = allocation.assignment.budget.solve()
+    removed = {name: range(count) for name, count in counts.items()}
+    figures = Report(
+        method=config.method_name,
+        policy=describe_policy(allocation),
+        layers=count_units(allocation.groups, removed),
+        base=base_of(config),
+        calibration=describe_calibration(config, windows),
+    )
+    if windows.warning:
+        figures = figures.merge(Report(warnings=(windows.warning,)))
+    return Outcome(figures=figures)

@@ -1,0 +1,116 @@
+"""Where the candidates of one database are judged; nothing is judged twice.
+
+Several processes share the candidates: each judges its part, and all learn all results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prunekit.runtime.processes import gather_all, own_part
+from prunekit.search.database import Database
+from prunekit.search.fitness import Divergence, Judge, States
+from prunekit.search.levels import Candidate, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """A candidate, and its hidden states before every layer, which its children start from."""
+
+    candidate: Candidate
+    states: States
+
+
+@dataclass(kw_only=True)
+class Arena:
+    """Judges candidates.
+
+    Args:
+        space: the candidates.
+        database: what the groups hold at their levels.
+        judge: compares the model with the dense one.
+
+    Attributes:
+        evaluations: how many candidates were judged so far, on any number of tokens.
+    """
+
+    space: Space
+    database: Database
+    judge: Judge
+    _known: dict[Candidate, list[Divergence]] = field(default_factory=dict)
+
+    @property
+    def evaluations(self) -> int:
+        """How many candidates were judged so far, on any number of batches."""
+        return len(self._known)
+
+    def knows(self, candidate: Candidate) -> bool:
+        """Whether a candidate was judged already."""
+        return candidate in self._known
+
+    def measure(
+        self, candidates: Sequence[Candidate], batches: int, parents: Sequence[Parent] = ()
+    ) -> list[float]:
+        """KL(dense ‖ candidate) of each candidate on the first batches.
+
+        `parents`: for each candidate, or none at all, one that it is run from. Batches on which a
+        candidate was judged before are not run again.
+        """
+        missing = {
+            candidate: i
+            for i, candidate in enumerate(candidates)
+            if len(self._known.get(candidate, ())) < batches
+        }
+        own = {}
+        for candidate in own_part(list(missing)):
+            parent = parents[missing[candidate]] if parents else None
+            done = len(self._known.get(candidate, ()))
+            own[candidate] = self._run(candidate, range(done, batches), parent)
+        for part in gather_all(own):
+            for candidate, divergences in part.items():
+                self._known.setdefault(candidate, []).extend(divergences)
+        return [sum(self._known[c][:batches], Divergence.none()).mean for c in candidates]
+
+    def measure_at_limit(
+        self, candidates: Sequence[Candidate], batches: int, parents: Sequence[Parent] = ()
+    ) -> list[float]:
+        """As `measure`, brought to the cost of the limit: a candidate that saves less is no better.
+
+        The KL is taken to rise with the square of what is saved, which is exact for small cuts.
+        """
+        budget = self.space.budget
+        dense = budget.cost({})
+        values = []
+        for candidate, value in zip(
+            candidates, self.measure(candidates, batches, parents), strict=True
+        ):
+            saved = dense - self.space.cost(candidate)
+            scale = ((dense - budget.limit) / saved) ** 2 if saved > 0 else 1.0
+            values.append(value * scale)
+        return values
+
+    def raise_parent(self, candidate: Candidate, parent: Parent | None = None) -> Parent:
+        """Keep the hidden states of a candidate, run from another one's, for its children."""
+        self.database.place(self.space.counts(candidate))
+        first = self._first_changed(candidate, parent)
+        states = self.judge.trail(first, parent.states if parent else self.judge.states)
+        return Parent(candidate=candidate, states=states)
+
+    def _run(
+        self, candidate: Candidate, batches: Sequence[int], parent: Parent | None
+    ) -> list[Divergence]:
+        self.database.place(self.space.counts(candidate))
+        first = self._first_changed(candidate, parent)
+        states = parent.states if parent else self.judge.states
+        return [self.judge.measure(b, first, states) for b in batches]
+
+    def _first_changed(self, candidate: Candidate, parent: Parent | None) -> int:
+        """The first layer in which a candidate is not its parent, or not dense."""
+        before = parent.candidate if parent else (0,) * len(candidate)
+        layers = [
+            min(group.layer or 0 for group in slot.groups)
+            for slot, old, new in zip(self.space.slots, before, candidate, strict=True)
+            if old != new
+        ]
+        return min(layers, default=self.judge.layers - 1)

@@ -1,0 +1,162 @@
+"""The bench: a model, its levels and its judges, which all rounds of one search work with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunekit.allocation.budget import Budget
+from prunekit.allocation.slots import make_slots
+from prunekit.errors import ConfigError
+from prunekit.policies.base import Setting
+from prunekit.runtime.modes import evaluating
+from prunekit.schedules.base import Assignment
+from prunekit.schedules.choose import combine_scores
+from prunekit.search.arena import Arena
+from prunekit.search.build import Builder
+from prunekit.search.database import Database, lending
+from prunekit.search.fitness import Divergence, Judge
+from prunekit.search.levels import Candidate, Space, nearest_step, spread_levels
+from prunekit.search.samples import Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A cut of the model as an ordinary run would make it on the samples of the database.
+
+    Attributes:
+        counts: group → how many units it loses.
+        fitness: KL(dense ‖ cut model) on the samples that children are judged on.
+        held_out: the same on held-out samples.
+    """
+
+    counts: dict[str, int]
+    fitness: float
+    held_out: Divergence
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as a JSON object."""
+        sums, counts = self.held_out.sums.tolist(), self.held_out.counts.tolist()
+        return {"counts": self.counts, "fitness": self.fitness, "held_out": [sums, counts]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Checked:
+        """What `to_json` wrote."""
+        sums, counts = (torch.tensor(part, dtype=torch.float64) for part in content["held_out"])
+        divergence = Divergence(sums=sums, counts=counts)
+        return cls(counts=dict(content["counts"]), fitness=content["fitness"], held_out=divergence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rounds of a search work with.
+
+    Attributes:
+        setting: what the policy looks at.
+        budget: the slots of all groups, the cost and its limit.
+        builder: makes levels as the run's schedule would.
+        database: the levels of the present round.
+        judge: judges on the samples of the fitness.
+        checker: judges on held-out samples.
+    """
+
+    setting: Setting
+    budget: Budget
+    builder: Builder
+    database: Database
+    judge: Judge
+    checker: Judge
+
+    @classmethod
+    @contextmanager
+    def open(cls, setting: Setting, samples: Samples) -> Iterator[Bench]:
+        """A bench for a `with` block; afterwards the model is as it was."""
+        model, groups = setting.model, setting.groups
+        store = setting.open_store("search")
+        try:
+            with lending(model, groups), evaluating(model):
+                yield cls(
+                    setting=setting,
+                    budget=make_budget(setting, dict.fromkeys((g.name for g in groups), 1.0)),
+                    builder=make_builder(setting, samples),
+                    database=Database(model, groups, store),
+                    judge=Judge(model, groups, samples.fitness, store),
+                    checker=Judge(model, groups, samples.held_out, store),
+                )
+        finally:
+            store.close()
+
+    def check(self, counts: Mapping[str, int]) -> Checked:
+        """Cut the model by these counts, as an ordinary run would, and judge it; undo the cut."""
+        self.database.place({})
+        self.builder.cut(self.database, counts)
+        fitness = [self.judge.measure(b) for b in range(len(self.judge.batches))]
+        held_out = [self.checker.measure(b) for b in range(len(self.checker.batches))]
+        self.database.reset_all()
+        return Checked(
+            counts=dict(counts),
+            fitness=sum(fitness, Divergence.none()).mean,
+            held_out=sum(held_out, Divergence.none()),
+        )
+
+    def open_round(self, counts: Mapping[str, int], step: float, reach: float) -> Arena:
+        """Fill the database with levels around these counts; the arena of its candidates."""
+        centres = self.steps_of(counts)
+        levels = tuple(
+            spread_levels(slot, step, centre, reach)
+            for slot, centre in zip(self.budget.slots, centres, strict=True)
+        )
+        space = Space(budget=self.budget, levels=levels)
+        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres))
+        return Arena(space=space, database=self.database, judge=self.judge)
+
+    def steps_of(self, counts: Mapping[str, int]) -> Candidate:
+        """The step of each slot at these counts."""
+        return tuple(
+            nearest_step(slot, counts.get(slot.name, 0) / slot.factors[slot.name])
+            for slot in self.budget.slots
+        )
+
+
+def make_budget(setting: Setting, shares: Mapping[str, float]) -> Budget:
+    """The budget of the run, with these shares."""
+    return Budget(
+        slots=make_slots(setting.scope, setting.groups, shares, setting.demands),
+        cost=setting.cost,
+        limit=setting.limit,
+    )
+
+
+def make_builder(setting: Setting, samples: Samples) -> Builder:
+    """The builder of levels; units that are not chosen layer by layer are scored now."""
+    assignment = Assignment(
+        model=setting.model,
+        graph=setting.graph,
+        groups=setting.groups,
+        budget=make_budget(setting, dict.fromkeys((g.name for g in setting.groups), 1.0)),
+        batches=samples.database,
+        importance=setting.importance,
+        compensation=setting.compensation,
+        protected=setting.protected,
+    )
+    orders = None
+    if not setting.layerwise or setting.importance.by_layer is None:
+        orders = _order_units(assignment)
+    return Builder(assignment=assignment, damping=setting.damping, orders=orders)
+
+
+def _order_units(assignment: Assignment) -> dict[str, list[int]]:
+    """Group → its units, the first to go first, by scores of the dense model."""
+    importance = assignment.importance.at_once
+    if importance is None:
+        name = assignment.importance.name
+        raise ConfigError(f"importance={name} works layer by layer: use schedule=layerwise")
+    structures = importance.structures(
+        assignment.model, assignment.graph, assignment.groups, assignment.batches
+    )
+    scores = combine_scores(assignment, importance, structures, {})
+    return {name: values.argsort(stable=True).tolist() for name, values in scores.items()}

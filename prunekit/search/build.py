@@ -1,0 +1,111 @@
+"""Build a database, and cut a model exactly: one layer-wise walk each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prunekit.calibration.observe import Site
+from prunekit.graph import Group
+from prunekit.importance.base import LayerImportance
+from prunekit.obs.inverse import Problem
+from prunekit.runtime.console import say, track
+from prunekit.schedules.base import Assignment
+from prunekit.schedules.repair import cut_groups, prepare_sites, repair_site, walk_through
+from prunekit.search.database import Database
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builder:
+    """Makes levels as the run's own schedule would make them.
+
+    Attributes:
+        assignment: the model, its groups, and the batches that the levels are repaired on.
+        damping: of the run's schedule.
+        orders: group → its units, the first to go first, where they are scored beforehand; None
+            where an importance chooses them layer by layer.
+    """
+
+    assignment: Assignment
+    damping: float
+    orders: Mapping[str, list[int]] | None
+
+    @property
+    def walks(self) -> bool:
+        """Whether levels take a walk; without one they are masks of units scored beforehand."""
+        return self.orders is None or self.assignment.compensation is not None
+
+    def cut(self, database: Database, counts: Mapping[str, int]) -> None:
+        """Cut the groups by these counts, as an ordinary run would: weights change, no shapes.
+
+        The database's levels are lost where they are masks.
+        """
+        if not self.walks:
+            self.fill(database, {name: [count] for name, count in counts.items()}, counts)
+        elif self.orders is None:
+            cut_groups(self.assignment, self.damping, counts=counts)
+        else:
+            chosen = {name: self.orders[name][:count] for name, count in counts.items()}
+            cut_groups(self.assignment, self.damping, chosen=chosen)
+
+    def fill(
+        self,
+        database: Database,
+        levels: Mapping[str, Sequence[int]],
+        expected: Mapping[str, int],
+    ) -> None:
+        """Fill a database; afterwards the model holds the expected levels.
+
+        Args:
+            database: it is cleared first.
+            levels: group → the numbers of units that are gone at its levels.
+            expected: group → the one of these numbers that later groups expect to be gone.
+        """
+        database.clear()
+        if not self.walks:
+            assert self.orders is not None
+            for name, counts in levels.items():
+                for count in counts:
+                    database.note_mask(name, self.orders[name][:count])
+            database.place(expected)
+            return
+        groups = [g for g in self.assignment.groups if any(levels.get(g.name, ()))]
+        walk = walk_through(self.assignment, groups)
+        for group, sites in track(walk, "levels of all groups", len(groups)):
+            self._fill_group(database, group, sites, sorted(set(levels[group.name]) - {0}))
+            database.place({**database.placed, group.name: expected.get(group.name, 0)})
+        say(f"levels of {len(groups)} groups: {database.nbytes:,} bytes")
+
+    def _fill_group(
+        self, database: Database, group: Group, sites: Sequence[Site], counts: Sequence[int]
+    ) -> None:
+        compensation = self.assignment.compensation
+        chooser = self.assignment.importance.by_layer if self.orders is None else None
+        inverted = chooser is not None or (compensation is not None and compensation.needs_inverse)
+        work = prepare_sites(group, sites, compensation, self.damping, inverted=inverted)
+        if chooser is not None:
+            problems = [part.pose_problem() for part in work]
+            choices = choose_levels(chooser, problems, counts)
+            del problems
+        else:
+            assert self.orders is not None
+            choices = [self.orders[group.name][:count] for count in counts]
+        for units in choices:
+            if compensation is None:
+                database.note_mask(group.name, units)
+                continue
+            database.reset(group.name)
+            for part in work:
+                repair_site(part, compensation, units)
+            database.note(group.name, units)
+        database.reset(group.name)
+
+
+def choose_levels(
+    chooser: LayerImportance, problems: Sequence[Problem], counts: Sequence[int]
+) -> list[list[int]]:
+    """The units that go at each of these rising counts."""
+    if not chooser.nested:
+        return [chooser.choose(problems, count) for count in counts]
+    order = chooser.choose(problems, counts[-1])
+    return [order[:count] for count in counts]

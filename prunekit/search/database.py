@@ -1,0 +1,169 @@
+"""The database: what the consumers of every group hold at each of its levels.
+
+One layer-wise walk makes it. Units are chosen once for the highest level of a group; what goes
+first goes at every level, so that one pass of the greedy choice serves all levels. The walk goes on
+with the level that is expected there, because later levels must fit the inputs that it gives.
+Without a compensation a level is a mask, and no weights are kept for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration.consumers import Consumer, find_consumers
+from prunekit.calibration.store import Kept, Store
+from prunekit.graph import Group
+from prunekit.surgery.snapshot import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What one consumer holds at a level: its columns [d, kept] that stay, and its bias [d]."""
+
+    weight: Kept
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A group at one of its levels: the units that are gone, and what its consumers hold.
+
+    `contents` has an entry for each consumer, or none at all where the level is a mask.
+    """
+
+    units: list[int]
+    contents: list[Content]
+
+
+@contextmanager
+def lending(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+    """Let the consumers of groups change in a `with` block; afterwards they are what they were."""
+    snapshot = Snapshot(model, everything=False, copies=True)
+    snapshot.keep(groups)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+class Database:
+    """The levels of all groups, and the ones that the model holds at present.
+
+    Args:
+        model: the dense model, whose consumers are about to change.
+        groups: the groups that are cut.
+        store: keeps the weights.
+
+    Attributes:
+        placed: group → units removed from it in the model as it is by now.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], store: Store) -> None:
+        self.store = store
+        self.placed = {group.name: 0 for group in groups}
+        self._consumers = {group.name: find_consumers(model, group) for group in groups}
+        self._dense = {
+            name: [(_copy_weight(consumer), _copy_bias(consumer)) for consumer in consumers]
+            for name, consumers in self._consumers.items()
+        }
+        self._levels: dict[str, dict[int, Level]] = {name: {} for name in self._consumers}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are kept."""
+        return sum(content.weight.nbytes for content in self._contents())
+
+    def units(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
+        """Group → the units that are gone at these levels."""
+        return {n: list(self._levels[n][count].units) for n, count in counts.items() if count}
+
+    def place(self, counts: Mapping[str, int]) -> None:
+        """Give every group the level at which so many units are gone; other groups are dense."""
+        for name, placed in self.placed.items():
+            if (count := counts.get(name, 0)) != placed:
+                self._place(name, count)
+
+    def _place(self, name: str, count: int) -> None:
+        self.placed[name] = count
+        self.reset(name)
+        if count == 0:
+            return
+        level = self._levels[name][count]
+        for i, consumer in enumerate(self._consumers[name]):
+            weight, columns = self._dense[name][i][0], _columns(consumer, level.units)
+            if not level.contents:
+                consumer.store(weight.index_fill(1, columns, 0))
+                continue
+            content = level.contents[i]
+            kept = _others(columns, weight.shape[1])
+            own = content.weight.get().to(weight)
+            consumer.store(torch.zeros_like(weight).index_copy_(1, kept, own))
+            if content.bias is not None:
+                consumer.set_bias(content.bias)
+
+    def reset(self, name: str) -> None:
+        """Give the consumers of a group their dense weights; a bias that was none is zero."""
+        for consumer, (weight, bias) in zip(self._consumers[name], self._dense[name], strict=True):
+            consumer.store(weight)
+            if bias is not None:
+                consumer.set_bias(bias)
+            elif consumer.bias is not None:
+                consumer.bias.data.zero_()
+
+    def reset_all(self) -> None:
+        """Give all consumers their dense weights, whatever they hold at present."""
+        for name in self.placed:
+            self._place(name, 0)
+
+    def note_mask(self, name: str, units: Sequence[int]) -> None:
+        """Add a level of which only the units that are gone need be known."""
+        self._levels[name][len(units)] = Level(units=list(units), contents=[])
+
+    def note(self, name: str, units: Sequence[int]) -> None:
+        """Add the level that the consumers of a group hold at present."""
+        contents = []
+        for consumer in self._consumers[name]:
+            weight = _copy_weight(consumer)
+            kept = _others(_columns(consumer, units), weight.shape[1])
+            columns = self.store.put(weight.index_select(1, kept), copy=False)
+            contents.append(Content(weight=columns, bias=_copy_bias(consumer)))
+        self._levels[name][len(units)] = Level(units=list(units), contents=contents)
+
+    def clear(self) -> None:
+        """Let go of all levels; the consumers are dense again."""
+        self.place({})
+        for content in self._contents():
+            content.weight.free()
+        self._levels = {name: {} for name in self._levels}
+
+    def _contents(self) -> Iterator[Content]:
+        for levels in self._levels.values():
+            for level in levels.values():
+                yield from level.contents
+
+
+def _copy_weight(consumer: Consumer) -> Tensor:
+    """W [d, n] of a consumer, in the dtype that it is stored in."""
+    return consumer.weight().to(consumer.parameter.dtype)
+
+
+def _copy_bias(consumer: Consumer) -> Tensor | None:
+    return None if consumer.bias is None else consumer.bias.detach().clone()
+
+
+def _columns(consumer: Consumer, units: Sequence[int]) -> Tensor:
+    """The columns [k] of a consumer that these units own."""
+    index = consumer.member.index[torch.tensor(units, dtype=torch.long)]
+    return index.flatten().to(consumer.parameter.device)
+
+
+def _others(columns: Tensor, size: int) -> Tensor:
+    """The columns [size − k] that are not among these [k]."""
+    stays = torch.ones(size, dtype=torch.bool, device=columns.device)
+    stays[columns] = False
+    return stays.nonzero()[:, 0]

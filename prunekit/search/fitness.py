@@ -1,0 +1,207 @@
+"""Fitness: KL(dense ‖ model) of the next token, over the whole vocabulary, mean over positions.
+
+Where the layers can be run one by one, a model that differs from another from one layer on is run
+from there only, on the hidden states that the other has before this layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration.calls import Recording, record_calls
+from prunekit.calibration.hooks import replacing, return_always
+from prunekit.calibration.store import Kept, Store
+from prunekit.calibration.walk import number_batches
+from prunekit.data.batches import Batch, copy_batch, count_positions, padding_mask
+from prunekit.errors import ConfigError
+from prunekit.graph import Group
+from prunekit.model.stack import stacks_around
+
+CHUNK = 2048  # tokens of logits in float32 at once, at most
+_CHUNK_ELEMENTS = 1 << 22  # elements of a temporary tensor that stays in the cache of a processor
+_KEPT_BYTES = 1 << 30  # of the dense model's probabilities; beyond, they are computed each time
+
+States = list[list[Tensor]]  # [layer][batch], the hidden states before each layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """The sum of KL(dense ‖ model) over the positions of each sample, and how many they are.
+
+    Both are float64 [samples], on the CPU.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    def none(cls) -> Divergence:
+        """The divergence of no sample."""
+        return cls(sums=torch.zeros(0).double(), counts=torch.zeros(0).double())
+
+    @property
+    def mean(self) -> float:
+        """The mean over all positions."""
+        return float(self.sums.sum() / self.counts.sum())
+
+    @property
+    def means(self) -> Tensor:
+        """The mean of each sample [samples]."""
+        return self.sums / self.counts.clamp_min(1)
+
+    def __add__(self, other: Divergence) -> Divergence:
+        """The divergences of both sets of samples."""
+        return Divergence(
+            sums=torch.cat([self.sums, other.sums]), counts=torch.cat([self.counts, other.counts])
+        )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the dense model says about one batch: probabilities [N, V], or its last states."""
+
+    probabilities: Kept | None
+    last: Any
+    entropy: Tensor
+
+
+class Judge:
+    """Compares a model, as it is by now, with the dense one that it was at first.
+
+    Attributes:
+        layers: how many layers the model has.
+        states: the dense model's hidden states before every layer.
+        tokens_run: tokens that went through the whole model so far; through half of it, half.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], store: Store
+    ) -> None:
+        self.model, self.batches, self.store = model, batches, store
+        self.tokens_run = 0.0
+        self._stack, self._recording = _record(model, groups, batches, store)
+        self.layers = len(self._stack)
+        hidden = [kept.get(copy=True) for kept in self._recording.hidden]
+        self._recording.free()
+        self.states = self.trail(0, [hidden])
+        self._references = [self._refer(b) for b in range(len(batches))]
+
+    def tokens(self, batch: int) -> int:
+        """How many positions a batch has."""
+        rows, length = count_positions(self.batches[batch])
+        return rows * length
+
+    def measure(self, batch: int, first: int = 0, states: States | None = None) -> Divergence:
+        """KL(dense ‖ model) on a batch, run from the layer `first` on the `states` before it."""
+        hidden = (states or self.states)[first][batch].clone()
+        return self._compare(batch, self._run(batch, first, hidden))
+
+    def trail(self, first: int, states: States) -> States:
+        """The model's hidden states before every layer; those up to `first` are the other's."""
+        trail: States = [*states[: first + 1], *([] for _ in range(first + 1, self.layers))]
+        for b in range(len(self.batches)):
+            self._run(b, first, states[first][b].clone(), trail)
+        return trail
+
+    @torch.no_grad()
+    def _run(self, batch: int, first: int, hidden: Tensor, trail: States | None = None) -> Any:
+        """Run the layers from `first` on; the output of the last one.
+
+        With a `trail`, the states before each layer behind the first are added to it, and the last
+        layer need not run.
+        """
+        calls, output = self._recording.calls[batch], None
+        for i in range(first, self.layers):
+            if trail is not None and i > first:
+                trail[i].append(hidden.clone())
+            if trail is not None and i == self.layers - 1:
+                break
+            output = calls[i].make(self._stack[i], hidden)
+            hidden = output if isinstance(output, Tensor) else output[0]
+        self.tokens_run += (self.layers - first) / self.layers * self.tokens(batch)
+        return output
+
+    @torch.no_grad()
+    def _logits(self, batch: int, last: Any) -> Tensor:
+        """Logits [B, T, V] behind the output of the last layer."""
+        with ExitStack() as stack:
+            for layer in self._stack:
+                stack.enter_context(replacing(layer, partial(return_always, last)))
+            outputs = self.model(**copy_batch(self.batches[batch]))
+        return outputs.logits
+
+    def _refer(self, batch: int) -> _Reference:
+        last = self._run(batch, self.layers - 1, self.states[-1][batch].clone())
+        logits = self._logits(batch, last)
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            raise ConfigError("policy=search: expected a language model, which returns logits")
+        flat = logits.flatten(0, 1)
+        keeps = len(self.batches) * flat.numel() * 4 <= _KEPT_BYTES
+        entropies, parts = [], []
+        for chunk in flat.split(_chunk(flat)):
+            logs = torch.log_softmax(_widen(chunk), -1)
+            probabilities = logs.exp()
+            entropies.append(-(probabilities * logs).sum(-1))
+            if keeps:
+                parts.append(probabilities)
+        kept = self.store.put(torch.cat(parts), copy=False) if keeps else None
+        return _Reference(kept, None if keeps else last, torch.cat(entropies))
+
+    def _compare(self, batch: int, last: Any) -> Divergence:
+        reference = self._references[batch]
+        logits = self._logits(batch, last).flatten(0, 1)
+        if reference.probabilities is not None:
+            wanted = reference.probabilities.get()
+        else:
+            wanted = self._logits(batch, reference.last).flatten(0, 1)
+        values = []
+        size = _chunk(logits)
+        for own, dense in zip(logits.split(size), wanted.split(size), strict=True):
+            if reference.probabilities is None:
+                dense = torch.softmax(_widen(dense), -1)
+            own = _widen(own)
+            values.append(torch.logsumexp(own, -1) - (dense * own).sum(-1))
+        divergences = torch.cat(values) - reference.entropy
+        return _by_sample(divergences, self.batches[batch])
+
+
+def _record(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], store: Store
+) -> tuple[nn.ModuleList, Recording]:
+    paths = stacks_around(model, [group.module for group in groups])
+    path = next(iter(paths), None)
+    layers = model.get_submodule(path) if path is not None and len(paths) == 1 else None
+    recording = None
+    if isinstance(layers, nn.ModuleList):
+        recording = record_calls(model, layers, number_batches(batches), store)
+    if recording is None:
+        raise ConfigError(
+            "policy=search: expected groups in one list of layers, which can be run one by one"
+        )
+    assert isinstance(layers, nn.ModuleList)
+    return layers, recording
+
+
+def _chunk(logits: Tensor) -> int:
+    """Rows of logits [N, V] that are computed on at once."""
+    return max(min(CHUNK, _CHUNK_ELEMENTS // logits.shape[-1]), 1)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _by_sample(divergences: Tensor, batch: Batch) -> Divergence:
+    rows, length = count_positions(batch)
+    values, mask = divergences.view(rows, length).double(), padding_mask(batch)
+    if mask is not None:
+        values = values.masked_fill(~mask.to(values.device), 0)
+    counts = mask.sum(1) if mask is not None else torch.full((rows,), length)
+    return Divergence(sums=values.sum(1).cpu(), counts=counts.double().cpu())

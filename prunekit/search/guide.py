@@ -1,0 +1,112 @@
+"""Guided steps: every slot is moved by one level alone, then the best moves are made together.
+
+Two evaluations a slot tell what each move changes in KL and in cost. The moves that win most KL for
+the cost that they give back are made, and the cheapest moves that save as much cost. How many of
+them are right at once is tried: their prices add up only nearby.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunekit.report.parts import SearchPoint
+from prunekit.search.arena import Arena, Parent
+from prunekit.search.evolution import fit
+from prunekit.search.levels import Candidate, Space
+
+_TOGETHER = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)  # how many moves back are tried at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """One slot by one level.
+
+    Attributes:
+        slot: the slot.
+        levels: 1 where more goes, −1 where some comes back.
+        price: the KL that is paid for a saved unit of cost, or won by giving it back.
+    """
+
+    slot: int
+    levels: int
+    price: float
+
+
+def climb(
+    arena: Arena, start: Candidate, batches: tuple[int, int], sweeps: int, rng: random.Random
+) -> tuple[Parent, list[SearchPoint]]:
+    """Take guided steps while they help, at most `sweeps` of them; `batches` probe and judge."""
+    probed, judged = batches
+    parent = arena.raise_parent(start)
+    best = arena.measure_at_limit([start], judged)[0]
+    curve = [SearchPoint(evaluations=arena.evaluations, divergence=best)]
+    for _ in range(sweeps):
+        children = combine(arena.space, parent.candidate, probe(arena, parent, probed), rng)
+        values = arena.measure_at_limit(children, judged, [parent] * len(children))
+        curve.append(SearchPoint(evaluations=arena.evaluations, divergence=min([best, *values])))
+        if not values or min(values) >= best:
+            break
+        best = min(values)
+        parent = arena.raise_parent(children[values.index(best)], parent)
+    return parent, curve
+
+
+def probe(arena: Arena, parent: Parent, batches: int) -> list[Move]:
+    """The moves of all slots by one level, with their prices at the parent."""
+    space, own = arena.space, parent.candidate
+    cost = space.cost(own)
+    places = [(slot, levels) for slot in range(len(own)) for levels in (-1, 1)]
+    moved = {place: space.move(own, *place) for place in places}
+    known = {
+        place: after
+        for place, after in moved.items()
+        if after is not None and space.cost(after) != cost
+    }
+    before = arena.measure([own], batches)[0]
+    values = arena.measure(list(known.values()), batches, [parent] * len(known))
+    return [
+        Move(slot=slot, levels=levels, price=(value - before) / (cost - space.cost(after)))
+        for ((slot, levels), after), value in zip(known.items(), values, strict=True)
+    ]
+
+
+def combine(
+    space: Space, own: Candidate, moves: Sequence[Move], rng: random.Random
+) -> list[Candidate]:
+    """Children that make 1, 2, 3, 5 … of the best moves back, while these promise to win.
+
+    A slot moves once. Moves that save cost are taken while they are cheaper than the move back.
+    """
+    back = sorted((m for m in moves if m.levels < 0), key=lambda m: -m.price)
+    saving = sorted((m for m in moves if m.levels > 0), key=lambda m: m.price)
+    child, used, made = own, set[int](), 0
+    children: list[Candidate] = []
+    for move in back:
+        if move.slot in used:
+            continue
+        cheaper = [
+            m for m in saving if m.slot not in used and m.slot != move.slot and m.price < move.price
+        ]
+        if not cheaper:
+            break
+        child = _make(space, child, move, used)
+        for other in cheaper:
+            if space.cost(child) - space.budget.limit <= space.tolerance:
+                break
+            child = _make(space, child, other, used)
+        made += 1
+        if made in _TOGETHER:
+            children.append(fit(space, child, used, rng))
+    if made:
+        children.append(fit(space, child, used, rng))
+    return [c for c in dict.fromkeys(children) if c != own]
+
+
+def _make(space: Space, child: Candidate, move: Move, used: set[int]) -> Candidate:
+    """Make a move, and note that its slot is used."""
+    used.add(move.slot)
+    after = space.move(child, move.slot, move.levels)
+    assert after is not None
+    return after

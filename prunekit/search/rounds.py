@@ -1,0 +1,134 @@
+"""A round: a database of levels around the best cut so far, guided steps, then evolution."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunekit.report.parts import SearchPoint, SearchRound
+from prunekit.report.plain import from_plain, to_plain
+from prunekit.runtime.console import say
+from prunekit.search.arena import Arena
+from prunekit.search.bench import Bench, Checked
+from prunekit.search.evolution import Stage, evolve, fit
+from prunekit.search.guide import climb
+from prunekit.search.levels import Candidate
+from prunekit.search.seeds import pack, price_levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much a round does; `Search` says what each number means."""
+
+    sweeps: int
+    generations: int
+    children: int
+    stages: Sequence[Stage]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of a round.
+
+    Attributes:
+        winner: the best candidate, cut as an ordinary run would.
+        packed: the knapsack seed, cut so; None where it was not asked for.
+        prices: slot → the KL of replacing it alone by its level in the winner.
+        figures: what the round did.
+    """
+
+    winner: Checked
+    packed: Checked | None
+    prices: dict[str, float]
+    figures: SearchRound
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            "winner": self.winner.to_json(),
+            "packed": self.packed and self.packed.to_json(),
+            "prices": self.prices,
+            "figures": to_plain(self.figures),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Result:
+        """What `to_json` wrote."""
+        return cls(
+            winner=Checked.from_json(content["winner"]),
+            packed=Checked.from_json(content["packed"]) if content["packed"] else None,
+            prices=dict(content["prices"]),
+            figures=from_plain(SearchRound, content["figures"], "search"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a round begins with.
+
+    Attributes:
+        centre: group → units removed, in the cut that the database is built around.
+        others: more cuts to begin with.
+        step: the share of a group's units between two levels.
+        reach: how far from the centre levels may be, as a share of a group's units.
+        packs: the knapsack seed is made of this round's levels.
+    """
+
+    centre: Mapping[str, int]
+    others: Sequence[Mapping[str, int]]
+    step: float
+    reach: float
+    packs: bool
+
+
+def run_round(bench: Bench, start: Start, effort: Effort, rng: random.Random) -> Result:
+    """Build the database, climb from the best start, evolve, and cut the winner exactly."""
+    before = bench.judge.tokens_run
+    arena = bench.open_round(start.centre, start.step, start.reach)
+    space, few, many = arena.space, effort.stages[0].batches, effort.stages[-1].batches
+    starts = [bench.steps_of(start.centre)]
+    starts += [fit(space, space.nearest(counts), set(), rng) for counts in start.others]
+    packed = None
+    if start.packs:
+        packed = fit(space, pack(space, price_levels(arena, few)), set(), rng)
+        starts.append(packed)
+    values = arena.measure_at_limit(starts, many)
+    best = starts[values.index(min(values))]
+    parent, curve = climb(arena, best, (few, many), effort.sweeps, rng)
+    winner, more = evolve(arena, parent, effort.stages, effort.children, effort.generations, rng)
+    curve += more
+    prices = _price_alone(arena, winner, few)
+    figures = SearchRound(
+        step=start.step,
+        database_bytes=bench.database.nbytes,
+        evaluations=arena.evaluations,
+        tokens=round(bench.judge.tokens_run - before),
+        curve=tuple(curve),
+    )
+    _tell(curve)
+    return Result(
+        winner=bench.check(space.counts(winner)),
+        packed=None if packed is None else bench.check(space.counts(packed)),
+        prices=prices,
+        figures=figures,
+    )
+
+
+def _price_alone(arena: Arena, winner: Candidate, batches: int) -> dict[str, float]:
+    """Slot → the KL of the dense model with the slot alone at its level in the winner."""
+    dense = (0,) * len(winner)
+    cut = [i for i, step in enumerate(winner) if step]
+    alone = [(*dense[:i], winner[i], *dense[i + 1 :]) for i in cut]
+    prices = dict(zip(cut, arena.measure(alone, batches), strict=True))
+    return {slot.name: prices.get(i, 0.0) for i, slot in enumerate(arena.space.slots)}
+
+
+def _tell(curve: Sequence[SearchPoint]) -> None:
+    """Say what a round came to."""
+    first, last = curve[0], curve[-1]
+    say(
+        f"{last.evaluations} candidates judged: KL to the dense model {first.divergence:.4f} → "
+        f"{last.divergence:.4f}"
+    )

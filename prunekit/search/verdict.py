@@ -1,0 +1,77 @@
+"""Which cut is taken: the search's winner must beat every seed on held-out samples beyond doubt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from prunekit.data.batches import count_positions
+from prunekit.policies.base import Setting
+from prunekit.report.parts import SearchedCut, SearchFigures
+from prunekit.search.bench import Checked
+from prunekit.search.rounds import Result
+from prunekit.search.samples import Samples
+
+_ERRORS = 2.0  # standard errors of the paired differences that the winner must lead every seed by
+
+
+def judge_cuts(seeds: Mapping[str, Checked], winner: Checked) -> tuple[str, str]:
+    """The name of the cut that is taken ("winner", or a seed's), and why, in a sentence."""
+    for name, seed in seeds.items():
+        lead, error = lead_over(winner, seed)
+        if not lead > _ERRORS * error:
+            best = min(seeds, key=lambda other: seeds[other].held_out.mean)
+            return best, (
+                f"the search's winner is not better than {name} beyond doubt: it leads by "
+                f"{lead:.4f} ± {error:.4f} on held-out samples; the best seed is taken, {best}"
+            )
+    return "winner", (
+        f"the search's winner leads every seed by more than {_ERRORS:g} standard errors on "
+        "held-out samples; it is taken"
+    )
+
+
+def lead_over(winner: Checked, other: Checked) -> tuple[float, float]:
+    """By how much the winner's KL is lower on held-out samples, and the standard error of that."""
+    differences = other.held_out.means - winner.held_out.means
+    if len(differences) < 2:
+        return float(differences.mean()), math.inf
+    return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
+
+
+def describe_search(
+    setting: Setting,
+    samples: Samples,
+    seeds: Mapping[str, Checked],
+    results: Sequence[Result],
+    decision: tuple[str, str],
+) -> SearchFigures:
+    """What the report says of the search; `decision` is the cut that is taken, and why."""
+    winner = results[-1].winner
+    named = {**seeds, **{f"round {i}": r.winner for i, r in enumerate(results, 1)}}
+    taken, verdict = decision
+    tokens = sum(math.prod(count_positions(batch)) for batch in setting.batches)
+    sizes = {group.name: group.num_units for group in setting.groups}
+    cuts = {}
+    for name, cut in named.items():
+        lead, error = lead_over(winner, cut)
+        cuts[name] = SearchedCut(
+            fitness=cut.fitness,
+            held_out=cut.held_out.mean,
+            lead=lead,
+            lead_error=error if math.isfinite(error) else 0.0,
+            shares={group: cut.counts.get(group, 0) / size for group, size in sizes.items()},
+        )
+    parts = {"database": samples.database, "fitness": samples.fitness, "held_out": samples.held_out}
+    return SearchFigures(
+        taken=f"round {len(results)}" if taken == "winner" else taken,
+        verdict=verdict,
+        cuts=cuts,
+        rounds=tuple(result.figures for result in results),
+        prices=results[-1].prices,
+        evaluations=sum(result.figures.evaluations for result in results),
+        passes=sum(result.figures.tokens for result in results) / tokens,
+        samples={
+            name: sum(count_positions(batch)[0] for batch in part) for name, part in parts.items()
+        },
+    )

@@ -1,0 +1,288 @@
+"""The policy as a whole: against every candidate, repeated, resumed, in several processes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import example, tiny_llama, token_ids
+
+import prunekit
+from prunekit.allocation.costs.weights import weights_cost
+from prunekit.compensation import Obs as Repair
+from prunekit.errors import ConfigError, DataError
+from prunekit.graph import trace
+from prunekit.importance import Magnitude, Obs
+from prunekit.policies import Setting, Uniform
+from prunekit.search import Search
+from prunekit.search.arena import Arena
+from prunekit.search.bench import Bench, Checked, make_budget
+from prunekit.search.evolution import Stage
+from prunekit.search.fitness import Divergence
+from prunekit.search.rounds import Effort, Start, run_round
+from prunekit.search.samples import split_samples
+from prunekit.search.verdict import judge_cuts, lead_over
+
+QUICK = {"tokens": (64, 128), "survivors": (2, 1), "children": 4, "generations": 2, "sweeps": 2}
+OPTIONS = [
+    "policy.tokens=[64,128]",
+    "policy.survivors=[2,1]",
+    "policy.children=4",
+    "policy.generations=2",
+    "policy.sweeps=2",
+]
+
+
+def make_setting(importance=None, compensation=None, samples=24, layers=2, removed=None):
+    """A model of which a fifth must go, or as much as goes with so many channels of its FFNs."""
+    model = tiny_llama(kv_heads=2, layers=layers)
+    graph = trace(model, example())
+    kinds = ("attention", "mlp") if removed is None else ("mlp",)
+    groups = [group for group in graph.groups if group.kind in kinds]
+    cost = weights_cost(graph)
+    limit = cost({}) * 0.8 if removed is None else cost({groups[0].name: removed})
+    ids = token_ids(samples, 16)
+    return Setting(
+        model=model,
+        graph=graph,
+        groups=groups,
+        batches=[{"input_ids": part, "use_cache": False} for part in ids.split(6)],
+        importance=importance or Obs(),
+        cost=cost,
+        limit=limit,
+        compensation=compensation,
+        layerwise=True,
+        damping=0.01,
+    )
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", [(Obs(), Repair()), (Obs(), None)])
+def test_a_round_finds_the_best_of_all_candidates(method):
+    """Of all ways to take 40 of 4 · 40 channels by tens; all cost the same."""
+    setting = make_setting(*method, layers=4, removed=40)
+    samples = split_samples(setting.batches, 0.25, 0.25, 32)
+    with Bench.open(setting, samples) as bench:
+        seed = make_budget(setting, Uniform().group_shares(setting)).solve()
+        batches = len(bench.judge.batches)
+        effort = Effort(
+            sweeps=3,
+            generations=6,
+            children=8,
+            stages=[Stage(batches=1, survivors=6), Stage(batches=batches, survivors=2)],
+        )
+        start = Start(centre=seed, others=[], step=0.25, reach=1.0, packs=True)
+        result = run_round(bench, start, effort, random.Random(0))
+        arena = bench.open_round(seed, 0.25, 1.0)
+        space = arena.space
+        near = [
+            candidate
+            for candidate in product(*space.levels)
+            if space.cost(candidate) == space.budget.limit
+        ]
+        assert len(near) > 25
+        values = arena.measure_at_limit(near, batches)
+        winner = space.nearest(result.winner.counts)
+        assert space.counts(winner) == result.winner.counts
+        assert arena.measure_at_limit([winner], batches)[0] <= min(values)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    """One search, with its setting and its shares."""
+    setting = make_setting(Obs(), Repair())
+    before = weights(setting.model)
+    shares = Search(**QUICK).group_shares(setting)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(setting.model).items())
+    return setting, shares
+
+
+def test_the_same_seed_gives_the_same_search(searched):
+    setting, shares = searched
+    again = replace(setting, notes={})
+    assert Search(**QUICK).group_shares(again) == shares
+    assert again.notes == setting.notes
+
+
+def test_the_report_tells_what_was_tried(searched):
+    setting, shares = searched
+    figures = setting.notes["search"]
+    assert figures.cuts.keys() >= {"uniform", "log_increase", "knapsack", "round 1"}
+    assert figures.cuts[figures.taken].shares == shares
+    assert figures.evaluations == sum(part.evaluations for part in figures.rounds)
+    assert figures.prices.keys() == shares.keys()
+    assert all(price >= 0 for price in figures.prices.values())
+    assert figures.samples == {"database": 15, "fitness": 6, "held_out": 3}
+    for part in figures.rounds:
+        values = [point.divergence for point in part.curve]
+        assert values == sorted(values, reverse=True)
+        assert part.database_bytes > 0
+    last = figures.cuts[f"round {len(figures.rounds)}"]
+    assert last.lead == 0
+
+
+def test_a_search_without_repair_keeps_no_weights():
+    setting = make_setting(Magnitude(), None)
+    Search(**QUICK, rounds=1, seeds=["uniform"]).group_shares(setting)
+    (only,) = setting.notes["search"].rounds
+    assert only.database_bytes == 0
+
+
+def checked(*means):
+    sums = torch.tensor(means, dtype=torch.float64)
+    held_out = Divergence(sums=sums, counts=torch.ones(len(means)).double())
+    return Checked(counts={}, fitness=0.0, held_out=held_out)
+
+
+def test_the_winner_must_lead_every_seed_beyond_doubt():
+    winner = checked(1.0, 2.0, 3.0, 4.0)
+    clear = checked(1.1, 2.1, 3.15, 4.1)  # leads of 0.1 but for 0.15: 9 standard errors
+    noisy = checked(0.5, 3.5, 2.5, 5.5)  # a lead of 0.5 ± 0.58
+    assert judge_cuts({"a": clear}, winner)[0] == "winner"
+    taken, verdict = judge_cuts({"a": clear, "b": noisy}, winner)
+    assert taken == "a"  # the seed with the lowest KL on held-out samples
+    assert "not better than b beyond doubt" in verdict
+    lead, error = lead_over(winner, noisy)
+    differences = torch.tensor([-0.5, 1.5, -0.5, 1.5]).double()
+    assert lead == pytest.approx(0.5)
+    assert error == pytest.approx(float(differences.std()) / 2)
+    assert judge_cuts({"a": checked(5.0)}, checked(1.0))[0] == "a"  # one sample proves nothing
+
+
+def test_the_budget_is_met_as_exactly_as_with_a_formula():
+    model = tiny_llama(kv_heads=2, layers=3)
+    result = prunekit.prune(
+        model, ratio=0.25, calibration=token_ids(24, 16), overrides=["policy=search", *OPTIONS]
+    )
+    formula = prunekit.prune(
+        tiny_llama(kv_heads=2, layers=3), ratio=0.25, calibration=token_ids(24, 16)
+    )
+    channel = 3 * 48 + 2
+    dense = result.report["parameters"]["dense"]
+    for report in (result.report, formula.report):
+        assert abs(report["parameters"]["pruned"] - 0.75 * dense) <= channel / 2 + 1
+    assert result.report["policy"]["search"]["verdict"]
+    json.dumps(result.report["policy"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 0}, r"policy\.step: expected a number in \(0, 0\.5\], got 0"),
+        ({"rounds": 0}, r"policy\.rounds: expected a whole number ≥ 1, got 0"),
+        ({"tokens": [64]}, r"policy\.survivors: expected a number for each stage"),
+        ({"tokens": 64}, r"policy\.tokens: expected a list of numbers, got 64"),
+        ({"fitness": 0.7, "held_out": 0.3}, r"policy\.fitness, policy\.held_out"),
+        ({"seeds": ["unifrom"]}, r"policy\.seeds: unknown 'unifrom': did you mean uniform"),
+        ({"seeds": ["knapsack"]}, r"policy\.seeds: expected one of uniform"),
+    ],
+)
+def test_options_out_of_range_are_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Search(**options)
+
+
+def test_a_search_that_can_not_be_sound_is_refused():
+    with pytest.raises(DataError, match="three parts"):
+        Search(**QUICK).group_shares(make_setting(samples=2))
+
+
+def test_a_search_broken_off_goes_on_to_the_same_end(monkeypatch, tmp_path):
+    overrides = ["policy=search", "policy.seeds=[uniform]", *OPTIONS]
+    options = {"ratio": 0.25, "calibration": token_ids(24, 16)}
+    whole = prunekit.prune(tiny_llama(kv_heads=2), overrides=overrides, **options)
+    rounds = []
+
+    def interrupted(bench, start, *more):
+        rounds.append(start)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return run_round(bench, start, *more)
+
+    monkeypatch.setattr("prunekit.search.search.run_round", interrupted)
+    model = tiny_llama(kv_heads=2)
+    before = weights(model)
+    with pytest.raises(KeyboardInterrupt):
+        prunekit.prune(model, overrides=overrides, state=tmp_path / "state", **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    result = prunekit.prune(
+        model, overrides=[*overrides, "resume=true"], state=tmp_path / "state", **options
+    )
+    assert [start.step for start in rounds] == [0.125, 0.0625, 0.0625]
+    assert result.plan == whole.plan
+    assert result.report["policy"] == whole.report["policy"]
+    after = weights(result.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(whole.model).items())
+    assert not (tmp_path / "state").exists()
+
+
+def test_several_processes_share_the_candidates(monkeypatch):
+    """Each process runs every second candidate, and learns the results of the others."""
+    setting = make_setting(Magnitude(), None)
+    samples = split_samples(setting.batches, 0.25, 0.25, 32)
+    with Bench.open(setting, samples) as bench:
+        arena = bench.open_round({}, 0.5, 1.0)
+        candidates = list(product(*arena.space.levels))[:9]
+        expected = arena.measure(candidates, 2)
+        known = arena._known
+        shared = Arena(space=arena.space, database=bench.database, judge=bench.judge)
+        ran = []
+
+        def gather(own):
+            ran.extend(own)
+            return [own, {c: known[c] for c in candidates[1::2]}]
+
+        monkeypatch.setattr("prunekit.search.arena.own_part", lambda items: items[::2])
+        monkeypatch.setattr("prunekit.search.arena.gather_all", gather)
+        assert shared.measure(candidates, 2) == pytest.approx(expected, rel=1e-6)
+        assert ran == candidates[::2]
+        assert shared.evaluations == 9
+        assert shared.measure(candidates, 1)
+        assert ran == candidates[::2]  # nothing is judged twice
+
+
+_JOB = """
+import torch
+from pathlib import Path
+from conftest import tiny_llama, token_ids
+from test_search import prune_in_double
+from prunekit.runtime.processes import process_group, rank
+with process_group(torch.device("cpu")):
+    Path(f"rank{rank()}").write_text(prune_in_double().plan.to_json())
+"""
+
+
+def prune_in_double():
+    """A search whose sums don't depend, but for the last digits, on who adds them up."""
+    return prunekit.prune(
+        tiny_llama(kv_heads=2).double(),
+        ratio=0.25,
+        calibration=token_ids(24, 16),
+        overrides=["policy=search", *OPTIONS, "data.calibration.batch_size=5"],
+    )
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    (tmp_path / "job.py").write_text(_JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "job.py"]
+    paths = [str(Path(__file__).parent), *sys.path]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert done.returncode == 0, done.stderr
+    plan = prune_in_double().plan.to_json()
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [plan, plan]
