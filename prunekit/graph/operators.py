@@ -100,6 +100,11 @@ class Call:
         return tuple((meta[0] if isinstance(meta, list | tuple) else meta).shape)
 
     @property
+    def operator(self) -> str:
+        """The usual name of the operator: "aten.mul.Tensor" for "aten.multiply.Tensor" too."""
+        return usual_name(str(self.node.target))
+
+    @property
     def module(self) -> str:
         """Path of the module that made the call."""
         stack = list(self.node.meta.get("nn_module_stack", {}).values())
@@ -152,6 +157,21 @@ class Call:
             return ()
         axes = [axis for v in inputs for axis in (*v.counted, v.indexes) if axis is not None]
         return tuple(dict.fromkeys(axes))
+
+    def keep_sizes(self) -> Any:
+        """The outputs of an operator of which nothing is known: all sizes in and out are kept."""
+        for value in self.inputs():
+            for axis in value.axes:
+                ax.pin(axis, f"{self.where} has no rule")
+        reason = f"its size is fixed by {self.where}"
+
+        def fix(output: Any) -> Any:
+            if not isinstance(output, torch.Tensor):
+                return output
+            return self.make([ax.fresh(size, reason) for size in output.shape])
+
+        meta = self.node.meta["val"]
+        return tuple(map(fix, meta)) if isinstance(meta, list | tuple) else fix(meta)
 
     def look_up(self, axis: Axis, index: Value, what: str) -> bool:
         """Note that `index` holds positions along an axis; return whether it is known whose.
@@ -229,10 +249,36 @@ def aten(names: str, in_place: bool = False) -> list[str]:
     ]
 
 
+# Other names of operators that take the same arguments.
+_ALIASES = {
+    **{"multiply": "mul", "subtract": "sub", "divide": "div", "negative": "neg", "absolute": "abs"},
+    **{"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le"},
+    **{"not_equal": "ne", "clip": "clamp", "fix": "trunc", "expit": "sigmoid", "ger": "outer"},
+    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "tan2")},
+    **{"concat": "cat", "concatenate": "cat", "reshape_as": "view_as", "ravel": "flatten"},
+    **{"swapdims": "swapaxes", "moveaxis": "movedim", "adjoint": "mT", "mH": "mT"},
+    **{"linalg_matmul": "matmul", "linalg_norm": "norm", "frobenius_norm": "norm"},
+    **{"unsafe_split": "split", "unsafe_chunk": "chunk"},
+    **{"unsafe_split_with_sizes": "split_with_sizes"},
+}
+
+
+def usual_name(name: str) -> str:
+    """The name of the operator that this one is another name of; else the name itself."""
+    family, _, overload = name.removeprefix("aten.").rpartition(".")
+    if not name.startswith("aten.") or family.startswith("_"):
+        return name
+    stem = family.removeprefix("special_").rstrip("_")
+    in_place = "_" * family.endswith("_")
+    stem = _ALIASES.get(stem, stem.removesuffix("_copy"))
+    return f"aten.{stem}{in_place}.{overload}"
+
+
 def find_rule(target: Any) -> Rule | None:
-    """The rule of an operator, its overload's before its family's."""
-    name = str(target)
-    return _RULES.get(name) or _RULES.get(name.rsplit(".", 1)[0])
+    """The rule of an operator, its overload's before its family's, its own before its alias's."""
+    names = [str(target), usual_name(str(target))]
+    keys = [key for name in names for key in (name, name.rsplit(".", 1)[0])]
+    return next((_RULES[key] for key in keys if key in _RULES), None)
 
 
 def dim_of(value: Value, dim: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from prunekit.errors import TraceError
+from prunekit.errors import TraceError, first_line
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
 from prunekit.graph.capture import capture
@@ -193,7 +193,13 @@ class _Tracer:
             if node.meta.get("val") is None:  # an assertion
                 return None
             raise TraceError(_missing_rule(node, call.where))
-        outputs = rule(call)
+        try:
+            outputs = rule(call)
+            _check_shapes(outputs, node)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            reason = first_line(error) or type(error).__name__
+            misfit = f"the rule of operator {call.where} does not fit this call: {reason}"
+            raise TraceError(_describe(node, misfit)) from error
         self._note_uses(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)
@@ -260,16 +266,36 @@ def _bind(target: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     return {argument.name: value for argument, value in arguments}
 
 
+def _check_shapes(outputs: Any, node: Node) -> None:
+    """Raise ValueError where the axes that a rule gives have other sizes than the output has."""
+    metas = node.meta.get("val")
+    both = zip(
+        outputs if isinstance(outputs, list | tuple) else [outputs],
+        metas if isinstance(metas, list | tuple) else [metas],
+        strict=False,
+    )
+    for output, meta in both:
+        if isinstance(output, Value) and isinstance(meta, Tensor):
+            shape = tuple(meta.shape)
+            if output.shape != shape:
+                raise ValueError(f"its axes make {output.shape}, the output is {shape}")
+
+
 def _missing_rule(node: Node, where: str) -> str:
-    """The message that an operator has no rule, with the line that called it and what to do."""
+    return _describe(node, f"no rule for operator {where}")
+
+
+def _describe(node: Node, problem: str) -> str:
+    """The message about an operator, with the line that called it and a rule that always holds."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     files = [frame for frame in frames if "File" in frame]
     line = f" ({files[-1]})" if files else ""
     name = str(node.target).rsplit(".", 1)[-2].split(".")[-1]
     return (
-        f"no rule for operator {where}{line}; register one:\n"
+        f"{problem}{line}; register one:\n"
         f'  @prunekit.graph.operator_rule("{node.target}")\n'
         f"  def {name}(call):\n"
-        "      return call.elementwise(*call.inputs())"
-        "  # how its output's axes follow from its inputs'"
+        "      return call.keep_sizes()"
+        "  # nothing that goes through it is pruned; or, where that is so:\n"
+        "      # return call.elementwise(*call.inputs())"
     )

@@ -214,7 +214,7 @@ def _convolution(call: Call) -> Value:
     The groups are an axis of the input and of the output.
     """
     x, weight, bias = call.value("input"), call.value("weight"), call.get("bias")
-    transposed = "transpose" in str(call.node.target) or call.get("transposed", False)
+    transposed = "transpose" in call.operator or call.get("transposed", False)
     groups, spatial = call.get("groups", 1), len(weight.axes) - 2
     outer, inner = ax.regroup([weight.axes[0]], [groups, weight.shape[0] // groups])
     into, out = (inner, weight.axes[1]) if transposed else (weight.axes[1], inner)

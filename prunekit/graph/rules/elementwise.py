@@ -20,7 +20,7 @@ def _mul(call: Call) -> Value:
 _BINARY = """
 sub div pow masked_fill lerp clamp copy addcmul remainder floor_divide fmod atan2 addcdiv clamp_min
 clamp_max true_divide bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor
-eq ne lt le gt ge xlogy hypot
+eq ne lt le gt ge xlogy hypot complex
 """
 
 
@@ -59,6 +59,7 @@ nan_to_num positive dropout feature_dropout alpha_dropout detach zero fill bitwi
 _COPIES = """
 to _to_copy type_as float contiguous clone alias lift_fresh lift_fresh_copy isnan isinf isfinite
 zeros_like ones_like empty_like full_like bernoulli
+conj _conj conj_physical resolve_conj resolve_neg real imag angle
 """
 _ACTIVATIONS = """
 silu gelu relu relu6 leaky_relu elu selu celu mish sigmoid hardsigmoid log_sigmoid tanh hardtanh

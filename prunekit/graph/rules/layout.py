@@ -16,7 +16,7 @@ def _reshape(call: Call) -> Value:
     return replace(shaped, indexes=first.indexes)
 
 
-@operator_rule("aten.transpose", "aten.swapaxes", "aten.transpose_")
+@operator_rule("aten.transpose", "aten.swapaxes", "aten.transpose_", "aten.swapaxes_")
 def _transpose(call: Call) -> Value:
     value = call.value("self")
     axes = list(value.axes)
@@ -28,7 +28,13 @@ def _transpose(call: Call) -> Value:
     return call.make(axes, value, softmax=value.softmax)
 
 
-@operator_rule("aten.t", "aten.numpy_T", "aten.mT")
+@operator_rule("aten.mT")
+def _transpose_matrices(call: Call) -> Value:
+    value = call.value("self")
+    return call.make([*value.axes[:-2], *value.axes[:-3:-1]], value, softmax=value.softmax)
+
+
+@operator_rule("aten.t", "aten.numpy_T")
 def _reverse(call: Call) -> Value:
     value = call.value("self")
     return call.make(value.axes[::-1], value, softmax=value.softmax)
@@ -172,6 +178,42 @@ def _pad(call: Call) -> Value:
     return call.make(axes, value)
 
 
+@operator_rule("aten.view_as_complex")
+def _view_as_complex(call: Call) -> Value:
+    value = call.value("self")
+    ax.pin(value.axes[-1], f"{call.where} makes one number of the two")
+    return call.make(value.axes[:-1], value)
+
+
+@operator_rule("aten.view_as_real")
+def _view_as_real(call: Call) -> Value:
+    value = call.value("self")
+    return call.make([*value.axes, ax.fresh(2, f"{call.where} makes two numbers of one")], value)
+
+
+@operator_rule("aten.unfold")
+def _unfold(call: Call) -> Value:
+    """Windows along a dim: their number takes its place, their positions come last."""
+    value = call.value("self")
+    dim = dim_of(value, call.arguments["dimension"])
+    reason = f"{call.where} goes along it"
+    ax.pin(value.axes[dim], reason)
+    windows, inner = ax.fresh(call.shape[dim], reason), ax.fresh(call.shape[-1], reason)
+    return call.make([*replace_axis(value.axes, dim, windows), inner], value)
+
+
+@operator_rule("aten.im2col")
+def _im2col(call: Call) -> Value:
+    """Patches of an image [..., C, H, W]: [..., C · patch, patches]."""
+    value = call.value("self")
+    reason = f"{call.where} goes along it"
+    for axis in value.axes[-2:]:
+        ax.pin(axis, reason)
+    patch = ax.fresh(call.shape[-2] // value.shape[-3], reason)
+    patches = ax.fresh(call.shape[-1], reason)
+    return call.make([*value.axes[:-3], value.axes[-3] + patch, patches], value)
+
+
 @operator_rule("aten.pixel_shuffle")
 def _pixel_shuffle(call: Call) -> Value:
     value, factor = call.value("self"), call.arguments["upscale_factor"]
@@ -220,7 +262,7 @@ def _split(call: Call) -> tuple[Value, ...]:
         head, rest = ax.cut(rest, size)
         outputs.append(head)
     outputs.append(rest)
-    by_number = str(call.node.target) in (
+    by_number = call.operator in (
         "aten.chunk.default",
         "aten.split.Tensor",
         "aten.tensor_split.sections",
@@ -257,7 +299,7 @@ def _stack(call: Call) -> Value:
 def _shuffle(call: Call) -> Value:
     value = call.value("self")
     dims = call.get("dims", call.get("dim", list(range(len(value.axes)))))
-    if str(call.node.target).startswith("aten.cum"):
+    if call.operator.startswith("aten.cum"):
         for dim in dims if isinstance(dims, list | tuple) else [dims]:
             ax.mark_inexact(
                 value.axes[dim_of(value, dim)], f"{call.where} adds them up one after another"

@@ -12,7 +12,7 @@ from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
 
 _REDUCTIONS = """
 mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm
-logsumexp argmin
+logsumexp argmin nansum nanmean
 """
 
 
@@ -27,7 +27,7 @@ def _reduce(call: Call) -> Value:
         out = call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
     else:
         out = call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
-    if "argm" not in str(call.node.target):
+    if "argm" not in call.operator:
         return out
     return replace(out, indexes=_reduced(value, dims), counted=())
 
@@ -48,7 +48,7 @@ def _reduced(value: Value, dims: Collection[int]) -> Axis:
 def _reduce_twice(call: Call) -> tuple[Value, Value]:
     """Values, and for `max`, `min` and `median` the positions that they came from."""
     out = _reduce(call)
-    if "mean" in str(call.node.target) or "aminmax" in str(call.node.target):
+    if "mean" in call.operator or "aminmax" in str(call.node.target):
         return out, out
     value = call.value("self")
     along = value.axes[dim_of(value, call.get("dim", 0))]
@@ -157,7 +157,7 @@ _upsample_bilinear2d_aa
     *aten(" ".join(_POOLS)), *(f"aten.max_pool{rank}d_with_indices" for rank in (1, 2, 3))
 )
 def _pool(call: Call) -> Any:
-    value, rank = call.inputs()[0], int(str(call.node.target).split("_pool")[1][0])
+    value, rank = call.inputs()[0], int(call.operator.split("_pool")[1][0])
     for axis in value.axes[-rank:]:
         ax.pin(axis, f"{call.where} goes along it")
     out = call.make([*value.axes[:-rank], *call.space(rank)], value)

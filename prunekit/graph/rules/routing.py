@@ -15,7 +15,7 @@ def _sort(call: Call) -> tuple[Value, Value]:
     dim = dim_of(value, call.get("dim", -1))
     chosen_from = value.axes[dim]
     ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
-    if str(call.node.target).startswith("aten.topk"):
+    if call.operator.startswith("aten.topk"):
         ax.tag(chosen_from, "expert")
     axes = replace_axis(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
     return replace(call.make(axes, value), indexes=value.indexes), replace(
