@@ -25,8 +25,8 @@ from prunekit.compensation import Compensation
 from prunekit.config import RunConfig
 from prunekit.data.batches import Batch, make_batches
 from prunekit.errors import ConfigError, TraceError
-from prunekit.graph import CouplingGraph, Group, trace
-from prunekit.graph.example import example_of
+from prunekit.graph import CouplingGraph, Group
+from prunekit.graph.example import trace_batch
 from prunekit.importance import Importance
 from prunekit.model.verify import let_others_save
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
@@ -42,6 +42,7 @@ from prunekit.schedules import Assignment, Schedule, State
 from prunekit.schedules.folders import NOWHERE, Folders, activations_folder
 from prunekit.schedules.method import Method, compose_pruning
 from prunekit.surgery import apply_plan, shapes
+from prunekit.surgery.finite import check_finite_outputs
 from prunekit.surgery.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -179,7 +180,9 @@ def prune_model(
     if streamed is None:
         check_finite(model)
     with stages("trace"):
-        graph = trace(model, example_of(batches[0]))
+        graph = trace_batch(model, batches[0])
+        if streamed is None:
+            check_finite_outputs(model, graph)
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)

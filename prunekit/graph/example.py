@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from prunekit.errors import TraceError
+from prunekit.graph.coupling import CouplingGraph
+from prunekit.graph.tracer import trace
+
+_ROWS, _TOKENS = 2, 8  # of an example
+# Arguments [samples, tokens] of language models: tokens may go where a batch has no other tensors.
+_TEXT = {
+    *("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+}
 
 
-def example_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a small example of a batch: two samples, of token ids the first eight of each."""
+def trace_batch(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph:
+    """Trace a model with a small example of a batch: two samples, of plain text eight tokens each.
 
-    def shrink(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
+    Labels are left out where the model does without. Where it does not run on the smaller example,
+    the next larger one is tried.
+
+    Raises:
+        TraceError: the model can't be traced with two whole samples.
+    """
+    *smaller, whole = examples_of(model, batch)
+    for example in smaller:
+        try:
+            return trace(model, example)
+        except TraceError:
+            continue
+    return trace(model, whole)
+
+
+def examples_of(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The examples of a batch to try one after another, each larger than the one before."""
+    samples = _first_samples(batch)
+    unlabelled = {k: v for k, v in samples.items() if k != "labels" or not _is_optional(model, k)}
+    tensors = {name for name, value in unlabelled.items() if isinstance(value, Tensor)}
+    if "input_ids" in tensors and tensors <= _TEXT:
+        short = {name: _shorten(value, unlabelled) for name, value in unlabelled.items()}
+        if any(short[name].shape != unlabelled[name].shape for name in tensors):
+            yield short
+    yield unlabelled
+    if unlabelled.keys() != samples.keys():
+        yield samples
+
+
+def _first_samples(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first two samples of a batch, twice the same one where it has no other."""
+    sizes = Counter(
+        len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim
+    )
+    rows = sizes.most_common(1)[0][0] if sizes else 0
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
             return value
-        value = value[:2] if len(value) > 1 else torch.cat([value, value])
-        return value[:, :8] if value.ndim == 2 and not value.is_floating_point() else value
+        return value[:_ROWS] if rows > 1 else torch.cat([value, value])
 
-    return {name: shrink(value) for name, value in batch.items()}
+    return {name: take(value) for name, value in batch.items()}
+
+
+def _shorten(value: Any, example: Mapping[str, Any]) -> Any:
+    """The tokens of a text [samples, tokens] where the fewest of them are padding."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] <= _TOKENS:
+        return value
+    mask = example.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != value.shape:
+        return value[:, :_TOKENS]
+    start = int(mask.sum(0).unfold(0, _TOKENS, 1).sum(1).argmax())
+    return value[:, start : start + _TOKENS]
+
+
+def _is_optional(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward pass does without an argument."""
+    argument = inspect.signature(model.forward).parameters.get(name)
+    return argument is not None and argument.default is not inspect.Parameter.empty

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from prunekit.errors import ConfigError
-from prunekit.graph import trace
-from prunekit.graph.example import example_of
+from prunekit.graph.example import trace_batch
 from prunekit.jobs.job import Job, Outcome
 from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
 from prunekit.jobs.sources import base_of
@@ -34,7 +33,7 @@ def run_search(job: Job) -> Outcome:
     check_finite(subject.model)
     batches = make_calibration(job, subject, windows.ids)
     with job.stages("trace"):
-        graph = trace(subject.model, example_of(batches[0]))
+        graph = trace_batch(subject.model, batches[0])
     with job.stages("search"):
         folders = folders_of(job)
         state = folders.open_state(config, graph, batches)

@@ -1,0 +1,23 @@
+"""A model that computes no finite numbers is found before any work, and the place is named."""
+
+import pytest
+import torch
+from conftest import tiny_llama, token_ids
+
+import prunekit
+from prunekit.calibration.walk import Walk
+from prunekit.errors import DataError
+
+
+def test_the_first_module_that_gives_other_numbers_is_named(monkeypatch):
+    model = tiny_llama(layers=3)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e30)  # finite, but its outputs are not
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e30)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(Walk, "__iter__", lambda walk: pytest.fail("calibration has begun"))
+    with pytest.raises(
+        DataError, match=r"before anything is cut: model\.layers\.1\.mlp\.down_proj"
+    ):
+        prunekit.prune(model, ratio=0.2, calibration=token_ids(8, 12))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
