@@ -82,7 +82,7 @@ class SearchedCut:
     Attributes:
         fitness: KL(dense ‖ cut) on the samples that candidates were judged on.
         held_out: the same on held-out samples.
-        lead: by how much the last winner's KL is lower on held-out samples.
+        lead: by how much the best winner's KL is lower on held-out samples.
         lead_error: the standard error of the lead, over samples.
         shares: group → the share of its units that is removed.
     """

@@ -46,7 +46,7 @@ def _cuts(search: SearchFigures) -> Table:
     ]
     return Table(
         caption="Seeds and winners: KL to the dense model",
-        header=("cut", "KL where candidates were judged", "held-out KL", "last winner's lead"),
+        header=("cut", "KL where candidates were judged", "held-out KL", "best winner's lead"),
         rows=tuple(rows),
     )
 

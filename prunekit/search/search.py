@@ -22,7 +22,7 @@ from prunekit.search.evolution import Stage
 from prunekit.search.fitness import CHUNK, Judge
 from prunekit.search.rounds import Effort, Result, Start, run_round
 from prunekit.search.samples import Samples, split_samples
-from prunekit.search.verdict import describe_search, judge_cuts
+from prunekit.search.verdict import describe_search, name_rounds
 
 FORMULAS: Mapping[str, type[DepthPolicy]] = {
     "uniform": Uniform,
@@ -161,11 +161,12 @@ class Search(Policy):
             content = bench.setting.remember(f"search-round-{number}", run)
             result = Result.from_json(content)
             say(f"its winner, cut exactly: KL to the dense model {result.winner.fitness:.4f}")
-            if results and result.winner.held_out.mean >= best.held_out.mean:
-                say("held-out samples don't confirm that this round helps; it is left out")
-                break
             results.append(result)
-            best = result.winner
+            if len(results) > 1 and result.winner.held_out.mean >= best.held_out.mean:
+                say("held-out samples don't confirm that this round helps")
+                break
+            cuts = [best, result.winner, *([result.packed] if result.packed else [])]
+            best = min(cuts, key=lambda checked: checked.fitness)
         return results
 
     def _stages(self, judge: Judge) -> list[Stage]:
@@ -187,12 +188,11 @@ class Search(Policy):
         results: Sequence[Result],
     ) -> dict[str, float]:
         """The shares of the cut that is taken; the search is noted for the report."""
-        taken, verdict = judge_cuts(seeds, results[-1].winner)
-        say(verdict)
-        setting.notes["search"] = describe_search(
-            setting, samples, seeds, results, (taken, verdict)
-        )
-        cut = seeds[taken] if taken in seeds else results[-1].winner
+        figures = describe_search(setting, samples, seeds, results)
+        say(figures.verdict)
+        setting.notes["search"] = figures
+        cuts = {**seeds, **name_rounds(results)}
+        cut = cuts[figures.taken]
         sizes = {group.name: group.num_units for group in setting.groups}
         return {name: cut.counts.get(name, 0) / size for name, size in sizes.items()}
 

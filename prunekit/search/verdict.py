@@ -12,11 +12,12 @@ from prunekit.search.bench import Checked
 from prunekit.search.rounds import Result
 from prunekit.search.samples import Samples
 
+WINNER = "winner"
 _ERRORS = 2.0  # standard errors of the paired differences that the winner must lead every seed by
 
 
 def judge_cuts(seeds: Mapping[str, Checked], winner: Checked) -> tuple[str, str]:
-    """The name of the cut that is taken ("winner", or a seed's), and why, in a sentence."""
+    """The name of the cut that is taken (`WINNER`, or a seed's), and why, in a sentence."""
     for name, seed in seeds.items():
         lead, error = lead_over(winner, seed)
         if not lead > _ERRORS * error:
@@ -25,10 +26,15 @@ def judge_cuts(seeds: Mapping[str, Checked], winner: Checked) -> tuple[str, str]
                 f"the search's winner is not better than {name} beyond doubt: it leads by "
                 f"{lead:.4f} ± {error:.4f} on held-out samples; the best seed is taken, {best}"
             )
-    return "winner", (
+    return WINNER, (
         f"the search's winner leads every seed by more than {_ERRORS:g} standard errors on "
         "held-out samples; it is taken"
     )
+
+
+def name_rounds(results: Sequence[Result]) -> dict[str, Checked]:
+    """The winners of the rounds by their names in reports."""
+    return {f"round {number}": result.winner for number, result in enumerate(results, 1)}
 
 
 def lead_over(winner: Checked, other: Checked) -> tuple[float, float]:
@@ -44,12 +50,13 @@ def describe_search(
     samples: Samples,
     seeds: Mapping[str, Checked],
     results: Sequence[Result],
-    decision: tuple[str, str],
 ) -> SearchFigures:
-    """What the report says of the search; `decision` is the cut that is taken, and why."""
-    winner = results[-1].winner
-    named = {**seeds, **{f"round {i}": r.winner for i, r in enumerate(results, 1)}}
-    taken, verdict = decision
+    """What the report says of the search: the cut that is taken, why, and what else was tried."""
+    rounds = name_rounds(results)
+    best = min(rounds, key=lambda name: rounds[name].held_out.mean)
+    winner = rounds[best]
+    named = {**seeds, **rounds}
+    taken, verdict = judge_cuts(seeds, winner)
     tokens = sum(math.prod(count_positions(batch)) for batch in setting.batches)
     sizes = {group.name: group.num_units for group in setting.groups}
     cuts = {}
@@ -64,11 +71,11 @@ def describe_search(
         )
     parts = {"database": samples.database, "fitness": samples.fitness, "held_out": samples.held_out}
     return SearchFigures(
-        taken=f"round {len(results)}" if taken == "winner" else taken,
+        taken=best if taken == WINNER else taken,
         verdict=verdict,
         cuts=cuts,
         rounds=tuple(result.figures for result in results),
-        prices=results[-1].prices,
+        prices=next(result.prices for result in results if result.winner is winner),
         evaluations=sum(result.figures.evaluations for result in results),
         passes=sum(result.figures.tokens for result in results) / tokens,
         samples={
