@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunekit.errors import CheckpointError, first_line
 from prunekit.model.attributes import fit_to_weight, resize
 from prunekit.model.compat import make_config
-from prunekit.model.modeling_prunekit import as_dense, fit
+from prunekit.model.modeling_prunekit import as_dense, fit, reads_layers
 from prunekit.model.names import synonyms
 from prunekit.model.per_layer import Overrides, layer_sizes, set_per_layer
 from prunekit.model.record import RECORD, is_ours, names_our_code
@@ -31,7 +31,8 @@ def needs_prunekit(config: Mapping[str, Any]) -> bool:
     """Whether a folder's config has sizes that transformers' own loader can't or won't build."""
     from transformers import AutoConfig
 
-    if config.get("per_layer_config") or config.get("extra_biases") or is_ours(config):
+    per_layer = config.get("per_layer_config") and not _has_layers_of_its_own(config)
+    if per_layer or config.get("extra_biases") or is_ours(config):
         return True
     hidden, heads = (
         next((config[name] for name in synonyms(quantity) if config.get(name) is not None), None)
@@ -48,6 +49,13 @@ def needs_prunekit(config: Mapping[str, Any]) -> bool:
     return False
 
 
+def _has_layers_of_its_own(config: Mapping[str, Any]) -> bool:
+    """Whether `per_layer_config` is what the dense model's own class builds its layers by."""
+    model_type, dense = config.get("model_type"), config.get("dense_sizes")
+    is_cut = is_ours(config) or (isinstance(dense, dict) and "per_layer_config" in dense)
+    return not is_cut and isinstance(model_type, str) and reads_layers(model_type)
+
+
 def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Make the config of a pruned folder's dense model: without the values of single layers.
 
@@ -58,7 +66,9 @@ def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         CheckpointError: an unknown model type, or values that its class can't take.
     """
-    left_out = ("per_layer_config", "model_type", RECORD)
+    left_out = ["model_type", RECORD]
+    if not _has_layers_of_its_own(config):
+        left_out.append("per_layer_config")
     values = {key: value for key, value in config.items() if key not in left_out}
     try:
         if any(map(names_our_code, dict(values.get("auto_map") or {}).values())):
@@ -103,7 +113,7 @@ def build_pruned(
 
 
 def _read_overrides(config: Mapping[str, Any]) -> Overrides:
-    stated = config.get("per_layer_config") or {}
+    stated = {} if _has_layers_of_its_own(config) else config.get("per_layer_config") or {}
     try:
         return {int(layer): dict(values) for layer, values in stated.items()}
     except (AttributeError, TypeError, ValueError) as error:

@@ -11,9 +11,11 @@ as far as the class would make others. One entry serves all layers: "model.layer
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,13 +84,27 @@ def give_views(model: nn.Module, overrides: Mapping[int, dict[str, Any]]) -> Non
             )
 
 
+@cache
+def reads_layers(model_type: str) -> bool:
+    """Whether transformers' class of a type builds its layers by `per_layer_config` itself."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        return "per_layer_config" in inspect.getsource(inspect.getmodule(model))  # type: ignore[arg-type]
+    except (KeyError, OSError, TypeError):
+        return False
+
+
 @contextmanager
 def as_dense(config: Any) -> Iterator[None]:
     """Let a config state, during a `with` block, the sizes that its class builds the dense model
     from.
     """
-    overrides, sizes = per_layer_overrides(config), getattr(config, "dense_sizes", None) or {}
-    config.per_layer_config = None
+    overrides, sizes = per_layer_overrides(config), {**(getattr(config, "dense_sizes", None) or {})}
+    own = sizes.pop("per_layer_config", None)
+    if own or getattr(config, "pruned_sizes", None) or not reads_layers(config.model_type):
+        config.per_layer_config = own
     pruned = {name: getattr(config, name) for name in sizes}
     try:
         _set(config, sizes)

@@ -12,7 +12,13 @@ from torch import nn
 from prunekit.model.attributes import Setter, Sizes, resize
 from prunekit.model.compat import has, read
 from prunekit.model.depth import drop_layers
-from prunekit.model.modeling_prunekit import as_dense, give_views, layer_of, per_layer_overrides
+from prunekit.model.modeling_prunekit import (
+    as_dense,
+    give_views,
+    layer_of,
+    per_layer_overrides,
+    reads_layers,
+)
 from prunekit.model.names import SYNONYMS, config_name, head_dim_of, num_layers, quantity_of
 
 Overrides = dict[int, dict[str, Any]]  # layer → the config values that only this layer has
@@ -125,6 +131,9 @@ def set_per_layer(model: nn.Module, overrides: Overrides, setter: Setter = setat
         setter: sets an attribute of a module.
     """
     config: Any = model.config
+    own = getattr(config, "pruned_sizes", None) is None and reads_layers(config.model_type)
+    if own and "per_layer_config" not in (read(config, "dense_sizes") or {}):
+        keep_dense(config, "per_layer_config", per_layer_overrides(config))
     config.__dict__.pop("pruned_sizes", None)  # the record is of the folder that was loaded
     keep_head_dim(config)
     overrides = {layer: dict(values) for layer, values in overrides.items()}
@@ -163,13 +172,14 @@ def keep_head_dim(config: Any) -> None:
         config.head_dim = head_dim
 
 
-def keep_dense(config: Any, name: str) -> None:
+def keep_dense(config: Any, name: str, value: Any = None) -> None:
     """Write down a size of the dense model, from which its class derives others, in `dense_sizes`.
 
     To be called before the size changes.
     """
     config.__dict__.pop("pruned_sizes", None)
-    config.dense_sizes = {name: read(config, name), **(read(config, "dense_sizes") or {})}
+    value = read(config, name) if value is None else value
+    config.dense_sizes = {name: value, **(read(config, "dense_sizes") or {})}
 
 
 def _become_global(model: nn.Module, values: Mapping[str, int]) -> bool:
