@@ -6,11 +6,11 @@ from conftest import example, tiny_llama
 from sharing import trace_anew, trace_once
 
 import prunekit
-from prunekit.surgery import check
+from prunekit.surgery import counting
 
 
 def test_everyone_shares_but_the_tests_of_the_tracer():
-    assert prunekit.trace is prunekit.graph.trace is check.trace is trace_once
+    assert prunekit.trace is prunekit.graph.trace is counting.trace is trace_once
     assert trace_once(tiny_llama(), example()).fingerprint == (
         trace_anew(tiny_llama(), example()).fingerprint
     )
