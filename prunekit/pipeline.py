@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from prunekit.graph.example import trace_batch
 from prunekit.importance import Importance
 from prunekit.model.verify import let_others_save
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
+from prunekit.model.wrappers import unwrap
 from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
 from prunekit.policies.base import Compute
@@ -53,7 +54,7 @@ class Result(Generic[Model]):
     """What pruning leaves.
 
     Attributes:
-        model: the model, which was changed in place.
+        model: the model, which was changed in place; the one inside wrappers of torch.
         plan: the units that are gone.
         report: the figures of the pruning; `report["ratio"]["achieved"]` reads it as plain JSON.
         graph: the coupled groups that the model was cut by.
@@ -130,8 +131,8 @@ def prune(
     if not isinstance(calibration, Tensor):
         _refuse_batch_size(overrides)
     cfg.import_modules(config.imports)
-    size, device = config.data.calibration.batch_size, _device_of(model)
-    batches = make_batches(model, calibration, size, device)
+    device, model = _device_of(model), cast(Model, unwrap(model))
+    batches = make_batches(model, calibration, config.data.calibration.batch_size, device)
     folders = Folders(
         state=Path(state) if state else None,
         activations=activations_folder(config, None),

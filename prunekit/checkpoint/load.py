@@ -9,6 +9,7 @@ layer gets its own view of the config. A folder that only has per-layer values w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,14 @@ from prunekit.checkpoint.files import (
     within,
 )
 from prunekit.checkpoint.manifest import check_manifest
+from prunekit.checkpoint.quantized import (
+    ask_to_dequantize,
+    dequantizing,
+    is_gguf,
+    locate,
+    make_plain,
+    quantization_of,
+)
 from prunekit.errors import CheckpointError, first_line
 from prunekit.model.build import adopt, build_pruned, make_dense_config, needs_prunekit
 from prunekit.model.compat import let_save_itself
@@ -43,29 +52,39 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
     """Load a folder that `save_pretrained` wrote, or any Hugging Face causal language model.
 
     Args:
-        directory: a local folder; or a hub name, for dense models.
+        directory: a local folder; or a hub name or a GGUF file, for dense models.
         dtype: the type of the weights; the stored one by default.
         device: the device that the weights go to.
         attn_implementation: transformers' choice (sdpa, eager, …); its default for the model if
             None.
         trust_remote_code: allow transformers to run code that comes with the checkpoint.
+        dequantize: make plain numbers of quantised weights, where transformers can; they are
+            refused otherwise. A GGUF file needs no such consent.
 
     Raises:
         CheckpointError: the folder is missing or damaged: a file that can't be parsed, a tensor
-            missing or left over.
+            missing or left over; its weights are quantised.
     """
     folder = Path(directory)
     config, elements = check_folder(folder, trust_remote_code) if folder.is_dir() else ({}, None)
+    model: Any
     if elements is None or not needs_prunekit(config):
-        return _load_dense(
-            directory, dtype, device, attn_implementation, trust_remote_code, elements
-        )
+        options = {
+            "dtype": dtype or "auto",
+            "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
+        }
+        if (method := quantization_of(config)) and not dequantize:
+            raise CheckpointError(ask_to_dequantize(directory, method))
+        model = _load_dense(directory, options, elements, dequantize)
+        return model.to(device).eval()
     with within(elements):
-        model: Any = build_skeleton(folder, config, attn_implementation)
+        model = build_skeleton(folder, config, attn_implementation)
     tensors = _read_tensors(folder)
     if dtype is not None:
         tables = dict(model.named_buffers())  # rotary frequencies, say
@@ -143,33 +162,28 @@ def _stock_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def _load_dense(
-    directory: str | Path,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    attention: str | None,
-    trust_remote_code: bool,
-    elements: int | None,
-) -> PreTrainedModel:
-    """A model that transformers' own loader can build, of a folder or from the hub."""
+    directory: str | Path, options: Mapping[str, Any], elements: int | None, dequantize: bool
+) -> Any:
+    """A model that transformers' own loader can build, of a folder, a GGUF file or from the hub."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    folder = Path(directory)
-    if not folder.is_dir() and _looks_local(directory):
+    is_here = Path(directory).exists()
+    if not is_here and _looks_local(directory):
         raise CheckpointError(f"{directory}: no such model folder")
     try:
         logging.disable_progress_bar()
         with quiet("transformers"), nullcontext() if elements is None else within(elements):
+            extra = dequantizing(directory, options) if dequantize or is_gguf(directory) else {}
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype or "auto",
-                attn_implementation=attention,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **locate(directory),
+                **options,
+                **extra,
             )
     except Exception as error:
-        where = "" if folder.is_dir() else "no folder here, and from the hub "
+        where = "" if is_here else "no folder here, and from the hub "
         raise CheckpointError(
             f"{directory}: {where}can't load the model: {first_line(error)}"
         ) from error
@@ -179,7 +193,7 @@ def _load_dense(
         raise CheckpointError(
             f"{directory}: damaged model folder: missing or misshapen {', '.join(missing[:3])}"
         )
-    return model.to(device).eval()
+    return make_plain(model, directory, dequantize or is_gguf(directory))
 
 
 def _looks_local(directory: str | Path) -> bool:
@@ -240,7 +254,7 @@ def load_tokenizer(
         dense = make_dense_config(config) if needs_prunekit(config) else None
     try:
         return AutoTokenizer.from_pretrained(
-            directory, config=dense, trust_remote_code=trust_remote_code
+            **locate(directory), config=dense, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         raise CheckpointError(

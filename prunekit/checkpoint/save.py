@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prunekit.checkpoint.describe import describe
 from prunekit.checkpoint.files import locating_errors, read_config
 from prunekit.checkpoint.manifest import write_manifest
@@ -12,6 +14,7 @@ from prunekit.errors import CheckpointError
 from prunekit.model.build import needs_prunekit
 from prunekit.model.compat import unvalidated
 from prunekit.model.verify import check_loadable, required_record
+from prunekit.model.wrappers import unwrap
 from prunekit.runtime.files import check_free, new_folder
 
 
@@ -35,9 +38,12 @@ def save_pretrained(
         CheckpointError: `directory` exists and is not empty, or can't be written; or the model is
             none that a folder can describe (adapters not merged, an encoder and a decoder, a scale
             its class would compute anew).
+        TraceError: its weights are sharded, offloaded or quantised.
     """
     from transformers import PreTrainedModel
 
+    if isinstance(model, nn.Module):
+        model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
         hint = ": merge its adapters first" if hasattr(model, "merge_and_unload") else ""
         raise CheckpointError(f"expected a model of transformers, got {type(model).__name__}{hint}")

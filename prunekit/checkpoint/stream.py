@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunekit.checkpoint.compose import Parts, compose, read_number
 from prunekit.checkpoint.files import locating_errors, within
 from prunekit.checkpoint.load import build_skeleton, check_folder
+from prunekit.checkpoint.quantized import quantization_of
 from prunekit.checkpoint.shards import Composed, Shards, Stored
 from prunekit.checkpoint.weights import persistent_buffers
 from prunekit.errors import CheckpointError
@@ -54,6 +55,11 @@ def open_streamed(
     if not folder.is_dir():
         raise CheckpointError(f"{directory}: expected a local model folder, found none")
     config, elements = check_folder(folder, trust_remote_code)
+    if method := quantization_of(config):
+        raise CheckpointError(
+            f"{directory}: its weights are quantised ({method}): not read layer by layer; expected "
+            "memory.stream=false"
+        )
     shards = Shards.of_folder(folder)
     with within(elements):
         model = build_skeleton(folder, config, attn_implementation, trust_remote_code, shards.dtype)

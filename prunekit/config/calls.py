@@ -17,7 +17,7 @@ _METHOD = frozenset({"importance", "policy", "scope", "cost", "compensation", "s
 _CUT = _METHOD | {"ratio", "target", "groups", "shapes", "method_name"}
 # Keys that only say how a model is loaded from a folder or the hub.
 _PLACING = frozenset({"device", "dtype"})
-_TRUST = frozenset({"model.trust_remote_code"})
+_TRUST = frozenset({"model.trust_remote_code", "model.dequantize"})
 _LOADING = _PLACING | _TRUST
 _WRITING = frozenset({"export", "resume"})
 _RESULT = "for the result call"
@@ -146,7 +146,7 @@ RECOVER = ApiCall(
 )
 EXPORT = ApiCall(
     name="prunekit.export",
-    acts_on=frozenset({"imports", "hydra.searchpath", "model.trust_remote_code", "export"}),
+    acts_on=_TRUST | {"imports", "hydra.searchpath", "export"},
     instead=_ELSEWHERE
     | {
         "model": "the model is the first argument",

@@ -31,10 +31,11 @@ def _check_least(section: str, values: dict[str, int | None], least: int) -> Non
 
 @dataclass
 class ModelConfig:
-    """Which model: a folder or a name on the hub (None: the embedded model)."""
+    """Which model: a folder, a GGUF file or a name on the hub (None: the embedded model)."""
 
     path: str | None = None
     trust_remote_code: bool = False
+    dequantize: bool = False
 
 
 @dataclass

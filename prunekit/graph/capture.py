@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError, first_line
+from prunekit.model.wrappers import without_hooks
 
 try:  # private to torch (seen in 2.13): without it, tracing is only slower
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graphs
@@ -105,7 +106,7 @@ def capture(
         kwargs = dict(example_inputs)
     else:
         args = tuple(example_inputs)
-    skeleton = meta_copy(model).eval()
+    skeleton = without_hooks(meta_copy(model)).eval()
     watch(skeleton)
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     try:

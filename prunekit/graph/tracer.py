@@ -27,6 +27,7 @@ from prunekit.graph.reader import Findings, read_extents, read_groups, read_prod
 from prunekit.graph.stacks import Watch, find_stacks
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import canonical_names, shared_names
+from prunekit.model.wrappers import unwrap
 
 _CONSTANT = "it is an axis of a constant"
 _INPUT = "it is an axis of the model's input"
@@ -39,14 +40,16 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
     """Find the groups of a model from one captured forward pass; no weight is read or copied.
 
     Args:
-        model: any module that `torch.export` can capture.
+        model: any module that `torch.export` can capture; the groups are those of the model inside
+            torch's wrappers (DistributedDataParallel, `torch.compile`).
         example_inputs: keyword arguments (a mapping) or positional ones (a tuple) of one forward
             call. Use sizes of two or more, so that no axis looks like a broadcast one.
 
     Raises:
         TraceError: the forward pass can't be captured, or an operator has no rule (the message says
-            how to add one).
+            how to add one); the weights are sharded, offloaded or quantised.
     """
+    model = unwrap(model)
     example_inputs = without_cache(model, example_inputs)
     watch = Watch()
     findings = _read(model, example_inputs, watch)

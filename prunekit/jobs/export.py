@@ -16,7 +16,7 @@ from prunekit.config import BUILT, RunConfig, build_as, import_modules
 from prunekit.errors import ConfigError, DataError, ExportError, PrunekitError
 from prunekit.exports import Export
 from prunekit.jobs.folder import clear_halves, ensure_empty
-from prunekit.jobs.sources import Source, loading_of, source_of
+from prunekit.jobs.sources import Source, load_as_configured, loading_of, source_of
 from prunekit.report import Report, model_card
 from prunekit.runtime.console import say
 from prunekit.runtime.files import write_text
@@ -156,7 +156,7 @@ def _open(
             raise ConfigError("tokenizer: expected the tokenizer of the model in memory, got none")
         return source, tokenizer
     trust = config.model.trust_remote_code
-    model = from_pretrained(source, trust_remote_code=trust)
+    model = load_as_configured(source, config.model)
     return model, tokenizer or load_tokenizer(source, trust)
 
 

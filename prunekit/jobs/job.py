@@ -94,11 +94,11 @@ class Job:
         self, source: Source, stored: torch.dtype | None = None
     ) -> tuple[PreTrainedModel, torch.dtype]:
         """Load a model; the model and the type that its result is stored in (`load_source`)."""
-        trust = self.config.model.trust_remote_code
+        how = self.config.model
         stored, device = stored or pick_dtype(self.config.dtype), self.stages.device
         if isinstance(source, str | Path) and (kept := self.kept_of(source)) is not None:
-            return kept.load(source, device, stored, trust)
-        return load_source(source, device, stored, trust)
+            return kept.load(source, device, stored, how)
+        return load_source(source, device, stored, how)
 
     def load_tokenizer(self, source: Source) -> PreTrainedTokenizerBase:
         """The tokenizer that was given, else the one beside the model."""

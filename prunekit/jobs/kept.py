@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from prunekit.config.sections import ModelConfig
 from prunekit.evaluation.cache import model_key
 from prunekit.jobs.sources import read_source
 from prunekit.runtime.memory import free_bytes
@@ -52,19 +53,19 @@ class Kept:
         source: str | Path,
         device: torch.device,
         stored: torch.dtype | None,
-        trust_remote_code: bool,
+        how: ModelConfig,
     ) -> tuple[PreTrainedModel, torch.dtype]:
         """Load a model as `load_source` does, from its folder only if that changed since.
 
         Another folder, device or type takes the place of the one before.
         """
-        key = (_stamp(source), device, trust_remote_code)
+        key = (_stamp(source), device, how.trust_remote_code, how.dequantize)
         loaded = self._loaded
         if loaded is None or loaded.key != key or stored not in (loaded.asked, loaded.stored):
             loaded = None
             self.forget()  # before the next one is loaded
         if loaded is None or loaded.model is None:
-            model, result = read_source(source, device, stored, trust_remote_code)
+            model, result = read_source(source, device, stored, how)
             fits = world_size() == 1 and _bytes_of(model) <= _SHARE * free_bytes(_HOST)
             self._loaded = _Loaded(
                 key=key, asked=stored, stored=result, model=model if fits else None
@@ -97,7 +98,7 @@ class _Loaded:
 def _stamp(source: str | Path) -> tuple[Hashable, ...]:
     """What changes with any file of a folder: names, sizes, times; of a name on the hub, itself."""
     folder = Path(source)
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = sorted(path for path in [folder, *folder.rglob("*")] if path.is_file())
     stats = ((str(path), path.stat()) for path in files)
     return str(source), *(
         (name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats

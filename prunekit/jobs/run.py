@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.checkpoint import from_pretrained
 from prunekit.config import RunConfig, import_modules
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, trace
@@ -26,7 +25,7 @@ from prunekit.jobs.kept import Kept
 from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import run_recover
 from prunekit.jobs.search import run_search
-from prunekit.jobs.sources import source_of
+from prunekit.jobs.sources import load_as_configured, source_of
 from prunekit.model.inputs import input_device
 from prunekit.model.weights import keep_types
 from prunekit.report import Report
@@ -165,7 +164,7 @@ def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
     """
     import_modules(config.imports)
     ensure_empty(output)
-    model = from_pretrained(source_of(config), trust_remote_code=config.model.trust_remote_code)
+    model = load_as_configured(source_of(config), config.model)
     embeddings: Any = model.get_input_embeddings()
     ids = torch.randint(
         embeddings.num_embeddings, (2, 8), generator=torch.Generator().manual_seed(config.seed)

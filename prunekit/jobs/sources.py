@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from prunekit.checkpoint import from_pretrained
 from prunekit.checkpoint.files import read_config
+from prunekit.checkpoint.quantized import is_gguf
 from prunekit.config import RunConfig
+from prunekit.config.sections import ModelConfig
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import ConfigError
 from prunekit.model.build import needs_prunekit
@@ -53,7 +55,7 @@ def base_of(config: RunConfig) -> str | None:
 
 
 def load_source(
-    source: Source, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
+    source: Source, device: torch.device, stored: torch.dtype | None, how: ModelConfig
 ) -> tuple[PreTrainedModel, torch.dtype]:
     """Load a model to the device; a model in memory stays where it is.
 
@@ -69,18 +71,25 @@ def load_source(
         if (dtype := compute_dtype(stored, device)) != stored:
             cast_weights(source, dtype)
         return source, stored
-    model, stored = read_source(source, device, stored, trust_remote_code)
+    model, stored = read_source(source, device, stored, how)
     return model.to(device), stored
 
 
+def load_as_configured(source: str | Path, how: ModelConfig) -> PreTrainedModel:
+    """Load a model from its folder, its GGUF file or the hub, as the section `model` says."""
+    return from_pretrained(
+        source, trust_remote_code=how.trust_remote_code, dequantize=how.dequantize
+    )
+
+
 def read_source(
-    source: str | Path, device: torch.device, stored: torch.dtype | None, trust_remote_code: bool
+    source: str | Path, device: torch.device, stored: torch.dtype | None, how: ModelConfig
 ) -> tuple[Any, torch.dtype]:
     """As `load_source`, for a folder or a name; the model is in the host's memory.
 
     `PreTrainedModel.to` is wrapped in a way that hides its signature: hence no type of the model's.
     """
-    model = from_pretrained(source, trust_remote_code=trust_remote_code)
+    model = load_as_configured(source, how)
     stored = stored or next(model.parameters()).dtype
     cast_weights(model, compute_dtype(stored, device))
     return model, stored
@@ -93,7 +102,7 @@ def identity_of(source: Source) -> str:
     """
     if isinstance(source, nn.Module):
         return f"{type(source).__name__} {weights_digest(source)}"
-    files = sorted(Path(source).glob("*.safetensors"))
+    files = [Path(source)] if is_gguf(source) else sorted(Path(source).glob("*.safetensors"))
     times = (f"{f.name} {f.stat().st_size} {int(f.stat().st_mtime)}" for f in files)
     return f"{source} " + ", ".join(times)
 
@@ -103,6 +112,8 @@ def content_of(source: Source) -> str:
     if isinstance(source, nn.Module):
         return weights_digest(source)
     folder = Path(source)
+    if is_gguf(source):
+        return checksum(folder)
     files = sorted(
         file for end in ("safetensors", "json", "py") for file in folder.glob(f"*.{end}")
     )

@@ -9,6 +9,7 @@ from gguf_helpers import LlamaCpp, fast, letter_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunekit
+from prunekit.checkpoint import load_tokenizer
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.exports.gguf.pretokenizer import WAYS, build_pretokenizer
@@ -265,6 +266,28 @@ def test_embedded_model_in_every_type(demo, dtype, largest, tmp_path):
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds <= {dtype.upper(), "F32", *(["F16"] if dtype == "q8_0" else [])}
     assert [path.name for path in file.parent.iterdir()] == [f"model-{dtype}.gguf"]
+
+
+def test_a_gguf_file_is_a_model_path(letters, tmp_path):
+    """transformers' own reader gives the weights that were written, rotary order and all."""
+    model = build("llama")
+    file = Gguf(dtype="f32").write(model, letters, tmp_path)
+    loaded = prunekit.from_pretrained(file, dtype=torch.float32)
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], msg=name)
+    assert load_tokenizer(file).vocab_size == letters.vocab_size
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        prunekit.from_pretrained(tmp_path / "other.gguf")
+
+
+def test_a_gguf_file_of_eight_bits_is_pruned(demo, tmp_path):
+    file = Gguf(dtype="q8_0").write(prunekit.from_pretrained(DEMO_MODEL), demo[1], tmp_path)
+    report = prunekit.prune_checkpoint(
+        file, tmp_path / "out", ratio=0.2, method="magnitude", overrides=["eval=none"]
+    )
+    assert report["ratio"]["achieved"] == pytest.approx(0.2, abs=0.01)
+    pruned = prunekit.from_pretrained(tmp_path / "out" / "model")
+    assert all(parameter.is_floating_point() for parameter in pruned.parameters())
 
 
 def test_embedded_tokenizer(demo, tmp_path):
