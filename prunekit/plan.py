@@ -55,7 +55,7 @@ class PruningPlan:
 
         Raises:
             TraceError: the graph is another model's, has no such group, the group can't be pruned,
-                an index is out of range, or no unit of a group would stay.
+                an index is out of range, or no unit would stay of a group that can't go as a whole.
         """
         if self.fingerprint and self.fingerprint != graph.fingerprint:
             raise TraceError(
@@ -70,8 +70,10 @@ class PruningPlan:
                     f"{name}: units must lie in [0, {group.num_units}), "
                     f"got {units[0]} to {units[-1]}"
                 )
-            if len(units) == group.num_units:
-                raise TraceError(f"{name}: at least one of {group.num_units} units must stay")
+            if len(units) == group.num_units and group.must_stay:
+                raise TraceError(
+                    f"{name}: at least one of {group.num_units} units must stay: {group.must_stay}"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON text."""

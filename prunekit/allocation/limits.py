@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -11,10 +11,12 @@ from torch.nn.modules.conv import _ConvNd
 from prunekit.allocation.scope import Scope
 from prunekit.allocation.slots import Demands
 from prunekit.config import RunConfig
+from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.model.names import experts_per_token
 from prunekit.surgery import shapes
 from prunekit.surgery.sizes import HEADS
+from prunekit.surgery.whole import find_obstacles
 
 
 def find_demands(
@@ -27,12 +29,13 @@ def find_demands(
     """What the model, and the options of widths and heads, demand of a cut of these groups.
 
     Raises:
-        ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold.
+        ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold; or a
+            kind of group may lose everything in which a group can't.
     """
     uniform = config.shapes == "uniform"
     free = config.shapes == "free" or scope.width_multiple is not None
     return Demands(
-        floors=_find_floors(model, groups),
+        floors=_find_floors(model, graph, groups, scope, uniform),
         multiples=_find_multiples(model, groups, scope),
         steps={} if free else shapes.find_steps(groups, uniform),
         possible=shapes.find_stock_counts(model, graph, groups) if uniform else {},
@@ -40,12 +43,30 @@ def find_demands(
     )
 
 
-def _find_floors(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
-    """Group → how many units must stay: as many experts as a token is sent to."""
-    needed = experts_per_token(getattr(model, "config", None))
-    if needed is None:
-        return {}
-    return {group.name: needed for group in groups if group.kind == "expert"}
+def _find_floors(
+    model: nn.Module,
+    graph: CouplingGraph,
+    groups: Sequence[Group],
+    scope: Scope,
+    uniform: bool,
+) -> dict[str, int]:
+    """Group → how many units must stay, if not one: as many experts as a token is sent to, and none
+    where the scope lets a group lose everything that can.
+    """
+    needed = experts_per_token(getattr(model, "config", None)) or 1
+    floors = {group.name: needed for group in groups if group.kind == "expert"}
+    free = [group for group in groups if not scope.fewest(group) and group.name not in floors]
+    reasons = find_obstacles(model, graph, free) if free and not uniform else {}
+    for group in free:
+        reason = "shapes=uniform" if uniform else reasons.get(group.name)
+        if reason is None:
+            floors[group.name] = 0
+        elif isinstance(scope.min_units, Mapping):  # this kind was asked for
+            raise ConfigError(
+                f"scope.min_units.{group.kind}: expected at least 1, got 0: {group.name} can't "
+                f"lose all of its units: {reason}"
+            )
+    return floors
 
 
 def _find_multiples(model: nn.Module, groups: Sequence[Group], scope: Scope) -> dict[str, int]:

@@ -24,7 +24,8 @@ class Scope:
             fairly; the policy then only says what a layer may lose in all (layer), or which layers
             may lose anything (model).
         rounds: how often units are scored and a part of them cut.
-        min_units: fewest units that stay in a group: one number, or group kind → number.
+        min_units: fewest units that stay in a group: one number, or group kind → number. With 0 a
+            sublayer may go; where a group can't lose all of its units, one stays.
         exclude: shell patterns over groups, modules and parameters (`layers.0`, `*.mlp`); what
             matches is left alone.
         width_multiple: the width of every matrix that is cut, and of its heads where they are cut,
@@ -42,15 +43,15 @@ class Scope:
     def __post_init__(self) -> None:
         expect_one_of("scope.ranking", self.ranking, get_args(Ranking))
         for key in ("rounds", "head_multiple"):
-            _expect_positive(key, getattr(self, key))
+            _expect_whole(key, getattr(self, key))
         if self.width_multiple is not None:
-            _expect_positive("width_multiple", self.width_multiple)
+            _expect_whole("width_multiple", self.width_multiple)
         if isinstance(self.min_units, Mapping):
             for kind, number in self.min_units.items():
-                _expect_positive(f"min_units.{kind}", number)
+                _expect_whole(f"min_units.{kind}", number, least=0)
                 expect_one_of("scope.min_units", kind, get_args(Kind), "kind ")
         else:
-            _expect_positive("min_units", self.min_units)
+            _expect_whole("min_units", self.min_units, least=0)
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", [self.exclude])
         listed = isinstance(self.exclude, Sequence)
@@ -97,6 +98,6 @@ class Scope:
         return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude)
 
 
-def _expect_positive(key: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"scope.{key}: expected a whole number ≥ 1, got {value}")
+def _expect_whole(key: str, value: object, least: int = 1) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"scope.{key}: expected a whole number ≥ {least}, got {value}")

@@ -19,7 +19,7 @@ class Demands:
     """What is demanded of the numbers of units that stay, beside the minima of the scope.
 
     Args:
-        floors: group → how many units must stay.
+        floors: group → how many units must stay; one where it has no entry.
         multiples: group → the number that divides the number of its kept units.
         steps: group → a power of two that should divide it as well, where enough numbers are left.
         possible: group → which numbers of kept units are possible; any where it has no entry.
@@ -110,7 +110,7 @@ def _allowed_counts(
 ) -> tuple[list[int], int]:
     """How many units of the coarsest group may stay, falling, if not all; what divides them."""
     total = coarsest.num_units
-    fewest = max(1, len(scope.protected_units(coarsest)))
+    fewest = len(scope.protected_units(coarsest))
     multiple = step = 1
     for group in bundle:
         factor = group.num_units // total

@@ -63,6 +63,22 @@ class Part:
 Structure = tuple[Part, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sublayer:
+    """A module that returns what the consumer of a group makes, so that it goes with the units.
+
+    Args:
+        module: its path.
+        consumer: the path of the consumer's module inside it; empty where it holds the weight.
+        outputs: how many values it returns, the consumer's output first; None where it returns this
+            output alone.
+    """
+
+    module: str
+    consumer: str
+    outputs: int | None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group(ABC):
     """Units of one kind at one place that compete with each other.
@@ -79,6 +95,8 @@ class Group(ABC):
         parameters_per_unit: how many parameters go with one unit; the mean where units differ.
         members: the slices of parameters that units own, in the order in which a forward pass
             first uses the parameters; empty where units are whole modules.
+        must_stay: why at least one unit must stay; None where all of them can go.
+        sublayer: what goes with all units; None where the modules run without any.
     """
 
     name: str
@@ -91,6 +109,8 @@ class Group(ABC):
     reason: str | None
     parameters_per_unit: int
     members: tuple[Member, ...] = ()
+    must_stay: str | None = "a model needs a layer"
+    sublayer: Sublayer | None = None
 
     # Whether the graph's `products` tell what a unit takes part in, so that FLOPs can be counted.
     multiply_adds_known: ClassVar[bool]

@@ -25,6 +25,7 @@ from prunekit.graph.coupling import CouplingGraph
 from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
 from prunekit.graph.reader import Findings, read_extents, read_groups, read_products
 from prunekit.graph.stacks import Watch, find_stacks
+from prunekit.graph.sublayers import SublayerWatch
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import canonical_names, shared_names
 from prunekit.model.wrappers import unwrap
@@ -51,8 +52,8 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
     """
     model = unwrap(model)
     example_inputs = without_cache(model, example_inputs)
-    watch = Watch()
-    findings = _read(model, example_inputs, watch)
+    watch, sublayers = Watch(), SublayerWatch()
+    findings = _read(model, example_inputs, watch, sublayers)
     groups = read_groups(model, findings)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, axes in findings.tensors.items():
@@ -61,7 +62,7 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
     aliases = shared_names(model)
     names = {group.name for group in groups.values()}
     return CouplingGraph(
-        groups=tuple(groups.values()),
+        groups=tuple(sublayers.complete(model, group) for group in groups.values()),
         shapes=shapes,
         buffers=findings.buffers,
         extents=read_extents(findings, groups),
@@ -73,10 +74,17 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...])
 
 
 def _read(
-    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], watch: Watch
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *watches: Watch | SublayerWatch,
 ) -> Findings:
-    """Capture the forward pass and run the rules over it."""
-    program = capture(model, example_inputs, watch.attach)
+    """Capture the forward pass, which the watches see, and run the rules over it."""
+
+    def attach(skeleton: nn.Module) -> None:
+        for watch in watches:
+            watch.attach(skeleton)
+
+    program = capture(model, example_inputs, attach)
     with suppress(TraceError):  # raised by the next line too, with the line of the model's code
         return _Tracer(model).run(program)
     return _Tracer(model).run(capture(model, example_inputs, lines=True))

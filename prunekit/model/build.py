@@ -103,6 +103,10 @@ def build_pruned(
         else:
             _add_biases(model, getattr(dense, "extra_biases", None) or ())
             for layer, values in overrides.items():
+                if 0 in values.values():
+                    raise ValueError(
+                        f"per_layer_config: layer {layer} lacks a sublayer: expected {RECORD}"
+                    )
                 for sizes in layer_sizes(dense, values):
                     resize(modules_of_layer(model, layer), sizes)
         if overrides:

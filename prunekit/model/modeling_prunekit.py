@@ -5,7 +5,8 @@ Imports torch and transformers only, for it is copied beside models saved with r
 `config.json` says what the class can't know: `per_layer_config`, every layer's values, as
 transformers has it; `dense_sizes`, values of the model before it was cut, which the class must be
 built with; `pruned_sizes`, the shapes of parameters and buffers and the numbers that modules keep,
-as far as the class would make others. One entry serves all layers: "model.layers.{}.mlp.n".
+as far as the class would make others, and the modules that have no units left. One entry serves all
+layers: "model.layers.{}.mlp.n".
 """
 
 from __future__ import annotations
@@ -152,6 +153,8 @@ def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
             setattr(owner, name, resized[id(old)][1])
     for owner, name, value in _entries(model, sizes["attributes"], prefix):
         setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+    for owner, _, (consumer, outputs) in _entries(model, sizes.get("empty", {}), prefix):
+        owner.__class__ = empty_class(type(owner), consumer, outputs)
 
 
 def checksum(model: nn.Module) -> str:
@@ -187,6 +190,86 @@ def _entries(
             owner, _, name = path.removeprefix(prefix).rpartition(".")
             if value is not None and owner in modules:
                 yield modules[owner], name, value
+
+
+class EmptySublayer:
+    """Goes before the class of a module all of whose units are gone, an attention block or an FFN.
+
+    It returns what the module returns with its consumer's weight zeroed: the bias of the consumer,
+    or zeros.
+
+    Attributes:
+        stock: the class of the module before.
+        consumer: path of the consumer's module inside the module; empty where there is no bias.
+        outputs: how many values the module returns; None for the hidden states alone.
+    """
+
+    stock: Any
+    consumer: str
+    outputs: int | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by what the class was made from: it is made anew in another process."""
+        return _unbuilt, (self.stock, self.consumer, self.outputs), vars(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The bias at every position; what the module returned beside it is None."""
+        values = [kwargs.get("hidden_states"), *args, *kwargs.values()]
+        given = next(value for value in values if isinstance(value, Tensor))
+        output = torch.zeros_like(given)
+        _count_tokens(self, given, values)
+        inner = self.get_submodule(self.consumer) if self.consumer else None  # type: ignore[attr-defined]
+        bias = getattr(inner, "bias", None)
+        if bias is not None:
+            output = output + bias.to(output.dtype)
+        return output if self.outputs is None else (output, *[None] * (self.outputs - 1))
+
+
+def _count_tokens(module: Any, hidden: Tensor, values: list[Any]) -> None:
+    """Let a cache among an attention block's arguments hold a zero for each token.
+
+    transformers counts the tokens in a cache by what one of its layers holds, the first one mostly.
+    """
+    from transformers import Cache
+
+    past = next((value for value in values if isinstance(value, Cache)), None)
+    if past is None:
+        return
+    heads = width = 1
+    for layer in past.layers[module.layer_idx : module.layer_idx + 1]:
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.ndim == 4:  # made before, for the heads of the config
+            heads, width = keys.shape[1], keys.shape[3]
+    zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], width)
+    past.update(zeros, zeros, module.layer_idx)
+
+
+_EMPTY_CLASSES: dict[Any, Any] = {}
+
+
+def empty_class(stock: Any, consumer: str, outputs: int | None) -> Any:
+    """The class of modules of a class that have no units left (see `EmptySublayer`)."""
+    key = (stock, consumer, outputs)
+    if key not in _EMPTY_CLASSES:
+        values = {"stock": stock, "consumer": consumer, "outputs": outputs}
+        values["__module__"] = stock.__module__
+        _EMPTY_CLASSES[key] = type(f"Empty{stock.__name__}", (EmptySublayer, stock), values)
+    return _EMPTY_CLASSES[key]
+
+
+def _unbuilt(stock: Any, consumer: str, outputs: int | None) -> Any:
+    """A module of such a class without anything in it."""
+    made = empty_class(stock, consumer, outputs)
+    return made.__new__(made)
+
+
+def empty_sublayers(model: nn.Module) -> dict[str, tuple[str, int | None]]:
+    """Path of every module that has no units left → its consumer's path and number of outputs."""
+    return {
+        path: (module.consumer, module.outputs)
+        for path, module in model.named_modules()
+        if isinstance(module, EmptySublayer)
+    }
 
 
 class _Config:

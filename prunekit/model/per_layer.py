@@ -185,7 +185,9 @@ def keep_dense(config: Any, name: str, value: Any = None) -> None:
 def _become_global(model: nn.Module, values: Mapping[str, int]) -> bool:
     """Set values in the model's config, or return False where its class can't have them."""
     config: Any = model.config
-    if "head_dim" in values:  # the class takes the scores' scale and the rotary frequencies from it
+    # The class takes the scores' scale and the rotary frequencies from the width of a head, and can
+    # make no layer without heads or channels.
+    if "head_dim" in values or 0 in values.values():
         return False
     known = {*getattr(config, "attribute_map", {}), *dir(type(config))}
     if not values.keys() <= known:

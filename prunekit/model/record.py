@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.model import modeling_prunekit
-from prunekit.model.modeling_prunekit import place_in_stack
+from prunekit.model.modeling_prunekit import empty_sublayers, place_in_stack
 
 CODE = "modeling_prunekit.py"  # the file with which transformers loads a folder by itself
 RECORD = "pruned_sizes"  # the entry of `config.json` that holds the record
@@ -50,7 +50,9 @@ def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
         for name, value in _other_numbers(module, other).items():
             attributes[f"{path}.{name}".lstrip(".")] = value
     known = {"format": modeling_prunekit.FORMAT, "dense": modeling_prunekit.checksum(dense)}
-    return {**known, "shapes": _pack(model, shapes), "attributes": _pack(model, attributes)}
+    record = {**known, "shapes": _pack(model, shapes), "attributes": _pack(model, attributes)}
+    empty = {f"{path}.empty": list(how) for path, how in empty_sublayers(model).items()}
+    return record | ({"empty": _pack(model, empty)} if empty else {})
 
 
 def _other_shapes(module: nn.Module, dense: nn.Module | None) -> dict[str, list[int]]:

@@ -18,6 +18,7 @@ from prunekit.model.build import (
     needs_prunekit,
 )
 from prunekit.model.compat import let_save_itself
+from prunekit.model.modeling_prunekit import empty_sublayers
 from prunekit.model.record import RECORD, make_record, stock_class
 
 _NOT_SAVED = "a model cut like this can't be saved"
@@ -38,6 +39,10 @@ def required_record(model: nn.Module) -> dict[str, Any] | None:
             other numbers, without an error where the folder is loaded without prunekit.
     """
     if not _is_stock(model):
+        if empty := next(iter(empty_sublayers(model)), None):
+            raise CheckpointError(
+                f"{empty}: it has no units left, {_NOT_SAVED}: its class is none of transformers'"
+            )
         return None
     config: Any = model.config
     values = json.loads(config.to_json_string())

@@ -17,7 +17,12 @@ from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.groups import ParameterDim
 from prunekit.model.build import adopt, build_dense
 from prunekit.model.compat import read
-from prunekit.model.modeling_prunekit import as_dense, layer_of, per_layer_overrides
+from prunekit.model.modeling_prunekit import (
+    as_dense,
+    empty_sublayers,
+    layer_of,
+    per_layer_overrides,
+)
 from prunekit.model.names import config_name
 from prunekit.model.per_layer import keep_head_dim
 from prunekit.model.record import stock_class
@@ -91,10 +96,13 @@ def _unshared(
 ) -> Iterator[ParameterDim]:
     """The dims that share the group's number by the class, and belong to no prunable group."""
     owned = {(m.parameter, m.dim) for g in graph.groups if g.prunable for m in g.members}
+    idle = tuple(f"{path}." for path in empty_sublayers(model))  # weights that nothing uses
     for (name, dim), size in smaller.items():
         shape = graph.shapes.get(name)
         inside = group.layer is None or layer_of(model, name) == group.layer
-        if shape is not None and shape[dim] == size and inside and (name, dim) not in owned:
+        if shape is None or shape[dim] != size or not inside or name.startswith(idle):
+            continue
+        if (name, dim) not in owned:
             yield name, dim
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -13,6 +13,7 @@ from prunekit.graph import CouplingGraph, trace
 from prunekit.graph.capture import meta_copy
 from prunekit.graph.groups import Group, ParameterDim
 from prunekit.graph.stacks import find_misfit
+from prunekit.model.modeling_prunekit import empty_sublayers
 from prunekit.model.stack import index_attributes
 from prunekit.surgery.changes import Changes
 from prunekit.surgery.fault import Fault
@@ -46,7 +47,7 @@ def count_units(
         again = trace(skeleton, graph.example_inputs)
     except TraceError as error:  # the model may have hooks that can't be traced
         return Fault(text=str(error)) if next(model.parameters()).is_meta else None
-    return _check_groups(graph, again, left_out)
+    return _check_groups(graph, again, left_out, empty_sublayers(skeleton))
 
 
 def _is_seen(group: Group, seen: Collection[ParameterDim]) -> bool:
@@ -119,17 +120,27 @@ def _structure(layer: nn.Module, ignored: Collection[tuple[str, str]]) -> Hashab
     return tuple(parts)
 
 
-def _check_groups(graph: CouplingGraph, again: CouplingGraph, removed: Removed) -> Fault | None:
-    """A group is known again by its members, under the names that they have after the cut."""
-    counts: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
+def _check_groups(
+    graph: CouplingGraph, again: CouplingGraph, removed: Removed, empty: Iterable[str]
+) -> Fault | None:
+    """A group is known again by its members, under the names that they have after the cut.
+
+    `empty` are the paths of modules without units: what is left of their weights isn't used.
+    """
+    idle = tuple(f"{path}." for path in empty)
+    counts: dict[frozenset[ParameterDim], set[int]] = defaultdict(set)
     for group in again.groups:
-        counts[frozenset((m.parameter, m.dim) for m in group.members)].add(group.num_units)
+        places = [(m.parameter, m.dim) for m in group.members if not m.parameter.startswith(idle)]
+        counts[frozenset(places)].add(group.num_units)
     names = graph.names_after(removed)
     for name, units in leave_out_dropped(graph, removed).items():
         left = graph[name].num_units - len(units)
         members = [m for m in graph[name].members if m.parameter in names]
-        read = counts[frozenset((names[m.parameter], m.dim) for m in members)]
-        if left > 1 and left not in read:  # one unit left has no axis, and so no group
+        places = [(names[m.parameter], m.dim) for m in members]
+        places = [place for place in places if not place[0].startswith(idle)]
+        read = counts[frozenset(places)]
+        # One unit left has no axis, and so no group.
+        if left > 1 and places and left not in read:
             text = f"the cut model reads {sorted(read)} units where {left} were left"
             return Fault(text=text, group=name)
     return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
 from prunekit.model.attributes import fit_to_weight
-from prunekit.model.modeling_prunekit import layer_of
+from prunekit.model.modeling_prunekit import empty_class, layer_of
 from prunekit.model.ties import Place, tensor_places
 from prunekit.plan import PruningPlan
 from prunekit.surgery.attributes import Attempt, without_guesses
@@ -123,6 +123,11 @@ def _cut_units(
     attempt.follow(sizes, changes)
     if config is not None:
         update_config(config, sizes, changes)
+    for name, units in removed.items():
+        if len(units) == graph[name].num_units and (sublayer := graph[name].sublayer):
+            module = model.get_submodule(sublayer.module)
+            empty = empty_class(type(module), sublayer.consumer, sublayer.outputs)
+            changes.set(module, "__class__", empty)
 
 
 def _slice(places: list[Place], removed: Mapping[int, Tensor], changes: Changes) -> None:

@@ -149,7 +149,7 @@ def _possible_counts(
     heads = getattr(text_config(model), "num_attention_heads", None)
     step = int(heads or 1) if kind == "channel" else 1
     half = n // 2 // step * step
-    return range(0, n, step) if half and _is_stock(model, graph, alike, half) else set()
+    return range(step, n, step) if half and _is_stock(model, graph, alike, half) else set()
 
 
 def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], kept: int) -> bool:

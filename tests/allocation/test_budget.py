@@ -194,9 +194,9 @@ def test_bad_scopes():
     with pytest.raises(ConfigError, match="scope can remove at most"):
         allocate(GRAPH, BLOCK, Uniform(), 0.5, Scope(min_units=36))
     with pytest.raises(
-        ConfigError, match=r"scope.min_units.mlp: expected a whole number ≥ 1, got 0"
+        ConfigError, match=r"scope.min_units.mlp: expected a whole number ≥ 0, got -1"
     ):
-        Scope(min_units={"mlp": 0})
+        Scope(min_units={"mlp": -1})
     with pytest.raises(ConfigError, match=r"scope.ranking: unknown 'globl'"):
         Scope(ranking="globl")
     with pytest.raises(ConfigError, match=r"policy.layer: expected a layer in \[0, 5\), got 5"):

@@ -14,12 +14,14 @@ import prunekit
 IDS = token_ids(8, 12)
 
 
-@pytest.fixture(scope="module")
-def pruned():
+@pytest.fixture(scope="module", params=[1, 0], ids=["widths", "nothing left"])
+def pruned(request):
     model = tiny_llama(layers=4)
-    prunekit.prune(model, ratio=0.3, calibration=IDS)
+    shares = ["policy=manual", "policy.values=[1,0.1,0.1,0.1]", f"scope.min_units={request.param}"]
+    prunekit.prune(model, ratio=0.3, calibration=IDS, overrides=[*shares, "shapes=free"])
     kept = {layer.mlp.up_proj.out_features for layer in model.model.layers}
     assert len(kept) > 1  # the model's class can't build it
+    assert min(kept) == request.param
     return model
 
 

@@ -41,6 +41,11 @@ CUTS = {
     "gpt2-alike": "alike",
     "llama-odd": "channel",
     "gemma2-odd": "channel",
+    "llama-empty": "empty",
+    "qwen2-empty": "empty",
+    "gpt2-empty": "empty",
+    "mixtral-empty": "empty",
+    "opt-empty": "empty",
 }
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 RUN = """
@@ -112,6 +117,11 @@ def pruned(case):
                 g.name: [*range(4), *range(30, 34)] for g in graph.groups if g.kind == "channel"
             },
             "alike": {g.name: [5] for g in graph.groups if g.kind == "attention"},
+            "empty": {  # the first layer has no attention, the second neither that nor an FFN
+                g.name: range(g.num_units)
+                for g in graph.groups
+                if (g.kind == "mlp" and g.layer == 1) or g.kind == "attention"
+            },
         }
         if case.endswith(
             "odd"

@@ -166,7 +166,32 @@ def extra_biases():
     return model
 
 
+def emptied(model, attention=(), mlp=()):
+    """The model without attention and without FFN in these layers."""
+    graph = prunekit.trace(model, example())
+    layers = {"attention": attention, "mlp": mlp}
+    groups = [group for group in graph.groups if group.layer in layers.get(group.kind, ())]
+    assert len(groups) == len(attention) + len(mlp)
+    return cut(model, {group.name: range(group.num_units) for group in groups})
+
+
 CASES = {
+    "deci-no-attention": ("deci", lambda: emptied(build("llama"), attention=[0, 2])),
+    "deci-no-ffn": ("deci", lambda: emptied(build("llama"), mlp=[0, 2])),
+    "deci-neither": ("deci", lambda: emptied(build("llama"), attention=[1], mlp=[1])),
+    "deci-neither-last": ("deci", lambda: emptied(build("llama"), attention=[2], mlp=[1, 2])),
+    "deci-nothing": ("deci", lambda: emptied(build("qwen2"), attention=[0, 1, 2], mlp=[0, 1, 2])),
+    "deci-biases-left": ("deci", lambda: emptied(tiny_llama(), attention=[0, 1], mlp=[1, 2])),
+    "deci-one-kv-head": (
+        "deci",
+        lambda: emptied(build("llama", num_key_value_heads=1), attention=[0], mlp=[1]),
+    ),
+    "openelm-emptied": (
+        "openelm",
+        lambda: emptied(
+            build("qwen3", head_dim=10, tie_word_embeddings=True), attention=[0, 1], mlp=[1, 2]
+        ),
+    ),
     "deci-widths-and-all-biases": (
         "deci",
         lambda: cut(tiny_llama(), {"layers.0.self_attn": [1], "layers.1.mlp": [0, 3, 7]}),

@@ -36,8 +36,8 @@ class Curve:
         return list(accumulate(table, max))  # rounding must not break the order
 
 
-def spread_widths(units: int, widths: int) -> list[int]:
-    """Numbers of units to measure, rising to all of them.
+def spread_widths(units: int, widths: int, none: bool = False) -> list[int]:
+    """Numbers of units to measure, rising to all of them; with `none`, no unit as well.
 
     Evenly spread, at multiples of a power of two.
     """
@@ -45,7 +45,8 @@ def spread_widths(units: int, widths: int) -> list[int]:
     while step < _ALIGNMENT and units // (2 * step) >= 2 * widths:
         step *= 2
     places = (round(i * units / max(widths - 1, 1) / step) * step for i in range(widths))
-    return sorted({*(min(max(place, 1), units) for place in places), units})
+    fewest = [0] if none else []
+    return sorted({*fewest, *(min(max(place, 1), units) for place in places), units})
 
 
 def fit_isotonic(values: Sequence[float]) -> list[float]:

@@ -147,7 +147,7 @@ class Stopwatch:
         for place in dict.fromkeys((_place(self.model, group), "")):
             measured = {
                 units: self.seconds(place, {group.name: units})
-                for units in spread_widths(group.num_units, widths)
+                for units in spread_widths(group.num_units, widths, none=not group.must_stay)
             }
             points = {units: seconds for units, seconds in measured.items() if seconds is not None}
             if len(points) > 1 and group.num_units in points:

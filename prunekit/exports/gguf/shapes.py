@@ -8,6 +8,9 @@
 | `deci` | yes | no | any | any, as `rope_freqs` |
 | `openelm` | yes | yes | none | plain or stretched; the output is the embedding |
 
+A layer may have no attention, no FFN or neither in `deci` alone. There too a sublayer whose bias is
+left needs a head or channels of zeros in its place, and so do some that llama.cpp can't do without.
+
 llama.cpp before its pull request 21245 (April 2026) reads query biases only where heads fill the
 hidden size.
 """
@@ -30,12 +33,16 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+ZEROS = 32  # the width of an FFN of zeros: a block of q8_0
 _UNIFORM = "prune with shapes=uniform, which gives every layer the same widths"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer's sizes: query heads, key-value heads, the feed-forward width."""
+    """One layer's sizes: query heads, key-value heads, the feed-forward width.
+
+    Without attention or FFN in the model, they are what the file needs in its place.
+    """
 
     heads: int
     kv_heads: int
@@ -100,14 +107,19 @@ def read_shapes(model: PreTrainedModel) -> Shapes:
     head_dim = 2 * len(rotary.inv_freq)
     base, stretch, factors = _rope(config, rotary.inv_freq)
     linears = [(name, linear) for layer in decoder.layers for name, linear in _linears(layer)]
+    normalised = hasattr(decoder.layers[0].self_attn, "q_norm")
+    ends = (decoder.layers[0], decoder.layers[-1])
     return Shapes(
-        layers=tuple(_layer(layer, head_dim) for layer in decoder.layers),
+        layers=tuple(
+            _layer(layer, head_dim, *(normalised or layer is end for end in ends))
+            for layer in decoder.layers
+        ),
         hidden=embedding.weight.shape[1],
         head_dim=head_dim,
         vocabulary=embedding.weight.shape[0],
         context=_context(config),
         tied=output.weight is embedding.weight,
-        normalised=hasattr(decoder.layers[0].self_attn, "q_norm"),
+        normalised=normalised,
         biases=frozenset(name for name, linear in linears if linear.bias is not None),
         rope_base=base,
         rope_stretch=stretch,
@@ -146,14 +158,26 @@ def _linears(layer: Any) -> list[tuple[str, nn.Linear]]:
     return attention + [(name, layer.mlp.get_submodule(name)) for name in MLP]
 
 
-def _layer(layer: Any, head_dim: int) -> Layer:
-    """The sizes of one decoder layer, from its weights."""
-    attention = layer.self_attn
-    return Layer(
-        heads=len(attention.q_proj.weight) // head_dim,
-        kv_heads=len(attention.k_proj.weight) // head_dim,
-        width=len(layer.mlp.up_proj.weight),
-    )
+def _layer(layer: Any, head_dim: int, needs_head: bool, needs_width: bool) -> Layer:
+    """The sizes of one decoder layer, from its weights.
+
+    Args:
+        layer: the decoder layer.
+        head_dim: the size of one head.
+        needs_head: llama.cpp can't do without attention here. By the first layer it tells whether
+            there are heads at all.
+        needs_width: it can't do without an FFN here. The last one picks the tokens that count.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = len(attention.q_proj.weight) // head_dim
+    kv_heads = len(attention.k_proj.weight) // head_dim if heads else 0
+    width = len(mlp.up_proj.weight)
+    if not heads and (needs_head or attention.o_proj.bias is not None):
+        heads = kv_heads = 1
+    # Without an FFN llama.cpp forgets what the attention of the layer has added.
+    if not width and (needs_width or heads or mlp.down_proj.bias is not None):
+        width = ZEROS
+    return Layer(heads=heads, kv_heads=kv_heads, width=width)
 
 
 def _rope(config: PretrainedConfig, inv_freq: Tensor) -> tuple[float, float, Tensor | None]:
@@ -203,7 +227,7 @@ def architecture_of(shapes: Shapes) -> str:
             "query biases of heads that don't fill the hidden size: "
             "llama.cpp reads them since April 2026"
         )
-    if not shapes.uniform:
+    if not shapes.uniform or not all(layer.heads and layer.width for layer in shapes.layers):
         return "deci"
     stock = (
         square

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import ExportError
-from prunekit.exports.gguf.shapes import Shapes
+from prunekit.exports.gguf.shapes import Layer, Shapes
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -124,16 +124,40 @@ def _named_tensors(
         yield "rope_freqs.weight", _postpone(shapes.rope_factors)
     for index in range(len(shapes.layers)):
         prefix = f"model.layers.{index}."
-        layer = {
-            name: _postpone(
-                parameter, _change(name.removeprefix(prefix), index, shapes, architecture)
-            )
-            for name, parameter in parameters.items()
-            if name.startswith(prefix)
-        }
+        layer = {}
+        for name, parameter in parameters.items():
+            path = name.removeprefix(prefix)
+            if name.startswith(prefix) and not _is_gone(path, shapes.layers[index]):
+                change = _change(path, index, shapes, architecture)
+                layer[name] = _fill(parameter, path, index, shapes) or _postpone(parameter, change)
         if architecture == "openelm":
             _fuse(layer, f"{prefix}self_attn.")
         yield from layer.items()
+
+
+def _is_gone(path: str, layer: Layer) -> bool:
+    """Whether a parameter is of an attention or an FFN that the layer hasn't in the file."""
+    if path.startswith(("self_attn.", "input_layernorm.")):
+        return not layer.heads
+    return not layer.width
+
+
+def _fill(parameter: Tensor, path: str, index: int, shapes: Shapes) -> Pending | None:
+    """The zeros that stand in the file for a parameter of no units; None for other parameters.
+
+    Args:
+        parameter: the parameter.
+        path: its name in its layer.
+        index: the layer's index.
+        shapes: the sizes of the model.
+    """
+    if parameter.numel():
+        return None
+    layer = shapes.layers[index]
+    heads = layer.kv_heads if "k_proj" in path or "v_proj" in path else layer.heads
+    width = heads * shapes.head_dim if path.startswith("self_attn.") else layer.width
+    shape = tuple(size or width for size in parameter.shape)
+    return shape, lambda: torch.zeros(shape)
 
 
 def _postpone(
