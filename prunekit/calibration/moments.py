@@ -67,17 +67,23 @@ class Moments:
         mask: Tensor | None = None,
         error: Tensor | None = None,
         samples: Sequence[int] = (),
+        tokens: int | None = None,
     ) -> None:
         """Take in inputs [..., n], and errors [..., d] where there are `outputs`.
 
-        `mask` [...] is False at padding. `samples` are the numbers of the rows, for `check`.
-        Without a mask nothing waits for the device.
+        `mask` [...] is False at padding, where zeros are taken in; `tokens` is how many positions
+        it leaves. `samples` are the numbers of the rows, for `check`. Nothing waits for the device,
+        but for the number of tokens where there is a mask and it is not given.
         """
         if mask is not None and mask.shape != inputs.shape[:-1]:
             mask = None  # the positions were regrouped, as the tokens of an expert are
-        x = (inputs.flatten(0, -2) if mask is None else inputs[mask]).detach()
-        new = self.tokens + len(x)
-        if not len(x):
+        x = _zero_padding(inputs.detach(), mask)
+        if mask is None:
+            tokens = len(x)
+        elif tokens is None:
+            tokens = int(mask.count_nonzero())
+        new = self.tokens + tokens
+        if not tokens:
             return
         old, share = self.tokens / new, 1 / new
         for start in range(0, len(self.hessian), _PANEL):
@@ -87,9 +93,9 @@ class Moments:
         self.mean.mul_(old).add_(x.sum(0, dtype=self.dtype), alpha=share)
         if self.cross is not None and self.error is not None:
             assert error is not None
-            e = error.flatten(0, -2) if mask is None else error[mask]
-            _add_product(self.cross, e.detach(), x, old, share)
-            self.error.mul_(old).add_(e.detach().sum(0, dtype=self.dtype), alpha=share)
+            e = _zero_padding(error.detach(), mask)
+            _add_product(self.cross, e, x, old, share)
+            self.error.mul_(old).add_(e.sum(0, dtype=self.dtype), alpha=share)
         self.tokens = new
 
     def look(self) -> list[Tensor]:
@@ -146,6 +152,13 @@ class Moments:
         for start in range(0, len(self.hessian), _PANEL):
             end = start + _PANEL
             self.hessian[start:end, end:] = self.hessian[end:, start:end].T
+
+
+def _zero_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [N, n] of a tensor [..., n]; zeros where `mask` [...] is False."""
+    if mask is not None:
+        tensor = tensor.masked_fill(~mask.to(tensor.device)[..., None], 0)
+    return tensor.flatten(0, -2)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: float) -> None:

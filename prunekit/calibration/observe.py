@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
-from prunekit.data.batches import Batch, count_positions, padding_mask
+from prunekit.data.batches import Batch, Padding, count_positions
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
@@ -64,15 +64,18 @@ class Observation:
     sites: dict[Consumer, Site] = field(default_factory=dict)
 
     @contextmanager
-    def of(self, sample: int, batch: Batch, wanted: Tensor | None = None) -> Iterator[None]:
+    def of(
+        self, sample: int, batch: Batch, padding: Padding | None, wanted: Tensor | None = None
+    ) -> Iterator[None]:
         """Inside the `with` block, the consumers are fed this batch.
 
         Args:
             sample: the number of the batch's first calibration sample.
             batch: the keyword arguments of the forward call.
+            padding: the padding of the batch, if it has any.
             wanted: the target of a lone consumer [..., d], if it has one.
         """
-        self._mask, self._positions = padding_mask(batch), count_positions(batch)
+        self._padding, self._positions = padding, count_positions(batch)
         self._sample = sample
         self._wanted: Tensor | None = wanted
         self._fed: list[tuple[Tensor, Site]] = []
@@ -91,11 +94,13 @@ class Observation:
 
     def _add(self, site: Site, inputs: Tensor) -> None:
         """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments."""
-        fits = self._mask is not None and self._mask.shape == inputs.shape[:-1]
-        mask = self._mask if fits else None
+        fits = self._padding is not None and self._padding.mask.shape == inputs.shape[:-1]
+        padding = self._padding if fits else None
+        mask = None if padding is None else padding.mask
         samples = range(self._sample, self._sample + len(inputs))
         if self._wanted is None or site.held is None:
-            site.moments.add(inputs, mask, None, samples)
+            tokens = None if padding is None else sum(padding.tokens)
+            site.moments.add(inputs, mask, None, samples, tokens)
             return
         output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
         error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
@@ -105,7 +110,8 @@ class Observation:
                 None if one is None else take_rows(one, rows) for one in (inputs, mask, error)
             )
             assert part is not None
-            moments.add(part, own, lost, [samples[i] for i in rows])
+            tokens = None if padding is None else sum(padding.tokens[i] for i in rows)
+            moments.add(part, own, lost, [samples[i] for i in rows], tokens)
 
     def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
         """The site of other consumers that were fed this very tensor, or a new one."""

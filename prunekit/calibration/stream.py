@@ -28,7 +28,7 @@ from prunekit.calibration.layers import Layers
 from prunekit.calibration.observe import HELD_OUT, Observation, Site
 from prunekit.calibration.store import Kept, Store
 from prunekit.calibration.targets import compute_target, is_added
-from prunekit.data.batches import Numbered, count_positions
+from prunekit.data.batches import Numbered, Padding, count_positions, find_padding
 from prunekit.graph import Group
 from prunekit.model.stack import stacks_around
 from prunekit.runtime.console import say
@@ -42,7 +42,7 @@ class Stream:
     """The layers of a model, their groups and consumers, and what goes into the layers.
 
     `consumers`: group name → its consumers. `source`: where the weights of the layers come from;
-    None where all are in memory.
+    None where all are in memory. `padding`: that of each batch.
     """
 
     layers: nn.ModuleList
@@ -52,6 +52,7 @@ class Stream:
     store: Store
     source: Layers | None
     recording: Recording
+    padding: Sequence[Padding | None]
     said: set[str] = field(default_factory=set)
 
     @classmethod
@@ -81,7 +82,8 @@ class Stream:
             recording = record_calls(model, layers, batches, store)
         if hold_everywhere(recording is not None, store.device):
             assert recording is not None
-            return cls(layers, groups, consumers, batches, store, source, recording)
+            padding = find_padding([batch for _, batch in batches])
+            return cls(layers, groups, consumers, batches, store, source, recording, padding)
         if recording is not None:
             recording.free()
         return None
@@ -213,7 +215,11 @@ class Stream:
             feeding = Feeding(consumers, observation, self.store, b, stops=not looks)
             if looks or block is not None:
                 feeding.aside = {} if block is None else block.inputs
-            observing = observation.of(sample, batch, wanted) if observation else nullcontext()
+            observing = (
+                observation.of(sample, batch, self.padding[b], wanted)
+                if observation
+                else nullcontext()
+            )
             looking = finder.looking(consumers[0]) if looks else nullcontext()
             with observing, watching(consumers, feeding.see), looking:
                 layer.run_pruned(b)

@@ -24,7 +24,14 @@ from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Observation, Site
 from prunekit.calibration.store import Store
 from prunekit.calibration.stream import Stream, Visit
-from prunekit.data.batches import Batch, Numbered, copy_batch, count_positions, remove_padding
+from prunekit.data.batches import (
+    Batch,
+    Numbered,
+    copy_batch,
+    count_positions,
+    find_padding,
+    remove_padding,
+)
 from prunekit.errors import DataError, TraceError
 from prunekit.graph import Group
 from prunekit.runtime.console import say
@@ -129,8 +136,9 @@ def observe_whole_model(
     """The sites of consumers, after a forward pass of the whole model on each batch."""
     observation = Observation(consumers)
     with together():
-        for sample, batch in batches:
-            with observation.of(sample, batch), watching(consumers, observation.see):
+        padding = find_padding([batch for _, batch in batches])
+        for (sample, batch), own in zip(batches, padding, strict=True):
+            with observation.of(sample, batch, own), watching(consumers, observation.see):
                 model(**copy_batch(batch))
         observation.check()
     return observation.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,11 +112,35 @@ def padding_mask(batch: Batch) -> Tensor | None:
     Read from an `attention_mask` [B, T]. One of more dimensions says who attends to whom, and not
     what is padding.
     """
+    mask = _mask_of(batch)
+    return None if mask is None or mask.all() else mask
+
+
+def _mask_of(batch: Batch) -> Tensor | None:
+    """A batch's `attention_mask` [B, T] as booleans; None where it has none."""
     given = batch.get("attention_mask")
-    if not isinstance(given, Tensor) or given.ndim != 2:
-        return None
-    mask = given.bool()
-    return None if mask.all() else mask
+    return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The padding of a batch: `mask` [B, T] is False there, `tokens` are the others of each row."""
+
+    mask: Tensor
+    tokens: Sequence[int]
+
+
+def find_padding(batches: Sequence[Batch]) -> list[Padding | None]:
+    """The padding of each batch, None where it has none. A device is waited for once in all."""
+    masks = [_mask_of(batch) for batch in batches]
+    sums = [mask.sum(1) for mask in masks if mask is not None]
+    counts = iter(torch.cat([own.to(sums[0].device) for own in sums]).tolist() if sums else ())
+    found: list[Padding | None] = []
+    for mask in masks:
+        tokens = [] if mask is None else [next(counts) for _ in range(len(mask))]
+        full = mask is None or sum(tokens) == mask.numel()
+        found.append(None if full or mask is None else Padding(mask, tokens))
+    return found
 
 
 def remove_padding(batches: Sequence[Batch]) -> list[Batch]:

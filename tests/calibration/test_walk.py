@@ -92,8 +92,9 @@ def test_no_pass_is_made_twice():
     assert not ran["lm_head"]
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("target", ["pruned", "residual"])
-def test_a_device_is_not_waited_for_at_every_batch(target):
+def test_a_device_is_not_waited_for_at_every_batch(target, padded):
     """With a GPU each of these waits leaves it without work, whatever the batch."""
     waits = []
     for size in (8, 2):
@@ -102,6 +103,9 @@ def test_a_device_is_not_waited_for_at_every_batch(target):
         groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
         targets = {} if target == "pruned" else {group.name: target for group in groups}
         given = batches(token_ids(24, 9), size)
+        for batch in given if padded else ():
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][1, 6:] = 0
         walk = iter(walking.Walk(model=model, groups=groups, batches=given, targets=targets))
         found = [next(walk)]  # the calls of the layers are recorded
         with Counting() as counting:
