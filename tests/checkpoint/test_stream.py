@@ -577,6 +577,16 @@ def plan_of(graph, uneven=True):
     return removed
 
 
+def plan_of_nothing_left(graph):
+    """A layer without attention, one without FFN, one without both."""
+    layers = {"attention": (0, 2), "mlp": (1, 2)}
+    return {
+        group.name: list(range(group.num_units))
+        for group in graph.groups
+        if group.layer in layers.get(group.kind, ())
+    }
+
+
 def by_layer(graph, removed):
     layers = sorted({graph[name].layer for name in removed})
     return [
@@ -590,6 +600,8 @@ def by_layer(graph, removed):
     [
         *((family, True) for family in FAMILIES),
         *((family, False) for family in FAMILIES if family not in LAYERS),
+        ("llama", None),
+        ("gpt2", None),
     ],
 )
 def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
@@ -598,7 +610,7 @@ def test_cut_layer_by_layer_is_cut_at_once(tmp_path, family, uneven):
     model, shards = open_streamed(tmp_path / "dense")
     graph = prunekit.trace(model, example())
     assert graph.fingerprint == prunekit.trace(whole, example()).fingerprint
-    removed = plan_of(graph, uneven)
+    removed = plan_of_nothing_left(graph) if uneven is None else plan_of(graph, uneven)
     prunekit.apply_plan(whole, graph, prunekit.PruningPlan(removed))
     per_layer = by_layer(graph, removed)
     weights, logits = Weights(model, shards), []
