@@ -62,7 +62,10 @@ class Expectation:
         except Mismatch as mismatch:
             return Fault(text=mismatch.text, path=mismatch.path)
         tolerance = self.recording.tolerance if _is_exact(self.graph, self.removed) else None
-        return compare_outputs(self.outputs, outputs, tolerance)
+        fault = compare_outputs(self.outputs, outputs, tolerance)
+        if fault is None and _computes_otherwise(self.model, self.wide):
+            self.run()  # its own kernels may not take its new widths
+        return fault
 
     def check(self) -> Fault | None:
         """Compare the outputs, then count the units of the groups whose consumers were not seen.
@@ -168,16 +171,16 @@ def compare_outputs(
         expected: output tensors of the masked model.
         outputs: as many of the cut model.
         tolerance: the largest difference, as a share of the largest number; None: only the shapes
-            must agree.
+            must agree, and no number be NaN or infinite.
     """
     for masked_output, output in zip(expected, outputs, strict=True):
         if masked_output.shape != output.shape:
             shapes = f"{tuple(output.shape)}, expected {tuple(masked_output.shape)}"
             return Fault(text=f"the cut model's output has shape {shapes}")
-        if (
-            tolerance is not None
-            and (by := _describe(masked_output, output, tolerance)) is not None
-        ):
+        if tolerance is None:
+            if not torch.isfinite(output).all():
+                return Fault(text="the cut model's outputs hold NaN or infinity")
+        elif (by := _describe(masked_output, output, tolerance)) is not None:
             return Fault(text=f"the cut model's outputs differ from the masked model's{by}")
     return None
 
@@ -195,12 +198,16 @@ def _describe(expected: Tensor, output: Tensor, tolerance: float) -> str | None:
 @contextmanager
 def _computing(model: nn.Module, wide: torch.dtype) -> Iterator[None]:
     """Let a model compute in a type; nothing is done where it does so anyway."""
-    loaded = _loaded(model)
-    if wide is torch.float32 and not has_narrow([*loaded, *model.buffers()], wide):
+    if not _computes_otherwise(model, wide):
         yield
         return
-    with computed_in_any_type(model), computing_in(wide, loaded[0].device):
+    with computed_in_any_type(model), computing_in(wide, _loaded(model)[0].device):
         yield
+
+
+def _computes_otherwise(model: nn.Module, wide: torch.dtype) -> bool:
+    """Whether a model computes in another type by itself than when it is checked."""
+    return wide is not torch.float32 or has_narrow([*_loaded(model), *model.buffers()], wide)
 
 
 def _loaded(model: nn.Module) -> list[nn.Parameter]:

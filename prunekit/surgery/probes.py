@@ -4,8 +4,8 @@ Every layer, and every module that reads units which go (a consumer), is a probe
 runs once, and what goes into its probes and comes out of them is recorded. Then the cut model runs,
 and each of its layers is fed what the masked model's layer was fed: so no rounding error grows from
 layer to layer, and a difference lies where it is seen. A consumer is judged by the size of its own
-inputs and outputs, a layer's output by what the layer adds to the hidden states: so no part of the
-model is too quiet to be seen beside another.
+inputs and outputs, a layer's output by what the layer adds to the hidden states, and each feature
+by itself: so no part of the model is too quiet to be seen beside another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prunekit.surgery.layers import leave_out_dropped
 
 Side = Literal["input", "output"]
 _ROWS = 256  # so many positions of a consumer's inputs and outputs are compared
-_ROUNDINGS = 32  # so many roundings of the largest hidden number are no difference
+_ROUNDINGS = 32  # so many roundings of the largest number of a position are no difference
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,13 +37,15 @@ class Probe:
     Args:
         path: its path, for messages.
         module: the module; it stays the same object when its weights are cut.
-        dims: for a consumer, (parameter, dim) of its inputs and of its outputs; empty for a
-            layer.
+        dims: for a linear consumer, (parameter, dim) of its inputs and of its outputs; empty for a
+            layer, and for a module with consumers of another form (stacked experts).
+        is_layer: whether it is a layer, which is fed what the masked model's was.
     """
 
     path: str
     module: nn.Module
     dims: Mapping[Side, ParameterDim] = field(default_factory=dict)
+    is_layer: bool = False
 
 
 class Mismatch(Exception):  # noqa: N818  it ends the forward pass in which it is found
@@ -57,7 +59,7 @@ class Mismatch(Exception):  # noqa: N818  it ends the forward pass in which it i
 def find_probes(
     model: nn.Module, graph: CouplingGraph, removed: Mapping[str, list[int]]
 ) -> list[Probe]:
-    """The layers that stay, and the consumers of the units that are removed.
+    """The layers that stay, and the modules of the consumers of the units that are removed.
 
     Args:
         model: the model, not cut yet.
@@ -66,7 +68,7 @@ def find_probes(
     """
     dropped = {stack.module: removed.get(stack.name, ()) for stack in graph.stacks}
     probes = [
-        Probe(path=f"{path}.{index}", module=layer)
+        Probe(path=f"{path}.{index}", module=layer, is_layer=True)
         for path, layers in module_lists(model).items()
         for index, layer in enumerate(layers)
         if index not in dropped.get(path, ())
@@ -78,14 +80,16 @@ def find_probes(
         for member in graph[name].consumers
         if not member.parameter.startswith(gone) and not member.elsewhere
     }
+    probed = {probe.path for probe in probes}
     for parameter, dim in sorted(dims):
         path, _, attribute = parameter.rpartition(".")
+        own: dict[Side, ParameterDim] = {}
         if attribute == "weight" and len(graph.shapes[parameter]) == 2:
-            own: dict[Side, ParameterDim] = {
-                "input": (parameter, dim),
-                "output": (parameter, 1 - dim),
-            }
-            probes.append(Probe(path=path, module=model.get_submodule(path), dims=own))
+            own = {"input": (parameter, dim), "output": (parameter, 1 - dim)}
+        elif attribute == "weight" or path in probed:  # a convolution, or known already
+            continue
+        probed.add(path)
+        probes.append(Probe(path=path, module=model.get_submodule(path), dims=own))
     return probes
 
 
@@ -162,7 +166,7 @@ class Recording:
 
         def note(probe: Probe, side: Side, tensor: Tensor | None) -> None:
             if tensor is not None:
-                tensor = _rows(tensor) if probe.dims else tensor
+                tensor = tensor if probe.is_layer else _rows(tensor)
                 tensor = tensor.detach().to("cpu", copy=True)
             self._calls[probe, side].append(tensor)
 
@@ -185,16 +189,16 @@ class Recording:
             recorded = next(pending[probe, side], None) if (probe, side) in pending else None
             if tensor is None or recorded is None:
                 return None
-            actual = _rows(tensor) if probe.dims else tensor
+            actual = tensor if probe.is_layer else _rows(tensor)
             expected = self.remainder.select(recorded, actual.shape, probe.dims.get(side))
             if expected is None:
                 return None
             expected = expected.to(actual.device)
             before = fed.pop(probe, None) if side == "output" else None
             self._judge(probe, side, expected, actual, before)
-            if probe.dims and recorded.shape != actual.shape:
+            if side in probe.dims and recorded.shape != actual.shape:
                 self.seen.add(probe.dims[side])
-            if probe.dims or side == "output":
+            if side == "output" or not probe.is_layer:
                 return None
             fed[probe] = expected
             return expected
@@ -214,11 +218,11 @@ class Recording:
             actual: of the cut model.
             before: the layer's input, where `expected` is its output.
         """
-        scale = slack = expected.abs().amax()
+        added, largest = expected, _size(expected, -1)
         if before is not None and before.shape == expected.shape:
-            slack = torch.maximum(slack, before.abs().amax())
-            scale = (expected - before).abs().amax()
-        slack = slack * _ROUNDINGS * torch.finfo(self.wide).eps
+            added, largest = expected - before, torch.maximum(largest, _size(before, -1))
+        scale = _size(added, tuple(range(added.ndim - 1)))  # of each feature, over all positions
+        slack = largest * _ROUNDINGS * torch.finfo(self.wide).eps
         if (error := differ(expected, actual, scale, slack, self.tolerance)) is not None:
             text = f"the {side} of {probe.path} differs from the masked model's by {error:.2g}"
             raise Mismatch(probe.path, f"{text} of its size")
@@ -260,17 +264,24 @@ def differ(
     Args:
         expected: a floating-point tensor.
         actual: the other one.
-        scale: the size that a difference is judged by.
-        slack: a difference up to this number is none, whatever the scale.
+        scale: the sizes that differences are judged by; it is broadcast.
+        slack: differences up to these numbers are none, whatever the scale; it is broadcast.
         tolerance: the largest share of the scale that is no difference.
     """
     error = (expected - actual).abs()
     # Infinity less infinity is no number.
     error = error.masked_fill(expected == actual, 0)
-    error = error.masked_fill(expected.isnan() & actual.isnan(), 0).amax()
-    if error <= tolerance * scale + slack:
+    error = error.masked_fill(expected.isnan() & actual.isnan(), 0)
+    is_small = error <= tolerance * scale + slack
+    if is_small.all():
         return None
-    return (error / scale.clamp_min(1e-30)).item()
+    return (error / scale.clamp_min(1e-30)).masked_fill(is_small, 0).amax().item()
+
+
+def _size(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """The largest finite number over some dims, which stay as dims of size one."""
+    tensor = tensor.masked_fill(~tensor.isfinite(), 0).abs()
+    return tensor.amax(dims, keepdim=True) if dims != () else tensor
 
 
 def _floating(tensor: Tensor | None) -> Tensor | None:

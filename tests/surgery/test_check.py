@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids
+from families import build, values_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,8 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import prunekit
 from prunekit.errors import SurgeryError
-from prunekit.surgery import counting, cut
+from prunekit.surgery import check, counting, cut
 from prunekit.surgery.masking import masked
+from prunekit.surgery.probes import Mismatch, Probe, Recording
 
 
 class SumsInHalves(TorchDispatchMode):
@@ -176,6 +178,105 @@ def test_a_whisper_is_judged_by_its_own_size(name, monkeypatch):
         prunekit.apply_plan(model, graph, prunekit.PruningPlan({"layers.2": [0, 4]}))
 
 
+@pytest.fixture
+def spoil(monkeypatch):
+    """Spoil a parameter while it is cut: `spoil(name, change)`, where `change` takes its data."""
+
+    def arrange(name, change):
+        cut_right = cut._slice
+
+        def cut_wrong(places, positions, changes):
+            cut_right(places, positions, changes)
+            module, attribute, own = places[0]
+            if own == name:
+                change(getattr(module, attribute).data)
+
+        monkeypatch.setattr(cut, "_slice", cut_wrong)
+
+    return arrange
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("massive", "row", "wrong", "group"),
+    [
+        ("mlp.up_proj", 20, "mlp.up_proj", "mlp"),
+        ("self_attn.v_proj", 20, "self_attn.v_proj", "self_attn"),
+        ("mlp.down_proj", 5, "mlp.down_proj", "mlp"),
+    ],
+)
+def test_a_feature_is_judged_by_its_own_size(massive, row, wrong, group, dtype, spoil):
+    """One feature is 100,000 times as large as those beside it; a row of another one is wrong."""
+    model = tiny_llama().to(dtype)
+    layer = model.model.layers[1]
+    layer.get_submodule(massive).weight.data[row] *= 1e5
+    graph = prunekit.trace(model, example())
+    spoil(f"model.layers.1.{wrong}.weight", lambda weight: weight[8].mul_(1.5))
+    with pytest.raises(SurgeryError, match=rf"^layers\.1\.{group}: the (in|out)put of .*_proj"):
+        prunekit.apply_plan(model, graph, prunekit.PruningPlan({f"layers.1.{group}": [0]}))
+
+
+def test_stacked_experts_are_judged_by_their_own_size(spoil):
+    """What the experts add is a thousandth of what is beside it; rows of one expert are wrong."""
+    model = build("mixtral", values_of("mixtral")).bfloat16()
+    experts = "model.layers.1.mlp.experts"
+    model.get_parameter(f"{experts}.down_proj").data.mul_(1e-3)
+    graph = prunekit.trace(model, example())
+    plan = prunekit.PruningPlan({"layers.1.mlp.experts": list(range(8))})
+    spoil(f"{experts}.gate_up_proj", lambda weight: weight[2, 3].mul_(1.5))
+    with pytest.raises(
+        SurgeryError, match=rf"^layers\.1\.mlp\.experts: the output of {experts} di"
+    ):
+        prunekit.apply_plan(model, graph, plan)
+
+
+class Picky(nn.Linear):
+    """A linear layer whose kernel for half precision takes certain widths only."""
+
+    def forward(self, x):
+        if x.dtype == torch.bfloat16 and x.shape[-1] % 4:
+            raise RuntimeError("expected a multiple of 4")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("units", [[0, 1, 2], [0, 1, 2, 3]])
+def test_a_model_that_runs_only_as_it_is_checked_is_refused(units):
+    model = randomise(Plain())
+    model.layers[2].down = randomise(Picky(12, 8))
+    model = model.bfloat16()
+    graph = prunekit.trace(model, (torch.randn(4, 5, dtype=torch.bfloat16),))
+    plan = prunekit.PruningPlan({"layers.2": units})
+    if len(units) == 4:
+        prunekit.apply_plan(model, graph, plan)
+        return
+    with pytest.raises(SurgeryError, match="the cut model doesn't run: expected a multiple of 4"):
+        prunekit.apply_plan(model, graph, plan)
+    assert model.layers[2].down.weight.shape == (8, 12)
+
+
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_no_number_hides_no_difference(odd):
+    """Where both tensors hold the same infinity, or no number, the others are still compared."""
+    layer = Probe(path="layers.0", module=nn.Identity(), is_layer=True)
+    recording = Recording(probes=[layer], remainder=None, wide=torch.float32, tolerance=1e-4)
+    before = torch.randn(2, 3, 4)
+    expected = torch.randn(2, 3, 4)
+    expected[0, 1, 2] = odd
+    recording._judge(layer, "output", expected, expected.clone(), before)
+    for place in ((1, 2, 2), (0, 1, 2), (0, 0, 0)):
+        actual = expected.clone()
+        actual[place] = 0.5
+        with pytest.raises(Mismatch, match="the output of layers.0 differs"):
+            recording._judge(layer, "output", expected, actual, before)
+
+
+def test_outputs_that_can_t_be_compared_must_be_finite():
+    outputs = [torch.ones(3)], [torch.tensor([1.0, torch.nan, 2.0])]
+    fault = check.compare_outputs(*outputs, None)
+    assert fault.text == "the cut model's outputs hold NaN or infinity"
+    assert check.compare_outputs([torch.ones(3)], [torch.zeros(3)], None) is None
+
+
 def state_of(model):
     """What an interrupted check might leave: hooks, casts, modes, settings."""
     backends = torch.backends
@@ -189,9 +290,11 @@ def state_of(model):
     )
 
 
-@pytest.mark.parametrize("at", range(1, 8))
+@pytest.mark.parametrize("at", range(1, 11))
 def test_an_interruption_inside_any_forward_pass_leaves_nothing(at, monkeypatch):
-    """Three layers, run by the masked model and by the cut one; the seventh call is never made."""
+    """Three layers, run by the masked model, by the cut one, and by this one in its own type; the
+    tenth call is never made.
+    """
     model = tiny_llama().bfloat16().train()
     graph = prunekit.trace(model, example())
     before, weights = state_of(model), copy.deepcopy(model.state_dict())
@@ -205,9 +308,9 @@ def test_an_interruption_inside_any_forward_pass_leaves_nothing(at, monkeypatch)
 
     plan = prunekit.PruningPlan({"layers.1.mlp": [3], "layers.0.self_attn": [1]})
     monkeypatch.setattr(LlamaDecoderLayer, "forward", interrupt)
-    if at == 7:
+    if at == 10:
         prunekit.apply_plan(model, graph, plan)
-        assert len(calls) == 6
+        assert len(calls) == 9
         assert state_of(model)[1:] == before[1:]
         return
     with pytest.raises(KeyboardInterrupt):
