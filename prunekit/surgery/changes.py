@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-
-from prunekit.model.ties import Place
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +31,7 @@ class Guess:
 class Changes:
     """Everything that one cut changed.
 
-    Of tensors that were cut it holds the slices that went: let go of it once the cut model is
-    checked.
+    It holds the uncut weights: let go of it once the cut model is checked.
     """
 
     model: nn.Module
@@ -52,26 +48,6 @@ class Changes:
         before = getattr(target, name)
         self._ways_back.append(lambda: setattr(target, name, before))
         setattr(target, name, value)
-
-    def replace(self, places: Sequence[Place], new: Tensor, rebuild: Callable[[], Tensor]) -> None:
-        """Put a tensor in all places of another one, whose memory is free if nobody else holds it.
-
-        Args:
-            places: where the old tensor is held.
-            new: takes its place.
-            rebuild: makes a tensor that nothing tells from the old one.
-        """
-        before = weakref.ref(getattr(places[0].module, places[0].attribute))
-
-        def put_back() -> None:
-            old = before()  # who still holds it, an optimizer say, must see it in the model again
-            old = rebuild() if old is None else old
-            for module, attribute, _ in places:
-                setattr(module, attribute, old)
-
-        self._ways_back.append(put_back)
-        for module, attribute, _ in places:
-            setattr(module, attribute, new)
 
     def guess(self, target: nn.Module, name: str, value: int) -> None:
         """Change an attribute only because its value is a size that the cut changes (`Guess`)."""

@@ -22,7 +22,6 @@ from prunekit.surgery.changes import Changes
 from prunekit.surgery.configs import config_to_cut, update_config
 from prunekit.surgery.layers import drop_layers, leave_out_dropped
 from prunekit.surgery.sizes import measure_cut
-from prunekit.surgery.slices import cut_tensor, way_to_rebuild
 
 
 def cut_model(
@@ -132,17 +131,32 @@ def _cut_units(
 
 
 def _slice(places: list[Place], removed: Mapping[int, Tensor], changes: Changes) -> None:
-    """Cut a tensor, and its gradient, in all places that hold it; `removed`: dim → positions.
-
-    The uncut tensor is let go of here, so that no more than one lies beside its successor.
-    """
-    old = getattr(places[0].module, places[0].attribute)
-    new, slices = cut_tensor(old.detach(), removed)
+    """Cut a tensor, and its gradient, in all places that hold it; `removed`: dim → positions."""
+    module, attribute, _ = places[0]
+    old = getattr(module, attribute)
+    kept = {
+        dim: _kept_positions(old.shape[dim], positions).to(old.device)
+        for dim, positions in removed.items()
+    }
+    new = _select(old.detach(), kept)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
         if old.grad is not None:
-            new.grad, _ = cut_tensor(old.grad, removed)
-    changes.replace(places, new, way_to_rebuild(old, new, slices))
+            new.grad = _select(old.grad, kept)
     for module, attribute, _ in places:
+        changes.set(module, attribute, new)
         changes.persist(module, attribute)
         fit_to_weight(module, changes.set)
+
+
+def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    for dim, positions in kept.items():
+        tensor = tensor.index_select(dim, positions)
+    return tensor.contiguous()
+
+
+def _kept_positions(size: int, removed: Tensor) -> Tensor:
+    """The positions in [0, size) that are not removed, rising."""
+    keep = torch.ones(size, dtype=torch.bool)
+    keep[removed] = False
+    return keep.nonzero().flatten()
