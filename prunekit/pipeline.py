@@ -427,6 +427,7 @@ def _report(
         policy=describe_policy(allocation),
         steps=gather_steps(allocation.assignment.budget.slots),
         layers=count_units(allocation.groups, plan.removed),
+        float64=allocation.assignment.float64 or None,
         seconds=stages.seconds,
         peak_memory_bytes=stages.peak_memory_bytes,
     )

@@ -33,6 +33,11 @@ class Statistics:
     centred: bool = False
     shift: Tensor | None = None
 
+    @property
+    def took_float64(self) -> bool:
+        """Whether the Hessian is float32, and its inverse had to be float64."""
+        return self.inverse is not None and self.inverse.matrix.dtype != self.moments.dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetStep:

@@ -81,7 +81,7 @@ def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list
     drawn = pictures(report) if drawn is None else drawn
     sections: dict[str, list[Block | None]] = {
         "Warnings": [Items(report.warnings) if report.warnings else None],
-        "Summary": [aim(report), _summary(report), _protocols(report)],
+        "Summary": [aim(report), _summary(report), _protocols(report), _tell_float64(report)],
         "What was kept": [
             drawn.get("layers"),
             _tell_removed_whole(report),
@@ -147,6 +147,12 @@ def _protocols(report: Report) -> Items | None:
     protocols["Speed"] = report.latency.protocol if report.latency else None
     lines = tuple(f"{name}: {told.rstrip('.')}." for name, told in protocols.items() if told)
     return Items(lines) if lines else None
+
+
+def _tell_float64(report: Report) -> str:
+    """Tell how many Hessians took float64; empty where none did."""
+    count = sum((report.float64 or {}).values())
+    return f"Hessians that took float64 to invert: {count:,}." if count else ""
 
 
 def _recovery(report: Report) -> str:

@@ -26,7 +26,16 @@ from prunekit.report.plain import from_plain, schema_of, to_plain
 # The first keys of the file that `task=prune` writes; the others follow in the order of the fields.
 _PRUNING_FIRST = (
     *("task", "seed", "command", "versions", "method", "ratio", "parameters", "target", "policy"),
-    *("steps", "layers", "seconds", "peak_memory_bytes", "activation_bytes", "base", "calibration"),
+    *(
+        "steps",
+        "layers",
+        "seconds",
+        "peak_memory_bytes",
+        "activation_bytes",
+        "base",
+        "calibration",
+        "float64",
+    ),
 )
 # Keys that are written as null too, where the key beside them is written.
 _NULL_BESIDE = {"command": "task", "base": "calibration"}
@@ -56,6 +65,7 @@ class Report(Mapping[str, Any]):
         steps: kind of group → the number that divides the units that stay in each that is cut.
         layers: what each layer kept.
         calibration: the text that units were chosen by.
+        float64: group → how many of its Hessians took float64 to invert; left out where none did.
         recovery: how the pruned model was fine-tuned.
         models: the columns of what was measured, in order.
         parameters: column → number of parameters.
@@ -88,6 +98,7 @@ class Report(Mapping[str, Any]):
     steps: Mapping[str, int] | None = None
     layers: tuple[LayerKept, ...] | None = None
     calibration: Calibration | None = None
+    float64: Mapping[str, int] | None = None
     recovery: RecoveryFigures | None = None
     models: tuple[str, ...] | None = None
     parameters: Mapping[str, int] | None = None

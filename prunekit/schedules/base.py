@@ -36,7 +36,8 @@ class Assignment:
     `state`: keeps the groups that are finished on disk. `store`: keeps activations between two
     layers. `layers`: reads the layers of a streamed model, cuts and writes them; None where the
     whole model is in memory. `snapshot`: keeps a group's weights before they change; None where
-    nobody puts them back.
+    nobody puts them back. `float64`: group name → how many of its Hessians took float64 to invert;
+    groups with none are left out. The schedule fills it in.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Assignment:
     store: Store | None = None
     layers: Layers | None = None
     snapshot: Snapshot | None = None
+    float64: dict[str, int] = field(default_factory=dict)
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `compute`, or the result that a run kept before it was broken off.

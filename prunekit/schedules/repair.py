@@ -14,6 +14,7 @@ from prunekit.compensation.base import Compensation
 from prunekit.graph import Group
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
+from prunekit.schedules.state import Finished
 
 
 def cut_groups(
@@ -70,7 +71,14 @@ def walk_through(assignment: Assignment, groups: Sequence[Group]) -> Walk:
 def restore_group(assignment: Assignment, group: Group) -> list[int]:
     """Give the consumers of a finished group their weights; return the units removed from it."""
     assert assignment.state is not None
-    return assignment.state.restore(group.name, find_consumers(assignment.model, group))
+    finished = assignment.state.restore(group.name, find_consumers(assignment.model, group))
+    _note_float64(assignment, group, finished.float64)
+    return finished.removed
+
+
+def _note_float64(assignment: Assignment, group: Group, count: int) -> None:
+    if count:
+        assignment.float64[group.name] = count
 
 
 def cut_group(
@@ -95,8 +103,11 @@ def cut_group(
         units = importance.choose([part.pose_problem() for part in work], count)
     for part in work:
         repair_site(part, compensation, units)
+    in_float64 = sum(part.statistics.took_float64 for part in work)
+    _note_float64(assignment, group, in_float64)
     if assignment.state:
-        assignment.state.record(group.name, units, find_consumers(assignment.model, group))
+        finished = Finished(removed=units, float64=in_float64)
+        assignment.state.record(group.name, finished, find_consumers(assignment.model, group))
     return units
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ from prunekit.errors import CheckpointError, first_line
 from prunekit.runtime.processes import rank
 
 _HINT = "remove the folder, or choose another output_dir, to start anew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What is known of a finished group.
+
+    Attributes:
+        removed: the units removed from it.
+        float64: how many of its Hessians took float64 to invert.
+    """
+
+    removed: list[int]
+    float64: int = 0
 
 
 class State:
@@ -94,11 +108,14 @@ class State:
         self._write(path, lambda target: write_json(target, value))
         return value
 
-    def record(self, group: str, units: Sequence[int], consumers: Sequence[Consumer]) -> None:
-        """Write the units removed from a finished group, and the weights of its consumers."""
+    def record(self, group: str, finished: Finished, consumers: Sequence[Consumer]) -> None:
+        """Write what is known of a finished group, and the weights of its consumers."""
         from safetensors.torch import save_file
 
-        tensors = {"removed": torch.tensor(units, dtype=torch.long)}
+        tensors = {
+            "removed": torch.tensor(finished.removed, dtype=torch.long),
+            "float64": torch.tensor(finished.float64),
+        }
         for consumer in drop_repeats(consumers):
             name = consumer.member.parameter
             tensors[f"{name}.weight"] = consumer.parameter.detach().cpu().contiguous()
@@ -106,8 +123,8 @@ class State:
                 tensors[f"{name}.bias"] = consumer.bias.detach().cpu()
         self._write(self.folder / f"{group}.safetensors", lambda path: save_file(tensors, path))
 
-    def restore(self, group: str, consumers: Sequence[Consumer]) -> list[int]:
-        """Give the consumers of a finished group their weights, and return the units removed.
+    def restore(self, group: str, consumers: Sequence[Consumer]) -> Finished:
+        """Give the consumers of a finished group their weights; what is known of the group.
 
         Raises:
             CheckpointError: the file of the group is damaged.
@@ -123,7 +140,7 @@ class State:
                 consumer.parameter.data.copy_(tensors[f"{name}.weight"])
                 if (bias := tensors.get(f"{name}.bias")) is not None:
                     consumer.set_bias(bias)
-            return [int(unit) for unit in tensors["removed"]]
+            return Finished(removed=tensors["removed"].tolist(), float64=int(tensors["float64"]))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path}: damaged: {first_line(error)}; {_HINT}") from error
 

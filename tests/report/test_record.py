@@ -17,8 +17,8 @@ from prunekit.report.parts import KeptUnits, LayerKept, Ratio
 ORDER = {
     "prune": (
         "task seed command versions method ratio parameters target policy layers seconds "
-        "peak_memory_bytes activation_bytes base calibration recovery models weight_bytes macs "
-        "macs_protocol macs_by_module perplexity tasks layer_error warnings samples "
+        "peak_memory_bytes activation_bytes base calibration float64 recovery models weight_bytes "
+        "macs macs_protocol macs_by_module perplexity tasks layer_error warnings samples "
         "evaluation_bytes latency"
     ),
     "evaluate": (
@@ -43,6 +43,7 @@ def whole(task):
         "ratio": {"target": None, "achieved": 0.1},
         "target": {"measure": "bytes", "limit": 9, "dense": 12, "achieved": 8, "measured": 0.25},
         "calibration": {"corpus": "c4", "samples": 8, "sequence_length": 128, "seed": 0},
+        "float64": {"model.layers.0.mlp": 1},
         "activation_bytes": {"device": 0, "host": 4096, "file": 0},
     }
     plain["policy"]["outliers"] = {"model.layers.0.mlp": 0.5}

@@ -10,6 +10,7 @@ from prunekit.calibration import walk as walking
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
 from prunekit.importance import Importance, Obs
+from prunekit.schedules import State
 
 
 def batches(ids, size=3):
@@ -211,3 +212,40 @@ def test_an_importance_of_neither_kind_is_refused(schedule):
         prunekit.prune(
             tiny_llama(), importance=Neither(), schedule=schedule, calibration=token_ids()
         )
+
+
+@pytest.mark.parametrize("schedule", ["layerwise", "oneshot"])
+def test_the_report_says_which_hessians_took_float64(schedule):
+    """Fewer tokens than inputs make a Hessian singular; much damping makes it harmless."""
+    few, many = token_ids(3, 10), token_ids(32, 30)
+    options = [f"schedule={schedule}", "compensation.target=pruned", "importance=obs"]
+    options = options if schedule == "layerwise" else [*options[:2], "importance=magnitude"]
+    bare = [*options, "schedule.damping=0"]
+    result = prunekit.prune(tiny_llama(), calibration=few, overrides=bare)
+    cut = {name: 1 for name, units in result.plan.removed.items() if units}
+    assert result.report["float64"] == cut
+    calm = [*options, "schedule.damping=0.5"]
+    result = prunekit.prune(tiny_llama(), calibration=many, overrides=calm)
+    assert "float64" not in result.report
+
+
+def test_a_resumed_run_knows_which_hessians_took_float64(monkeypatch, tmp_path):
+    few, folder = token_ids(3, 10), tmp_path / "state"
+    bare = ["schedule.damping=0"]
+    whole = prunekit.prune(tiny_llama(), calibration=few, overrides=bare)
+    record, names = State.record, []
+
+    def interrupted(self, group, finished, consumers):
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        names.append(group)
+        record(self, group, finished, consumers)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(State, "record", interrupted)
+        prunekit.prune(tiny_llama(), calibration=few, state=folder, overrides=bare)
+    resumed = prunekit.prune(
+        tiny_llama(), calibration=few, state=folder, overrides=[*bare, "resume=true"]
+    )
+    assert resumed.report["float64"] == whole.report["float64"]
+    assert set(names) <= set(resumed.report["float64"])

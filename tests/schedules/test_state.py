@@ -32,18 +32,18 @@ def equal(left, right):
 
 
 @pytest.mark.parametrize("target", ["pruned", "residual"])
-@pytest.mark.parametrize("finished", [0, 1, 4])
-def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(number, target, monkeypatch, tmp_path):
     options = [f"compensation.target={target}"]
     ids = token_ids(24, 10)
     whole = prunekit.prune(tiny_llama(), calibration=ids, overrides=options)
     record, count = State.record, []
 
-    def interrupted(self, group, units, consumers):
-        if len(count) == finished:
+    def interrupted(self, group, finished, consumers):
+        if len(count) == number:
             raise KeyboardInterrupt
         count.append(group)
-        record(self, group, units, consumers)
+        record(self, group, finished, consumers)
 
     monkeypatch.setattr(State, "record", interrupted)
     model = tiny_llama()
@@ -51,8 +51,8 @@ def test_a_run_broken_off_anywhere_goes_on_to_the_same_end(finished, target, mon
     with pytest.raises(KeyboardInterrupt):
         prunekit.prune(model, calibration=ids, overrides=options, state=tmp_path / "state")
     assert equal(model, before)
-    assert len(list((tmp_path / "state").glob("*.safetensors"))) == finished
-    assert (tmp_path / "state").exists() == (finished > 0)
+    assert len(list((tmp_path / "state").glob("*.safetensors"))) == number
+    assert (tmp_path / "state").exists() == (number > 0)
     monkeypatch.undo()
     options.append("resume=true")
     result = prunekit.prune(model, calibration=ids, overrides=options, state=tmp_path / "state")
