@@ -172,7 +172,7 @@ class Stopwatch:
 
 STAGES = {
     "whole": (pipeline, "prune_model"),
-    "trace": (pipeline, "trace"),
+    "trace": (pipeline, "trace_batch"),
     "schedule": (Layerwise, "run"),
     "products": (Moments, "add"),
     "cut": (repair, "cut_group"),

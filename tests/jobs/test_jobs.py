@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer
+from prunekit.config.sections import ModelConfig
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import perplexity as perplexities
@@ -319,7 +320,7 @@ def test_a_folder_that_changes_during_a_sweep_is_loaded_again(place, tmp_path, c
 
     folder, kept = tmp_path / "model", Kept()
     shutil.copytree(place / "dense", folder)
-    load = lambda: kept.load(folder, torch.device("cpu"), None, False)[0]  # noqa: E731
+    load = lambda: kept.load(folder, torch.device("cpu"), None, ModelConfig())[0]  # noqa: E731
     first, again = load(), load()
     first.lm_head.weight.data.zero_()
     assert again.lm_head.weight.data.any() and load().lm_head.weight.data.any()
@@ -340,7 +341,9 @@ def test_where_memory_is_short_every_run_loads_its_model(place, calls, monkeypat
 
     monkeypatch.setattr(kept, "free_bytes", lambda device: 1000)
     store = kept.Kept()
-    one, two = (store.load(place / "dense", torch.device("cpu"), None, False)[0] for _ in range(2))
+    one, two = (
+        store.load(place / "dense", torch.device("cpu"), None, ModelConfig())[0] for _ in range(2)
+    )
     assert len(calls["loaded"]) == 2 and one is not two
 
 
