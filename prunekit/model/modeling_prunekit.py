@@ -319,9 +319,10 @@ class _Model:
         return cls.stock_class._can_set_experts_implementation()
 
 
+@cache  # transformers copies a config for every layer of every cache that it makes
 def pruned_classes(model_type: str, module: str) -> tuple[Any, Any, Any]:
     """Classes for pruned models of a type that transformers knows: config, body and causal language
-    model.
+    model. Equal arguments have the same classes, so that a copied config has its original's.
 
     Args:
         model_type: as in `config.json`.

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 import prunekit
 
@@ -74,3 +74,15 @@ def test_a_model_that_is_pruned_again_has_the_record_of_its_new_sizes(tmp_path):
         prunekit.prune(model, ratio=0.2, calibration=IDS)
         again = through_transformers(model, tmp_path / str(_))
         assert torch.equal(logits(again), logits(model))
+
+
+def test_a_cache_makes_no_classes(pruned, tmp_path):
+    """transformers copies a config for every layer of every cache: a class each would take longer
+    than the forward pass.
+    """
+    prunekit.save_pretrained(pruned, tmp_path / "model")
+    for model in (pruned, prunekit.from_pretrained(tmp_path / "model")):
+        assert type(copy.copy(model.config)) is type(model.config)
+        before = len(type(model.config).__mro__[1].__subclasses__())
+        DynamicCache(config=model.config)
+        assert len(type(model.config).__mro__[1].__subclasses__()) == before
