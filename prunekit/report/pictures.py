@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prunekit.report import bars, lines, words
 from prunekit.report.record import Report
+from prunekit.report.searching import search_of
 from prunekit.report.svg import STYLE, standalone, to_svg
 from prunekit.report.tables import error_columns
 from prunekit.report.tasks import average_last, is_share
@@ -90,7 +91,7 @@ def _ratio(report: Report) -> Picture | None:
 
 def _search(report: Report) -> Picture | None:
     """The best KL of each round over its evaluations."""
-    search = report.policy.search if report.policy else None
+    search = search_of(report)
     if search is None:
         return None
     told = [

@@ -30,9 +30,6 @@ class Arena:
         space: the candidates.
         database: what the groups hold at their levels.
         judge: compares the model with the dense one.
-
-    Attributes:
-        evaluations: how many candidates were judged so far, on any number of tokens.
     """
 
     space: Space

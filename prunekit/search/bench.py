@@ -73,19 +73,24 @@ class Bench:
 
     @classmethod
     @contextmanager
-    def open(cls, setting: Setting, samples: Samples) -> Iterator[Bench]:
-        """A bench for a `with` block; afterwards the model is as it was."""
+    def open(cls, setting: Setting, samples: Samples, batches: int) -> Iterator[Bench]:
+        """A bench for a `with` block; afterwards the model is as it was.
+
+        `batches`: on how many batches of the fitness candidates are judged at most. Only cuts that
+        are checked are judged on all of them.
+        """
         model, groups = setting.model, setting.groups
+        budget = make_budget(setting, dict.fromkeys((g.name for g in groups), 1.0))
         store = setting.open_store("search")
         try:
             with lending(model, groups), evaluating(model):
                 yield cls(
                     setting=setting,
-                    budget=make_budget(setting, dict.fromkeys((g.name for g in groups), 1.0)),
-                    builder=make_builder(setting, samples),
+                    budget=budget,
+                    builder=make_builder(setting, budget, samples),
                     database=Database(model, groups, store),
-                    judge=Judge(model, groups, samples.fitness, store),
-                    checker=Judge(model, groups, samples.held_out, store),
+                    judge=Judge(model, groups, samples.fitness, store, batches),
+                    checker=Judge(model, groups, samples.held_out, store, 0),
                 )
         finally:
             store.close()
@@ -131,13 +136,13 @@ def make_budget(setting: Setting, shares: Mapping[str, float]) -> Budget:
     )
 
 
-def make_builder(setting: Setting, samples: Samples) -> Builder:
+def make_builder(setting: Setting, budget: Budget, samples: Samples) -> Builder:
     """The builder of levels; units that are not chosen layer by layer are scored now."""
     assignment = Assignment(
         model=setting.model,
         graph=setting.graph,
         groups=setting.groups,
-        budget=make_budget(setting, dict.fromkeys((g.name for g in setting.groups), 1.0)),
+        budget=budget,
         batches=samples.database,
         importance=setting.importance,
         compensation=setting.compensation,

@@ -75,6 +75,14 @@ class _Reference:
 class Judge:
     """Compares a model, as it is by now, with the dense one that it was at first.
 
+    Args:
+        model: the dense model.
+        groups: the groups that are cut, which tell where its layers are.
+        batches: what it is judged on.
+        store: keeps the dense model's probabilities.
+        trailed: on so many of the first batches a model may be run from any layer on; on the others
+            it is run as a whole, and no hidden states are kept behind the first layer.
+
     Attributes:
         layers: how many layers the model has.
         states: the dense model's hidden states before every layer.
@@ -82,9 +90,14 @@ class Judge:
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], store: Store
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        batches: Sequence[Batch],
+        store: Store,
+        trailed: int,
     ) -> None:
-        self.model, self.batches, self.store = model, batches, store
+        self.model, self.batches, self.store, self.trailed = model, batches, store, trailed
         self.tokens_run = 0.0
         self._stack, self._recording = _record(model, groups, batches, store)
         self.layers = len(self._stack)
@@ -104,9 +117,12 @@ class Judge:
         return self._compare(batch, self._run(batch, first, hidden))
 
     def trail(self, first: int, states: States) -> States:
-        """The model's hidden states before every layer; those up to `first` are the other's."""
+        """The model's hidden states before every layer, on the batches that are trailed.
+
+        Those up to the layer `first` are the `states` of another model.
+        """
         trail: States = [*states[: first + 1], *([] for _ in range(first + 1, self.layers))]
-        for b in range(len(self.batches)):
+        for b in range(self.trailed):
             self._run(b, first, states[first][b].clone(), trail)
         return trail
 
@@ -138,7 +154,8 @@ class Judge:
         return outputs.logits
 
     def _refer(self, batch: int) -> _Reference:
-        last = self._run(batch, self.layers - 1, self.states[-1][batch].clone())
+        first = self.layers - 1 if batch < self.trailed else 0
+        last = self._run(batch, first, self.states[first][batch].clone())
         logits = self._logits(batch, last)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise ConfigError("policy=search: expected a language model, which returns logits")

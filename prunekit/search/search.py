@@ -7,22 +7,26 @@ the winner of each round, are also cut as an ordinary run would cut them: only t
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
+from prunekit.data.batches import Batch, count_positions
 from prunekit.errors import ConfigError, suggest
 from prunekit.policies import LinearDecrease, LinearIncrease, LogDecrease, LogIncrease, Uniform
 from prunekit.policies.base import DepthPolicy, Policy, Setting, is_number
 from prunekit.runtime.console import say
 from prunekit.search.bench import Bench, Checked, make_budget
 from prunekit.search.evolution import Stage
-from prunekit.search.fitness import CHUNK, Judge
+from prunekit.search.fitness import CHUNK
 from prunekit.search.rounds import Effort, Result, Start, run_round
 from prunekit.search.samples import Samples, split_samples
-from prunekit.search.verdict import describe_search, name_rounds
+from prunekit.search.verdict import describe_search
 
 FORMULAS: Mapping[str, type[DepthPolicy]] = {
     "uniform": Uniform,
@@ -115,11 +119,12 @@ class Search(Policy):
         """
         tokens = min(*self.tokens, CHUNK)
         samples = split_samples(setting.batches, self.fitness, self.held_out, tokens)
-        with Bench.open(setting, samples) as bench:
+        stages = self._stages(samples.fitness)
+        with Bench.open(setting, samples, max(stage.batches for stage in stages)) as bench:
             seeds = self._check_formulas(bench)
-            results = self._run_rounds(bench, seeds)
+            results = self._run_rounds(bench, seeds, stages)
         if packed := results[0].packed:
-            seeds["knapsack"] = packed
+            seeds[KNAPSACK] = packed
         return self._take(setting, samples, seeds, results)
 
     def _check_formulas(self, bench: Bench) -> dict[str, Checked]:
@@ -135,13 +140,15 @@ class Search(Policy):
                 say(f"seed {name}: KL to the dense model {checked[name].fitness:.4f}")
         return checked
 
-    def _run_rounds(self, bench: Bench, seeds: Mapping[str, Checked]) -> list[Result]:
+    def _run_rounds(
+        self, bench: Bench, seeds: Mapping[str, Checked], stages: Sequence[Stage]
+    ) -> list[Result]:
         """Rounds around the best cut so far, while held-out samples confirm that they help."""
         effort = Effort(
             sweeps=self.sweeps,
             generations=self.generations,
             children=self.children,
-            stages=self._stages(bench.judge),
+            stages=stages,
         )
         best = min(seeds.values(), key=lambda checked: checked.fitness)
         others = [checked.counts for checked in seeds.values() if checked is not best]
@@ -169,16 +176,13 @@ class Search(Policy):
             best = min(cuts, key=lambda checked: checked.fitness)
         return results
 
-    def _stages(self, judge: Judge) -> list[Stage]:
-        """The stages of a generation, in batches."""
-        stages = []
-        for tokens, survivors in zip(self.tokens, self.survivors, strict=True):
-            count, total = 0, 0
-            while count < len(judge.batches) and total < tokens:
-                total += judge.tokens(count)
-                count += 1
-            stages.append(Stage(batches=count, survivors=survivors))
-        return stages
+    def _stages(self, batches: Sequence[Batch]) -> list[Stage]:
+        """The stages of a generation: the fewest of these batches with so many tokens."""
+        totals = list(accumulate(math.prod(count_positions(batch)) for batch in batches))
+        return [
+            Stage(batches=min(bisect_left(totals, tokens) + 1, len(totals)), survivors=survivors)
+            for tokens, survivors in zip(self.tokens, self.survivors, strict=True)
+        ]
 
     def _take(
         self,
@@ -191,10 +195,7 @@ class Search(Policy):
         figures = describe_search(setting, samples, seeds, results)
         say(figures.verdict)
         setting.notes["search"] = figures
-        cuts = {**seeds, **name_rounds(results)}
-        cut = cuts[figures.taken]
-        sizes = {group.name: group.num_units for group in setting.groups}
-        return {name: cut.counts.get(name, 0) / size for name, size in sizes.items()}
+        return dict(figures.cuts[figures.taken].shares)
 
 
 def _check(bench: Bench, counts: Mapping[str, int]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def open_bench(importance, compensation, layerwise=True):
         layerwise=layerwise,
         damping=DAMPING,
     )
-    with Bench.open(setting, split_samples(setting.batches, 0.25, 0.125, 64)) as bench:
+    samples = split_samples(setting.batches, 0.25, 0.125, 64)
+    with Bench.open(setting, samples, len(samples.fitness)) as bench:
         yield bench
 
 

@@ -22,10 +22,11 @@ def plain_divergence(dense, model, ids, mask=None):
     return float(values.mean() if mask is None else values[mask.bool()].mean())
 
 
-def open_judge(model, batches):
+def open_judge(model, batches, trailed=None):
     graph = trace(tiny_llama(kv_heads=2), example())
     groups = [group for group in graph.groups if group.kind == "mlp"]
-    return Judge(model, groups, make_batches(model, batches, 2, torch.device("cpu")), Store())
+    made = make_batches(model, batches, 2, torch.device("cpu"))
+    return Judge(model, groups, made, Store(), len(made) if trailed is None else trailed)
 
 
 def total(judge, first=0, states=None):
@@ -61,6 +62,23 @@ def test_a_child_is_run_from_its_first_changed_layer_on():
     assert judge.tokens_run - before == pytest.approx(ids.numel() / 3)
 
 
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+def test_batches_that_are_not_trailed_are_run_as_a_whole(kept, monkeypatch):
+    """No layer runs on them for a trail, and nothing is kept of them behind the first layer."""
+    monkeypatch.setattr(fitness, "_KEPT_BYTES", kept)
+    dense, model = tiny_llama(kv_heads=2).double(), tiny_llama(kv_heads=2).double()
+    ids = token_ids(5, 9)
+    judge = open_judge(model, ids, trailed=1)
+    model.model.layers[0].mlp.down_proj.weight.data[:, 3:9] = 0
+    assert total(judge) == pytest.approx(plain_divergence(dense, model, ids), rel=1e-9)
+    before = judge.tokens_run
+    trail = judge.trail(0, judge.states)
+    assert judge.tokens_run - before == 2 * 9  # one of three batches
+    assert [len(states) for states in (*judge.states, *trail)] == [3, 1, 1] * 2
+    expected = plain_divergence(dense, model, ids[:2])
+    assert judge.measure(0, 1, trail).mean == pytest.approx(expected, rel=1e-9)
+
+
 def test_padding_does_not_count():
     dense, model = tiny_llama(kv_heads=2).double(), tiny_llama(kv_heads=2).double()
     ids, mask = token_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
@@ -84,4 +102,4 @@ def test_groups_outside_of_layers_are_refused():
     graph = trace(model, example())
     groups = [group for group in graph.groups if group.kind == "channel"]
     with pytest.raises(ConfigError, match="one list of layers"):
-        Judge(model, groups, make_batches(model, token_ids(), 2, torch.device("cpu")), Store())
+        Judge(model, groups, make_batches(model, token_ids(), 2, torch.device("cpu")), Store(), 0)

@@ -71,7 +71,7 @@ def test_a_round_finds_the_best_of_all_candidates(method):
     """Of all ways to take 40 of 4 · 40 channels by tens; all cost the same."""
     setting = make_setting(*method, layers=4, removed=40)
     samples = split_samples(setting.batches, 0.25, 0.25, 32)
-    with Bench.open(setting, samples) as bench:
+    with Bench.open(setting, samples, len(samples.fitness)) as bench:
         seed = make_budget(setting, Uniform().group_shares(setting)).solve()
         batches = len(bench.judge.batches)
         effort = Effort(
@@ -232,7 +232,7 @@ def test_several_processes_share_the_candidates(monkeypatch):
     """Each process runs every second candidate, and learns the results of the others."""
     setting = make_setting(Magnitude(), None)
     samples = split_samples(setting.batches, 0.25, 0.25, 32)
-    with Bench.open(setting, samples) as bench:
+    with Bench.open(setting, samples, len(samples.fitness)) as bench:
         arena = bench.open_round({}, 0.5, 1.0)
         candidates = list(product(*arena.space.levels))[:9]
         expected = arena.measure(candidates, 2)
