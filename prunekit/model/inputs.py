@@ -71,4 +71,4 @@ def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
 def text_config(model: nn.Module) -> Any:
     """The config of the language model in a model, which may also see or hear; or None."""
     config: Any = getattr(model, "config", None)
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
