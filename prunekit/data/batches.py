@@ -79,24 +79,22 @@ def count_positions(batch: Batch) -> tuple[int, int]:
 def split_samples(batch: Batch) -> list[Batch]:
     """The rows of a batch, each as a batch of one."""
     rows, _ = count_positions(batch)
-    return [{key: _take(value, j, rows) for key, value in batch.items()} for j in range(rows)]
-
-
-def _take(value: Any, index: int, rows: int) -> Any:
-    """One row of a tensor that has a row for each of `rows`; any other value as it is."""
-    by_row = isinstance(value, Tensor) and value.ndim and len(value) == rows
-    return value[index : index + 1] if by_row else value
+    return [
+        {key: _take(value, slice(j, j + 1), rows) for key, value in batch.items()}
+        for j in range(rows)
+    ]
 
 
 def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
     """A batch of some rows of another one; values that have no row for each sample stay."""
-    size = count_positions(batch)[0]
-    return {
-        key: value[list(rows)]
-        if isinstance(value, Tensor) and value.ndim and len(value) == size
-        else value
-        for key, value in batch.items()
-    }
+    size, _ = count_positions(batch)
+    return {key: _take(value, list(rows), size) for key, value in batch.items()}
+
+
+def _take(value: Any, rows: slice | list[int], size: int) -> Any:
+    """These rows of a tensor that has `size` of them; any other value as it is."""
+    by_row = isinstance(value, Tensor) and value.ndim and len(value) == size
+    return value[rows] if by_row else value
 
 
 def copy_batch(batch: Batch) -> Batch:
@@ -161,6 +159,6 @@ def _row(batch: Batch, mask: Tensor, index: int) -> Batch:
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
             return value[index : index + 1, mask[index]]
-        return _take(value, index, len(mask))
+        return _take(value, slice(index, index + 1), len(mask))
 
     return {key: cut(value) for key, value in batch.items()}

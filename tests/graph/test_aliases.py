@@ -166,7 +166,11 @@ def test_the_rule_that_an_error_shows_holds(kind, monkeypatch):
     exec(advice, {"prunekit": prunekit})
     model, graph = groups_of(function, kind)
     x = torch.randn(4, 5)
-    for group in (g for g in graph.groups if g.prunable):
+    prunable = [group for group in graph.groups if group.prunable]
+    went_through = {"up.weight", "up.bias"}
+    assert went_through.isdisjoint(m.parameter for group in prunable for m in group.members)
+    assert len(prunable) == (kind == "a reduction")  # whose other operand keeps its axis
+    for group in prunable:
         masked = zero_units(randomise(Between(function)), graph, {group.name: [0]})
         prunekit.apply_plan(model, graph, prunekit.PruningPlan({group.name: [0]}))
         torch.testing.assert_close(model(x), masked(x))
