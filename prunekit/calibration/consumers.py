@@ -6,6 +6,7 @@ uses (an embedding that is tied to the head is looked up), whose inputs say noth
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -185,10 +186,9 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self.see = see
         self.places = {c.parameter.data_ptr() + (c.expert or 0) * _stride(c): c for c in consumers}
-        self.whole = {
-            c.parameter.data_ptr(): [o for o in consumers if o.parameter is c.parameter]
-            for c in consumers
-        }
+        self.whole: dict[int, list[Consumer]] = defaultdict(list)
+        for consumer in consumers:
+            self.whole[consumer.parameter.data_ptr()].append(consumer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):

@@ -75,8 +75,6 @@ class Moments:
         it leaves. `samples` are the numbers of the rows, for `check`. Nothing waits for the device,
         but for the number of tokens where there is a mask and it is not given.
         """
-        if mask is not None and mask.shape != inputs.shape[:-1]:
-            mask = None  # the positions were regrouped, as the tokens of an expert are
         x = _zero_padding(inputs.detach(), mask)
         if mask is None:
             tokens = len(x)
