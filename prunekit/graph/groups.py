@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -290,6 +290,14 @@ class LayerStack(Group):
     ) -> TorchPruningGroup:
         """Raise TraceError: torch-pruning cuts channels only."""
         raise TraceError(f"{self.name}: torch-pruning cuts channels, no whole layers")
+
+
+def sort_by_likeness(groups: Iterable[Group]) -> dict[Hashable, list[Group]]:
+    """Likeness → the groups that have it: they differ in nothing but their layer."""
+    classes: dict[Hashable, list[Group]] = defaultdict(list)
+    for group in groups:
+        classes[group.likeness].append(group)
+    return dict(classes)
 
 
 def _matrix_beside(vector: Member, places: Mapping[ParameterDim, object]) -> ParameterDim | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from torch import nn
 
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import meta_copy
+from prunekit.graph.groups import sort_by_likeness
 from prunekit.model.inputs import text_config
 from prunekit.model.verify import required_record
 from prunekit.plan import PruningPlan
@@ -82,7 +82,7 @@ def average_shares(shares: Mapping[str, float], groups: Sequence[Group]) -> dict
     """Give groups that differ in nothing but their layer the mean of their shares."""
     means = {
         likeness: sum(shares[group.name] for group in alike) / len(alike)
-        for likeness, alike in _sort_by_likeness(groups).items()
+        for likeness, alike in sort_by_likeness(groups).items()
     }
     return {group.name: means[group.likeness] for group in groups}
 
@@ -125,7 +125,7 @@ def find_stock_counts(
             "of them: whether the model's own class holds the result can't be told before"
         )
     counts: dict[str, Container[int]] = {}
-    for alike in _sort_by_likeness(groups).values():
+    for alike in sort_by_likeness(groups).values():
         # Without members, as in a stack of layers, no shape changes: every number will do.
         if alike[0].members and hasattr(model, "config"):
             possible = _possible_counts(model, graph, alike)
@@ -168,11 +168,3 @@ def _is_stock(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], k
         return required_record(skeleton) is None
     except (CheckpointError, SurgeryError):
         return False
-
-
-def _sort_by_likeness(groups: Sequence[Group]) -> dict[Hashable, list[Group]]:
-    """Likeness → the groups that have it: they differ in nothing but their layer."""
-    classes: dict[Hashable, list[Group]] = defaultdict(list)
-    for group in groups:
-        classes[group.likeness].append(group)
-    return dict(classes)

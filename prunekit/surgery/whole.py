@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import meta_copy
+from prunekit.graph.groups import sort_by_likeness
 from prunekit.plan import PruningPlan
 from prunekit.surgery.apply import apply_plan
 
@@ -28,10 +28,7 @@ def find_obstacles(
     reasons = {group.name: group.must_stay for group in groups if group.must_stay}
     left = [group for group in groups if group.name not in reasons]
     if left and _try_without(model, graph, left):
-        classes: dict[Hashable, list[Group]] = defaultdict(list)
-        for group in left:
-            classes[group.likeness].append(group)
-        for alike in classes.values():
+        for alike in sort_by_likeness(left).values():
             if reason := _try_without(model, graph, alike[:1]):
                 reasons.update({group.name: reason for group in alike})
     return reasons
