@@ -100,8 +100,9 @@ def expect(
     """
     run = run or partial(run_example, model, graph)
     wide = wide or precisions(model)[0]
+    compares = removed and _is_exact(graph, removed)
     recording = Recording(
-        probes=find_probes(model, graph, removed) if _is_exact(graph, removed) else (),
+        probes=find_probes(model, graph, removed) if compares else (),
         remainder=Remainder(graph, removed),
         wide=wide,
         tolerance=TOLERANCE[precisions(model)[0]],
