@@ -73,7 +73,6 @@ STOREYS = {
         "report",
         "runtime",
         "schedules",
-        "surgery",
     },
     "pipeline": {
         "allocation",

@@ -18,7 +18,7 @@ from prunekit.schedules.base import Assignment
 from prunekit.schedules.choose import combine_scores
 from prunekit.search.arena import Arena
 from prunekit.search.build import Builder
-from prunekit.search.database import Database, lending
+from prunekit.search.database import Database
 from prunekit.search.fitness import Divergence, Judge
 from prunekit.search.levels import Candidate, Space, nearest_step, spread_levels
 from prunekit.search.samples import Samples
@@ -82,17 +82,19 @@ class Bench:
         model, groups = setting.model, setting.groups
         budget = make_budget(setting, dict.fromkeys((g.name for g in groups), 1.0))
         store = setting.open_store("search")
+        database = Database(model, groups, store)
         try:
-            with lending(model, groups), evaluating(model):
+            with evaluating(model):
                 yield cls(
                     setting=setting,
                     budget=budget,
                     builder=make_builder(setting, budget, samples),
-                    database=Database(model, groups, store),
+                    database=database,
                     judge=Judge(model, groups, samples.fitness, store, batches),
                     checker=Judge(model, groups, samples.held_out, store, 0),
                 )
         finally:
+            database.close()
             store.close()
 
     def check(self, counts: Mapping[str, int]) -> Checked:

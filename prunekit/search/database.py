@@ -9,7 +9,6 @@ Without a compensation a level is a mask, and no weights are kept for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from prunekit.calibration.consumers import Consumer, find_consumers
 from prunekit.calibration.store import Kept, Store
 from prunekit.graph import Group
-from prunekit.surgery.snapshot import Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +36,6 @@ class Level:
 
     units: list[int]
     contents: list[Content]
-
-
-@contextmanager
-def lending(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
-    """Let the consumers of groups change in a `with` block; afterwards they are what they were."""
-    snapshot = Snapshot(model, everything=False, copies=True)
-    snapshot.keep(groups)
-    try:
-        yield
-    finally:
-        snapshot.restore()
 
 
 class Database:
@@ -119,6 +106,14 @@ class Database:
         """Give all consumers their dense weights, whatever they hold at present."""
         for name in self.placed:
             self._place(name, 0)
+
+    def close(self) -> None:
+        """Give the model back as it was: consumers are dense, and a bias that was none goes."""
+        self.reset_all()
+        for name, consumers in self._consumers.items():
+            for consumer, (_, bias) in zip(consumers, self._dense[name], strict=True):
+                if bias is None and consumer.bias is not None:
+                    consumer.module.register_parameter("bias", None)
 
     def note_mask(self, name: str, units: Sequence[int]) -> None:
         """Add a level of which only the units that are gone need be known."""
