@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from prunekit.model.weights import check_finite, num_parameters, weights_digest
 from prunekit.model.wrappers import unwrap
 from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
-from prunekit.policies.base import Compute
+from prunekit.policies.base import Tools
 from prunekit.report.parts import PolicyShares, Ratio, SearchFigures, Target
 from prunekit.report.pruning import count_units
 from prunekit.report.record import Report
@@ -187,7 +187,7 @@ def prune_model(
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)
-        tools = Tools.of(config, folders, state, stages.device)
+        tools = gather_tools(config, folders, state, stages.device)
         allocation = allocate(model, graph, config, method, batches, stored, tools)
         assignment = replace(allocation.assignment, state=state, store=tools.open_store(""))
         plan = choose_and_cut(assignment, method, folders, streamed)
@@ -199,34 +199,19 @@ def prune_model(
     return Result(model=model, plan=plan, report=report, graph=graph)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tools:
-    """What a policy keeps tensors and unfinished results in.
+def gather_tools(
+    config: RunConfig, folders: Folders, state: State | None, device: torch.device
+) -> Tools:
+    """The tools of a run with these folders and this state, if it keeps one."""
+    memory, folder = config.memory, folders.activations
 
-    Attributes:
-        open_store: given a name, opens a store; an empty name is that of the run's activations.
-        remember: given a name and a function, its result, or the one of the run that goes on.
-    """
+    def open_store(name: str) -> Store:
+        own = folder.with_name(f"{folder.name}-{name}") if folder and name else folder
+        return Store(device, memory.budget, memory.host, own)
 
-    open_store: Callable[[str], Store] = field(default=lambda name: Store())
-    remember: Callable[[str, Compute], dict[str, Any]] = field(
-        default=lambda name, compute: compute()
-    )
-
-    @classmethod
-    def of(
-        cls, config: RunConfig, folders: Folders, state: State | None, device: torch.device
-    ) -> Tools:
-        """The tools of a run with these folders and this state, if it keeps one."""
-        memory, folder = config.memory, folders.activations
-
-        def open_store(name: str) -> Store:
-            own = folder.with_name(f"{folder.name}-{name}") if folder and name else folder
-            return Store(device, memory.budget, memory.host, own)
-
-        if state is None:
-            return cls(open_store=open_store)
-        return cls(open_store=open_store, remember=state.remember)
+    if state is None:
+        return Tools(open_store=open_store)
+    return Tools(open_store=open_store, remember=state.remember)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,14 +245,13 @@ def allocate(
     Raises:
         ConfigError: a target out of reach; a policy or a repair that doesn't fit the model.
     """
-    tools = tools or Tools()
     everything = [*graph.groups, *graph.stacks]
     groups = method.scope.select_groups(choose_groups(graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
     objective = set_objective(method.cost, costs, config)
     if method.compensation is not None or method.schedule.layerwise:
         _check_repairable(method, model, groups)
-    setting = _make_setting(costs, objective, config, method, tools)
+    setting = _make_setting(costs, objective, config, method, tools or Tools())
     shares = _find_shares(setting, config, method)
     cut = [group for group in groups if shares[group.name] > 0] or groups
     assignment = Assignment(
@@ -305,8 +289,7 @@ def _make_setting(
         damping=method.schedule.damping,
         protected={group.name: scope.protected_units(group) for group in groups},
         seed=config.seed,
-        open_store=tools.open_store,
-        remember=tools.remember,
+        tools=tools,
     )
 
 

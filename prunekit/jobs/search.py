@@ -8,7 +8,7 @@ from prunekit.jobs.job import Job, Outcome
 from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
 from prunekit.jobs.sources import base_of
 from prunekit.model.weights import check_finite
-from prunekit.pipeline import Tools, allocate, describe_policy
+from prunekit.pipeline import allocate, describe_policy, gather_tools
 from prunekit.report import Report
 from prunekit.report.pruning import count_units
 from prunekit.schedules.method import Method
@@ -37,7 +37,7 @@ def run_search(job: Job) -> Outcome:
     with job.stages("search"):
         folders = folders_of(job)
         state = folders.open_state(config, graph, batches)
-        tools = Tools.of(config, folders, state, job.stages.device)
+        tools = gather_tools(config, folders, state, job.stages.device)
         allocation = allocate(subject.model, graph, config, method, batches, subject.stored, tools)
     counts = allocation.assignment.budget.solve()
     removed = {name: range(count) for name, count in counts.items()}

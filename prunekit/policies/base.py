@@ -23,6 +23,23 @@ Compute = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What a policy keeps tensors and unfinished results in.
+
+    Attributes:
+        open_store: given a name, opens a store for tensors between passes; an empty name is that of
+            the run's activations.
+        remember: given a name and a function, its result, or the one that a run kept before it was
+            broken off; a small JSON object.
+    """
+
+    open_store: Callable[[str], Store] = field(default=lambda name: Store())
+    remember: Callable[[str, Compute], dict[str, Any]] = field(
+        default=lambda name, compute: compute()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a policy may look at.
 
@@ -41,9 +58,7 @@ class Setting:
         damping: λ / mean(diag H) of the choice and of the repair.
         protected: group → units that must stay.
         seed: of everything that is drawn at random.
-        open_store: given a name, opens a store for tensors between passes.
-        remember: given a name and a function, its result, or the one that a run kept before it was
-            broken off; a small JSON object.
+        tools: where the policy keeps tensors, and what it has finished.
         notes: a policy writes here what it measured and a reader of the report may want to see.
     """
 
@@ -61,10 +76,7 @@ class Setting:
     damping: float = 0.0
     protected: Mapping[str, list[int]] = field(default_factory=dict)
     seed: int = 0
-    open_store: Callable[[str], Store] = field(default=lambda name: Store())
-    remember: Callable[[str, Compute], dict[str, Any]] = field(
-        default=lambda name, compute: compute()
-    )
+    tools: Tools = Tools()
     notes: dict[str, object] = field(default_factory=dict)
 
 

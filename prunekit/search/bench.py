@@ -81,7 +81,7 @@ class Bench:
         """
         model, groups = setting.model, setting.groups
         budget = make_budget(setting, dict.fromkeys((g.name for g in groups), 1.0))
-        store = setting.open_store("search")
+        store = setting.tools.open_store("search")
         database = Database(model, groups, store)
         try:
             with evaluating(model):

@@ -135,7 +135,7 @@ class Search(Policy):
                 shares = FORMULAS[name]().group_shares(bench.setting)
                 counts = make_budget(bench.setting, shares).solve()
                 check = partial(_check, bench, counts)
-                content = bench.setting.remember(f"search-{name}", check)
+                content = bench.setting.tools.remember(f"search-{name}", check)
                 checked[name] = Checked.from_json(content)
                 say(f"seed {name}: KL to the dense model {checked[name].fitness:.4f}")
         return checked
@@ -165,7 +165,7 @@ class Search(Policy):
             )
             rng = random.Random(f"{bench.setting.seed} {number}")
             run = partial(_run, bench, start, effort, rng)
-            content = bench.setting.remember(f"search-round-{number}", run)
+            content = bench.setting.tools.remember(f"search-round-{number}", run)
             result = Result.from_json(content)
             say(f"its winner, cut exactly: KL to the dense model {result.winner.fitness:.4f}")
             results.append(result)
