@@ -104,8 +104,9 @@ def as_dense(config: Any) -> Iterator[None]:
     """
     overrides, sizes = per_layer_overrides(config), {**(getattr(config, "dense_sizes", None) or {})}
     own = sizes.pop("per_layer_config", None)
-    if own or getattr(config, "pruned_sizes", None) or not reads_layers(config.model_type):
-        config.per_layer_config = own
+    stated = own is not None or getattr(config, "pruned_sizes", None)
+    if stated or not reads_layers(config.model_type):
+        config.per_layer_config = own or None
     pruned = {name: getattr(config, name) for name in sizes}
     try:
         _set(config, sizes)

@@ -8,6 +8,7 @@ from conftest import randomise, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit
+from prunekit.model.modeling_prunekit import per_layer_overrides
 
 SIZES = {
     "vocab_size": 97,
@@ -29,11 +30,18 @@ SIZES = {
 IDS = token_ids(4, 12)
 
 
+ALIKE = {"global_head_dim": 6, "num_global_key_value_heads": 4}  # as in the other layers
+
+
+def build(**changed):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma4_text", **SIZES | changed)
+    return randomise(AutoModelForCausalLM.from_config(config), 0.05)
+
+
 @pytest.fixture
 def dense():
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("gemma4_text", **SIZES)
-    return randomise(AutoModelForCausalLM.from_config(config), 0.05)
+    return build()
 
 
 def logits(model):
@@ -54,7 +62,10 @@ def test_a_dense_model_is_saved(dense, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["uniform", "linear_increase"])
-def test_a_pruned_model_is_saved(dense, policy, tmp_path):
+@pytest.mark.parametrize("changed", [{}, ALIKE], ids=["own sizes", "all alike"])
+def test_a_pruned_model_is_saved(changed, policy, tmp_path):
+    dense = build(**changed)
+    assert bool(per_layer_overrides(dense.config)) == (not changed)
     settings = {"calibration": IDS, "overrides": [f"policy={policy}"]}
     prunekit.prune(dense, ratio=0.1, **settings)
     for number in range(2):
