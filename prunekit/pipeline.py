@@ -178,12 +178,9 @@ def prune_model(
         folders: the run's folders.
         streamed: a model that is cut and written layer by layer; its weights stay on disk.
     """
-    if streamed is None:
-        check_finite(model)
     with stages("trace"):
-        graph = trace_batch(model, batches[0])
-        if streamed is None:
-            check_finite_outputs(model, graph)
+        trace = trace_sound if streamed is None else trace_batch
+        graph = trace(model, batches[0])
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)
@@ -197,6 +194,18 @@ def prune_model(
     if assignment.state and not folders.keep:
         assignment.state.remove()
     return Result(model=model, plan=plan, report=report, graph=graph)
+
+
+def trace_sound(model: nn.Module, batch: Batch) -> CouplingGraph:
+    """Trace a model whose weights, and outputs on the batch, are finite numbers.
+
+    Raises:
+        DataError: some are not.
+    """
+    check_finite(model)
+    graph = trace_batch(model, batch)
+    check_finite_outputs(model, graph)
+    return graph
 
 
 def gather_tools(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from prunekit.errors import ConfigError
-from prunekit.graph.example import trace_batch
 from prunekit.jobs.job import Job, Outcome
 from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
 from prunekit.jobs.sources import base_of
-from prunekit.model.weights import check_finite
-from prunekit.pipeline import allocate, describe_policy, gather_tools
+from prunekit.pipeline import allocate, describe_policy, gather_tools, trace_sound
 from prunekit.report import Report
 from prunekit.report.pruning import count_units
 from prunekit.schedules.method import Method
@@ -30,10 +28,9 @@ def run_search(job: Job) -> Outcome:
     with job.stages("load"):
         subject = job.open(job.source)
         windows = load_windows(config, subject)
-    check_finite(subject.model)
     batches = make_calibration(job, subject, windows.ids)
     with job.stages("trace"):
-        graph = trace_batch(subject.model, batches[0])
+        graph = trace_sound(subject.model, batches[0])
     with job.stages("search"):
         folders = folders_of(job)
         state = folders.open_state(config, graph, batches)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import command_line, example, tiny_llama
 from report_schema import read_report
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit
@@ -153,6 +154,22 @@ def test_shares_are_searched_alone_and_taken_by_hand(place):
     finished = command_line(*SMALL, "task=search", "scope=global", "output_dir=no", cwd=place)
     assert finished.returncode == 2
     assert "task=search: expected scope=local" in finished.stderr
+
+
+def test_shares_of_a_model_that_overflows_are_not_searched(place):
+    """All of its weights are finite; its outputs are not, and no KL can be taken of them."""
+    shutil.copytree(place / "dense", place / "overflowing")
+    (place / "overflowing" / "prunekit.json").unlink()  # its digests
+    path = place / "overflowing" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e38
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    save_file(weights, path, {"format": "pt"})
+    options = ["task=search", "policy=search", "model.path=overflowing", "output_dir=overflowed"]
+    finished = command_line(*SMALL, *options, cwd=place)
+    assert finished.returncode == 2
+    assert "layers.1.mlp.down_proj" in finished.stderr
+    assert "is the first to give one" in finished.stderr
 
 
 def test_recover_later_and_keep_the_adapter(place, recovered):
