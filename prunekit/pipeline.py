@@ -388,7 +388,7 @@ def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group])
 def _name_limits(config: RunConfig, method: Method, stepped: bool) -> str:
     """Name the options that limit how many units can go, or (`stepped`) in which numbers."""
     least = method.scope.min_units
-    options = [f"scope.min_units={least}"] if least != 1 else []
+    options = [] if least in (0, 1) else [f"scope.min_units={least}"]
     widths = method.scope.width_multiple
     options += [f"scope.width_multiple={widths}"] if widths else []
     narrow = config.shapes == "uniform" or (config.shapes == "aligned" and stepped and not widths)

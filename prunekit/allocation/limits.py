@@ -30,7 +30,7 @@ def find_demands(
 
     Raises:
         ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold; or a
-            kind of group may lose everything in which a group can't.
+            kind of group may lose more than a group of it can.
     """
     uniform = config.shapes == "uniform"
     free = config.shapes == "free" or scope.width_multiple is not None
@@ -55,18 +55,24 @@ def _find_floors(
     """
     needed = experts_per_token(getattr(model, "config", None)) or 1
     floors = {group.name: needed for group in groups if group.kind == "expert"}
+    for name in floors:
+        _expect_possible(scope, "expert", needed, f"{name} sends each token to {needed}")
     free = [group for group in groups if not scope.fewest(group) and group.name not in floors]
     reasons = find_obstacles(model, graph, free) if free and not uniform else {}
     for group in free:
         reason = "shapes=uniform" if uniform else reasons.get(group.name)
         if reason is None:
             floors[group.name] = 0
-        elif isinstance(scope.min_units, Mapping):  # this kind was asked for
-            raise ConfigError(
-                f"scope.min_units.{group.kind}: expected at least 1, got 0: {group.name} can't "
-                f"lose all of its units: {reason}"
-            )
+        else:
+            why = f"{group.name} can't lose all of its units: {reason}"
+            _expect_possible(scope, group.kind, 1, why)
     return floors
+
+
+def _expect_possible(scope: Scope, kind: str, least: int, why: str) -> None:
+    """Raise ConfigError where the scope asks by name for fewer units of a kind than must stay."""
+    if isinstance(scope.min_units, Mapping) and (asked := scope.min_units.get(kind, least)) < least:
+        raise ConfigError(f"scope.min_units.{kind}: expected at least {least}, got {asked}: {why}")
 
 
 def _find_multiples(model: nn.Module, groups: Sequence[Group], scope: Scope) -> dict[str, int]:

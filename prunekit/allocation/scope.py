@@ -25,7 +25,8 @@ class Scope:
             may lose anything (model).
         rounds: how often units are scored and a part of them cut.
         min_units: fewest units that stay in a group: one number, or group kind → number. With 0 a
-            sublayer may go; where a group can't lose all of its units, one stays.
+            sublayer may go; where a group can't lose all of its units, one stays. None leaves it to
+            the policy: 0 with one that empties groups (`Policy.empties`), else 1.
         exclude: shell patterns over groups, modules and parameters (`layers.0`, `*.mlp`); what
             matches is left alone.
         width_multiple: the width of every matrix that is cut, and of its heads where they are cut,
@@ -35,7 +36,7 @@ class Scope:
 
     ranking: Ranking = "local"
     rounds: int = 1
-    min_units: int | Mapping[str, int] = 1
+    min_units: int | Mapping[str, int] | None = None
     exclude: Sequence[str] = ()
     width_multiple: int | None = None
     head_multiple: int = 1
@@ -50,7 +51,7 @@ class Scope:
             for kind, number in self.min_units.items():
                 _expect_whole(f"min_units.{kind}", number, least=0)
                 expect_one_of("scope.min_units", kind, get_args(Kind), "kind ")
-        else:
+        elif self.min_units is not None:
             _expect_whole("min_units", self.min_units, least=0)
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", [self.exclude])
@@ -65,7 +66,7 @@ class Scope:
         """How many units of a group must stay."""
         if isinstance(self.min_units, Mapping):
             return self.min_units.get(group.kind, 1)
-        return self.min_units
+        return 1 if self.min_units is None else self.min_units
 
     def select_groups(self, groups: Sequence[Group], known: Sequence[Group]) -> list[Group]:
         """The groups that no pattern matches.

@@ -85,9 +85,11 @@ class Policy(ABC):
 
     Attributes:
         measures: the policy runs the model, so that its weights must be in memory.
+        empties: the policy may take all units of a group, where `scope.min_units` is not set.
     """
 
     measures: ClassVar[bool] = False
+    empties: ClassVar[bool] = False
 
     @abstractmethod
     def group_shares(self, setting: Setting) -> dict[str, float]:

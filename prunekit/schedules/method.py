@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from types import EllipsisType, MemberDescriptorType
 from typing import Any, TypeVar
@@ -62,12 +62,16 @@ class Method:
                 "importance: expected a subclass of ScoreImportance or LayerImportance, got "
                 f"{kind.__module__}.{kind.__qualname__}, which is neither"
             )
+        policy = _require(Policy, config, given, "policy")
+        scope = build_as(Scope, config.scope, "scope") or Scope()
+        if scope.min_units is None:
+            scope = replace(scope, min_units=0 if policy.empties else 1)
         return cls(
             importance=importance,
-            policy=_require(Policy, config, given, "policy"),
+            policy=policy,
             compensation=_find(Compensation, config, given, "compensation"),
             schedule=_require(Schedule, config, given, "schedule"),
-            scope=build_as(Scope, config.scope, "scope") or Scope(),
+            scope=scope,
             cost=select_cost(
                 _find(CostModel, config, given, "cost") or Parameters(), config.target
             ),

@@ -62,6 +62,7 @@ class Search(Policy):
     """
 
     measures: ClassVar[bool] = True
+    empties: ClassVar[bool] = True
     step: float = 0.125
     levels: int = 8
     seeds: Sequence[str] = ("uniform", "log_increase", KNAPSACK)

@@ -12,6 +12,7 @@ from prunekit.allocation.slots import make_slots
 from prunekit.config.compose import check, compose
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
+from prunekit.schedules.method import Method
 from prunekit.surgery import whole
 
 LAST = ["policy=manual", "policy.values=[0,0,1]", "schedule.damping=0.01"]
@@ -44,6 +45,24 @@ def test_experts_stay_as_many_as_a_token_is_sent_to():
     least = floors(model, graph, min_units=0)
     assert {least[group.name] for group in graph.groups if group.kind == "expert"} == {2}
     assert least["layers.0.mlp.experts"] == 0
+    expected = r"min_units.expert: expected at least 2, got [01]: layers.0.mlp.*each token to 2"
+    for number in (0, 1):
+        with pytest.raises(ConfigError, match=expected):
+            floors(model, graph, min_units={"expert": number})
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (["policy=search"], 0),
+        (["policy=uniform"], 1),
+        (["policy=search", "scope.min_units=1"], 1),
+        (["policy=uniform", "scope.min_units=0"], 0),
+        (["policy=search", "scope.min_units={mlp: 3}"], {"mlp": 3}),
+    ],
+)
+def test_the_policy_says_whether_groups_may_go_as_a_whole(options, least):
+    assert Method.build(check(compose(options))).scope.min_units == least
 
 
 def test_a_kind_that_can_not_go_is_refused_before_any_work():
