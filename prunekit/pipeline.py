@@ -254,6 +254,8 @@ def allocate(
     Raises:
         ConfigError: a target out of reach; a policy or a repair that doesn't fit the model.
     """
+    independent = "independent" in cfg.kinds_of(config.groups)
+    method.schedule.check(method.importance, method.scope.rounds, independent)
     everything = [*graph.groups, *graph.stacks]
     groups = method.scope.select_groups(choose_groups(graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
@@ -273,7 +275,7 @@ def allocate(
         compensation=method.compensation,
         rounds=method.scope.rounds,
         protected={group.name: method.scope.protected_units(group) for group in cut},
-        independent="independent" in cfg.kinds_of(config.groups),
+        independent=independent,
     )
     return Allocation(assignment=assignment, groups=groups, shares=shares, notes=setting.notes)
 

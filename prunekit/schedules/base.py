@@ -86,6 +86,18 @@ class Schedule(ABC):
         if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
             raise ConfigError(f"schedule.damping: expected a number ≥ 0, got {self.damping!r}")
 
+    def check(self, importance: Importance, rounds: int, independent: bool) -> None:  # noqa: B027
+        """Refuse options that the schedule can't act on with this importance, before any work.
+
+        Args:
+            importance: what chooses the units.
+            rounds: how many times they are scored.
+            independent: every matrix loses units of its own choice.
+
+        Raises:
+            ConfigError: such an option; the message says what would do.
+        """
+
     @abstractmethod
     def run(self, assignment: Assignment) -> PruningPlan:
         """Choose the units; the removed columns of consumers that were repaired are zero.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prunekit.errors import ConfigError
+from prunekit.importance.base import Importance
 from prunekit.plan import PruningPlan
 from prunekit.schedules.base import Assignment, Schedule
 from prunekit.schedules.choose import choose_by_score
@@ -24,6 +25,15 @@ class Layerwise(Schedule):
 
     layerwise: ClassVar[bool] = True
 
+    def check(self, importance: Importance, rounds: int, independent: bool) -> None:
+        """Refuse what needs scores of all layers at once, where units are chosen group by group."""
+        if importance.by_layer is not None and (rounds > 1 or independent):
+            option = "groups=independent" if independent else f"scope.rounds={rounds}"
+            raise ConfigError(
+                f"{option}: importance={importance.name} chooses layer by layer; use "
+                "schedule=oneshot"
+            )
+
     def run(self, assignment: Assignment) -> PruningPlan:
         """Choose and repair group by group."""
         if assignment.importance.by_layer is not None:
@@ -41,16 +51,8 @@ def count_units(assignment: Assignment) -> dict[str, int]:
     """How many units each group loses, by group name, before any of them is chosen.
 
     Raises:
-        ConfigError: `rounds` or `independent`, both of which need scores of all layers at once; or
-            groups that compete under an importance that gives no scores.
+        ConfigError: groups that compete under an importance that gives no scores.
     """
-    if assignment.rounds > 1 or assignment.independent:
-        rounds = f"scope.rounds={assignment.rounds}"
-        option = "groups=independent" if assignment.independent else rounds
-        name = assignment.importance.name
-        raise ConfigError(
-            f"{option}: importance={name} chooses layer by layer; use schedule=oneshot"
-        )
     if assignment.budget.ranking == "local":
         return assignment.budget.solve()
     importance = assignment.importance.at_once

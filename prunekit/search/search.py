@@ -115,9 +115,14 @@ class Search(Policy):
         """The shares of the winner, or of the best seed where it isn't better beyond doubt.
 
         Raises:
-            ConfigError: groups that can't be searched.
+            ConfigError: groups that can't be searched, or that compete.
             DataError: too few calibration samples.
         """
+        if setting.scope.ranking != "local":
+            raise ConfigError(
+                f"policy=search: expected scope=local, got scope.ranking={setting.scope.ranking}, "
+                "where scores settle how much each group loses"
+            )
         tokens = min(*self.tokens, CHUNK)
         samples = split_samples(setting.batches, self.fitness, self.held_out, tokens)
         stages = self._stages(samples.fitness)

@@ -199,6 +199,25 @@ def test_a_search_that_can_not_be_sound_is_refused():
         Search(**QUICK).group_shares(make_setting(samples=2))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["scope=layer"], "policy=search: expected scope=local, got scope.ranking=layer"),
+        (["scope.rounds=2"], "scope.rounds=2: importance=obs chooses layer by layer"),
+        (["groups=independent"], "groups=independent: importance=obs chooses layer by layer"),
+        (["groups=channel"], "policy=search: expected groups in one list of layers"),
+    ],
+)
+def test_what_a_search_can_not_do_is_refused_before_it_begins(options, message, monkeypatch):
+    monkeypatch.delattr(Bench, "check")
+    with pytest.raises(ConfigError, match=message):
+        prunekit.prune(
+            tiny_llama(kv_heads=2),
+            calibration=token_ids(24, 16),
+            overrides=["policy=search", *options],
+        )
+
+
 def test_a_search_broken_off_goes_on_to_the_same_end(monkeypatch, tmp_path):
     overrides = ["policy=search", "policy.seeds=[uniform]", *OPTIONS]
     options = {"ratio": 0.25, "calibration": token_ids(24, 16)}
