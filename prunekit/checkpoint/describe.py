@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.model import modeling_prunekit
+from prunekit.model.classes import auto_classes_of
 from prunekit.model.record import CODE, RECORD, names_our_code, stock_class
 
 
@@ -49,14 +50,17 @@ def _forget_our_code(folder: Path, config: dict[str, Any]) -> None:
 
 def _add_code(folder: Path, config: dict[str, Any]) -> None:
     """Put the modelling file into the folder, and let the config name its classes."""
-    classes = modeling_prunekit.pruned_classes(config["model_type"], __name__)
+    model_type, architecture = config["model_type"], config["architectures"][0]
+    autos = auto_classes_of(model_type, architecture)
+    stock = list(dict.fromkeys([*autos.values(), architecture]))
+    classes = modeling_prunekit.pruned_classes(model_type, __name__, *stock)
     names = [one.__name__ for one in classes]
-    keys = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    config["auto_map"] = {
-        key: f"{Path(CODE).stem}.{name}" for key, name in zip(keys, names, strict=True)
-    }
+    chosen = {"AutoConfig": names[0]} | {auto: f"Pruned{name}" for auto, name in autos.items()}
+    config["auto_map"] = {auto: f"{Path(CODE).stem}.{name}" for auto, name in chosen.items()}
     # Not the name of the stock class: no program must take the model for a stock one.
-    config["architectures"] = [names[-1]]
+    config["architectures"] = [f"Pruned{architecture}"]
     shutil.copyfile(modeling_prunekit.__file__, folder / CODE)
+    given = ", ".join(f'"{name}"' for name in (model_type, *stock))
+    given = given.replace(",", ", __name__,", 1)
     with (folder / CODE).open("a", encoding="utf-8") as code:
-        code.write(f'\n\n{", ".join(names)} = pruned_classes("{config["model_type"]}", __name__)\n')
+        code.write(f"\n\n{', '.join(names)} = pruned_classes({given})\n")

@@ -37,6 +37,7 @@ from prunekit.checkpoint.quantized import (
 )
 from prunekit.errors import CheckpointError, first_line
 from prunekit.model.build import adopt, build_pruned, make_dense_config, needs_prunekit
+from prunekit.model.classes import find_class
 from prunekit.model.compat import let_save_itself
 from prunekit.model.record import RECORD, is_ours
 from prunekit.runtime.console import quiet
@@ -54,7 +55,10 @@ def from_pretrained(
     trust_remote_code: bool = False,
     dequantize: bool = False,
 ) -> PreTrainedModel:
-    """Load a folder that `save_pretrained` wrote, or any Hugging Face causal language model.
+    """Load a folder that `save_pretrained` wrote, or that of any model of transformers.
+
+    The model is of the class that the folder names: a causal language model, an encoder with a
+    classifier, an encoder and a decoder, a model that also sees or hears.
 
     Args:
         directory: a local folder; or a hub name or a GGUF file, for dense models.
@@ -81,7 +85,7 @@ def from_pretrained(
         }
         if (method := quantization_of(config)) and not dequantize:
             raise CheckpointError(ask_to_dequantize(directory, method))
-        model = _load_dense(directory, options, elements, dequantize)
+        model = _load_dense(directory, config, options, elements, dequantize)
         return model.to(device).eval()
     with within(elements):
         model = build_skeleton(folder, config, attn_implementation)
@@ -162,10 +166,13 @@ def _stock_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def _load_dense(
-    directory: str | Path, options: Mapping[str, Any], elements: int | None, dequantize: bool
+    directory: str | Path,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    elements: int | None,
+    dequantize: bool,
 ) -> Any:
     """A model that transformers' own loader can build, of a folder, a GGUF file or from the hub."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     is_here = Path(directory).exists()
@@ -175,7 +182,7 @@ def _load_dense(
         logging.disable_progress_bar()
         with quiet("transformers"), nullcontext() if elements is None else within(elements):
             extra = dequantizing(directory, options) if dequantize or is_gguf(directory) else {}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _loader(directory, config).from_pretrained(
                 use_safetensors=True,
                 output_loading_info=True,
                 **locate(directory),
@@ -194,6 +201,15 @@ def _load_dense(
             f"{directory}: damaged model folder: missing or misshapen {', '.join(missing[:3])}"
         )
     return make_plain(model, directory, dequantize or is_gguf(directory))
+
+
+def _loader(directory: str | Path, config: Mapping[str, Any]) -> Any:
+    """The class that loads a model: what `config.json` says of it, here or on the hub."""
+    from transformers import PreTrainedConfig
+
+    if not config and not is_gguf(directory):
+        config = PreTrainedConfig.get_config_dict(str(directory))[0]
+    return find_class(config)
 
 
 def _looks_local(directory: str | Path) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.checkpoint.manifest import check_manifest
+from prunekit.model.classes import auto_classes
 from prunekit.model.compat import replace_config_loader
-from prunekit.model.modeling_prunekit import pruned_classes
+from prunekit.model.modeling_prunekit import pruned_classes, pruned_config
 from prunekit.model.record import is_ours
 
 if TYPE_CHECKING:
@@ -39,15 +39,17 @@ def _load_config(source: str | Path, config: Mapping[str, Any], **kwargs: Any) -
         if key not in ("trust_remote_code", "code_revision")
     }
     kwargs |= {"_from_auto": True, "name_or_path": source}
-    return _register_classes(config["model_type"]).from_pretrained(source, **kwargs)
+    return _register_classes(config).from_pretrained(source, **kwargs)
 
 
-@cache
-def _register_classes(model_type: str) -> Any:
-    """The config class of a type's pruned models, known to the auto classes."""
-    from transformers import AutoModel, AutoModelForCausalLM
+def _register_classes(config: Mapping[str, Any]) -> Any:
+    """The config class of a folder's type, known to all auto classes that have models for it."""
+    import transformers
 
-    config, body, causal = pruned_classes(model_type, __name__)
-    AutoModel.register(config, body, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal, exist_ok=True)
-    return config
+    model_type, names = config["model_type"], config.get("architectures") or ()
+    cut = [str(name).removeprefix("Pruned") for name in names]
+    for auto, classes in auto_classes(model_type).items():
+        name = next((name for name in classes if name in cut), classes[0])
+        own = pruned_classes(model_type, __name__, name)
+        getattr(transformers, auto).register(*own, exist_ok=True)
+    return pruned_config(model_type, __name__)

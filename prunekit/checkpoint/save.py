@@ -27,7 +27,7 @@ def save_pretrained(
     `prunekit.register_with_transformers` was called.
 
     Args:
-        model: a causal language model of transformers.
+        model: any model of transformers; its folder records its class.
         directory: a new or empty folder.
         tokenizer: the tokenizer of the model, saved beside it.
         remote_code: put a file beside the model with which transformers loads it without prunekit,
@@ -36,8 +36,8 @@ def save_pretrained(
 
     Raises:
         CheckpointError: `directory` exists and is not empty, or can't be written; or the model is
-            none that a folder can describe (adapters not merged, an encoder and a decoder, a scale
-            its class would compute anew).
+            none that a folder can describe (adapters not merged, a scale its class would compute
+            anew).
         TraceError: its weights are sharded, offloaded or quantised.
     """
     from transformers import PreTrainedModel
@@ -47,11 +47,6 @@ def save_pretrained(
     if not isinstance(model, PreTrainedModel):
         hint = ": merge its adapters first" if hasattr(model, "merge_and_unload") else ""
         raise CheckpointError(f"expected a model of transformers, got {type(model).__name__}{hint}")
-    if model.config.is_encoder_decoder:
-        raise CheckpointError(
-            "a model of an encoder and a decoder can't be saved: "
-            "config.json holds one list of layers"
-        )
     check_free(Path(directory))
     with locating_errors(Path(directory)):
         record = required_record(model)

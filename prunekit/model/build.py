@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from prunekit.errors import CheckpointError, first_line
 from prunekit.model.attributes import fit_to_weight, resize
+from prunekit.model.classes import find_class
 from prunekit.model.compat import make_config
 from prunekit.model.modeling_prunekit import as_dense, fit, reads_layers
 from prunekit.model.names import synonyms
 from prunekit.model.per_layer import Overrides, layer_sizes, set_per_layer
-from prunekit.model.record import RECORD, is_ours, names_our_code
+from prunekit.model.record import RECORD, has_our_code, is_ours
 from prunekit.model.stack import modules_of_layer
 from prunekit.model.ties import parameter_places
 
@@ -71,7 +72,7 @@ def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
         left_out.append("per_layer_config")
     values = {key: value for key, value in config.items() if key not in left_out}
     try:
-        if any(map(names_our_code, dict(values.get("auto_map") or {}).values())):
+        if has_our_code(values):
             del values["auto_map"]
         return make_config(config["model_type"], values)
     except Exception as error:
@@ -138,14 +139,22 @@ def _describe_damage(error: Exception) -> CheckpointError:
 def build_dense(
     config: PretrainedConfig, attention: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The dense model that a pruned model's config was made from, its parameters on meta."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    """The dense model that a pruned model's config was made from, its parameters on meta.
 
+    It is of the class that the config's `architectures` name, if that is one of transformers'.
+    """
+    from accelerate import init_empty_weights
+
+    known = {"architectures": config.architectures, "model_type": config.model_type}
+    builder = find_class({**known, "auto_map": getattr(config, "auto_map", None)})
     with init_empty_weights(include_buffers=False), as_dense(config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
+        model: PreTrainedModel
+        if hasattr(builder, "from_config"):  # an auto class
+            model = builder.from_config(
+                config, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = builder._from_config(config, attn_implementation=attention)
     model.tie_weights()
     return model
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from prunekit.model.modeling_prunekit import pruned_classes
+from prunekit.model.modeling_prunekit import pruned_config
 from prunekit.runtime.modes import keep_attributes, restoring
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def let_save_itself(model: PreTrainedModel) -> None:
     The class of this one config becomes a subclass without the check. The config can't be made of
     the subclass from the start: the auto classes find the model's class by the class of its config.
     """
-    model.config.__class__ = pruned_classes(model.config.model_type, __name__)[0]
+    model.config.__class__ = pruned_config(model.config.model_type, __name__)
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def give_views(model: nn.Module, overrides: Mapping[int, dict[str, Any]]) -> Non
     """
     config: Any = model.config
     for path, module in model.named_modules():
-        if "config" in module.__dict__ and (layer := layer_of(model, path)) is not None:
+        own = isinstance(module.__dict__.get("config"), LayerConfig | type(config))
+        if own and (layer := layer_of(model, path)) is not None:
             module.config = (
                 LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
             )
@@ -121,14 +122,15 @@ def _set(config: Any, values: Mapping[str, Any]) -> None:
         setattr(config, name, value)
 
 
-def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
+def fit(model: nn.Module, sizes: Mapping[str, Any], whole: bool = True) -> None:
     """Bring a dense model to its pruned sizes.
 
     Args:
         model: built `as_dense`; weights, on meta or not, are cut to their first entries: they are
             to be loaded.
         sizes: the `pruned_sizes` of the config.
-        prefix: what the paths there begin with, where the model is the body of the one they are of.
+        whole: the model is of the class that was cut. Otherwise it is the body of that, or has the
+            same body under another head.
 
     Raises:
         ValueError: another version of prunekit wrote the sizes, or they are of another model.
@@ -138,12 +140,13 @@ def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
             f"pruned_sizes: expected format {FORMAT}, got {version!r:.40}: made by another version"
         )
     own = checksum(model)
-    if not prefix and sizes.get("dense", own) != own:
+    if whole and sizes.get("dense", own) != own:
         raise ValueError(
             "pruned_sizes: the config makes another dense model than the one that was cut"
         )
+    entries = _Entries(model, sizes, whole)
     resized: dict[int, tuple[Any, nn.Parameter]] = {}  # tied parameters stay tied
-    for owner, name, shape in _entries(model, sizes["shapes"], prefix):
+    for owner, name, shape in entries(sizes["shapes"]):
         old = owner._parameters.get(name, owner._buffers.get(name))
         if name in owner._buffers:  # it can't be made anew any more: it is in the file
             owner._buffers[name] = _cut(old, shape, owner)
@@ -152,9 +155,9 @@ def fit(model: nn.Module, sizes: Mapping[str, Any], prefix: str = "") -> None:
             if old is None or id(old) not in resized:
                 resized[id(old)] = old, nn.Parameter(_cut(old, shape, owner))
             setattr(owner, name, resized[id(old)][1])
-    for owner, name, value in _entries(model, sizes["attributes"], prefix):
+    for owner, name, value in entries(sizes["attributes"]):
         setattr(owner, name, tuple(value) if isinstance(value, list) else value)
-    for owner, _, (consumer, outputs) in _entries(model, sizes.get("empty", {}), prefix):
+    for owner, _, (consumer, outputs) in entries(sizes.get("empty", {})):
         owner.__class__ = empty_class(type(owner), consumer, outputs)
 
 
@@ -176,21 +179,42 @@ def _cut(old: Tensor | None, shape: list[int], owner: nn.Module) -> Tensor:
     )
 
 
-def _entries(
-    model: nn.Module, packed: Mapping[str, str], prefix: str
-) -> Iterator[tuple[nn.Module, str, Any]]:
+def body_path(model: Any) -> str:
+    """The path of the body in a model of transformers; empty where the model is one itself."""
+    return "" if model.base_model is model else str(model.base_model_prefix)
+
+
+class _Entries:
     """The entries of a record: module, name in it, value. Modules the model lacks are left out."""
-    modules = dict(model.named_modules())
-    for pattern, text in packed.items():
-        stored = json.loads(text)
-        if "{}" in pattern:  # a value for every layer, None where there is no entry
-            values = {pattern.format(layer): value for layer, value in enumerate(stored)}
-        else:
-            values = {pattern: stored}
-        for path, value in values.items():
-            owner, _, name = path.removeprefix(prefix).rpartition(".")
-            if value is not None and owner in modules:
-                yield modules[owner], name, value
+
+    def __init__(self, model: nn.Module, sizes: Mapping[str, Any], whole: bool) -> None:
+        self.modules = dict(model.named_modules())
+        self.before = self.here = ""
+        if not whole:
+            self.before = _inside(sizes.get("body", model.base_model_prefix))  # type: ignore[arg-type]
+            self.here = _inside(body_path(model))
+
+    def __call__(self, packed: Mapping[str, str]) -> Iterator[tuple[nn.Module, str, Any]]:
+        for pattern, text in packed.items():
+            stored = json.loads(text)
+            if "{}" in pattern:  # a value for every layer, None where there is no entry
+                values = {pattern.format(layer): value for layer, value in enumerate(stored)}
+            else:
+                values = {pattern: stored}
+            for path, value in values.items():
+                owner, _, name = self._move(path).rpartition(".")
+                if value is not None and owner in self.modules:
+                    yield self.modules[owner], name, value
+
+    def _move(self, path: str) -> str:
+        """The path in this model of a path in the model that was cut."""
+        in_body = path.startswith(self.before)
+        return self.here + path.removeprefix(self.before) if in_body else path
+
+
+def _inside(path: str) -> str:
+    """What the paths of modules inside a module begin with."""
+    return f"{path}." if path else ""
 
 
 class EmptySublayer:
@@ -289,8 +313,8 @@ class _Config:
 
 
 def _empty_config(model_type: str, module: str) -> Any:
-    """A config of `pruned_classes` without a value."""
-    config = pruned_classes(model_type, module)[0]
+    """A config of `pruned_config` without a value."""
+    config = pruned_config(model_type, module)
     return config.__new__(config)
 
 
@@ -298,12 +322,18 @@ class _Model:
     """Goes before a model class of transformers: lets each layer have its own sizes."""
 
     stock_class: Any = None
-    path_prefix = ""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        sizes = getattr(config, "pruned_sizes", None)
         with as_dense(config):
+            # A class that makes its body by an auto class gets one of these, a dense one.
+            config.pruned_sizes = None
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        fit(self, config.pruned_sizes, self.path_prefix)  # type: ignore[arg-type]
+        config.pruned_sizes = sizes
+        if sizes is None:
+            return
+        cut = [name.removeprefix("Pruned") for name in config.architectures or ()]
+        fit(self, sizes, self.stock_class.__name__ in cut)  # type: ignore[arg-type]
         give_views(self, per_layer_overrides(config))  # type: ignore[arg-type]
 
     def initialize_weights(self) -> None:
@@ -321,33 +351,47 @@ class _Model:
 
 
 @cache  # transformers copies a config for every layer of every cache that it makes
-def pruned_classes(model_type: str, module: str) -> tuple[Any, Any, Any]:
-    """Classes for pruned models of a type that transformers knows: config, body and causal language
-    model. Equal arguments have the same classes, so that a copied config has its original's.
+def pruned_config(model_type: str, module: str) -> Any:
+    """The config class of pruned models of a type that transformers knows.
+
+    Equal arguments have the same class, so that a copied config has its original's.
 
     Args:
         model_type: as in `config.json`.
-        module: the name of the module that holds them.
+        module: the name of the module that holds the class.
     """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import CONFIG_MAPPING
 
     stock = CONFIG_MAPPING[model_type]
-    config = type(stock.__name__, (_Config, stock), {"__module__": module})
-    causal = _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock], config, module)
-    prefix = f"{causal.base_model_prefix}."
-    return config, _model_class(MODEL_MAPPING[stock], config, module, prefix), causal
+    return type(stock.__name__, (_Config, stock), {"__module__": module})
 
 
-def _model_class(stock: Any, config: Any, module: str, prefix: str = "") -> Any:
+@cache
+def pruned_model(model_type: str, module: str, name: str) -> Any:
+    """The class of pruned models that are else of a class of transformers, by its name."""
     from transformers import GenerationMixin
 
-    bases = (
-        (_Model, stock, GenerationMixin) if issubclass(stock, GenerationMixin) else (_Model, stock)
-    )
+    stock: Any = stock_model(name)
+    generates = issubclass(stock, GenerationMixin)
+    bases = (_Model, stock, GenerationMixin) if generates else (_Model, stock)
     values = {
         "__module__": module,
-        "config_class": config,
+        "config_class": pruned_config(model_type, module),
         "stock_class": stock,
-        "path_prefix": prefix,
     }
-    return type(f"Pruned{stock.__name__}", bases, values)
+    return type(f"Pruned{name}", bases, values)
+
+
+def pruned_classes(model_type: str, module: str, *names: str) -> tuple[Any, ...]:
+    """The config class of pruned models of a type, and the model classes of some names."""
+    models = (pruned_model(model_type, module, name) for name in names)
+    return pruned_config(model_type, module), *models
+
+
+def stock_model(name: str) -> Any:
+    """The model class of transformers that has a name; None where there is none."""
+    import transformers
+
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and not name.endswith("PreTrainedModel") else None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.model import modeling_prunekit
-from prunekit.model.modeling_prunekit import empty_sublayers, place_in_stack
+from prunekit.model.modeling_prunekit import body_path, empty_sublayers, place_in_stack
 
 CODE = "modeling_prunekit.py"  # the file with which transformers loads a folder by itself
 RECORD = "pruned_sizes"  # the entry of `config.json` that holds the record
@@ -28,12 +28,18 @@ def names_our_code(reference: object) -> bool:
     )
 
 
+def has_our_code(config: Mapping[str, Any]) -> bool:
+    """Whether the code of a folder is the modelling file that is saved beside models."""
+    codes = config.get("auto_map")
+    return isinstance(codes, Mapping) and any(map(names_our_code, codes.values()))
+
+
 def stock_class(model: nn.Module) -> type[nn.Module]:
     """The stock class of a model, also where its own class is one of `modeling_prunekit`."""
     return getattr(type(model), "stock_class", None) or type(model)
 
 
-def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+def make_record(model: Any, dense: nn.Module) -> dict[str, Any]:
     """Make the record of a model: the sizes in which it differs from the dense model of its class.
 
     Args:
@@ -49,7 +55,12 @@ def make_record(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
             shapes[f"{path}.{name}".lstrip(".")] = shape
         for name, value in _other_numbers(module, other).items():
             attributes[f"{path}.{name}".lstrip(".")] = value
-    known = {"format": modeling_prunekit.FORMAT, "dense": modeling_prunekit.checksum(dense)}
+    known: dict[str, Any] = {
+        "format": modeling_prunekit.FORMAT,
+        "dense": modeling_prunekit.checksum(dense),
+    }
+    if (body := body_path(model)) != model.base_model_prefix:
+        known["body"] = body
     record = {**known, "shapes": _pack(model, shapes), "attributes": _pack(model, attributes)}
     empty = {f"{path}.empty": list(how) for path, how in empty_sublayers(model).items()}
     return record | ({"empty": _pack(model, empty)} if empty else {})

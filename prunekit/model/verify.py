@@ -47,11 +47,11 @@ def required_record(model: nn.Module) -> dict[str, Any] | None:
     config: Any = model.config
     values = json.loads(config.to_json_string())
     values.pop(RECORD, None)
+    values["architectures"] = [stock_class(model).__name__]
     sizes = values.pop("dense_sizes", None)
     try:
         if not needs_prunekit(values):
-            if sizes:
-                _compare(model, values)
+            _compare(model, values)
             return None
     except _OtherShape:
         pass

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit.model.attributes import Sizes, resize
 from prunekit.model.modeling_prunekit import layer_of, per_layer_overrides
-from prunekit.model.names import num_layers
+from prunekit.model.names import config_name, num_layers
 from prunekit.model.per_layer import (
     config_values,
     keep_dense,
@@ -23,10 +23,12 @@ from prunekit.surgery.sizes import CutSizes
 def config_to_cut(model: nn.Module) -> Any:
     """The config that has to follow a cut, or None.
 
-    That of an encoder-decoder does not: it counts one stack of layers only.
+    It follows where it describes one list of layers: not that of an encoder and a decoder, nor one
+    of several configs. Their record alone tells the sizes that the class would not make.
     """
-    config = getattr(model, "config", None)
-    return None if getattr(config, "is_encoder_decoder", False) else config
+    config: Any = getattr(model, "config", None)
+    several = getattr(config, "is_encoder_decoder", False) or getattr(config, "sub_configs", None)
+    return None if several else config
 
 
 def update_config(config: Any, sizes: CutSizes, changes: Changes) -> None:
@@ -36,7 +38,8 @@ def update_config(config: Any, sizes: CutSizes, changes: Changes) -> None:
             if "hidden_size" in quantities:
                 changes.remember_configs(config)
                 keep_head_dim(config)
-                keep_dense(config, "hidden_size")
+                if config_name(config, "hidden_size") is not None:
+                    keep_dense(config, "hidden_size")
             resize([config], quantities, changes.set)
     layers = _sizes_by_layer(sizes)
     if layers and num_layers(config) and hasattr(config, "per_layer_config"):

@@ -120,7 +120,9 @@ def compare_with_class(model: nn.Module, graph: CouplingGraph, removed: Removed)
     if config is None or not hasattr(config, "per_layer_config") or per_layer_overrides(config):
         return None
     try:
-        twin = build_dense(copy.deepcopy(config), getattr(config, "_attn_implementation", None))
+        own = copy.deepcopy(config)
+        own.architectures = [stock_class(model).__name__]
+        twin = build_dense(own, getattr(config, "_attn_implementation", None))
         adopt(twin, model.state_dict(), exact=True)
         twin.eval()
         expected = run_example(twin, graph)
