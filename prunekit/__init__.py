@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from prunekit.errors import PrunekitError
     from prunekit.graph import CoupledGroup, CouplingGraph, Member, trace
     from prunekit.jobs.api import Recovered, evaluate, export, prune_checkpoint, recover
+    from prunekit.jobs.vocabulary import PrunedVocabulary, prune_vocabulary
     from prunekit.pipeline import Result, prune
     from prunekit.plan import PruningPlan
     from prunekit.report import Report
@@ -20,6 +21,7 @@ _PUBLIC = {
     "CouplingGraph": "graph",
     "Member": "graph",
     "PrunekitError": "errors",
+    "PrunedVocabulary": "jobs.vocabulary",
     "PruningPlan": "plan",
     "Recovered": "jobs.api",
     "Report": "report",
@@ -30,6 +32,7 @@ _PUBLIC = {
     "from_pretrained": "checkpoint",
     "prune": "pipeline",
     "prune_checkpoint": "jobs.api",
+    "prune_vocabulary": "jobs.vocabulary",
     "recover": "jobs.api",
     "register_with_transformers": "checkpoint.register",
     "save_pretrained": "checkpoint",
@@ -40,6 +43,7 @@ __all__ = [
     "CouplingGraph",
     "Member",
     "PrunekitError",
+    "PrunedVocabulary",
     "PruningPlan",
     "Recovered",
     "Report",
@@ -50,6 +54,7 @@ __all__ = [
     "from_pretrained",
     "prune",
     "prune_checkpoint",
+    "prune_vocabulary",
     "recover",
     "register_with_transformers",
     "save_pretrained",

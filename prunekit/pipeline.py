@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit import config as cfg
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.base import CostModel, CostSetting
-from prunekit.allocation.groups import choose_groups
+from prunekit.allocation.groups import choose_groups, refuse_vocabulary
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
 from prunekit.allocation.slots import gather_steps, make_slots
@@ -128,6 +128,7 @@ def prune(
     )
     if config.resume and state is None:
         raise ConfigError("resume=true: expected state=FOLDER beside it, got none")
+    refuse_vocabulary(config.groups)
     if not isinstance(calibration, Tensor):
         _refuse_batch_size(overrides)
     cfg.import_modules(config.imports)

@@ -113,6 +113,7 @@ STOREYS = {
         "report",
         "runtime",
         "schedules",
+        "surgery",
     },
     "cli": {"config", "errors", "jobs", "report", "runtime"},
     "__main__": {"cli"},

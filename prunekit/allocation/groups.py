@@ -33,3 +33,12 @@ def _groups_of_kind(graph: CouplingGraph, name: str) -> list[Group]:
             f"groups={name}: the model has no prunable group of that kind; it has: {kinds}"
         )
     return groups
+
+
+def refuse_vocabulary(choice: str | list[str] | tuple[str, ...]) -> None:
+    """Raise ConfigError where `groups` names tokens: no group of the graph is meant by it."""
+    if cfg.VOCABULARY in cfg.kinds_of(choice):
+        raise ConfigError(
+            "groups=vocabulary: tokens go by texts, which need the tokenizer: call "
+            "prunekit.prune_vocabulary(model, tokenizer, texts) before, or use task=prune"
+        )

@@ -20,7 +20,14 @@ from prunekit.config.overrides import (
     one_line,
     split_overrides,
 )
-from prunekit.config.sections import KINDS, EvalConfig, RunConfig, TargetConfig, kinds_of
+from prunekit.config.sections import (
+    KINDS,
+    VOCABULARY,
+    EvalConfig,
+    RunConfig,
+    TargetConfig,
+    kinds_of,
+)
 
 __all__ = [
     "CALLS",
@@ -36,6 +43,7 @@ __all__ = [
     "KINDS",
     "RunConfig",
     "TargetConfig",
+    "VOCABULARY",
     "build",
     "build_as",
     "check",

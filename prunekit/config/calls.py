@@ -89,6 +89,7 @@ _ELSEWHERE = {
     "memory": "only pruning keeps activations: prunekit.prune, prunekit.prune_checkpoint",
     "data": "only prunekit.prune_checkpoint loads calibration text",
     "corpora": "only functions that load texts by name use it",
+    "vocabulary": "tokens go by texts: prunekit.prune_vocabulary, prunekit.prune_checkpoint",
     **dict.fromkeys(_CUT, "it says how a model is pruned: prunekit.prune"),
     "method": "it says how a model is pruned: prunekit.prune(method=…)",
 }
@@ -114,7 +115,7 @@ PRUNE_CHECKPOINT = ApiCall(
     acts_on=_ALWAYS
     | _CUT
     | _LOADING
-    | {"resume", "memory", "data", "corpora", "recovery", "eval", "export"},
+    | {"resume", "memory", "data", "corpora", "vocabulary", "recovery", "eval", "export"},
     instead=_ELSEWHERE
     | {
         "method": "give it as an argument: prunekit.prune_checkpoint(method=…)",

@@ -72,7 +72,8 @@ def check(config: DictConfig) -> RunConfig:
     """
     container: Any = OmegaConf.to_container(config, resolve=False)
     plain = OmegaConf.create({key: value for key, value in container.items() if key != "hydra"})
-    for key in ("plans", "imports", "eval.corpora", "eval.tasks", "eval.prompts"):
+    lists = ("plans", "imports", "vocabulary.corpora", "eval.corpora", "eval.tasks", "eval.prompts")
+    for key in lists:
         if isinstance(value := OmegaConf.select(plain, key), str):  # a single one needs no brackets
             OmegaConf.update(plain, key, [value])
     known = {f.name for f in fields(RunConfig)}

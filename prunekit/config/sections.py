@@ -18,8 +18,14 @@ MEASURES = ("parameters", "bytes", "flops", "latency")
 LIMITS = (*MEASURES, "limit")
 BLOCK = ("attention", "mlp")
 SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
+VOCABULARY = "vocabulary"  # tokens, which go by what texts need, before anything else is cut
 # A choice of `groups` → the kinds of groups that it stands for.
-KINDS = {"block": BLOCK, **{kind: (kind,) for kind in SINGLE}, "independent": BLOCK}
+KINDS: dict[str, tuple[str, ...]] = {
+    "block": BLOCK,
+    **{kind: (kind,) for kind in SINGLE},
+    "independent": BLOCK,
+    VOCABULARY: (),
+}
 
 
 def _check_least(section: str, values: dict[str, int | None], least: int) -> None:
@@ -61,6 +67,19 @@ class DataConfig:
     """The data that a method needs."""
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@dataclass
+class VocabularyConfig:
+    """Which texts tell the tokens that stay (none: the calibration corpus), and how many stay."""
+
+    corpora: list[str] = field(default_factory=list)
+    min_count: int = 1
+    multiple: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
+        _check_least("vocabulary", {"min_count": self.min_count, "multiple": self.multiple}, 1)
 
 
 @dataclass
@@ -188,6 +207,7 @@ class RunConfig:
     ratio: float = 0.2
     target: TargetConfig = field(default_factory=TargetConfig)
     groups: Any = "block"
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     shapes: str = "aligned"
     seed: int = 0
     output_dir: str = MISSING

@@ -16,7 +16,7 @@ from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig, build_as
 from prunekit.errors import ConfigError
 from prunekit.evaluation.evaluation import Evaluation
-from prunekit.evaluation.measures import Measures, load_anew
+from prunekit.evaluation.measures import Measures, Share, load_anew
 from prunekit.jobs.export import ExportSettings
 from prunekit.jobs.kept import Kept
 from prunekit.jobs.sources import Source, content_of, load_source, loading_of
@@ -124,16 +124,10 @@ class Job:
             model, stored = self.load(source)
         self.export.check(model)
         kept = None if streamed else self.kept_of(source)
-        measures = measures or Measures(
-            self.config.eval,
-            corpora=self.config.corpora,
-            seed=self.config.seed,
-            tokenizer=self.load_tokenizer(source),
-            device=self.stages.device,
-            model=model,
-            stored=stored,
-            share=load_anew if kept is None else kept.windows,
-        )
+        if measures is None:
+            tokenizer = self.load_tokenizer(source)
+            share = load_anew if kept is None else kept.windows
+            measures = self.make_measures(model, stored, tokenizer, share)
         return Subject(
             source=source,
             model=model,
@@ -141,6 +135,25 @@ class Job:
             measures=measures,
             streamed=streamed,
             kept=kept,
+        )
+
+    def make_measures(
+        self,
+        model: PreTrainedModel,
+        stored: torch.dtype,
+        tokenizer: PreTrainedTokenizerBase,
+        share: Share = load_anew,
+    ) -> Measures:
+        """What the `eval` section asks for, with texts by this tokenizer (`Measures`)."""
+        return Measures(
+            self.config.eval,
+            corpora=self.config.corpora,
+            seed=self.config.seed,
+            tokenizer=tokenizer,
+            device=self.stages.device,
+            model=model,
+            stored=stored,
+            share=share,
         )
 
     def measure_speed(

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit.config import RunConfig
+from prunekit.config import VOCABULARY, RunConfig, kinds_of
 from prunekit.data.batches import Batch, make_batches
 from prunekit.data.corpora import load_corpus, stamp_of
 from prunekit.data.windows import Windows, draw_windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
+from prunekit.graph import CouplingGraph
 from prunekit.jobs.finetune import FineTuning
 from prunekit.jobs.job import Finished, Job, Outcome, Subject
 from prunekit.jobs.sources import base_of, identity_of
 from prunekit.jobs.streaming import open_streamed_source
+from prunekit.jobs.vocabulary import Reduction, other_groups, refuse_teacher
 from prunekit.model.inputs import check_length
 from prunekit.model.weights import cast_weights, check_finite, round_weights
 from prunekit.pipeline import Result, prune_model
+from prunekit.plan import PruningPlan
+from prunekit.recovery import Recovery
 from prunekit.report import Report
 from prunekit.report.parts import Calibration
 from prunekit.runtime.console import say
@@ -33,41 +38,103 @@ def run_prune(job: Job) -> Outcome:
     """Measure, prune, measure; where asked for recover, measure."""
     method, recovery = Method.build(job.config, job.inputs.backends), job.build_recovery()
     with job.stages("load"):
-        subject = job.open(job.source, open_streamed_source(job, method, recovery))
-        windows = load_windows(job.config, subject)
+        opened = job.open(job.source, open_streamed_source(job, method, recovery))
+        reduction, subject = _plan_reduction(job, opened, recovery)
+        windows = load_windows(job.config, subject) if other_groups(job.config) else None
         training = recovery and FineTuning.prepare(job, recovery, subject, job.source)
     if subject.streamed is None:
         check_finite(subject.model)
     say(_announce(job.config, method, subject, windows))
     columns: dict[str, Evaluation] = {}
     with job.stages("evaluate_dense"):
-        columns["dense"] = subject.evaluate_as_loaded()
-    result = _prune(job, method, subject, windows.ids)
-    dropped = {u for g in result.graph.stacks for u in result.plan.removed.get(g.name, ())}
-    columns["dense"] = columns["dense"].without_layers(dropped)
+        columns["dense"] = opened.evaluate_as_loaded()
+    cut = _cut(job, method, subject, windows, reduction)
+    columns["dense"] = cut.comparable(columns["dense"])
     with job.stages("evaluate_pruned"):
         columns["pruned"] = subject.evaluate()
-    source = Report(base=base_of(job.config), calibration=describe_calibration(job.config, windows))
-    figures = result.report.merge(source)
-    adapter: Path | None = None
+    figures, adapter = cut.figures, None
     if training:
-        facts = {"model": identity_of(job.source), "plan": digest([result.plan.to_json()])}
-        recovered, adapter = training.run(facts, result.graph)
+        facts = {"model": identity_of(job.source), "plan": digest([cut.plan.to_json()])}
+        recovered, adapter = training.run(facts, cut.graph)
         figures = figures.merge(Report.from_plain({"recovery": recovered.to_json()}))
         with job.stages("evaluate_recovered"):
             columns["recovered"] = subject.evaluate()
     if not rank():
         figures = figures.merge(_compare(job, subject, columns))
-    if windows.warning:
-        figures = figures.merge(Report(warnings=(windows.warning, *(figures.warnings or ()))))
+    if cut.warnings:
+        figures = figures.merge(Report(warnings=(*cut.warnings, *(figures.warnings or ()))))
     finished = Finished(
         model=subject.model,
         tokenizer=subject.tokenizer,
-        plan=result.plan,
+        plan=cut.plan if cut.graph else None,
         streamed=subject.streamed,
         adapter=adapter,
     )
     return Outcome(figures=figures, finished=finished)
+
+
+def _plan_reduction(
+    job: Job, subject: Subject, recovery: Recovery | None
+) -> tuple[Reduction | None, Subject]:
+    """The tokens that go, if any are to, and the model with the tokenizer that it will have."""
+    if VOCABULARY not in kinds_of(job.config.groups):
+        return None, subject
+    refuse_teacher(recovery)
+    reduction = Reduction.plan(job, subject)
+    return reduction, reduction.subject
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Cut:
+    """What was cut from the model of a job.
+
+    Attributes:
+        plan: the units that are gone; none where tokens alone went.
+        graph: the groups before the cut; None where tokens alone went.
+        figures: the report of the cut.
+        warnings: what a reader should know, in whole sentences.
+        reduction: the tokens that went, if any.
+    """
+
+    plan: PruningPlan
+    graph: CouplingGraph | None
+    figures: Report
+    warnings: tuple[str, ...]
+    reduction: Reduction | None
+
+    def comparable(self, dense: Evaluation) -> Evaluation:
+        """The dense model's figures, without those that have no counterpart in the cut model."""
+        if self.graph:
+            removed = self.plan.removed
+            gone = {u for stack in self.graph.stacks for u in removed.get(stack.name, ())}
+            dense = dense.without_layers(gone)
+        return self.reduction.comparable(dense) if self.reduction else dense
+
+
+def _cut(
+    job: Job,
+    method: Method,
+    subject: Subject,
+    windows: Windows | None,
+    reduction: Reduction | None,
+) -> _Cut:
+    """Remove tokens, then units, where either is asked for."""
+    figures, warnings = Report(base=base_of(job.config)), list[str]()
+    plan, graph = PruningPlan({}), None
+    if reduction:
+        with job.stages("vocabulary"):
+            reduction.cut()
+        figures = figures.merge(Report(vocabulary=reduction.figures))
+        warnings += reduction.warnings()
+    if windows is not None:
+        result = _prune(job, method, subject, windows.ids)
+        plan, graph = result.plan, result.graph
+        calibration = describe_calibration(job.config, windows)
+        figures = result.report.merge(figures).merge(Report(calibration=calibration))
+        warnings += [windows.warning] if windows.warning else []
+    return _Cut(
+        plan=plan, graph=graph, figures=figures, warnings=tuple(warnings), reduction=reduction
+    )
 
 
 def load_windows(config: RunConfig, subject: Subject) -> Windows:
@@ -121,7 +188,7 @@ def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Resul
     """Prune the model on the windows, and round its weights to the type that is saved."""
     result = prune_model(
         subject.model,
-        job.config,
+        replace(job.config, groups=other_groups(job.config)),
         method,
         make_calibration(job, subject, windows),
         job.stages,
@@ -159,14 +226,16 @@ def describe_calibration(config: RunConfig, windows: Windows) -> Calibration:
     )
 
 
-def _announce(config: RunConfig, method: Method, subject: Subject, windows: Windows) -> str:
+def _announce(config: RunConfig, method: Method, subject: Subject, windows: Windows | None) -> str:
     """Describe the pruning that is about to begin, in one line."""
     name = config.model.path or "the embedded model"
-    count = measure_size(subject.model, subject.stored).parameters
-    return (
-        f"{name}: {count:,} parameters; {config.method_name}, {_describe_aim(config, method)}; "
-        f"calibration on {windows.origin}"
-    )
+    parts = [f"{name}: {measure_size(subject.model, subject.stored).parameters:,} parameters"]
+    if VOCABULARY in kinds_of(config.groups):
+        parts.append("tokens that texts don't need go")
+    if windows is not None:
+        parts.append(f"{config.method_name}, {_describe_aim(config, method)}")
+        parts.append(f"calibration on {windows.origin}")
+    return "; ".join(parts)
 
 
 def _describe_aim(config: RunConfig, method: Method) -> str:

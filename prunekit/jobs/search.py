@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prunekit.allocation.groups import refuse_vocabulary
 from prunekit.errors import ConfigError
 from prunekit.jobs.job import Job, Outcome
 from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
@@ -19,6 +20,7 @@ def run_search(job: Job) -> Outcome:
         ConfigError: groups that compete, so that shares don't settle how much each loses.
     """
     config = job.config
+    refuse_vocabulary(config.groups)
     method = Method.build(config, job.inputs.backends)
     if method.scope.ranking != "local":
         raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 
 from prunekit.checkpoint import Shards
 from prunekit.checkpoint.streamed import Streamed
+from prunekit.config import VOCABULARY, RunConfig, kinds_of
 from prunekit.errors import CheckpointError, ConfigError
 from prunekit.jobs.job import Job
 from prunekit.recovery import Recovery
@@ -41,7 +42,7 @@ def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) ->
                 "from a local one"
             )
         return None
-    if reason := _find_obstacle(method, recovery):
+    if reason := _find_obstacle(job.config, method, recovery):
         if asked:
             raise ConfigError(f"memory.stream: can't go with {reason}")
         return None
@@ -63,8 +64,10 @@ def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) ->
     return streamed
 
 
-def _find_obstacle(method: Method, recovery: Recovery | None) -> str | None:
+def _find_obstacle(config: RunConfig, method: Method, recovery: Recovery | None) -> str | None:
     """The part of a job that needs the whole model, and what to set instead; None: no part."""
+    if VOCABULARY in kinds_of(config.groups):
+        return "groups=vocabulary; expected it in a run of its own, before"
     if method.importance.by_layer is None:
         return "an importance that scores all layers at once; expected importance=obs"
     if not method.schedule.layerwise:

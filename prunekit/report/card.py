@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from prunekit.report.document import aim, title
+from prunekit.report.document import aim, tell_vocabulary, title
 from prunekit.report.markdown import escape, render_block
 from prunekit.report.record import Report
 from prunekit.report.tables import summary
@@ -71,6 +71,8 @@ def _done(report: Report) -> str:
     sentences = [f"{base} made smaller by structured pruning with prunekit."]
     if aimed := aim(report):
         sentences.append(f"Method: {report.method}. {aimed}")
+    if reduced := tell_vocabulary(report):
+        sentences.append(reduced)
     if text := report.calibration:
         origin = text.corpus
         if text.documents is not None:

@@ -56,13 +56,20 @@ class Section:
 def title(report: Report) -> str:
     """What was done, in a line."""
     parts = [report.method] if report.method else []
+    if report.vocabulary:
+        parts.append("{dense:,} tokens cut to {pruned:,}".format(**report.vocabulary.tokens))
     if report.ratio:
-        parts.append(f"{report.ratio.achieved:.2%} of all parameters removed")
+        parts.append(f"{report.ratio.achieved:.2%} of {_whole(report)} removed")
     if report.task == "prune":
         return ", ".join(parts) or "prune"
     if not report.ratio:
         parts += (report.models or ())[-1:]
     return f"{report.task}: {', '.join(parts)}"
+
+
+def _whole(report: Report) -> str:
+    """What the ratio is a share of, in words."""
+    return "the parameters left" if report.vocabulary else "all parameters"
 
 
 def aim(report: Report) -> str:
@@ -73,7 +80,18 @@ def aim(report: Report) -> str:
     ratio = report.ratio
     if ratio is None or ratio.target is None:
         return ""
-    return f"Target: {ratio.target:.2%} of all parameters; {ratio.achieved:.2%} removed."
+    return f"Target: {ratio.target:.2%} of {_whole(report)}; {ratio.achieved:.2%} removed."
+
+
+def tell_vocabulary(report: Report) -> str:
+    """Tell in words which tokens went; empty where all stayed."""
+    own = report.vocabulary
+    if own is None:
+        return ""
+    return (
+        f"Vocabulary: {own.distinct_tokens:,} different tokens occur in {', '.join(own.corpora)}; "
+        f"with what leads to them, {own.tokens['pruned']:,} of {own.tokens['dense']:,} stay."
+    )
 
 
 def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list[Section]:
@@ -81,7 +99,13 @@ def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list
     drawn = pictures(report) if drawn is None else drawn
     sections: dict[str, list[Block | None]] = {
         "Warnings": [Items(report.warnings) if report.warnings else None],
-        "Summary": [aim(report), _summary(report), _protocols(report), _tell_float64(report)],
+        "Summary": [
+            aim(report),
+            tell_vocabulary(report),
+            _summary(report),
+            _protocols(report),
+            _tell_float64(report),
+        ],
         "What was kept": [
             drawn.get("layers"),
             _tell_removed_whole(report),

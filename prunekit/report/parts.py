@@ -135,6 +135,23 @@ class PolicyShares:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The tokens that went because texts don't need them; the ratio is a share of what was left.
+
+    Attributes:
+        corpora: the texts.
+        text_tokens: how many tokens the texts have.
+        distinct_tokens: how many different ones; special tokens and what leads to others stay too.
+        tokens: column → rows of the embedding.
+    """
+
+    corpora: tuple[str, ...]
+    text_tokens: int
+    distinct_tokens: int
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeptUnits:
     """Units of one kind in one layer.
 

@@ -20,6 +20,7 @@ from prunekit.report.parts import (
     Target,
     TaskScores,
     Throughput,
+    Vocabulary,
 )
 from prunekit.report.plain import from_plain, schema_of, to_plain
 
@@ -34,13 +35,17 @@ _PRUNING_FIRST = (
         "activation_bytes",
         "base",
         "calibration",
+        "vocabulary",
         "float64",
     ),
 )
 # Keys that are written as null too, where the key beside them is written.
 _NULL_BESIDE = {"command": "task", "base": "calibration"}
 # The keys that stay true of a pruned model once it is fine-tuned.
-_OF_PRUNING = ("base", "method", "ratio", "target", "policy", "steps", "layers", "calibration")
+_OF_PRUNING = (
+    *("base", "method", "ratio", "target", "policy", "steps", "layers", "calibration"),
+    "vocabulary",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +70,7 @@ class Report(Mapping[str, Any]):
         steps: kind of group → the number that divides the units that stay in each that is cut.
         layers: what each layer kept.
         calibration: the text that units were chosen by.
+        vocabulary: the tokens that went; left out where all stayed.
         float64: group → how many of its Hessians took float64 to invert; left out where none did.
         recovery: how the pruned model was fine-tuned.
         models: the columns of what was measured, in order.
@@ -98,6 +104,7 @@ class Report(Mapping[str, Any]):
     steps: Mapping[str, int] | None = None
     layers: tuple[LayerKept, ...] | None = None
     calibration: Calibration | None = None
+    vocabulary: Vocabulary | None = None
     float64: Mapping[str, int] | None = None
     recovery: RecoveryFigures | None = None
     models: tuple[str, ...] | None = None

@@ -114,7 +114,7 @@ def _cut_units(
     places = tensor_places(model)
     for name, dims in gone.items():
         positions = {dim: torch.cat(parts) for dim, parts in dims.items()}
-        _slice(places[name], positions, changes)
+        slice_tensor(places[name], positions, changes)
     for module in model.modules():  # wrappers that repeat the sizes of what they wrap
         if "in_features" in module.__dict__:
             fit_to_weight(module, changes.set)
@@ -130,7 +130,7 @@ def _cut_units(
             changes.set(module, "__class__", empty)
 
 
-def _slice(places: list[Place], removed: Mapping[int, Tensor], changes: Changes) -> None:
+def slice_tensor(places: list[Place], removed: Mapping[int, Tensor], changes: Changes) -> None:
     """Cut a tensor, and its gradient, in all places that hold it; `removed`: dim → positions."""
     module, attribute, _ = places[0]
     old = getattr(module, attribute)

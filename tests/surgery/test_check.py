@@ -77,7 +77,7 @@ def test_one_wrong_row_fails_it_and_is_named(rough, parameter, row, monkeypatch)
     """A row of a removed unit stands where another row belongs."""
     dense, graph, removed = rough
     model = copy.deepcopy(dense)
-    cut_right = cut._slice
+    cut_right = cut.slice_tensor
 
     def cut_wrong(places, positions, changes):
         module, attribute, name = places[0]
@@ -86,7 +86,7 @@ def test_one_wrong_row_fails_it_and_is_named(rough, parameter, row, monkeypatch)
         if name == parameter:
             getattr(module, attribute).data[row] = before[positions[0][0]]
 
-    monkeypatch.setattr(cut, "_slice", cut_wrong)
+    monkeypatch.setattr(cut, "slice_tensor", cut_wrong)
     plan = {name: units for name, units in removed.items() if graph[name].layer in (16, 17, 18)}
     block = parameter.rsplit(".", 2)[0]
     fault = rf"^{block.removeprefix('model.')}: the input of {block}\.(down|o)_proj differs"
@@ -165,7 +165,7 @@ def spoil(monkeypatch):
     """Spoil a parameter while it is cut: `spoil(name, change)`, where `change` takes its data."""
 
     def arrange(name, change):
-        cut_right = cut._slice
+        cut_right = cut.slice_tensor
 
         def cut_wrong(places, positions, changes):
             cut_right(places, positions, changes)
@@ -173,7 +173,7 @@ def spoil(monkeypatch):
             if own == name:
                 change(getattr(module, attribute).data)
 
-        monkeypatch.setattr(cut, "_slice", cut_wrong)
+        monkeypatch.setattr(cut, "slice_tensor", cut_wrong)
 
     return arrange
 
