@@ -17,7 +17,10 @@ from prunekit.runtime.memory import free_bytes, to_host
 
 
 class Kept:
-    """A tensor that a store keeps: `get` brings it to the device, `free` lets it go."""
+    """A tensor that a store keeps: `get` brings it to the device, `free` lets it go.
+
+    One that nobody holds any more is freed too.
+    """
 
     def __init__(self, store: Store, tensor: Tensor, level: str, path: Path | None = None) -> None:
         self._store, self._level, self._path = store, level, path
@@ -44,6 +47,10 @@ class Kept:
             self._store.used[self._level] -= self.nbytes
             if self._path is not None:
                 self._path.unlink(missing_ok=True)
+
+    def __del__(self) -> None:
+        """Give the bytes back where nobody did."""
+        self.free()
 
 
 class Store:

@@ -6,7 +6,7 @@ from there only, on the hidden states that the other has before this layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +24,13 @@ from prunekit.errors import ConfigError
 from prunekit.graph import Group
 from prunekit.model.stack import stacks_around
 
+_tree = torch.utils._pytree
+
 CHUNK = 2048  # tokens of logits in float32 at once, at most
 _CHUNK_ELEMENTS = 1 << 22  # elements of a temporary tensor that stays in the cache of a processor
 _KEPT_BYTES = 1 << 30  # of the dense model's probabilities; beyond, they are computed each time
 
-States = list[list[Tensor]]  # [layer][batch], the hidden states before each layer
+States = list[list[Kept]]  # [layer][batch], the hidden states before each layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,18 @@ class Divergence:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Reference:
-    """What the dense model says about one batch: probabilities [N, V], or its last states."""
+    """What the dense model says about one batch of N positions.
 
-    probabilities: Kept | None
+    Attributes:
+        probabilities: those of the next token, [n, V] for n positions after another; None where
+            they are computed each time.
+        last: the output of the last layer, where they are: a tree of what the store keeps.
+        entropy: float32 or float64 [N].
+    """
+
+    probabilities: list[Kept] | None
     last: Any
     entropy: Tensor
 
@@ -79,7 +88,7 @@ class Judge:
         model: the dense model.
         groups: the groups that are cut, which tell where its layers are.
         batches: what it is judged on.
-        store: keeps the dense model's probabilities.
+        store: keeps hidden states, and the dense model's probabilities.
         trailed: on so many of the first batches a model may be run from any layer on; on the others
             it is run as a whole, and no hidden states are kept behind the first layer.
 
@@ -101,9 +110,7 @@ class Judge:
         self.tokens_run = 0.0
         self._stack, self._recording = _record(model, groups, batches, store)
         self.layers = len(self._stack)
-        hidden = [kept.get(copy=True) for kept in self._recording.hidden]
-        self._recording.free()
-        self.states = self.trail(0, [hidden])
+        self.states = self.trail(0, [self._recording.hidden])
         self._references = [self._refer(b) for b in range(len(batches))]
 
     def tokens(self, batch: int) -> int:
@@ -113,7 +120,7 @@ class Judge:
 
     def measure(self, batch: int, first: int = 0, states: States | None = None) -> Divergence:
         """KL(dense ‖ model) on a batch, run from the layer `first` on the `states` before it."""
-        hidden = (states or self.states)[first][batch].clone()
+        hidden = (states or self.states)[first][batch].get(copy=True)
         return self._compare(batch, self._run(batch, first, hidden))
 
     def trail(self, first: int, states: States) -> States:
@@ -123,7 +130,7 @@ class Judge:
         """
         trail: States = [*states[: first + 1], *([] for _ in range(first + 1, self.layers))]
         for b in range(self.trailed):
-            self._run(b, first, states[first][b].clone(), trail)
+            self._run(b, first, states[first][b].get(copy=True), trail)
         return trail
 
     @torch.no_grad()
@@ -136,7 +143,7 @@ class Judge:
         calls, output = self._recording.calls[batch], None
         for i in range(first, self.layers):
             if trail is not None and i > first:
-                trail[i].append(hidden.clone())
+                trail[i].append(self.store.put(hidden))
             if trail is not None and i == self.layers - 1:
                 break
             output = calls[i].make(self._stack[i], hidden)
@@ -145,48 +152,65 @@ class Judge:
         return output
 
     @torch.no_grad()
-    def _logits(self, batch: int, last: Any) -> Tensor:
-        """Logits [B, T, V] behind the output of the last layer."""
-        with ExitStack() as stack:
-            for layer in self._stack:
-                stack.enter_context(replacing(layer, partial(return_always, last)))
-            outputs = self.model(**copy_batch(self.batches[batch]))
-        return outputs.logits
+    def _logits(self, batch: int, last: Any) -> Iterator[Tensor]:
+        """Logits [n, V] behind the output of the last layer, for n positions after another.
+
+        They are at most `CHUNK` where one sample is longer: the norm and the head behind the layers
+        look at each position alone.
+        """
+        rows, length = count_positions(self.batches[batch])
+        size = CHUNK if rows == 1 else length
+        for start in range(0, length, size):
+            part = last if size >= length else _take_positions(last, start, size)
+            with ExitStack() as stack:
+                for layer in self._stack:
+                    stack.enter_context(replacing(layer, partial(return_always, part)))
+                outputs = self.model(**copy_batch(self.batches[batch]))
+            logits = outputs.logits
+            expected = (rows, min(size, length - start))
+            if not isinstance(logits, Tensor) or logits.shape[:-1] != expected:
+                raise ConfigError("policy=search: expected a language model, which returns logits")
+            flat = logits.flatten(0, 1)
+            yield from flat.split(_chunk(flat))
 
     def _refer(self, batch: int) -> _Reference:
         first = self.layers - 1 if batch < self.trailed else 0
-        last = self._run(batch, first, self.states[first][batch].clone())
-        logits = self._logits(batch, last)
-        if not isinstance(logits, Tensor) or logits.ndim != 3:
-            raise ConfigError("policy=search: expected a language model, which returns logits")
-        flat = logits.flatten(0, 1)
-        keeps = len(self.batches) * flat.numel() * 4 <= _KEPT_BYTES
-        entropies, parts = [], []
-        for chunk in flat.split(_chunk(flat)):
+        last = self._run(batch, first, self.states[first][batch].get(copy=True))
+        entropies, kept, keeps = [], [], False
+        for chunk in self._logits(batch, last):
+            positions = self.tokens(batch) * len(self.batches)
+            keeps = positions * chunk.shape[-1] * 4 <= _KEPT_BYTES
             logs = torch.log_softmax(_widen(chunk), -1)
             probabilities = logs.exp()
             entropies.append(-(probabilities * logs).sum(-1))
             if keeps:
-                parts.append(probabilities)
-        kept = self.store.put(torch.cat(parts), copy=False) if keeps else None
-        return _Reference(kept, None if keeps else last, torch.cat(entropies))
+                kept.append(self.store.put(probabilities, copy=False))
+        return _Reference(
+            probabilities=kept if keeps else None,
+            last=None if keeps else _tree.tree_map_only(Tensor, self.store.put, last),
+            entropy=torch.cat(entropies),
+        )
 
     def _compare(self, batch: int, last: Any) -> Divergence:
         reference = self._references[batch]
-        logits = self._logits(batch, last).flatten(0, 1)
-        if reference.probabilities is not None:
-            wanted = reference.probabilities.get()
-        else:
-            wanted = self._logits(batch, reference.last).flatten(0, 1)
         values = []
-        size = _chunk(logits)
-        for own, dense in zip(logits.split(size), wanted.split(size), strict=True):
-            if reference.probabilities is None:
-                dense = torch.softmax(_widen(dense), -1)
+        for own, dense in zip(
+            self._logits(batch, last), self._probabilities(batch, reference), strict=True
+        ):
             own = _widen(own)
             values.append(torch.logsumexp(own, -1) - (dense * own).sum(-1))
         divergences = torch.cat(values) - reference.entropy
         return _by_sample(divergences, self.batches[batch])
+
+    def _probabilities(self, batch: int, reference: _Reference) -> Iterator[Tensor]:
+        """The dense model's probabilities [n, V] of the same positions as `_logits` gives."""
+        if reference.probabilities is not None:
+            for kept in reference.probabilities:
+                yield kept.get()
+            return
+        last = _tree.tree_map_only(Kept, Kept.get, reference.last)
+        for logits in self._logits(batch, last):
+            yield torch.softmax(_widen(logits), -1)
 
 
 def _record(
@@ -204,6 +228,13 @@ def _record(
         )
     assert isinstance(layers, nn.ModuleList)
     return layers, recording
+
+
+def _take_positions(last: Any, start: int, size: int) -> Any:
+    """The output of a layer, whose hidden states are [B, T, d], at some of the positions."""
+    if isinstance(last, Tensor):
+        return last[:, start : start + size]
+    return (last[0][:, start : start + size], *last[1:])
 
 
 def _chunk(logits: Tensor) -> int:

@@ -22,11 +22,12 @@ def plain_divergence(dense, model, ids, mask=None):
     return float(values.mean() if mask is None else values[mask.bool()].mean())
 
 
-def open_judge(model, batches, trailed=None):
+def open_judge(model, batches, trailed=None, store=None, rows=2):
     graph = trace(tiny_llama(kv_heads=2), example())
     groups = [group for group in graph.groups if group.kind == "mlp"]
-    made = make_batches(model, batches, 2, torch.device("cpu"))
-    return Judge(model, groups, made, Store(), len(made) if trailed is None else trailed)
+    made = make_batches(model, batches, rows, torch.device("cpu"))
+    store = store or Store()
+    return Judge(model, groups, made, store, len(made) if trailed is None else trailed)
 
 
 def total(judge, first=0, states=None):
@@ -77,6 +78,39 @@ def test_batches_that_are_not_trailed_are_run_as_a_whole(kept, monkeypatch):
     assert [len(states) for states in (*judge.states, *trail)] == [3, 1, 1] * 2
     expected = plain_divergence(dense, model, ids[:2])
     assert judge.measure(0, 1, trail).mean == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+def test_nothing_lies_outside_of_the_budget(kept, monkeypatch):
+    """States that nobody holds any more give their room back."""
+    monkeypatch.setattr(fitness, "_KEPT_BYTES", kept)
+    dense, model = tiny_llama(kv_heads=2).double(), tiny_llama(kv_heads=2).double()
+    ids, store = token_ids(4, 9), Store(budget=0)
+    judge = open_judge(model, ids, store=store)
+    of_states = 8 * 4 * 9 * 48
+    head = 4 * 9 * 8 * dense.config.vocab_size if kept else of_states
+    assert store.used == {"device": 0, "host": 0, "file": 3 * of_states + head}
+    model.model.layers[0].mlp.down_proj.weight.data[:, 3:9] = 0
+    trail = judge.trail(0, judge.states)
+    assert store.used["file"] == 5 * of_states + head
+    assert total(judge, 2, trail) == pytest.approx(plain_divergence(dense, model, ids), rel=1e-9)
+    del trail
+    assert store.used["file"] == 3 * of_states + head
+    assert store.peak["device"] == 0
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+def test_logits_of_a_long_sample_are_computed_in_parts(kept, monkeypatch):
+    monkeypatch.setattr(fitness, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(fitness, "CHUNK", 4)
+    dense, model = tiny_llama(kv_heads=2).double(), tiny_llama(kv_heads=2).double()
+    ids, seen = token_ids(2, 9), []
+    model.lm_head.register_forward_hook(lambda head, x, logits: seen.append(logits.shape[:2]))
+    judge = open_judge(model, ids, rows=1)
+    model.model.layers[1].mlp.down_proj.weight.data[:, :11] = 0
+    measured, expected = total(judge), plain_divergence(dense, model, ids)
+    assert measured == pytest.approx(expected, rel=1e-9)
+    assert {tuple(shape) for shape in seen[:-1]} == {(1, 4), (1, 1)}
 
 
 def test_padding_does_not_count():
