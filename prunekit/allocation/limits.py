@@ -54,9 +54,13 @@ def _find_floors(
     where the scope lets a group lose everything that can.
     """
     needed = experts_per_token(getattr(model, "config", None)) or 1
-    floors = {group.name: needed for group in groups if group.kind == "expert"}
-    for name in floors:
-        _expect_possible(scope, "expert", needed, f"{name} sends each token to {needed}")
+    floors = {
+        group.name: group.fewest if group.fewest > 1 else needed
+        for group in groups
+        if group.kind == "expert"
+    }
+    for name, least in floors.items():
+        _expect_possible(scope, "expert", least, f"{name} sends each token to {least}")
     free = [group for group in groups if not scope.fewest(group) and group.name not in floors]
     reasons = find_obstacles(model, graph, free) if free and not uniform else {}
     for group in free:
@@ -92,6 +96,8 @@ def _find_multiples(model: nn.Module, groups: Sequence[Group], scope: Scope) -> 
     for group in groups:
         if group.kind in HEADS:
             multiples[group.name] = math.lcm(multiples[group.name], scope.head_multiple)
+        if group.kind == "latent":  # rotary positions lie behind it in memory, pairs of which some
+            multiples[group.name] = math.lcm(multiples[group.name], 2)  # read as complex numbers
         for member in group.members if group.kind != "expert" else ():
             if member.parameter in stacked and member.dim > 0:
                 step = stacked[member.parameter]

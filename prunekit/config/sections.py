@@ -17,7 +17,7 @@ SHAPES = ("aligned", "free", "uniform")
 MEASURES = ("parameters", "bytes", "flops", "latency")
 LIMITS = (*MEASURES, "limit")
 BLOCK = ("attention", "mlp")
-SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "layer")
+SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "latent", "layer")
 VOCABULARY = "vocabulary"  # tokens, which go by what texts need, before anything else is cut
 # A choice of `groups` → the kinds of groups that it stands for.
 KINDS: dict[str, tuple[str, ...]] = {

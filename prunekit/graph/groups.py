@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
     from prunekit.graph.coupling import CouplingGraph
 
-Kind = Literal["attention", "query_head", "mlp", "expert", "channel", "head_dim", "layer", "other"]
+Kind = Literal[
+    "attention",
+    "query_head",
+    "mlp",
+    "expert",
+    "channel",
+    "head_dim",
+    "latent",
+    "layer",
+    "other",
+]
 ParameterDim = tuple[str, int]  # the name of a parameter and one of its dims
 
 
@@ -96,6 +106,8 @@ class Group(ABC):
         members: the slices of parameters that units own, in the order in which a forward pass
             first uses the parameters; empty where units are whole modules.
         must_stay: why at least one unit must stay; None where all of them can go.
+        fewest: how many units a router chooses among them for each token, so that as many must stay;
+            1 where nothing is chosen.
         sublayer: what goes with all units; None where the modules run without any.
     """
 
@@ -110,6 +122,7 @@ class Group(ABC):
     parameters_per_unit: int
     members: tuple[Member, ...] = ()
     must_stay: str | None = "a model needs a layer"
+    fewest: int = 1
     sublayer: Sublayer | None = None
 
     # Whether the graph's `products` tell what a unit takes part in, so that FLOPs can be counted.

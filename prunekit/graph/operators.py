@@ -73,6 +73,14 @@ class Note:
     axis: Axis
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The `count` best positions of an axis are chosen for each token, as a router does."""
+
+    axis: Axis
+    count: int
+
+
 @dataclass
 class Call:
     """One operator call: its arguments by schema name, `Value`s in place of tensors."""
@@ -83,6 +91,7 @@ class Call:
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
     products: list[tuple[Axis, ...]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
 
     def value(self, name: str) -> Value:
         """The tensor argument `name`."""

@@ -20,10 +20,10 @@ from prunekit.graph.axes import DIAGONAL, Atom, Axis
 from prunekit.graph.coupling import Extent, Product
 from prunekit.graph.groups import CoupledGroup, Kind, Member, ParameterDim
 from prunekit.graph.naming import Location, choose_names, locate
-from prunekit.graph.operators import Contraction, Note
+from prunekit.graph.operators import Choice, Contraction, Note
 
 # The order of groups whose members are last used by the same operator.
-_RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "channel", "other")
+_RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "latent", "channel", "other")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +38,7 @@ class Findings:
         notes: sizes that modules may keep in attributes.
         folds: axes that two weights are summed over against each other.
         products: for each operator with multiply-adds the axes whose product counts them.
+        choices: axes of which the best positions are chosen.
     """
 
     tensors: Mapping[str, tuple[Axis, ...]]
@@ -47,6 +48,7 @@ class Findings:
     notes: tuple[Note, ...]
     folds: tuple[Axis, ...]
     products: tuple[tuple[Axis, ...], ...]
+    choices: tuple[Choice, ...]
 
     def axis(self, place: ParameterDim) -> Axis:
         """The axis at a (parameter, dim)."""
@@ -108,6 +110,7 @@ class _Draft:
     fixed: str | None  # why the group can't be pruned
     parameters_per_unit: int
     order: int
+    fewest: int
 
     def build(self, name: str) -> CoupledGroup:
         """The group under its name."""
@@ -123,6 +126,7 @@ class _Draft:
             reason=self.fixed or self.atom.inexact,
             parameters_per_unit=self.parameters_per_unit,
             order=self.order,
+            fewest=self.fewest,
         )
 
 
@@ -180,7 +184,7 @@ def _mark_scales(findings: Findings) -> None:
 
 def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
     places = findings.places[atom]
-    members, fixed = [], atom.pinned
+    members, fixed = [], atom.pinned or _why_grouping(findings, atom)
     for place in places:
         member = _member(findings, atom, place)
         if member is None:
@@ -197,7 +201,45 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
         fixed=fixed,
         parameters_per_unit=sum(_numel_of_unit(findings, member) for member in members),
         order=max(uses, default=-1),
+        fewest=_fewest(findings, atom),
     )
+
+
+def _why_grouping(findings: Findings, atom: Atom) -> str | None:
+    """Why an atom that counts groups of experts keeps its size; None for any other atom."""
+    for axis in map(findings.axis, findings.places[atom]):
+        if _grouped(axis, atom):
+            return "the router chooses among as many groups of experts; each can lose the same number"
+    return None
+
+
+def _grouped(axis: Axis, atom: Atom) -> bool:
+    """Whether an axis lists experts, group by group, and the atom counts the groups."""
+    factors = ax.resolve(axis)
+    inner = factors[factors.index(atom) + 1 :] if atom in factors else ()
+    is_routed = "expert" in atom.tags
+    return is_routed and any(isinstance(f, Atom) and "expert" in f.tags for f in inner)
+
+
+def _fewest(findings: Findings, atom: Atom) -> int:
+    """How many of an atom's units must stay so that a router finds as many as it chooses.
+
+    Where it chooses groups of experts first, it finds those of the chosen groups only.
+    """
+    choices = [(ax.resolve(choice.axis), choice.count) for choice in findings.choices]
+    offered = {axis[0]: count for axis, count in choices if len(axis) == 1}
+    fewest = 1
+    for axis, count in choices:
+        if atom not in ax.atoms(axis):
+            continue
+        owned = int((ax.owners(axis, atom) >= 0).sum())
+        positions = owned // atom.size
+        for other in axis:
+            if other is not atom and other in offered:
+                positions = positions * offered[other] // ax.factor_size(other)
+        missing = count - (ax.axis_size(axis) - owned)
+        fewest = max(fewest, math.ceil(missing / max(positions, 1)))
+    return fewest
 
 
 def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | None:
@@ -238,9 +280,21 @@ def _kind(findings: Findings, atom: Atom, layer: int | None) -> Kind:
         return "channel"
     if len(places) == 1:
         return "other"
+    if layer is not None and _feeds_heads(findings, atom):
+        return "latent"
     if layer is None and any(len(findings.tensors[name]) > 2 for name, _ in places):
         return "channel"  # of a convolution
     return "mlp" if "nonlinear" in atom.tags else "other"
+
+
+def _feeds_heads(findings: Findings, atom: Atom) -> bool:
+    """Whether the atom is summed over to make heads: the rank of their factored projection."""
+    for name, dim in findings.places[atom]:
+        if ((name, dim), atom) in findings.consumed:
+            others = (axis for i, axis in enumerate(findings.tensors[name]) if i != dim)
+            if any(other in findings.attention for axis in others for other in ax.atoms(axis)):
+                return True
+    return False
 
 
 def _repeats_heads(findings: Findings, atom: Atom) -> bool:

@@ -22,7 +22,7 @@ from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
 from prunekit.graph.capture import capture
 from prunekit.graph.coupling import CouplingGraph
-from prunekit.graph.operators import Call, Contraction, Note, Value, find_rule
+from prunekit.graph.operators import Call, Choice, Contraction, Note, Value, find_rule
 from prunekit.graph.reader import Findings, read_extents, read_groups, read_products
 from prunekit.graph.stacks import Watch, find_stacks
 from prunekit.graph.sublayers import SublayerWatch
@@ -106,6 +106,7 @@ class _Tracer:
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
     products: list[tuple[Axis, ...]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
 
     def run(self, program: ExportedProgram) -> Findings:
         """Run the rules over the captured graph, and pin all axes that nothing can change."""
@@ -125,6 +126,7 @@ class _Tracer:
             notes=tuple(self.notes),
             folds=tuple(self.folds),
             products=tuple(self.products),
+            choices=tuple(self.choices),
         )
 
     def _enter(self, program: ExportedProgram) -> dict[str, Any]:
@@ -215,6 +217,7 @@ class _Tracer:
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)
         self.products.extend(call.products)
+        self.choices.extend(call.choices)
         return outputs
 
     def _note_uses(self, call: Call) -> None:

@@ -45,6 +45,8 @@ SYNONYMS = {
         "kv_channels",
     ),
     "rotary_dim": ("rotary_ndims", "rotary_dim"),
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
 }
 # Names that mean the width of all heads together, inside an attention module.

@@ -35,7 +35,7 @@ from prunekit.surgery.sizes import measure_cut
 Removed = Mapping[str, list[int]]
 # Quantities that a config states by themselves; a class may derive other sizes from them, which
 # belong to other groups then.
-_STATED = ("num_experts", "intermediate_size", "hidden_size")
+_STATED = ("num_experts", "intermediate_size", "hidden_size", "q_lora_rank", "kv_lora_rank")
 _TOLERANCE = 1e-3  # of the largest output; rounding in half precision is allowed for
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.graph import CouplingGraph, Group
+from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.model.attributes import Sizes
 from prunekit.model.modeling_prunekit import layer_of
 from prunekit.model.per_layer import single_kv_head
@@ -91,7 +91,9 @@ def _group_sizes(
     if group.kind == "channel":
         return {"hidden_size": units}
     if group.kind == "expert":
-        return {"num_experts": units}
+        return {"num_experts": _width(graph, group.members[0], removed)}
+    if group.kind == "latent":
+        return {_latent_rank(graph, group): units}
     if group.kind == "head_dim" and group.consumers:
         return {"attention_width": _attention_width(graph, group, removed)}
     if group.kind in HEADS:
@@ -115,6 +117,18 @@ def _head_sizes(
     return {**sizes, "num_key_value_heads": heads, "num_key_value_groups": repeats}
 
 
+def _latent_rank(graph: CouplingGraph, group: Group) -> str:
+    """The usual name of a latent's rank: that of keys and values, if values are made of it."""
+    makes = {member.parameter for member in group.consumers}
+    values = (
+        member.parameter
+        for other in graph.groups
+        if other.kind == "head_dim" and other.consumers
+        for member in other.members
+    )
+    return "q_lora_rank" if makes.isdisjoint(values) else "kv_lora_rank"
+
+
 def _units(group: Group, removed: Mapping[str, list[int]]) -> tuple[int, int]:
     return group.num_units, group.num_units - len(removed.get(group.name, ()))
 
@@ -123,7 +137,13 @@ def _attention_width(
     graph: CouplingGraph, group: Group, removed: Mapping[str, list[int]]
 ) -> tuple[int, int]:
     """The width of all heads together, which the output projection reads: (old, new)."""
-    place = (group.consumers or group.members)[0]
+    return _width(graph, (group.consumers or group.members)[0], removed)
+
+
+def _width(
+    graph: CouplingGraph, place: Member, removed: Mapping[str, list[int]]
+) -> tuple[int, int]:
+    """The size of the dim of a parameter in which a member lies: (old, new)."""
     size = graph.shapes[place.parameter][place.dim]
     gone = [
         member.index[units].flatten()

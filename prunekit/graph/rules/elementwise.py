@@ -101,7 +101,13 @@ def _glu(call: Call) -> Value:
     return call.make(replace_axis(value.axes, dim, half))
 
 
-@operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
+@operator_rule("aten.new_empty")
+def _blank(call: Call) -> Value:
+    """A tensor that is yet to be written: what is copied into its slices says what they are."""
+    return Value(axes=tuple(ax.fresh(size) for size in call.shape), tainted=True, data=True)
+
+
+@operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full")
 def _new(call: Call) -> Value:
     return Value(
         axes=tuple(ax.fresh(size, f"its size is fixed by {call.where}") for size in call.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from prunekit.graph import axes as ax
-from prunekit.graph.operators import Call, Value, dim_of, operator_rule, replace_axis
+from prunekit.graph.operators import Call, Choice, Value, dim_of, operator_rule, replace_axis
 
 
 @operator_rule("aten.topk", "aten.sort")
@@ -17,6 +17,7 @@ def _sort(call: Call) -> tuple[Value, Value]:
     ax.mark_inexact(chosen_from, f"{call.where} chooses among them")
     if call.operator.startswith("aten.topk"):
         ax.tag(chosen_from, "expert")
+        call.choices.append(Choice(axis=chosen_from, count=call.shape[dim]))
     axes = replace_axis(value.axes, dim, ax.fresh(call.shape[dim], "chosen by rank"))
     return replace(call.make(axes, value), indexes=value.indexes), replace(
         call.make(axes, value), indexes=chosen_from, counted=()
