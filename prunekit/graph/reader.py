@@ -209,7 +209,9 @@ def _why_grouping(findings: Findings, atom: Atom) -> str | None:
     """Why an atom that counts groups of experts keeps its size; None for any other atom."""
     for axis in map(findings.axis, findings.places[atom]):
         if _grouped(axis, atom):
-            return "the router chooses among as many groups of experts; each can lose the same number"
+            return (
+                "the router chooses among as many groups of experts; each can lose the same number"
+            )
     return None
 
 
