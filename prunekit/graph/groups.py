@@ -106,7 +106,7 @@ class Group(ABC):
         members: the slices of parameters that units own, in the order in which a forward pass
             first uses the parameters; empty where units are whole modules.
         must_stay: why at least one unit must stay; None where all of them can go.
-        fewest: how many units a router chooses among them for each token, so that as many must stay;
+        fewest: how many units must stay, so that a router finds as many as it chooses for a token;
             1 where nothing is chosen.
         sublayer: what goes with all units; None where the modules run without any.
     """

@@ -22,8 +22,9 @@ from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
 from prunekit.graph.capture import capture
 from prunekit.graph.coupling import CouplingGraph
+from prunekit.graph.findings import Findings
 from prunekit.graph.operators import Call, Choice, Contraction, Note, Value, find_rule
-from prunekit.graph.reader import Findings, read_extents, read_groups, read_products
+from prunekit.graph.reader import read_extents, read_groups, read_products
 from prunekit.graph.stacks import Watch, find_stacks
 from prunekit.graph.sublayers import SublayerWatch
 from prunekit.model.inputs import without_cache
