@@ -352,8 +352,21 @@ def streamed(result: dict) -> list[str]:
         f"budget of {budget} MiB are {allowed:,.0f} MiB: the streamed run takes {above:,.0f} above "
         f"the opened process, {peak:,.0f} with what that holds, Python and its libraries. "
         f"{result['cpu_seconds']:.0f} CPU seconds; `{' '.join(result['options'])}`.",
+        *_reading_beside_the_work(result),
         "",
         *table("process | >peak | >of the weights | >above opened | >of the weights", rows),
+    ]
+
+
+def _reading_beside_the_work(result: dict) -> list[str]:
+    """What reading and writing beside the work saves; nothing where it was not measured."""
+    if "in_turn" not in result:
+        return []
+    now, in_turn = result["seconds"]["prune"], result["in_turn"]["seconds"]["prune"]
+    return [
+        "",
+        f"Pruning takes {now:.1f} s; {in_turn:.1f} s where layers are read and written in turn with "
+        f"the work ({now / in_turn - 1:+.1%}), with a peak of {result['in_turn']['peak']:,.0f} MiB.",
     ]
 
 

@@ -1,5 +1,5 @@
-"""Peak memory of a streamed run of a 1 B parameter Llama, beside what opening and what loading it
-take.
+"""Peak memory and time of a streamed run of a 1 B parameter Llama, beside what opening and what
+loading it take, and beside a run that reads and writes in turn with its work.
 
 Every measurement is a process of its own. The weights are random, bf16 on disk; half precision
 computes in float32 on a CPU. The 2.2 GB folder is made for the run and removed after it.
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,25 +38,37 @@ MIB = 2**20
 OPENED = """
 import sys, torch, prunekit, prunekit.checkpoint
 from prunekit.checkpoint.streamed import Streamed
-from prunekit.graph.example import example_of
+from prunekit.graph.example import trace_batch
 streamed = Streamed(sys.argv[1], torch.device("cpu"), None, False)
 prunekit.checkpoint.load_tokenizer(sys.argv[1])
 """
 TRACED = f"""{OPENED}
 batch = {{"input_ids": torch.zeros(2, 8, dtype=int)}}
-prunekit.trace(streamed.model, example_of(batch))
+trace_batch(streamed.model, batch)
 """
 LOADED = """
 import sys, prunekit
 from prunekit.model.weights import check_finite
 check_finite(prunekit.from_pretrained(sys.argv[1]))
 """
+# The same command, but that each piece of reading and writing ends before the work goes on.
+IN_TURN = """
+from prunekit.cli import main
+from prunekit.runtime.background import Background
+begin = Background.begin
+def begin_and_wait(self, work):
+    begin(self, work)
+    self._piece[1].exception()
+Background.begin = begin_and_wait
+main()
+"""
 BESIDE = {"opened": OPENED, "traced": TRACED, "loaded": LOADED}
 NOTE = (
     "Peak resident memory, MiB; the three processes beside it are medians of three. Opened: "
     "prunekit imported, the skeleton without weights, the tokenizer; traced: its groups found too; "
     "loaded: every weight in memory as it is stored, and no pruning. Streamed: the command, from "
-    "start to the finished folder; activations wait in memory up to the budget, the rest in files."
+    "start to the finished folder; activations wait in memory up to the budget, the rest in files. "
+    "In turn: the same command, but that nothing is read or written beside the work."
 )
 
 
@@ -135,6 +148,9 @@ def main() -> None:
             for name, code in BESIDE.items()
         }
         where = [f"model.path={model}", f"output_dir={pruned}"]
+        in_turn = measured(sys.executable, "-c", IN_TURN, *where, *options)
+        before = json.loads((pruned / "report.json").read_text())
+        shutil.rmtree(pruned)
         streamed = measured(sys.executable, "-m", "prunekit", *where, *options)
         report = json.loads((pruned / "report.json").read_text())
     result = {
@@ -150,6 +166,7 @@ def main() -> None:
     result |= {
         name: statistics.median(run["peak"] for run in found) for name, found in runs.items()
     }
+    result["in_turn"] = {**in_turn, "seconds": before["seconds"]}
     result["stages"] = {name: peak / MIB for name, peak in report["peak_memory_bytes"].items()}
     result["seconds"], result["versions"] = report["seconds"], report["versions"]
     write("streamed", result)
