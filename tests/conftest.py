@@ -171,6 +171,26 @@ def command_line(*arguments, cwd):
     return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture
+def spoil(monkeypatch):
+    """Spoil a parameter while it is cut: `spoil(name, change)`, where `change` takes its data."""
+
+    from prunekit.surgery import cut
+
+    def arrange(name, change):
+        cut_right = cut.slice_tensor
+
+        def cut_wrong(places, positions, changes):
+            cut_right(places, positions, changes)
+            module, attribute, own = places[0]
+            if own == name:
+                change(getattr(module, attribute).data)
+
+        monkeypatch.setattr(cut, "slice_tensor", cut_wrong)
+
+    return arrange
+
+
 # The files that take longest start first, so that two workers end at about the same time.
 LONGEST = (
     "test_families.py",

@@ -39,7 +39,7 @@ class LayerPass:
 
     @torch.no_grad()
     def run(
-        self, batch: int, answers: Mapping[Block, Tensor], hidden: Kept | Tensor | None = None
+        self, batch: int, answers: Mapping[Block, Tensor], hidden: Kept | None = None
     ) -> Tensor:
         """Run the layer on a batch: its output [B, T, size], empty where `Stop` ended the pass.
 
@@ -50,7 +50,7 @@ class LayerPass:
         """
         hidden = self.hidden[batch] if hidden is None else hidden
         # A copy, because some layers write to the hidden states that they are given.
-        states = hidden.get(copy=True) if isinstance(hidden, Kept) else hidden.clone()
+        states = hidden.get(copy=True)
         with ExitStack() as stack:
             for block, output in answers.items():
                 answer = partial(return_always, block.answer(output.clone()))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from prunekit.graph import Group
 
@@ -27,5 +25,5 @@ class Layers(Protocol):
     def remove(self, group: Group, units: Sequence[int]) -> None:
         """Note the units that a group of the present layer has lost; their columns are zero."""
 
-    def leave(self, layer: int, run: Callable[[], Tensor]) -> None:
-        """Take a finished layer away; `run` gives its output on one batch, also once it is cut."""
+    def leave(self, layer: int) -> None:
+        """Take a finished layer away."""

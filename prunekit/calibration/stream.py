@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
@@ -156,12 +155,11 @@ class Stream:
 
     def _leave_layer(self, layer: LayerPass, is_last: bool) -> None:
         """Bring the hidden states behind the layer, then let its weights and blocks go."""
-        first = layer.hidden[0].get(copy=True) if self.source else None
         if not is_last:
             with together():
                 layer.advance()
         if self.source:
-            self.source.leave(layer.index, partial(layer.run, 0, {}, first))
+            self.source.leave(layer.index)
         for block in layer.finder.blocks:
             block.free()
 

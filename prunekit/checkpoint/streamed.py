@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekit.calibration.example import ExampleStates
 from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
-from prunekit.errors import ConfigError, SurgeryError
+from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.model.stack import stacks_around
 from prunekit.runtime.background import Background
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
 from prunekit.runtime.processes import rank
-from prunekit.surgery import cut_and_check, cut_layer
+from prunekit.surgery import apply_to_layer
 
 
 class Streamed:
@@ -107,10 +108,10 @@ class Streamed:
         if self.writer is None:
             return
         layers = self.layers(graph)
-        for i in range(layers.count):
-            if not self.writer.has(f"{layers.path}.{i}"):
-                layers.enter(i)
-                layers.leave(i)
+        left = [i for i in range(layers.count) if not self.writer.has(f"{layers.path}.{i}")]
+        for i, following in pairwise([*left, layers.count]):
+            layers.enter(i, following)
+            layers.leave(i)
         self.writing.result()
         self.writer.copy(self.shards, self.weights.outside_names(layers.path))
 
@@ -126,6 +127,9 @@ class StreamedLayers:
     A layer is read while the one before it is worked on; when it is left it is cut, checked and let
     go of, and written while the next one is worked on. So there is never more than one layer ahead
     and one behind in host memory.
+
+    A layer is checked on the example that the model was traced with. Its hidden states, a few
+    tokens, go through the layers beside those of the calibration set.
     """
 
     def __init__(self, streamed: Streamed, graph: CouplingGraph) -> None:
@@ -133,14 +137,20 @@ class StreamedLayers:
         self.path = streamed.layers_path(graph)
         self.count = len(streamed.model.get_submodule(self.path))  # type: ignore[arg-type]
         self.removed: dict[int, dict[str, list[int]]] = defaultdict(dict)  # [layer][group name]
+        self.example: ExampleStates | None = None
 
-    def outside(self) -> AbstractContextManager[Any]:
-        """Embeddings, the last norm, the head."""
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Embeddings, the last norm, the head; what they make of the example is recorded."""
         self._read_ahead(0)
-        return self.streamed.weights.outside(self.path)
+        model, device = self.streamed.model, self.streamed.device
+        with self.streamed.weights.outside(self.path):
+            inputs = self.graph.example_inputs
+            self.example = ExampleStates.record(model, self.path, inputs, device)
+            yield
 
-    def enter(self, layer: int) -> None:
-        """Bring a layer to the device, and begin to read the next one.
+    def enter(self, layer: int, following: int | None = None) -> None:
+        """Bring a layer to the device, and begin to read the `following` one, by default the next.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape, a shard is damaged.
@@ -148,7 +158,7 @@ class StreamedLayers:
         """
         fetched = self.streamed.reading.result()
         self.streamed.weights.load(f"{self.path}.{layer}", fetched=fetched)
-        self._read_ahead(layer + 1)
+        self._read_ahead(layer + 1 if following is None else following)
 
     def _read_ahead(self, layer: int) -> None:
         if layer < self.count:
@@ -160,8 +170,8 @@ class StreamedLayers:
         if units:
             self.removed[group.layer][group.name] = list(units)
 
-    def leave(self, layer: int, run: Callable[[], Tensor] | None = None) -> None:
-        """Cut a layer, check that `run` gives the output that it gave before, write the layer.
+    def leave(self, layer: int) -> None:
+        """Cut a layer, check that it computes what it did before, and write it.
 
         Raises:
             SurgeryError: the layer that was cut gives another output.
@@ -169,16 +179,12 @@ class StreamedLayers:
         """
         key = f"{self.path}.{layer}"
         if units := self.removed.pop(layer, {}):
-            assert run is not None
-            self._cut(units, run)
+            assert self.example is not None
+            run = partial(self.example.run, layer)
+            apply_to_layer(self.streamed.model, self.graph, units, run)
+        if self.example is not None:
+            self.example.advance(layer)
         writer = self.streamed.writer
         if writer and not writer.has(key):
             self.streamed.write_behind(key)
         self.streamed.weights.release(key)
-
-    def _cut(self, units: Mapping[str, list[int]], run: Callable[[], Tensor]) -> None:
-        """Cut a layer by the strategies of `apply_plan`, and check it alone as it does."""
-        model, graph = self.streamed.model, self.graph
-        cut = partial(cut_layer, model, graph, units)
-        if fault := cut_and_check(model, graph, units, cut, run=lambda: [run()]):
-            raise SurgeryError(f"{', '.join(units)}: {fault.text}")

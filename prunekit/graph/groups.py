@@ -320,3 +320,11 @@ def _matrix_beside(vector: Member, places: Mapping[ParameterDim, object]) -> Par
         if parameter.rpartition(".")[0] == module and dim == vector.dim:
             return parameter, dim
     return None
+
+
+def kept_positions(size: int, removed: Tensor | Sequence[int]) -> Tensor:
+    """The positions in [0, size) that are not removed: int64, rising, on the device of those."""
+    gone = torch.as_tensor(removed, dtype=torch.long)
+    keep = torch.ones(size, dtype=torch.bool, device=gone.device)
+    keep[gone] = False
+    return keep.nonzero().flatten()

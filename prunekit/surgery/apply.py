@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.plan import PruningPlan
 from prunekit.surgery.attempts import cut_and_check, try_cut
-from prunekit.surgery.check import expect, expectations
+from prunekit.surgery.check import Run, expect, expectations
 from prunekit.surgery.counterpart import compare_with_class, find_unshared
-from prunekit.surgery.cut import cut_model
+from prunekit.surgery.cut import check_one_layer, cut_model
 from prunekit.surgery.fault import Fault
 
 Removed = Mapping[str, list[int]]
@@ -43,17 +43,47 @@ def apply_plan(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> Non
     plan.check(graph)
     if not plan.removed:
         return
-    on_meta = _is_on_meta(model)
-    exact = {name: units for name, units in plan.removed.items() if graph[name].exact}
-    if len(exact) == len(plan.removed):
-        cut = partial(cut_model, model, graph, plan.removed)
-        fault = cut_and_check(model, graph, plan.removed, cut)
+    _apply(model, graph, plan.removed, runs=not _is_on_meta(model))
+
+
+def apply_to_layer(
+    model: nn.Module, graph: CouplingGraph, removed: Removed, run: Callable[[], Tensor]
+) -> None:
+    """Remove units of one layer's groups from a model of which this layer alone is loaded.
+
+    The layer is checked as `apply_plan` checks a model, but that no unit is counted.
+
+    Args:
+        model: what the graph was traced from; this layer not cut yet.
+        graph: the graph of the whole dense model.
+        removed: name of a group → unit indices, each once; all groups of one layer.
+        run: runs the layer on an example; its output.
+
+    Raises:
+        TraceError: the units don't fit the graph.
+        DataError: the uncut layer's output holds NaN or infinity.
+        SurgeryError: the groups are not of one layer, or the outputs differ; the layer is as it
+            was, and the message names the group.
+    """
+    plan = PruningPlan(removed)
+    plan.check(graph)
+    check_one_layer(model, graph, plan)
+    _apply(model, graph, plan.removed, runs=True, run=lambda: [run()])
+
+
+def _apply(
+    model: nn.Module, graph: CouplingGraph, removed: Removed, runs: bool, run: Run | None = None
+) -> None:
+    """Cut and check; `runs`: whether the model can run, `run`: runs the part that is loaded."""
+    exact = {name: units for name, units in removed.items() if graph[name].exact}
+    if len(exact) == len(removed):
+        fault = cut_and_check(model, graph, removed, run)
     else:
-        if exact and not on_meta:
-            _check_alone(model, graph, exact)
-        fault = _cut_once(model, graph, plan.removed)
+        if exact and runs:
+            _check_alone(model, graph, exact, run)
+        fault = _cut_once(model, graph, removed, run)
     if fault:
-        raise _refusal(model, graph, plan.removed, fault)
+        raise _refusal(model, graph, removed, fault, run)
 
 
 def _is_on_meta(model: nn.Module) -> bool:
@@ -65,42 +95,50 @@ def _is_on_meta(model: nn.Module) -> bool:
     return any(on_meta)
 
 
-def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed) -> None:
+def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed, run: Run | None) -> None:
     """Cut the exact groups, check them, and put them back.
 
     Once inexact groups are cut as well, only the shapes of the outputs can be compared.
     """
     fault = None
-    for expectation in expectations(model, graph, exact):
-        changes, fault = try_cut(partial(cut_model, model, graph, exact), expectation.check)
+    for expectation in expectations(model, graph, exact, run):
+        check = expectation.check if run is None else expectation.check_outputs
+        changes, fault = try_cut(partial(cut_model, model, graph, exact), check)
         if fault is None or not fault.runs:  # exact groups may not run without the inexact ones
             if changes:
                 changes.undo()
             return
     assert fault is not None
-    raise _refusal(model, graph, exact, fault)
+    raise _refusal(model, graph, exact, fault, run)
 
 
-def _cut_once(model: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:
-    """Cut without guesses: a check that compares shapes alone can't tell a wrong guess."""
-    if fault := find_unshared(model, graph, removed):
+def _cut_once(
+    model: nn.Module, graph: CouplingGraph, removed: Removed, run: Run | None
+) -> Fault | None:
+    """Cut without guesses: a check that compares shapes alone can't tell a wrong guess.
+
+    What the class makes smaller is looked for where the whole model is cut.
+    """
+    if run is None and (fault := find_unshared(model, graph, removed)):
         return fault
-    expectation = expect(model, graph, removed)
+    expectation = expect(model, graph, removed, run=run)
 
     def check() -> Fault | None:
+        if run is not None:
+            return expectation.check_outputs()
         return expectation.check() or compare_with_class(model, graph, removed)
 
     return try_cut(partial(cut_model, model, graph, removed), check)[1]
 
 
 def _refusal(
-    model: nn.Module, graph: CouplingGraph, removed: Removed, fault: Fault
+    model: nn.Module, graph: CouplingGraph, removed: Removed, fault: Fault, run: Run | None
 ) -> SurgeryError:
     """The error; it names the first group that fails when it is cut alone, or else those near the
     fault.
     """
     near = _groups_near(model, graph, removed, fault)
-    culprit = fault.group or _find_culprit(model, graph, removed, near)
+    culprit = fault.group or _find_culprit(model, graph, removed, near, run)
     hint = ""
     if graph[culprit or next(iter(removed))].kind == "head_dim":
         hint = "; a module with one width for queries, keys and values needs as many of each cut"
@@ -120,12 +158,16 @@ def _groups_near(
 
 
 def _find_culprit(
-    model: nn.Module, graph: CouplingGraph, removed: Removed, near: Sequence[str]
+    model: nn.Module,
+    graph: CouplingGraph,
+    removed: Removed,
+    near: Sequence[str],
+    run: Run | None,
 ) -> str | None:
     """The first group that, cut alone, leaves another model than the masked one."""
     for name in sorted(removed, key=lambda name: name not in near):
         alone = {name: removed[name]}
-        expectation = expect(model, graph, alone)
+        expectation = expect(model, graph, alone, run=run)
         changes, fault = try_cut(partial(cut_model, model, graph, alone), expectation.check_outputs)
         if fault:
             return name

@@ -11,6 +11,7 @@ from prunekit.graph import CouplingGraph
 from prunekit.surgery.attributes import Attempt, attempts
 from prunekit.surgery.changes import Changes
 from prunekit.surgery.check import Check, Run, catch_fault, expectations
+from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
 
 Cut = Callable[[Attempt], Changes]  # cuts as an attempt says; on an error nothing is changed
@@ -20,7 +21,6 @@ def cut_and_check(
     model: nn.Module,
     graph: CouplingGraph,
     removed: Mapping[str, list[int]],
-    cut: Cut,
     run: Run | None = None,
 ) -> Fault | None:
     """Cut until the model computes what the masked model computes, or tell what is wrong.
@@ -29,14 +29,13 @@ def cut_and_check(
         model: the model, not cut yet; as it was where a fault is returned.
         graph: its graph.
         removed: name of a group → unit indices.
-        cut: cuts the model.
         run: runs the part of the model that is cut, where the rest is not loaded; then no units are
             counted.
     """
     fault = None
     for expectation in expectations(model, graph, removed, run):
         check = expectation.check if run is None else expectation.check_outputs
-        fault = cut_until_right(cut, check)
+        fault = cut_until_right(partial(cut_model, model, graph, removed), check)
         if fault is None or not fault.runs:
             break
     return fault

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
+from prunekit.graph.groups import kept_positions
 from prunekit.model.attributes import fit_to_weight
 from prunekit.model.modeling_prunekit import empty_class, layer_of
 from prunekit.model.ties import Place, tensor_places
@@ -82,11 +83,12 @@ def cut_layer(
     """
     plan = PruningPlan(removed)
     plan.check(graph)
-    _check_one_layer(model, graph, plan)
+    check_one_layer(model, graph, plan)
     return cut_model(model, graph, plan.removed, attempt)
 
 
-def _check_one_layer(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> None:
+def check_one_layer(model: nn.Module, graph: CouplingGraph, plan: PruningPlan) -> None:
+    """Raise SurgeryError where a group lies in no layer or another one, or is shared with one."""
     layers = {name: graph[name].layer for name in plan.removed}
     if len(set(layers.values())) > 1 or None in layers.values():
         listed = ", ".join(f"{name} (layer {layer})" for name, layer in layers.items())
@@ -135,7 +137,7 @@ def slice_tensor(places: list[Place], removed: Mapping[int, Tensor], changes: Ch
     module, attribute, _ = places[0]
     old = getattr(module, attribute)
     kept = {
-        dim: _kept_positions(old.shape[dim], positions).to(old.device)
+        dim: kept_positions(old.shape[dim], positions).to(old.device)
         for dim, positions in removed.items()
     }
     new = _select(old.detach(), kept)
@@ -153,10 +155,3 @@ def _select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     for dim, positions in kept.items():
         tensor = tensor.index_select(dim, positions)
     return tensor.contiguous()
-
-
-def _kept_positions(size: int, removed: Tensor) -> Tensor:
-    """The positions in [0, size) that are not removed, rising."""
-    keep = torch.ones(size, dtype=torch.bool)
-    keep[removed] = False
-    return keep.nonzero().flatten()

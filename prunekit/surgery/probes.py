@@ -40,12 +40,14 @@ class Probe:
         dims: for a linear consumer, (parameter, dim) of its inputs and of its outputs; empty for a
             layer, and for a module with consumers of another form (stacked experts).
         is_layer: whether it is a layer, which is fed what the masked model's was.
+        experts: how many experts a module of stacked ones has.
     """
 
     path: str
     module: nn.Module
     dims: Mapping[Side, ParameterDim] = field(default_factory=dict)
     is_layer: bool = False
+    experts: int = 0
 
 
 class Mismatch(Exception):  # noqa: N818  it ends the forward pass in which it is found
@@ -89,7 +91,9 @@ def find_probes(
         elif attribute == "weight" or path in probed:  # a convolution, or known already
             continue
         probed.add(path)
-        probes.append(Probe(path=path, module=model.get_submodule(path), dims=own))
+        module, shape = model.get_submodule(path), graph.shapes[parameter]
+        experts = shape[0] if len(shape) == 3 else 0
+        probes.append(Probe(path=path, module=module, dims=own, experts=experts))
     return probes
 
 
@@ -166,7 +170,7 @@ class Recording:
 
         def note(probe: Probe, side: Side, tensor: Tensor | None) -> None:
             if tensor is not None:
-                tensor = tensor if probe.is_layer else _rows(tensor)
+                tensor = _rows(tensor) if probe.dims else tensor
                 tensor = tensor.detach().to("cpu", copy=True)
             self._calls[probe, side].append(tensor)
 
@@ -189,7 +193,7 @@ class Recording:
             recorded = next(pending[probe, side], None) if (probe, side) in pending else None
             if tensor is None or recorded is None:
                 return None
-            actual = tensor if probe.is_layer else _rows(tensor)
+            actual = _rows(tensor) if probe.dims else tensor
             expected = self.remainder.select(recorded, actual.shape, probe.dims.get(side))
             if expected is None:
                 return None
@@ -244,13 +248,18 @@ class Recording:
                     new = see(probe, "input", _floating(hidden))
                     return (args, kwargs) if new is None else _replace(args, kwargs, hidden, new)
 
-                def after(_: nn.Module, args: Any, output: Any, probe: Probe = probe) -> None:
+                def after(
+                    module: nn.Module, args: Any, kwargs: Any, output: Any, probe: Probe = probe
+                ) -> None:
                     see(probe, "output", _floating(hidden_of_output(output)))
+                    for call in _calls_of_all(probe.experts, args, kwargs):
+                        output = module.forward(*call[0], **call[1])  # past the hooks
+                        see(probe, "output", _floating(hidden_of_output(output)))
 
                 module = probe.module
                 for handle in (
                     module.register_forward_pre_hook(before, with_kwargs=True),
-                    module.register_forward_hook(after),
+                    module.register_forward_hook(after, with_kwargs=True),
                 ):
                     hooks.callback(handle.remove)
             yield
@@ -294,6 +303,36 @@ def _rows(tensor: Tensor) -> Tensor:
     """Some positions of a tensor [..., n], spread evenly: [rows, n]."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows[:: -(-len(rows) // _ROWS)]
+
+
+def _calls_of_all(
+    experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Calls of a module of stacked experts that send its tokens to all of them, in turn.
+
+    There are none where no tensor of integers [tokens, n] tells the module which experts a token
+    goes to. Experts that no token of the example reaches are only counted then.
+
+    Args:
+        experts: how many there are.
+        args: of the call that the model made.
+        kwargs: of the same call.
+    """
+    hidden = hidden_of_call(args, kwargs)
+    chosen = next((v for v in (*args, *kwargs.values()) if _is_choice(v, hidden)), None)
+    if chosen is None:
+        return
+    for first in range(0, experts, chosen.numel()):
+        turn = torch.arange(first, first + chosen.numel(), device=chosen.device) % experts
+        yield _replace(args, kwargs, chosen, turn.view_as(chosen).to(chosen.dtype))
+
+
+def _is_choice(value: Any, hidden: Tensor | None) -> bool:
+    """Whether a value may say which experts each row of the hidden states [..., size] goes to."""
+    if not isinstance(value, Tensor) or hidden is None or value.ndim != 2:
+        return False
+    is_whole = value.dtype in (torch.int32, torch.int64)
+    return is_whole and len(value) * hidden.shape[-1] == hidden.numel()
 
 
 def _replace(args: Any, kwargs: Any, old: Tensor | None, new: Tensor) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny_llama, token_ids
+from conftest import example, tiny_llama, token_ids
 from families import EXPERTS, FIRST, MORE, NAMED, build
 from safetensors.torch import load_file, save_file
 
@@ -15,11 +15,12 @@ import prunekit
 from prunekit import config as cfg
 from prunekit.checkpoint import LayerWriter, Shards, Weights
 from prunekit.checkpoint.streamed import Streamed, StreamedLayers
-from prunekit.errors import CheckpointError, DataError
+from prunekit.errors import CheckpointError, DataError, SurgeryError
 from prunekit.pipeline import prune_model
 from prunekit.runtime.stages import Stages
 from prunekit.schedules.folders import Folders
 from prunekit.schedules.method import Method
+from prunekit.surgery.probes import Recording
 
 ONE_BY_ONE = {  # families whose checkpoints hold experts one by one
     "mixtral": EXPERTS["mixtral"] | {"num_key_value_heads": 2},
@@ -74,6 +75,56 @@ def assert_same(loaded, whole):
 def test_streamed_equals_whole(family, tmp_path):
     prunekit.save_pretrained(build(family, FIRST[family], "sdpa", "eager"), tmp_path / "dense")
     assert_equals_whole(tmp_path, "ratio=0.3")
+
+
+@pytest.mark.parametrize(
+    ("family", "group", "parameter", "place"),
+    [
+        ("qwen3", "self_attn", "self_attn.v_proj", "input of model.layers.1.self_attn.o_proj"),
+        ("qwen3", "mlp", "mlp.down_proj", "output of model.layers.1.mlp.down_proj"),
+        # Heads that share a norm can't be masked; what is cut beside them is compared all the same.
+        ("olmo2", "mlp", "mlp.up_proj", "input of model.layers.1.mlp.down_proj"),
+    ],
+)
+def test_a_wrong_cut_of_a_streamed_layer_is_found(family, group, parameter, place, tmp_path, spoil):
+    prunekit.save_pretrained(build(family, FIRST[family], "sdpa"), tmp_path / "dense")
+    spoil(f"model.layers.1.{parameter}.weight", lambda weight: weight[3].mul_(1.5))
+    fault = rf"^layers\.1\.{group}: the {place} differs"
+    with pytest.raises(SurgeryError, match=fault):
+        stream(tmp_path, "ratio=0.3")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_streamed_layer_is_checked_on_a_few_tokens(tmp_path, monkeypatch):
+    """Two samples of eight tokens, whatever the size of a calibration batch."""
+    four_layers(tmp_path)
+    judge, seen = Recording._judge, []
+
+    def note(self, probe, side, expected, *others):
+        if probe.is_layer:
+            seen.append((probe.path[-1], side, tuple(expected.shape)))
+        judge(self, probe, side, expected, *others)
+
+    monkeypatch.setattr(Recording, "_judge", note)
+    stream(tmp_path, "ratio=0.3")
+    sides = ("input", "output")
+    assert seen == [(str(i), side, (2, 8, 48)) for i in range(4) for side in sides]
+
+
+def test_layers_that_are_written_are_not_read_ahead(tmp_path, monkeypatch):
+    four_layers(tmp_path)
+    streamed = Streamed(tmp_path / "dense", CPU, None, False)
+    graph = prunekit.trace(streamed.model, example())
+    streamed.write_to(tmp_path / "pruned", resume=False)
+    layers = streamed.layers(graph)
+    layers.enter(1, layers.count)
+    layers.leave(1)
+    ahead, fetcher = [], Weights.fetcher
+    monkeypatch.setattr(
+        Weights, "fetcher", lambda self, path: ahead.append(path[-1]) or fetcher(self, path)
+    )
+    streamed.complete(graph)
+    assert ahead == ["2", "3"]
 
 
 def saved(family, folder):
@@ -164,12 +215,12 @@ def test_the_next_layer_is_read_while_one_is_worked_on(tmp_path, monkeypatch):
 
         return wait_and_fetch
 
-    def watched_leave(self, layer, run=None):
+    def watched_leave(self, layer):
         if layer < 3:
             events.meet(f"reading {layer + 1}")  # reading has begun before this layer is left
             assert ahead[-1] == layer + 1  # one layer ahead and no more
         events[f"leaving {layer}"].set()
-        leave(self, layer, run)
+        leave(self, layer)
 
     monkeypatch.setattr(Weights, "fetcher", slow_fetcher)
     monkeypatch.setattr(StreamedLayers, "leave", watched_leave)
