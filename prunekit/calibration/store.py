@@ -98,7 +98,7 @@ class Store:
         self.used[level] += tensor.nbytes
         self.peak[level] = max(self.peak[level], self.used[level])
         if level == "host":
-            tensor = to_host(tensor)
+            tensor = to_host(tensor, wait=False)  # `get` copies it back in the order of the work
         elif level == "file":
             tensor = torch.empty_like(tensor, device="meta")  # shape and dtype, to read it back
         elif copy:

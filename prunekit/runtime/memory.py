@@ -26,15 +26,25 @@ def return_freed() -> None:
         pass  # another C library, which has no such setting
 
 
-def to_host(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def to_host(
+    tensor: Tensor, dtype: torch.dtype | None = None, *, copy: bool = False, wait: bool = True
+) -> Tensor:
     """A tensor in host memory, contiguous and pinned if it comes from a GPU; itself if it can be.
 
     Pinned memory is what a GPU copies from and to without a detour.
+
+    Args:
+        tensor: on any device.
+        dtype: the type of the result; the tensor's by default.
+        copy: never the tensor itself.
+        wait: for a GPU to have written the numbers. Without, only this GPU may read them: it copies
+            in the order of its work.
     """
     dtype = dtype or tensor.dtype
     if tensor.device.type != "cuda":
-        return tensor.to("cpu", dtype).contiguous()
-    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor)
+        return tensor.to("cpu", dtype, copy=copy).contiguous()
+    pinned = torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=not wait)
 
 
 def run_within_memory(

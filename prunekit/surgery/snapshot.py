@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunekit.graph import Group
 from prunekit.runtime.console import say
+from prunekit.runtime.memory import to_host
 
 
 class Snapshot:
@@ -45,7 +45,7 @@ class Snapshot:
             return
         parameter = module._parameters[attribute]
         if parameter is None or self.copies:
-            own = None if parameter is None else _copy_to_host(parameter.detach())
+            own = None if parameter is None else _copy(parameter)
             self._kept[module, attribute] = own
 
     def restore(self) -> None:
@@ -74,9 +74,6 @@ class Snapshot:
             )
 
 
-def _copy_to_host(tensor: Tensor) -> Tensor:
+def _copy(parameter: Tensor) -> Tensor:
     """A copy in host memory. A GPU makes it in the order of its work, and nobody waits for it."""
-    if tensor.device.type != "cuda":
-        return tensor.to("cpu", copy=True)
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+    return to_host(parameter.detach(), copy=True, wait=False)
