@@ -203,10 +203,6 @@ class Shards:
             rows = range(0, one.shape[0], _ROWS)
             return all(torch.equal(a[row : row + _ROWS], b[row : row + _ROWS]) for row in rows)
 
-    def subset(self, names: Mapping[str, str]) -> Shards:
-        """Some of the tensors under new names: new name → the one here."""
-        return Shards(self.where, {new: self[name] for new, name in names.items()})
-
 
 @contextmanager
 def _open(file: Path) -> Iterator[Any]:

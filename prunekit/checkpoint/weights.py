@@ -37,15 +37,11 @@ class Weights:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
-    def load(
-        self, path: str, source: Shards | None = None, fetched: dict[str, Tensor] | None = None
-    ) -> None:
+    def load(self, path: str, fetched: dict[str, Tensor] | None = None) -> None:
         """Read every parameter under a module path that is on meta, in the type it has there.
 
         Args:
             path: of a module ("model.layers.3").
-            source: read these shards instead: what was written of a layer that was cut before. Its
-                buffers are read too, and a bias it holds is added to a module that lacks one.
             fetched: what a `fetcher` has read; it is emptied, and nothing in it is read again.
 
         Raises:
@@ -53,9 +49,7 @@ class Weights:
                 damaged.
             DataError: a weight is NaN or infinite.
         """
-        if source is not None:
-            self._take_additions(path, source)
-        self._load(self._under(path), source, fetched)
+        self._load(self._under(path), fetched)
 
     def fetcher(self, path: str) -> Callable[[], dict[str, Tensor]]:
         """A function that reads what `load` would read, into host memory, as it is stored.
@@ -84,10 +78,10 @@ class Weights:
         self._release(self._under(path))
 
     @contextmanager
-    def enter(self, path: str, source: Shards | None = None) -> Iterator[nn.Module]:
+    def enter(self, path: str) -> Iterator[nn.Module]:
         """Load the weights of the module at a path (`load`) during a `with` block."""
         try:
-            self.load(path, source)
+            self.load(path)
             yield self.model.get_submodule(path)
         finally:
             self.release(path)
@@ -145,16 +139,11 @@ class Weights:
         ]
 
     @torch.inference_mode(False)
-    def _load(
-        self,
-        parameters: list[_Places],
-        source: Shards | None = None,
-        fetched: dict[str, Tensor] | None = None,
-    ) -> None:
+    def _load(self, parameters: list[_Places], fetched: dict[str, Tensor] | None = None) -> None:
         for places in parameters:
             if not (old := _parameter_at(places)).is_meta:
                 continue
-            shards = self.shards if source is None else source
+            shards = self.shards
             name = _stored_name(places, shards)
             if shards[name].shape != old.shape:
                 shape = tuple(old.shape)
@@ -178,24 +167,6 @@ class Weights:
         for places in parameters:
             if not (old := _parameter_at(places)).is_meta:
                 _put(places, torch.empty_like(old, device="meta"), old.requires_grad)
-
-    def _take_additions(self, path: str, source: Shards) -> None:
-        """Take the buffers of a cut module, and make room on meta for biases that it was given."""
-        for name in source:
-            owner, _, attribute = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            if attribute in module._buffers and lies_in(name, path):
-                module._non_persistent_buffers_set.discard(attribute)
-                module._buffers[attribute] = source.read([name], self.device)[name]
-            elif (
-                attribute == "bias"
-                and lies_in(name, path)
-                and getattr(module, "bias", None) is None
-            ):
-                like = next(module.parameters(recurse=False))
-                module.bias = nn.Parameter(
-                    torch.empty(source[name].shape, dtype=like.dtype, device="meta")
-                )
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:

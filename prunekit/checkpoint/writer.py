@@ -72,10 +72,6 @@ class LayerWriter:
         """Whether a part is written."""
         return key in self.parts
 
-    def shard_of(self, key: str) -> Shards:
-        """The shard of a part that is written."""
-        return self.parts[key]
-
     @property
     def shards(self) -> Shards:
         """All parts written so far; the model can run with them before the folder is finished."""
