@@ -365,8 +365,9 @@ def _reading_beside_the_work(result: dict) -> list[str]:
     now, in_turn = result["seconds"]["prune"], result["in_turn"]["seconds"]["prune"]
     return [
         "",
-        f"Pruning takes {now:.1f} s; {in_turn:.1f} s where layers are read and written in turn with "
-        f"the work ({now / in_turn - 1:+.1%}), with a peak of {result['in_turn']['peak']:,.0f} MiB.",
+        f"Pruning takes {now:.1f} s; {in_turn:.1f} s where layers are read and written in turn "
+        f"with the work ({now / in_turn - 1:+.1%}), with a peak of "
+        f"{result['in_turn']['peak']:,.0f} MiB.",
     ]
 
 

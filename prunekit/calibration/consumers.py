@@ -23,7 +23,7 @@ from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
 from prunekit.model.ties import Place, parameter_places
-from prunekit.runtime.numbers import widen
+from prunekit.runtime.numbers import computing_type
 
 See = Callable[["Consumer", Tensor], None]  # see(consumer, inputs [..., n])
 _MATRIX = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
@@ -87,7 +87,7 @@ class Consumer:
 
     def weight(self) -> Tensor:
         """W [d_out, n], a copy in float32 at least."""
-        return self._stored.to(widen(self.parameter.dtype), copy=True)
+        return self._stored.to(computing_type(self.parameter.dtype), copy=True)
 
     @property
     def bias(self) -> nn.Parameter | None:

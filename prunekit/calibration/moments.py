@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import DataError
-from prunekit.runtime.numbers import is_half, widen
+from prunekit.runtime.numbers import computing_type, is_half
 from prunekit.runtime.processes import add_up, world_size
 
 # Columns of H that are updated at once. Of the symmetric H only the blocks on and below the
@@ -51,7 +51,7 @@ class Moments:
         self.name = name
         self.tokens = 0
         self._taken: list[_Taken] = []
-        self.dtype = widen(dtype)
+        self.dtype = computing_type(dtype)
         self.hessian = torch.zeros(size, size, device=device, dtype=self.dtype)
         self.mean = torch.zeros(size, device=device, dtype=self.dtype)
         self.cross = (

@@ -107,7 +107,7 @@ class Observation:
         for moments, held in ((site.moments, False), (site.held, True)):
             rows = [i for i, n in enumerate(samples) if (n % HELD_OUT == HELD_OUT - 1) == held]
             part, own, lost = (
-                None if one is None else take_rows(one, rows) for one in (inputs, mask, error)
+                None if one is None else runs_of_rows(one, rows) for one in (inputs, mask, error)
             )
             assert part is not None
             tokens = None if padding is None else sum(padding.tokens[i] for i in rows)
@@ -165,7 +165,7 @@ class Observation:
         return sites
 
 
-def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+def runs_of_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """These rows of a tensor, which ascend; a view where they follow one another.
 
     The numbers of the rows do not go to the device, which would have to be waited for.

@@ -31,7 +31,7 @@ from prunekit.importance.structures import sum_by_structure
 from prunekit.model.ties import Place, tensor_places
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
-from prunekit.runtime.numbers import along, at_least_float32
+from prunekit.runtime.numbers import along, at_least_float32, first_false
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,5 @@ def _accumulate(
     finite = {
         name: torch.isfinite(adapter.up.div_(total)).all() for name, adapter in adapters.items()
     }
-    for name, every in finite.items():
-        if not every:
-            raise DataError(f"{name}: its gradient holds NaN or infinity")
+    if (name := first_false(finite)) is not None:
+        raise DataError(f"{name}: its gradient holds NaN or infinity")

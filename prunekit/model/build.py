@@ -104,7 +104,7 @@ def build_pruned(
         else:
             _add_biases(model, getattr(dense, "extra_biases", None) or ())
             for layer, values in overrides.items():
-                if 0 in values.values():
+                if any(value == 0 and value is not False for value in values.values()):
                     raise ValueError(
                         f"per_layer_config: layer {layer} lacks a sublayer: expected {RECORD}"
                     )

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from prunekit.errors import ConfigError, suggest
@@ -40,10 +41,8 @@ class Manual(Policy):
 
     def group_shares(self, setting: Setting) -> dict[str, float]:
         """The share of each group, or that of its layer."""
-        rows = [] if self.path is None else _read_rows(self.path)
-        if rows and [cell.strip() for cell in rows[0]] == _HEADER:
-            assert self.path is not None
-            return _look_up(self.path, rows[1:], setting)
+        if self.path is not None and self._rows and _strip(self._rows[0]) == _HEADER:
+            return _look_up(self.path, self._rows[1:], setting)
         return spread_over_depth(setting, self.shares)
 
     def shares(self, depth: int) -> list[float]:
@@ -51,12 +50,18 @@ class Manual(Policy):
         if self.path is None:
             key, given = "policy.values", [str(value) for value in self.values or ()]
         else:
-            key, given = self.path, _read_cells(self.path)
+            key, given = self.path, _find_cells(self._rows)
         values = [_parse_number(key, text) for text in given]
         if len(values) != depth:
             raise ConfigError(f"{key}: expected {depth} numbers, one a layer, got {len(values)}")
         _check_values(key, values)
         return values
+
+    @cached_property
+    def _rows(self) -> list[list[str]]:
+        """The rows of the CSV file, which is read once."""
+        assert self.path is not None
+        return _read_rows(self.path)
 
 
 def _check_values(key: str, values: Sequence[float]) -> None:
@@ -85,11 +90,14 @@ def _look_up(path: str, rows: Sequence[Sequence[str]], setting: Setting) -> dict
     return shares
 
 
-def _read_cells(path: str) -> list[str]:
+def _strip(row: Sequence[str]) -> list[str]:
+    return [cell.strip() for cell in row]
+
+
+def _find_cells(rows: Sequence[Sequence[str]]) -> list[str]:
     """The cells of a CSV file that hold the numbers."""
-    rows = _read_rows(path)
     if len(rows) == 1:
-        return [cell.strip() for cell in rows[0]]
+        return _strip(rows[0])
     cells = [row[-1].strip() for row in rows]
     headed = bool(cells) and not _is_number(cells[0])
     return cells[1:] if headed else cells

@@ -7,7 +7,7 @@ import os
 import torch
 
 from prunekit.errors import ConfigError, first_line
-from prunekit.runtime.numbers import widen
+from prunekit.runtime.numbers import computing_type
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,4 +57,4 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The type that weights stored as `stored` compute in: float32 for half precision on a CPU."""
-    return widen(stored) if device.type == "cpu" else stored
+    return computing_type(stored) if device.type == "cpu" else stored

@@ -5,13 +5,13 @@ itself, whatever depends on them elsewhere. Its slices are moved to where the pl
 that an ordinary cut can follow: shapes fit, what the units mean does not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Member
+from prunekit.graph.groups import kept_positions
 
 
 def scatter(
@@ -38,10 +38,10 @@ def scatter(
                 "groups=independent: expected an importance that scores each of the "
                 f"{len(matrices)} matrices of {name}, this one scores {len(structures[name])}"
             )
-        places = keep_units(len(structures[name][0]), units)
+        places = kept_positions(len(structures[name][0]), units)
         for scores, parts in zip(structures[name], matrices, strict=True):
             worst = scores.argsort(stable=True)[: len(units)]
-            own = keep_units(len(scores), worst.tolist())
+            own = kept_positions(len(scores), worst.tolist())
             for part in parts:
                 move_slices(model.get_parameter(part.member.parameter), part.member, own, places)
 
@@ -51,10 +51,3 @@ def move_slices(parameter: Tensor, member: Member, units: Tensor, places: Tensor
     index = member.index.to(parameter.device)
     source = parameter.detach().index_select(member.dim, index[units].flatten())
     parameter.data.index_copy_(member.dim, index[places].flatten(), source)
-
-
-def keep_units(size: int, removed: Sequence[int]) -> Tensor:
-    """The units of `size` that are not removed: int64 [size − len(removed)], rising."""
-    keep = torch.ones(size, dtype=torch.bool)
-    keep[list(removed)] = False
-    return keep.nonzero().flatten()

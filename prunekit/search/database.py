@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunekit.calibration.consumers import Consumer, find_consumers
 from prunekit.calibration.store import Kept, Store
 from prunekit.graph import Group
+from prunekit.graph.groups import kept_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Database:
                 consumer.store(weight.index_fill(1, columns, 0))
                 continue
             content = level.contents[i]
-            kept = _others(columns, weight.shape[1])
+            kept = kept_positions(weight.shape[1], columns)
             own = content.weight.get().to(weight)
             consumer.store(torch.zeros_like(weight).index_copy_(1, kept, own))
             if content.bias is not None:
@@ -124,7 +125,7 @@ class Database:
         contents = []
         for consumer in self._consumers[name]:
             weight = _copy_weight(consumer)
-            kept = _others(_columns(consumer, units), weight.shape[1])
+            kept = kept_positions(weight.shape[1], _columns(consumer, units))
             columns = self.store.put(weight.index_select(1, kept), copy=False)
             contents.append(Content(weight=columns, bias=_copy_bias(consumer)))
         self._levels[name][len(units)] = Level(units=list(units), contents=contents)
@@ -155,10 +156,3 @@ def _columns(consumer: Consumer, units: Sequence[int]) -> Tensor:
     """The columns [k] of a consumer that these units own."""
     index = consumer.member.index[torch.tensor(units, dtype=torch.long)]
     return index.flatten().to(consumer.parameter.device)
-
-
-def _others(columns: Tensor, size: int) -> Tensor:
-    """The columns [size − k] that are not among these [k]."""
-    stays = torch.ones(size, dtype=torch.bool, device=columns.device)
-    stays[columns] = False
-    return stays.nonzero()[:, 0]

@@ -14,7 +14,7 @@ import prunekit
 from prunekit.calibration import statistics
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments, split
-from prunekit.calibration.observe import Site, take_rows
+from prunekit.calibration.observe import Site, runs_of_rows
 from prunekit.calibration.statistics import measure_share, prepare_site
 from prunekit.compensation.obs import Obs
 from prunekit.errors import ConfigError
@@ -209,7 +209,7 @@ def test_rows_are_taken_without_their_numbers_going_to_the_device():
     tensor = torch.arange(40).view(10, 4)
     for rows in ([], [0], [9], [0, 1, 2], [1, 3, 4, 8], list(range(10))):
         with Counting() as counting:
-            taken = take_rows(tensor, rows)
+            taken = runs_of_rows(tensor, rows)
         assert torch.equal(taken, tensor[rows])
         assert set(counting.launched) <= {"cat"}
 

@@ -17,7 +17,7 @@ from prunekit.data.batches import Batch
 from prunekit.errors import DataError
 from prunekit.graph.groups import ParameterDim
 from prunekit.runtime.console import track
-from prunekit.runtime.numbers import along, at_least_float32
+from prunekit.runtime.numbers import along, at_least_float32, first_false
 
 MEAN, FISHER = "mean", "fisher"  # of the gradients: g and F
 GradientMoments = Mapping[str, Tensor]
@@ -65,9 +65,8 @@ class GradientPass:
         for name in self.dims:
             if (name, self.dims[name][0]) not in self.reduced:
                 self._finish(name, targets)
-        for name, every in self.finite.items():
-            if not every:
-                raise DataError(f"{name}: its gradient holds NaN or infinity")
+        if (name := first_false(self.finite)) is not None:
+            raise DataError(f"{name}: its gradient holds NaN or infinity")
         return {place: scores.cpu() for place, scores in self.reduced.items()}
 
     def _backward(self, batch: Batch) -> int:
