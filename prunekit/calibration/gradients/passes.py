@@ -65,8 +65,8 @@ class GradientPass:
         for name in self.dims:
             if (name, self.dims[name][0]) not in self.reduced:
                 self._finish(name, targets)
-        if (name := first_false(self.finite)) is not None:
-            raise DataError(f"{name}: its gradient holds NaN or infinity")
+        if (odd := first_false(self.finite)) is not None:
+            raise DataError(f"{odd}: its gradient holds NaN or infinity")
         return {place: scores.cpu() for place, scores in self.reduced.items()}
 
     def _backward(self, batch: Batch) -> int:
