@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.allocation.costs.base import Cost
 from prunekit.allocation.scope import Scope
@@ -22,6 +22,22 @@ from prunekit.importance.base import Importance
 Compute = Callable[[], dict[str, Any]]
 
 
+class Keeper(Protocol):
+    """Keeps tensors for a run that may be broken off; a name is FOLDER/NAME."""
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name."""
+
+    def has_tensors(self, name: str) -> bool:
+        """Whether tensors are kept under a name."""
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors that are kept under a name, on the CPU."""
+
+    def drop_tensors(self, folder: str) -> None:
+        """Let go of what is kept in a folder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tools:
     """What a policy keeps tensors and unfinished results in.
@@ -31,12 +47,14 @@ class Tools:
             the run's activations.
         remember: given a name and a function, its result, or the one that a run kept before it was
             broken off; a small JSON object.
+        keeper: keeps tensors as `remember` keeps JSON; None where a run keeps no state.
     """
 
     open_store: Callable[[str], Store] = field(default=lambda name: Store())
     remember: Callable[[str, Compute], dict[str, Any]] = field(
         default=lambda name, compute: compute()
     )
+    keeper: Keeper | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 
@@ -50,8 +50,13 @@ def cut_groups(
     return removed
 
 
-def walk_through(assignment: Assignment, groups: Sequence[Group]) -> Walk:
-    """The walk that shows these groups with the moments of their consumers' inputs."""
+def walk_through(
+    assignment: Assignment, groups: Sequence[Group], done: Container[str] = ()
+) -> Walk:
+    """The walk that shows these groups with the moments of their consumers' inputs.
+
+    Nothing is measured where the state has finished a group; without a state, where it is `done`.
+    """
     compensation, targets = assignment.compensation, {}
     for group in groups if compensation else ():
         assert compensation is not None
@@ -62,7 +67,7 @@ def walk_through(assignment: Assignment, groups: Sequence[Group]) -> Walk:
         groups=groups,
         batches=assignment.batches,
         targets=targets,
-        done=assignment.state.finished if assignment.state else (),
+        done=assignment.state.finished if assignment.state else done,
         store=assignment.store,
         layers=assignment.layers,
     )

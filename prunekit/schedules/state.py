@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunekit.calibration.consumers import Consumer
 from prunekit.errors import CheckpointError, first_line
@@ -95,7 +96,7 @@ class State:
 
         That is a group, or a part of a policy's search.
         """
-        kept = [*self.folder.glob("*.safetensors"), *self.folder.glob("search-*.json")]
+        kept = [*self.folder.glob("*.safetensors"), *self.folder.glob("search-*")]
         if not rank() and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -110,8 +111,6 @@ class State:
 
     def record(self, group: str, finished: Finished, consumers: Sequence[Consumer]) -> None:
         """Write what is known of a finished group, and the weights of its consumers."""
-        from safetensors.torch import save_file
-
         tensors = {
             "removed": torch.tensor(finished.removed, dtype=torch.long),
             "float64": torch.tensor(finished.float64),
@@ -121,7 +120,7 @@ class State:
             tensors[f"{name}.weight"] = consumer.parameter.detach().cpu().contiguous()
             if consumer.bias is not None:
                 tensors[f"{name}.bias"] = consumer.bias.detach().cpu()
-        self._write(self.folder / f"{group}.safetensors", lambda path: save_file(tensors, path))
+        self.save_tensors(group, tensors)
 
     def restore(self, group: str, consumers: Sequence[Consumer]) -> Finished:
         """Give the consumers of a finished group their weights; what is known of the group.
@@ -129,20 +128,50 @@ class State:
         Raises:
             CheckpointError: the file of the group is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self.folder / f"{group}.safetensors"
+        tensors = self.load_tensors(group)
         try:
-            tensors = load_file(path)
             for consumer in drop_repeats(consumers):
                 name = consumer.member.parameter
                 consumer.parameter.data.copy_(tensors[f"{name}.weight"])
                 if (bias := tensors.get(f"{name}.bias")) is not None:
                     consumer.set_bias(bias)
             return Finished(removed=tensors["removed"].tolist(), float64=int(tensors["float64"]))
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError) as error:
+            path = self._path_of(group)
             raise CheckpointError(f"{path}: damaged: {first_line(error)}; {_HINT}") from error
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name, which may begin with that of a folder and a slash."""
+        from safetensors.torch import save_file
+
+        self._write(self._path_of(name), lambda path: save_file(dict(tensors), path))
+
+    def has_tensors(self, name: str) -> bool:
+        """Whether tensors are kept under a name."""
+        return self._path_of(name).exists()
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors that are kept under a name, on the CPU.
+
+        Raises:
+            CheckpointError: their file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path_of(name)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: damaged: {first_line(error)}; {_HINT}") from error
+
+    def drop_tensors(self, folder: str) -> None:
+        """Let go of all tensors whose names begin with the name of this folder."""
+        if not rank():
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+
+    def _path_of(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
         """Let `write` write a temporary file, and rename it; only the first process does so.
@@ -153,7 +182,7 @@ class State:
             return
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             facts = self.folder / "state.json"
             if not facts.exists() and path != facts:
                 self._write(facts, lambda target: write_json(target, self.facts))

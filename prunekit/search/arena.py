@@ -5,13 +5,16 @@ Several processes share the candidates: each judges its part, and all learn all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from prunekit.runtime.processes import gather_all, own_part
 from prunekit.search.database import Database
 from prunekit.search.fitness import Divergence, Judge, States
 from prunekit.search.levels import Candidate, Space
+from prunekit.search.shelf import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +33,19 @@ class Arena:
         space: the candidates.
         database: what the groups hold at their levels.
         judge: compares the model with the dense one.
+        shelf: keeps what was judged, for a run that is broken off.
+
+    Attributes:
+        tokens: that went through the whole model so far, in all processes; half of it counts half.
     """
 
     space: Space
     database: Database
     judge: Judge
+    shelf: Shelf = field(default_factory=Shelf)
+    tokens: float = 0.0
     _known: dict[Candidate, list[Divergence]] = field(default_factory=dict)
+    _calls: int = 0
 
     @property
     def evaluations(self) -> int:
@@ -59,15 +69,34 @@ class Arena:
             for i, candidate in enumerate(candidates)
             if len(self._known.get(candidate, ())) < batches
         }
-        own = {}
+        if missing:
+            self._calls += 1
+            judge = partial(self._judge_missing, missing, batches, parents)
+            content = self.shelf.remember(f"judged-{self._calls}", judge)
+            self.tokens += content["tokens"]
+            for candidate, judged in content["judged"]:
+                divergences = [Divergence.from_json(part) for part in judged]
+                self._known.setdefault(tuple(candidate), []).extend(divergences)
+        return [sum(self._known[c][:batches], Divergence.none()).mean for c in candidates]
+
+    def _judge_missing(
+        self, missing: Mapping[Candidate, int], batches: int, parents: Sequence[Parent]
+    ) -> dict[str, Any]:
+        """Judge candidates on the batches that they were not judged on yet, as JSON.
+
+        `missing`: candidate → its place among the candidates that have these `parents`.
+        """
+        before, own = self.judge.tokens_run, []
         for candidate in own_part(list(missing)):
             parent = parents[missing[candidate]] if parents else None
             done = len(self._known.get(candidate, ()))
-            own[candidate] = self._run(candidate, range(done, batches), parent)
-        for part in gather_all(own):
-            for candidate, divergences in part.items():
-                self._known.setdefault(candidate, []).extend(divergences)
-        return [sum(self._known[c][:batches], Divergence.none()).mean for c in candidates]
+            divergences = self._run(candidate, range(done, batches), parent)
+            own.append((candidate, [divergence.to_json() for divergence in divergences]))
+        parts = gather_all((own, self.judge.tokens_run - before))
+        return {
+            "judged": [entry for entries, _ in parts for entry in entries],
+            "tokens": sum(tokens for _, tokens in parts),
+        }
 
     def measure_at_limit(
         self, candidates: Sequence[Candidate], batches: int, parents: Sequence[Parent] = ()
@@ -91,7 +120,9 @@ class Arena:
         """Keep the hidden states of a candidate, run from another one's, for its children."""
         self.database.place(self.space.counts(candidate))
         first = self._first_changed(candidate, parent)
+        before = self.judge.tokens_run
         states = self.judge.trail(first, parent.states if parent else self.judge.states)
+        self.tokens += self.judge.tokens_run - before
         return Parent(candidate=candidate, states=states)
 
     def _run(

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.slots import make_slots
 from prunekit.errors import ConfigError
@@ -22,6 +20,7 @@ from prunekit.search.database import Database
 from prunekit.search.fitness import Divergence, Judge
 from prunekit.search.levels import Candidate, Space, nearest_step, spread_levels
 from prunekit.search.samples import Samples
+from prunekit.search.shelf import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +39,14 @@ class Checked:
 
     def to_json(self) -> dict[str, Any]:
         """The check as a JSON object."""
-        sums, counts = self.held_out.sums.tolist(), self.held_out.counts.tolist()
-        return {"counts": self.counts, "fitness": self.fitness, "held_out": [sums, counts]}
+        held_out = self.held_out.to_json()
+        return {"counts": self.counts, "fitness": self.fitness, "held_out": held_out}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Checked:
         """What `to_json` wrote."""
-        sums, counts = (torch.tensor(part, dtype=torch.float64) for part in content["held_out"])
-        divergence = Divergence(sums=sums, counts=counts)
-        return cls(counts=dict(content["counts"]), fitness=content["fitness"], held_out=divergence)
+        held_out = Divergence.from_json(content["held_out"])
+        return cls(counts=dict(content["counts"]), fitness=content["fitness"], held_out=held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +108,22 @@ class Bench:
             held_out=sum(held_out, Divergence.none()),
         )
 
-    def open_round(self, counts: Mapping[str, int], step: float, reach: float) -> Arena:
-        """Fill the database with levels around these counts; the arena of its candidates."""
+    def open_round(
+        self, counts: Mapping[str, int], step: float, reach: float, shelf: Shelf | None = None
+    ) -> Arena:
+        """Fill the database with levels around these counts; the arena of its candidates.
+
+        `shelf`: keeps what the round has finished.
+        """
+        shelf = shelf or Shelf()
         centres = self.steps_of(counts)
         levels = tuple(
             spread_levels(slot, step, centre, reach)
             for slot, centre in zip(self.budget.slots, centres, strict=True)
         )
         space = Space(budget=self.budget, levels=levels)
-        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres))
-        return Arena(space=space, database=self.database, judge=self.judge)
+        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres), shelf)
+        return Arena(space=space, database=self.database, judge=self.judge, shelf=shelf)
 
     def steps_of(self, counts: Mapping[str, int]) -> Candidate:
         """The step of each slot at these counts."""

@@ -13,6 +13,7 @@ from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
 from prunekit.schedules.repair import cut_groups, prepare_sites, repair_site, walk_through
 from prunekit.search.database import Database
+from prunekit.search.shelf import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Builder:
         database: Database,
         levels: Mapping[str, Sequence[int]],
         expected: Mapping[str, int],
+        shelf: Shelf | None = None,
     ) -> None:
         """Fill a database; afterwards the model holds the expected levels.
 
@@ -60,6 +62,7 @@ class Builder:
             database: it is cleared first.
             levels: group → the numbers of units that are gone at its levels.
             expected: group → the one of these numbers that later groups expect to be gone.
+            shelf: where the levels of groups that are finished are kept, and found again.
         """
         database.clear()
         if not self.walks:
@@ -70,9 +73,15 @@ class Builder:
             database.place(expected)
             return
         groups = [g for g in self.assignment.groups if any(levels.get(g.name, ()))]
-        walk = walk_through(self.assignment, groups)
+        shelf = shelf or Shelf()
+        done = {group.name for group in groups if shelf.holds(group.name)}
+        walk = walk_through(self.assignment, groups, done)
         for group, sites in track(walk, "levels of all groups", len(groups)):
-            self._fill_group(database, group, sites, sorted(set(levels[group.name]) - {0}))
+            if group.name in done:
+                shelf.give_back(database, group.name)
+            else:
+                self._fill_group(database, group, sites, sorted(set(levels[group.name]) - {0}))
+                shelf.put_aside(database, group.name)
             database.place({**database.placed, group.name: expected.get(group.name, 0)})
         say(f"levels of {len(groups)} groups: {database.nbytes:,} bytes")
 

@@ -130,6 +130,33 @@ class Database:
             contents.append(Content(weight=columns, bias=_copy_bias(consumer)))
         self._levels[name][len(units)] = Level(units=list(units), contents=contents)
 
+    def describe(self, name: str) -> dict[str, Tensor]:
+        """All levels of a group as named tensors, which `restore` takes."""
+        tensors = {}
+        for count, level in self._levels[name].items():
+            tensors[f"{count}.units"] = torch.tensor(level.units, dtype=torch.long)
+            for i, content in enumerate(level.contents):
+                tensors[f"{count}.{i}.weight"] = content.weight.get().cpu()
+                if content.bias is not None:
+                    tensors[f"{count}.{i}.bias"] = content.bias.cpu()
+        return tensors
+
+    def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give a group the levels that `describe` told of."""
+        consumers = self._consumers[name]
+        for key in (key for key in tensors if key.endswith(".units")):
+            count, contents = int(key.removesuffix(".units")), list[Content]()
+            for i, consumer in enumerate(consumers):
+                weight = tensors.get(f"{count}.{i}.weight")
+                if weight is None:
+                    break  # a mask
+                kept = self.store.put(weight.to(consumer.parameter.device), copy=False)
+                bias = tensors.get(f"{count}.{i}.bias")
+                if bias is not None:
+                    bias = bias.to(consumer.parameter.device)
+                contents.append(Content(weight=kept, bias=bias))
+            self._levels[name][count] = Level(units=tensors[key].tolist(), contents=contents)
+
     def clear(self) -> None:
         """Let go of all levels; the consumers are dense again."""
         self.place({})

@@ -58,6 +58,16 @@ class Divergence:
         """The mean of each sample [samples]."""
         return self.sums / self.counts.clamp_min(1)
 
+    def to_json(self) -> list[list[float]]:
+        """The sums and the counts as lists."""
+        return [self.sums.tolist(), self.counts.tolist()]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Sequence[float]]) -> Divergence:
+        """What `to_json` wrote."""
+        sums, counts = (torch.tensor(part, dtype=torch.float64) for part in content)
+        return cls(sums=sums, counts=counts)
+
     def __add__(self, other: Divergence) -> Divergence:
         """The divergences of both sets of samples."""
         return Divergence(

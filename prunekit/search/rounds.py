@@ -16,6 +16,7 @@ from prunekit.search.evolution import Stage, evolve, fit
 from prunekit.search.guide import climb
 from prunekit.search.levels import Candidate
 from prunekit.search.seeds import pack, price_levels
+from prunekit.search.shelf import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,15 @@ class Start:
     packs: bool
 
 
-def run_round(bench: Bench, start: Start, effort: Effort, rng: random.Random) -> Result:
-    """Build the database, climb from the best start, evolve, and cut the winner exactly."""
-    before = bench.judge.tokens_run
-    arena = bench.open_round(start.centre, start.step, start.reach)
+def run_round(
+    bench: Bench, start: Start, effort: Effort, rng: random.Random, shelf: Shelf | None = None
+) -> Result:
+    """Build the database, climb from the best start, evolve, and cut the winner exactly.
+
+    `shelf`: keeps what the round has finished.
+    """
+    shelf = shelf or Shelf()
+    arena = bench.open_round(start.centre, start.step, start.reach, shelf)
     space, few, many = arena.space, effort.stages[0].batches, effort.stages[-1].batches
     starts = [bench.steps_of(start.centre)]
     starts += [fit(space, space.nearest(counts), set(), rng) for counts in start.others]
@@ -104,16 +110,22 @@ def run_round(bench: Bench, start: Start, effort: Effort, rng: random.Random) ->
         step=start.step,
         database_bytes=bench.database.nbytes,
         evaluations=arena.evaluations,
-        tokens=round(bench.judge.tokens_run - before),
+        tokens=round(arena.tokens),
         curve=tuple(curve),
     )
     _tell(curve)
     return Result(
-        winner=bench.check(space.counts(winner)),
-        packed=None if packed is None else bench.check(space.counts(packed)),
+        winner=_check(bench, shelf, "winner", space.counts(winner)),
+        packed=None if packed is None else _check(bench, shelf, "packed", space.counts(packed)),
         prices=prices,
         figures=figures,
     )
+
+
+def _check(bench: Bench, shelf: Shelf, name: str, counts: Mapping[str, int]) -> Checked:
+    """A cut of the model, exactly; found again where the shelf holds it."""
+    content = shelf.remember(name, lambda: bench.check(counts).to_json())
+    return Checked.from_json(content)
 
 
 def _price_alone(arena: Arena, winner: Candidate, batches: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from prunekit.search.evolution import Stage
 from prunekit.search.fitness import CHUNK
 from prunekit.search.rounds import Effort, Result, Start, run_round
 from prunekit.search.samples import Samples, split_samples
+from prunekit.search.shelf import Shelf
 from prunekit.search.verdict import describe_search
 
 FORMULAS: Mapping[str, type[DepthPolicy]] = {
@@ -170,8 +171,10 @@ class Search(Policy):
                 packs=KNAPSACK in self.seeds and not results,
             )
             rng = random.Random(f"{bench.setting.seed} {number}")
-            run = partial(_run, bench, start, effort, rng)
-            content = bench.setting.tools.remember(f"search-round-{number}", run)
+            shelf = Shelf(tools=bench.setting.tools, name=f"search-round-{number}")
+            run = partial(_run, bench, start, effort, rng, shelf)
+            content = bench.setting.tools.remember(shelf.name, run)
+            shelf.clear()
             result = Result.from_json(content)
             say(f"its winner, cut exactly: KL to the dense model {result.winner.fitness:.4f}")
             results.append(result)
@@ -209,9 +212,11 @@ def _check(bench: Bench, counts: Mapping[str, int]) -> dict[str, Any]:
     return bench.check(counts).to_json()
 
 
-def _run(bench: Bench, start: Start, effort: Effort, rng: random.Random) -> dict[str, Any]:
+def _run(
+    bench: Bench, start: Start, effort: Effort, rng: random.Random, shelf: Shelf
+) -> dict[str, Any]:
     """A round, as JSON."""
-    return run_round(bench, start, effort, rng).to_json()
+    return run_round(bench, start, effort, rng, shelf).to_json()
 
 
 def _expect_number(key: str, value: object, least: int) -> None:

@@ -55,6 +55,15 @@ CASES = {
         build("gpt2", n_embd=48, n_layer=2, n_head=6, n_positions=64),
         {"h.0.attn": [2], "h.1.mlp": [0, 5, 9]},
     ),
+    "emptied": lambda: cut(
+        tiny_llama(layers=3),
+        {
+            "layers.0.self_attn": range(4),
+            "layers.1.mlp": range(40),
+            "layers.2.self_attn": range(4),
+            "layers.2.mlp": range(40),
+        },
+    ),
     "mixtral": lambda: cut(
         build("mixtral", **SIZES | {"num_local_experts": 4}), {"layers.0.self_attn": [1]}
     ),
@@ -79,7 +88,7 @@ def off(model, file, rows, length):
     return ((found - expected)[real].abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral", "emptied"])
 def test_onnxruntime_computes_the_same(name, tmp_path):
     model = CASES[name]()
     file = Onnx(check=False).write(model, None, tmp_path / "new")

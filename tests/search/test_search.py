@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -23,8 +24,9 @@ from prunekit.policies import Setting, Uniform
 from prunekit.search import Search
 from prunekit.search.arena import Arena
 from prunekit.search.bench import Bench, Checked, make_budget
+from prunekit.search.build import Builder
 from prunekit.search.evolution import Stage
-from prunekit.search.fitness import Divergence
+from prunekit.search.fitness import Divergence, Judge
 from prunekit.search.rounds import Effort, Start, run_round
 from prunekit.search.samples import split_samples
 from prunekit.search.verdict import judge_cuts, lead_over
@@ -218,33 +220,56 @@ def test_what_a_search_can_not_do_is_refused_before_it_begins(options, message, 
         )
 
 
-def test_a_search_broken_off_goes_on_to_the_same_end(monkeypatch, tmp_path):
+class Power:
+    """Counts what a search works on; goes off once at each of these (name, number)."""
+
+    def __init__(self, monkeypatch, offs):
+        self.offs, self.counts = list(offs), Counter()
+        for owner, name in ((Builder, "_fill_group"), (Judge, "measure"), (Bench, "check")):
+            monkeypatch.setattr(owner, name, self.counting(name, getattr(owner, name)))
+
+    def counting(self, name, method):
+        def count(*args):
+            self.counts[name] += 1
+            if self.offs and self.offs[0] == (name, self.counts[name]):
+                del self.offs[0]
+                raise KeyboardInterrupt
+            return method(*args)
+
+        return count
+
+
+def test_a_search_broken_off_anywhere_goes_on_to_the_same_end(monkeypatch, tmp_path):
+    """Between rounds and inside of them; what was finished is not done again."""
     overrides = ["policy=search", "policy.seeds=[uniform]", *OPTIONS]
     options = {"ratio": 0.25, "calibration": token_ids(24, 16)}
+    power = Power(monkeypatch, [])
     whole = prunekit.prune(tiny_llama(kv_heads=2), overrides=overrides, **options)
-    rounds = []
-
-    def interrupted(bench, start, *more):
-        rounds.append(start)
-        if len(rounds) == 2:
-            raise KeyboardInterrupt
-        return run_round(bench, start, *more)
-
-    monkeypatch.setattr("prunekit.search.search.run_round", interrupted)
-    model = tiny_llama(kv_heads=2)
+    work, power.counts = power.counts, Counter()
+    # Each round fills 6 groups; the seed and the winners of two rounds are checked.
+    offs = [("check", 1), ("_fill_group", 3), ("measure", 30), ("check", 3), ("_fill_group", 11)]
+    power.offs = [*offs, ("check", 5)]
+    model, state = tiny_llama(kv_heads=2), tmp_path / "state"
     before = weights(model)
-    with pytest.raises(KeyboardInterrupt):
-        prunekit.prune(model, overrides=overrides, state=tmp_path / "state", **options)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
-    result = prunekit.prune(
-        model, overrides=[*overrides, "resume=true"], state=tmp_path / "state", **options
-    )
-    assert [start.step for start in rounds] == [0.125, 0.0625, 0.0625]
+    result = None
+    for _ in range(len(power.offs) + 1):
+        assert result is None
+        try:
+            result = prunekit.prune(
+                model, overrides=[*overrides, "resume=true"], state=state, **options
+            )
+        except KeyboardInterrupt:
+            assert all(torch.equal(before[name], own) for name, own in weights(model).items())
+    assert result is not None
+    assert not power.offs
     assert result.plan == whole.plan
     assert result.report["policy"] == whole.report["policy"]
     after = weights(result.model)
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights(whole.model).items())
-    assert not (tmp_path / "state").exists()
+    assert not state.exists()
+    assert power.counts["_fill_group"] == work["_fill_group"] + 2  # those that were broken off
+    assert power.counts["check"] == work["check"] + 3
+    assert work["measure"] < power.counts["measure"] < 1.5 * work["measure"]
 
 
 def test_several_processes_share_the_candidates(monkeypatch):
@@ -255,19 +280,20 @@ def test_several_processes_share_the_candidates(monkeypatch):
         arena = bench.open_round({}, 0.5, 1.0)
         candidates = list(product(*arena.space.levels))[:9]
         expected = arena.measure(candidates, 2)
-        known = arena._known
+        others = [(c, [part.to_json() for part in arena._known[c]]) for c in candidates[1::2]]
         shared = Arena(space=arena.space, database=bench.database, judge=bench.judge)
         ran = []
 
-        def gather(own):
-            ran.extend(own)
-            return [own, {c: known[c] for c in candidates[1::2]}]
+        def gather(part):
+            ran.extend(candidate for candidate, _ in part[0])
+            return [part, (others, 100.0)]
 
         monkeypatch.setattr("prunekit.search.arena.own_part", lambda items: items[::2])
         monkeypatch.setattr("prunekit.search.arena.gather_all", gather)
         assert shared.measure(candidates, 2) == pytest.approx(expected, rel=1e-6)
         assert ran == candidates[::2]
         assert shared.evaluations == 9
+        assert 100 < shared.tokens < 100 + arena.tokens  # those of all processes
         assert shared.measure(candidates, 1)
         assert ran == candidates[::2]  # nothing is judged twice
 
