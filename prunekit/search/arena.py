@@ -5,6 +5,7 @@ Several processes share the candidates: each judges its part, and all learn all 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 from prunekit.runtime.processes import gather_all, own_part
 from prunekit.search.database import Database
-from prunekit.search.fitness import Divergence, Judge, States
+from prunekit.search.fitness import Divergence, Judge, States, subtract
 from prunekit.search.levels import Candidate, Space
 from prunekit.search.shelf import Shelf
 
@@ -77,7 +78,7 @@ class Arena:
             for candidate, judged in content["judged"]:
                 divergences = [Divergence.from_json(part) for part in judged]
                 self._known.setdefault(tuple(candidate), []).extend(divergences)
-        return [sum(self._known[c][:batches], Divergence.none()).mean for c in candidates]
+        return [self._total(c, batches).mean for c in candidates]
 
     def _judge_missing(
         self, missing: Mapping[Candidate, int], batches: int, parents: Sequence[Parent]
@@ -97,6 +98,19 @@ class Arena:
             "judged": [entry for entries, _ in parts for entry in entries],
             "tokens": sum(tokens for _, tokens in parts),
         }
+
+    def compare(
+        self, candidates: Sequence[Candidate], parent: Parent, batches: int
+    ) -> list[tuple[float, float]]:
+        """By how much each candidate's KL is above its parent's, and the standard error of that.
+
+        Both are of the differences of the samples in the first batches; one sample tells no error.
+        """
+        self.measure([parent.candidate], batches)
+        self.measure(candidates, batches, [parent] * len(candidates))
+        own = self._total(parent.candidate, batches)
+        changes = [subtract(self._total(c, batches), own) for c in candidates]
+        return [(change, error if math.isfinite(error) else 0.0) for change, error in changes]
 
     def measure_at_limit(
         self, candidates: Sequence[Candidate], batches: int, parents: Sequence[Parent] = ()
@@ -124,6 +138,10 @@ class Arena:
         states = self.judge.trail(first, parent.states if parent else self.judge.states)
         self.tokens += self.judge.tokens_run - before
         return Parent(candidate=candidate, states=states)
+
+    def _total(self, candidate: Candidate, batches: int) -> Divergence:
+        """What is known of a candidate on the first batches."""
+        return sum(self._known[candidate][:batches], Divergence.none())
 
     def _run(
         self, candidate: Candidate, batches: Sequence[int], parent: Parent | None

@@ -6,6 +6,7 @@ from there only, on the hidden states that the other has before this layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ class Divergence:
         return Divergence(
             sums=torch.cat([self.sums, other.sums]), counts=torch.cat([self.counts, other.counts])
         )
+
+
+def subtract(one: Divergence, other: Divergence) -> tuple[float, float]:
+    """By how much one KL is above another on the same samples, and the standard error of that.
+
+    Both are over the differences of single samples; the error on one sample is infinite.
+    """
+    differences = one.means - other.means
+    if len(differences) < 2:
+        return float(differences.mean()), math.inf
+    return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)

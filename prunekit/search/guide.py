@@ -3,12 +3,15 @@
 Two evaluations a slot tell what each move changes in KL and in cost. The moves that win most KL for
 the cost that they give back are made, and the cheapest moves that save as much cost. How many of
 them are right at once is tried: their prices add up only nearby.
+
+Few tokens tell prices badly, and the best of many noisy prices are too good to be true. So a price
+is taken to be worse than measured by its standard error over the samples.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunekit.report.parts import SearchPoint
@@ -16,6 +19,7 @@ from prunekit.search.arena import Arena, Parent
 from prunekit.search.evolution import fit
 from prunekit.search.levels import Candidate, Space
 
+_ERRORS = 1.0  # standard errors by which a price is taken to be worse than measured
 _TOGETHER = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)  # how many moves back are tried at once
 
 
@@ -26,7 +30,8 @@ class Move:
     Attributes:
         slot: the slot.
         levels: 1 where more goes, −1 where some comes back.
-        price: the KL that is paid for a saved unit of cost, or won by giving it back.
+        price: the KL that is paid for a saved unit of cost, or won by giving it back; at the worse
+            end of what the samples leave open.
     """
 
     slot: int
@@ -37,14 +42,13 @@ class Move:
 def climb(
     arena: Arena, start: Candidate, batches: tuple[int, int], sweeps: int, rng: random.Random
 ) -> tuple[Parent, list[SearchPoint]]:
-    """Take guided steps while they help, at most `sweeps` of them; `batches` probe and judge."""
-    probed, judged = batches
+    """Take guided steps while they help, at most `sweeps` of them; `batches`: few, and many."""
     parent = arena.raise_parent(start)
-    best = arena.measure_at_limit([start], judged)[0]
+    best = arena.measure_at_limit([start], batches[1])[0]
     curve = [SearchPoint(evaluations=arena.evaluations, divergence=best)]
     for _ in range(sweeps):
-        children = combine(arena.space, parent.candidate, probe(arena, parent, probed), rng)
-        values = arena.measure_at_limit(children, judged, [parent] * len(children))
+        children = combine(arena.space, parent.candidate, probe(arena, parent, batches), rng)
+        values = arena.measure_at_limit(children, batches[1], [parent] * len(children))
         curve.append(SearchPoint(evaluations=arena.evaluations, divergence=min([best, *values])))
         if not values or min(values) >= best:
             break
@@ -53,23 +57,61 @@ def climb(
     return parent, curve
 
 
-def probe(arena: Arena, parent: Parent, batches: int) -> list[Move]:
-    """The moves of all slots by one level, with their prices at the parent."""
+def probe(arena: Arena, parent: Parent, batches: tuple[int, int]) -> list[Move]:
+    """Moves of slots by one level, with their prices at the parent on many batches.
+
+    All are priced on few batches first, at the better end of what these leave open; the better half
+    of those that give back, and of those that save, is priced on many.
+    """
     space, own = arena.space, parent.candidate
     cost = space.cost(own)
-    places = [(slot, levels) for slot in range(len(own)) for levels in (-1, 1)]
-    moved = {place: space.move(own, *place) for place in places}
+    moved = {
+        (slot, levels): space.move(own, slot, levels)
+        for slot in range(len(own))
+        for levels in (-1, 1)
+    }
     known = {
         place: after
         for place, after in moved.items()
         if after is not None and space.cost(after) != cost
     }
-    before = arena.measure([own], batches)[0]
-    values = arena.measure(list(known.values()), batches, [parent] * len(known))
+    few, many = batches
+    if few < many:
+        moves = _price(arena, parent, known, few, -_ERRORS)
+        sides = (_sort_back(moves), _sort_saving(moves))
+        hopeful = [move for side in sides for move in side[: -(-len(side) // 2)]]
+        known = {(move.slot, move.levels): known[move.slot, move.levels] for move in hopeful}
+    return _price(arena, parent, known, many, _ERRORS)
+
+
+def _price(
+    arena: Arena,
+    parent: Parent,
+    moved: Mapping[tuple[int, int], Candidate],
+    batches: int,
+    errors: float,
+) -> list[Move]:
+    """The moves to these candidates; their prices are worse by so many standard errors."""
+    cost = arena.space.cost(parent.candidate)
+    changes = arena.compare(list(moved.values()), parent, batches)
     return [
-        Move(slot=slot, levels=levels, price=(value - before) / (cost - space.cost(after)))
-        for ((slot, levels), after), value in zip(known.items(), values, strict=True)
+        Move(
+            slot=slot,
+            levels=levels,
+            price=(change + errors * error) / (cost - arena.space.cost(after)),
+        )
+        for ((slot, levels), after), (change, error) in zip(moved.items(), changes, strict=True)
     ]
+
+
+def _sort_back(moves: Sequence[Move]) -> list[Move]:
+    """The moves that give units back, those that win most first."""
+    return sorted((m for m in moves if m.levels < 0), key=lambda m: -m.price)
+
+
+def _sort_saving(moves: Sequence[Move]) -> list[Move]:
+    """The moves that save, the cheapest first."""
+    return sorted((m for m in moves if m.levels > 0), key=lambda m: m.price)
 
 
 def combine(
@@ -79,8 +121,7 @@ def combine(
 
     A slot moves once. Moves that save cost are taken while they are cheaper than the move back.
     """
-    back = sorted((m for m in moves if m.levels < 0), key=lambda m: -m.price)
-    saving = sorted((m for m in moves if m.levels > 0), key=lambda m: m.price)
+    back, saving = _sort_back(moves), _sort_saving(moves)
     child, used, made = own, set[int](), 0
     children: list[Candidate] = []
     for move in back:

@@ -9,6 +9,7 @@ from prunekit.data.batches import count_positions
 from prunekit.policies.base import Setting
 from prunekit.report.parts import SearchedCut, SearchFigures
 from prunekit.search.bench import Checked
+from prunekit.search.fitness import subtract
 from prunekit.search.rounds import Result
 from prunekit.search.samples import Samples
 
@@ -39,10 +40,7 @@ def name_rounds(results: Sequence[Result]) -> dict[str, Checked]:
 
 def lead_over(winner: Checked, other: Checked) -> tuple[float, float]:
     """By how much the winner's KL is lower on held-out samples, and the standard error of that."""
-    differences = other.held_out.means - winner.held_out.means
-    if len(differences) < 2:
-        return float(differences.mean()), math.inf
-    return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
+    return subtract(other.held_out, winner.held_out)
 
 
 def describe_search(

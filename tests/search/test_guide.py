@@ -1,0 +1,73 @@
+"""Guided steps: what a move is priced at, and which moves are made."""
+
+import random
+
+import pytest
+import torch
+from test_search import make_setting
+
+from prunekit.compensation import Obs as Repair
+from prunekit.importance import Obs
+from prunekit.policies import Uniform
+from prunekit.search.bench import Bench, make_budget
+from prunekit.search.guide import Move, combine, probe
+from prunekit.search.samples import split_samples
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """A bench of four layers, of whose 4 · 40 channels 40 must go, with two batches of four."""
+    setting = make_setting(Obs(), Repair(), layers=4, removed=40)
+    samples = split_samples(setting.batches, 0.25, 0.25, 64)
+    with Bench.open(setting, samples, len(samples.fitness)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def arena(bench):
+    seed = make_budget(bench.setting, Uniform().group_shares(bench.setting)).solve()
+    return bench.open_round(seed, 0.25, 1.0)
+
+
+def test_a_price_is_worse_than_measured_by_its_standard_error(arena, bench):
+    """The differences of the samples are computed by runs of the whole model."""
+    space, batches = arena.space, len(bench.judge.batches)
+    own = space.nearest(make_budget(bench.setting, Uniform().group_shares(bench.setting)).solve())
+
+    def means(candidate):
+        arena.database.place(space.counts(candidate))
+        return torch.cat([bench.judge.measure(b).means for b in range(batches)])
+
+    moves = probe(arena, arena.raise_parent(own), (batches, batches))
+    assert len(moves) == 2 * len(own)
+    for move in moves:
+        after = space.move(own, move.slot, move.levels)
+        differences = means(after) - means(own)
+        error = differences.std() / len(differences) ** 0.5
+        assert error > 0.05 * differences.mean().abs()  # else it would not be seen in the price
+        saved = space.cost(own) - space.cost(after)
+        worse = (differences.mean() + error) / saved
+        assert move.price == pytest.approx(float(worse), rel=1e-3)
+
+
+def test_half_of_the_moves_is_priced_on_many_samples(arena, bench):
+    """The better half of both kinds, and at the prices that all samples tell."""
+    own = tuple(levels[1] for levels in arena.space.levels)
+    parent, many = arena.raise_parent(own), len(bench.judge.batches)
+    everything = probe(arena, parent, (many, many))
+    hopeful = probe(arena, parent, (1, many))
+    assert many > 1
+    assert all(move in everything for move in hopeful)
+    for levels in (-1, 1):
+        assert 2 * sum(move.levels == levels for move in hopeful) == len(own)
+
+
+def test_moves_are_made_only_where_they_promise_to_win(arena):
+    space = arena.space
+    own = tuple(levels[1] for levels in space.levels)
+    saving = [Move(slot=1, levels=1, price=2.0), Move(slot=2, levels=1, price=4.0)]
+    for price, changed in ((3.0, {0, 1}), (1.0, set())):
+        back = Move(slot=0, levels=-1, price=price)
+        children = combine(space, own, [back, *saving], random.Random(0))
+        found = {i for child in children for i in range(len(own)) if child[i] != own[i]}
+        assert found == changed
