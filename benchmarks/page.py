@@ -444,6 +444,54 @@ QUANTIZED = {
     "prefill": ",.0f",
     "decode": ",.1f",
 }
+
+
+def search(result: dict) -> list[str]:
+    lines = head("Where to cut: formulas and policy=search", "search", result)
+    lines += [
+        "Perplexity of the pruned model, its increase over the dense one, and how the search's "
+        "increase compares with that of the best formula. Seconds: of pruning alone, the search "
+        "within it. Evaluations: candidates judged; passes: all of their tokens, in passes over "
+        "the calibration set.",
+        "",
+    ]
+    rows: dict[tuple[str, float], list[dict]] = {}
+    for row in result["rows"]:
+        rows.setdefault((row["model"], row["ratio"]), []).append(row)
+    for (model, ratio), found in sorted(rows.items()):
+        best = min(
+            (r["pruned"] - r["dense"] for r in found if r["policy"] != "search"), default=None
+        )
+        lines += [
+            f"## {model}: {ratio:.0%} of all parameters",
+            "",
+            f"Dense {found[0]['dense']:.2f}; `{' '.join(found[0]['options'])}`.",
+            "",
+            *table(
+                "policy | >perplexity | >increase | >against the best formula | >seconds | "
+                ">evaluations | >passes | cut taken",
+                [_describe_search_row(row, best) for row in found],
+            ),
+            "",
+        ]
+    return lines[:-1]
+
+
+def _describe_search_row(row: dict, best: float | None) -> list[str]:
+    increase = row["pruned"] - row["dense"]
+    against = f"{increase / best - 1:+.0%}" if best and row["policy"] == "search" else ""
+    return [
+        row["policy"],
+        f"{row['pruned']:.2f}",
+        f"{increase:.2f}",
+        against,
+        f"{row['prune_seconds']:,.0f}",
+        f"{row['evaluations']:,}" if "evaluations" in row else "",
+        f"{row['passes']:,.0f}" if "passes" in row else "",
+        row.get("taken", ""),
+    ]
+
+
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,
@@ -455,4 +503,5 @@ SECTIONS = {
     "quality": quality,
     "recovery": recovery,
     "quantize": quantize,
+    "search": search,
 }
