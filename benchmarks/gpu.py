@@ -24,6 +24,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gpu_parts
+import gpu_search
 import torch
 from gpu_parts import FULL, SMALL, Sizes
 from page import environment
@@ -54,6 +55,7 @@ PARTS = {
     "llm_pruner": Part(gpu_parts.llm_pruner, 45, "method=llm_pruner, 10 × 128 tokens"),
     "magnitude": Part(gpu_parts.magnitude, 30, "method=magnitude"),
     "decode": Part(gpu_parts.decode, 90, "decoding with a static cache under torch.compile"),
+    "search": Part(gpu_search.search, 120, "policy=search on a few layers, and the plan for all"),
     "lora": Part(gpu_parts.lora, 60, "recovery=lora, 50 steps"),
 }
 

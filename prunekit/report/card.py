@@ -35,6 +35,12 @@ _WHY = {
     "prunekit": "Its sizes are none that transformers' own class builds: `pip install prunekit`.",
 }
 
+_EMPTIED = (
+    "{layers} without attention or without FFN: llama.cpp runs the model's GGUF file, vLLM's "
+    "Transformers backend can't run the folder (tried with vLLM 0.32); `scope.min_units=1` would "
+    "keep a unit of each."
+)
+
 
 def model_card(report: Report, loading: str) -> str:
     """The text of the card.
@@ -58,11 +64,19 @@ def model_card(report: Report, loading: str) -> str:
     measured = (report.perplexity or {}).items()
     parts += [escape(f"{corpus}: {row.protocol}.") for corpus, row in measured]
     parts += ["## Loading", _WHY[loading], f"```python\n{_LOAD[loading]}\n```"]
+    if without := _count_without_sublayer(report):
+        parts.append(_EMPTIED.format(layers=f"{without} layer{'s' if without > 1 else ''}"))
     if report.command:
         parts += ["## Made by", f"```sh\n{_FOLDERS.sub('', report.command)}\n```"]
     packages = [f"{name} {version}" for name, version in (report.versions or {}).items()]
     parts.append(escape(f"Seed {report.seed}; {', '.join(packages)}."))
     return "\n\n".join(parts) + "\n"
+
+
+def _count_without_sublayer(report: Report) -> int:
+    """How many layers have lost their attention, their FFN, or both."""
+    layers = report.layers or ()
+    return sum(any(units.kept == 0 for units in layer.kinds.values()) for layer in layers)
 
 
 def _done(report: Report) -> str:

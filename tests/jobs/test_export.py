@@ -71,6 +71,10 @@ def test_the_card(run):
     assert "base_model: org/name" in card
     assert "model.path=model data=c4" in card
     assert "someone" not in card
+    assert "vLLM" not in card
+    layer = {"index": 0, "attention": {"kept": 0, "total": 4}, "mlp": {"kept": 3, "total": 9}}
+    card = model_card(Report.from_plain(report | {"layers": [layer]}), "remote")
+    assert "1 layer without attention or without FFN" in card
 
 
 def test_the_code_goes_along_and_loads_where_we_are_not(run):
