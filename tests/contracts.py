@@ -6,6 +6,8 @@ import prunekit
 from prunekit import config as cfg
 
 LAYERS_ONLY = ("alternate", "similarity")
+EXPERTS_ONLY = ("reap",)
+WHOLE = (*LAYERS_ONLY, *EXPERTS_ONLY, "ablation")  # units are scored as one structure
 IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))
 POLICIES = sorted(path.stem for path in (cfg.config_dir() / "policy").glob("*.yaml"))
 SCOPES = sorted(path.stem for path in (cfg.config_dir() / "scope").glob("*.yaml"))
@@ -26,7 +28,7 @@ def overrides(importance, aggregation, policy, scope):
         f"scope={scope}",
         *VALUES.get(policy, ()),
     ]
-    if importance not in (*LAYERS_ONLY, "ablation"):
+    if importance not in WHOLE:
         chosen.append(f"importance.aggregation={aggregation}")
     return chosen
 

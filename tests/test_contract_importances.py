@@ -9,7 +9,18 @@ import itertools
 import pytest
 import torch
 from conftest import example, tiny_llama, token_ids, zero_consumers
-from contracts import AGGREGATIONS, IMPORTANCES, LAYERS_ONLY, POLICIES, SCOPES, overrides, run
+from contracts import (
+    AGGREGATIONS,
+    EXPERTS_ONLY,
+    IMPORTANCES,
+    LAYERS_ONLY,
+    POLICIES,
+    SCOPES,
+    WHOLE,
+    overrides,
+    run,
+)
+from families import build_deep
 
 from prunekit import config as cfg
 from prunekit.graph import trace
@@ -38,7 +49,8 @@ def check(chosen):
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_scores_have_the_right_shape_are_finite_and_repeat(importance):
-    model = tiny_llama(kv_heads=2, layers=4)
+    mixture = importance in EXPERTS_ONLY
+    model = build_deep("mixtral") if mixture else tiny_llama(kv_heads=2, layers=4)
     graph = trace(model, example())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     groups = (
@@ -46,14 +58,15 @@ def test_scores_have_the_right_shape_are_finite_and_repeat(importance):
         if importance in LAYERS_ONLY
         else [g for g in graph.groups if g.layer in (0, 2)]
     )
-    groups = [g for g in groups if g.kind in ("attention", "mlp", "layer")]
+    kinds = ("expert",) if mixture else ("attention", "mlp", "layer")
+    groups = [g for g in groups if g.kind in kinds]
     batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(4, 8).split(2)]
     backends = [
         cfg.build(
             cfg.check(cfg.compose(overrides(importance, how, "uniform", "local"))).importance,
             "importance",
         )
-        for how in (AGGREGATIONS if importance not in (*LAYERS_ONLY, "ablation") else ("sum",))
+        for how in (AGGREGATIONS if importance not in WHOLE else ("sum",))
     ]
     structures = backends[0].structures(model, graph, groups, batches)
     again = backends[0].score(model, graph, groups, batches)
@@ -70,7 +83,7 @@ def test_scores_have_the_right_shape_are_finite_and_repeat(importance):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-BLOCK_IMPORTANCES = [name for name in IMPORTANCES if name not in LAYERS_ONLY]
+BLOCK_IMPORTANCES = [name for name in IMPORTANCES if name not in (*LAYERS_ONLY, *EXPERTS_ONLY)]
 
 
 def combinations(importance):

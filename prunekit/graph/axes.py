@@ -196,8 +196,12 @@ def _unify_parts(total: Sum, axis: Axis) -> None:
 
 
 def cut(axis: Axis, offset: int) -> tuple[Axis, Axis]:
-    """The first `offset` positions of an axis, and the others (0 < offset < size)."""
+    """The first `offset` positions of an axis, and the others; either may be empty."""
     axis = resolve(axis)
+    if offset == 0:
+        return fresh(0, "an empty part"), axis
+    if offset == axis_size(axis):
+        return axis, fresh(0, "an empty part")
     assert 0 < offset < axis_size(axis)
     head, tail = axis[0], axis[1:]
     stride = axis_size(tail)

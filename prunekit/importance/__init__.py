@@ -8,6 +8,7 @@ from prunekit.importance.lora import LoraGradient
 from prunekit.importance.magnitude import Magnitude
 from prunekit.importance.obs import Obs
 from prunekit.importance.random import Random
+from prunekit.importance.reap import Reap
 from prunekit.importance.similarity import Similarity
 from prunekit.importance.taylor import TaylorFirst, TaylorMixed, TaylorSecond, TaylorVector
 from prunekit.importance.wanda import Wanda
@@ -22,6 +23,7 @@ __all__ = [
     "Magnitude",
     "Obs",
     "Random",
+    "Reap",
     "ScoreImportance",
     "Similarity",
     "TaylorFirst",

@@ -109,6 +109,12 @@ def head_dim_of(config: Any) -> int | None:
     return hidden // heads if hidden % heads == 0 else None
 
 
+def hidden_size_of(config: Any) -> int | None:
+    """The width of the residual stream, as the config states it; or None."""
+    size = _size(config, "hidden_size")
+    return size if isinstance(size, int) else None
+
+
 def _size(config: Any, quantity: str) -> Any:
     """The value of a quantity, under the name that the config has for it; or None."""
     name = config_name(config, quantity)

@@ -25,10 +25,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from prunekit.graph import Group
 from prunekit.model.attributes import resize
+from prunekit.model.inputs import text_config
+from prunekit.model.names import SYNONYMS, hidden_size_of
 from prunekit.surgery.changes import Changes
 from prunekit.surgery.sizes import CutSizes, outer_paths
 
@@ -127,8 +129,16 @@ def attempts(guessed: Sequence[str]) -> Iterator[Attempt]:
 
 
 def _resize_by_name(sizes: CutSizes, changes: Changes) -> None:
+    hidden = hidden_size_of(text_config(sizes.model))
+
+    def set_unless_hidden(target: Any, name: str, value: Any) -> None:
+        if name not in SYNONYMS["hidden_size"] or getattr(target, name) != hidden:
+            changes.set(target, name, value)
+
     for name, quantities in sizes.by_group.items():
-        resize(sizes.modules_around(sizes.graph[name]), quantities, changes.set)
+        # An FFN may be as wide as the residual stream, and one word may mean either width.
+        setter = set_unless_hidden if "intermediate_size" in quantities else changes.set
+        resize(sizes.modules_around(sizes.graph[name]), quantities, setter)
 
 
 def _resize_as_noted(sizes: CutSizes, changes: Changes) -> None:

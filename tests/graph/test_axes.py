@@ -49,6 +49,15 @@ def test_a_cut_inside_a_unit_pins():
     assert all(atom.pinned for atom in ax.atoms(axis))
 
 
+def test_a_part_may_be_empty():
+    axis = ax.fresh(6)
+    for offset in (0, 6):
+        head, rest = ax.cut(axis, offset)
+        assert (ax.axis_size(head), ax.axis_size(rest)) == (offset, 6 - offset)
+        assert ax.concatenate([head, rest]) == axis
+    assert only_atom(axis).pinned is None
+
+
 def test_unalignable_axes_are_pinned_not_guessed():
     left, right = ax.fresh(4) + ax.fresh(6), ax.fresh(6) + ax.fresh(4)
     ax.unify(left, right)

@@ -38,7 +38,7 @@ MIXTURE = {
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
-SPARSE = {"index_topk": 16, "index_n_heads": 4, "index_head_dim": 16}
+SPARSE = {"index_topk": 16, "index_n_heads": 4, "index_head_dim": 8}  # no part without rotary
 SIZES = {
     "deepseek_v2": LATENT | MIXTURE | {"topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT | MIXTURE,

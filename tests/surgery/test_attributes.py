@@ -1,8 +1,11 @@
 """The order in which surgery makes attributes follow a cut."""
 
+import copy
+
 import pytest
 import torch
-from conftest import example, tiny_llama
+from conftest import example, tiny_llama, token_ids, zero_units
+from families import build, values_of
 from torch import nn
 
 from prunekit.errors import SurgeryError
@@ -99,3 +102,17 @@ def test_everything_is_put_back_where_no_strategy_helps(tried):
         cut_heads(model)
     assert (model.h, model.idle, model.strength, model.q.out_features) == (4, 4, 4, 16)
     assert tried[:4] == ["KnownNames", "NotedSizes", "EqualValues", "EqualValuesOfOneName"]
+
+
+def test_one_word_for_two_equal_widths_keeps_its_meaning():
+    model = build("mixtral", values_of("mixtral") | {"intermediate_size": 48})
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    assert model.config.hidden_size == routers[0].hidden_dim == 48
+    graph = trace(model, {"input_ids": token_ids(2, 7)})
+    removed = {"layers.0.mlp.experts": range(3, 11), "layers.1.mlp.experts": range(16)}
+    masked = zero_units(copy.deepcopy(model), graph, removed)
+    apply_plan(model, graph, PruningPlan(removed))
+    assert {router.hidden_dim for router in routers} == {48}
+    ids = token_ids(3, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, masked(ids).logits, rtol=1e-3, atol=1e-3)
