@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from prunekit import config as cfg
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.base import CostModel, CostSetting
-from prunekit.allocation.groups import choose_groups, refuse_vocabulary
+from prunekit.allocation.groups import choose_groups, find_unprunable, refuse_vocabulary
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
+from prunekit.allocation.scope import Scope
 from prunekit.allocation.slots import gather_steps, make_slots
 from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.store import Store
@@ -34,9 +35,10 @@ from prunekit.model.wrappers import unwrap
 from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
 from prunekit.policies.base import Tools
-from prunekit.report.parts import PolicyShares, Ratio, SearchFigures, Target
-from prunekit.report.pruning import count_units
+from prunekit.report.parts import LeftOut, PolicyShares, Ratio, SearchFigures, Target
+from prunekit.report.pruning import count_units, gather_left_out, tell_left_out
 from prunekit.report.record import Report
+from prunekit.runtime.console import say
 from prunekit.runtime.stages import Stages
 from prunekit.runtime.versions import versions
 from prunekit.schedules import Assignment, Schedule, State
@@ -44,6 +46,7 @@ from prunekit.schedules.folders import NOWHERE, Folders, activations_folder
 from prunekit.schedules.method import Method, compose_pruning
 from prunekit.surgery import apply_plan, shapes
 from prunekit.surgery.finite import check_finite_outputs
+from prunekit.surgery.rehearsal import rehearse
 from prunekit.surgery.snapshot import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -183,6 +186,7 @@ def prune_model(
     with stages("trace"):
         trace = trace_sound if streamed is None else trace_batch
         graph = trace(model, batches[0])
+        graph = rehearse_cut(model, graph, config, method.scope, saved=folders.saves)
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)
@@ -191,6 +195,7 @@ def prune_model(
         assignment = replace(allocation.assignment, state=state, store=tools.open_store(""))
         plan = choose_and_cut(assignment, method, folders, streamed)
     report = _report(config, allocation, plan, (dense, model), stages)
+    report = report.merge(Report(left_out=list_left_out(graph, config, method.scope) or None))
     if assignment.store and any(assignment.store.peak.values()):
         report = report.merge(Report(activation_bytes=assignment.store.peak))
     if assignment.state and not folders.keep:
@@ -208,6 +213,29 @@ def trace_sound(model: nn.Module, batch: Batch) -> CouplingGraph:
     graph = trace_batch(model, batch)
     check_finite_outputs(model, graph)
     return graph
+
+
+def rehearse_cut(
+    model: nn.Module, graph: CouplingGraph, config: RunConfig, scope: Scope, *, saved: bool
+) -> CouplingGraph:
+    """Tell and mark which of the groups that the configuration names can't be cut.
+
+    Raises:
+        ConfigError: none can, or `scope.exclude` leaves none.
+    """
+    everything = [*graph.groups, *graph.stacks]
+    groups = scope.select_groups(choose_groups(graph, config.groups), everything)
+    graph = rehearse(model, graph, groups, saved=saved)
+    for line in tell_left_out(list_left_out(graph, config, scope)):
+        say(line)
+    return graph
+
+
+def list_left_out(graph: CouplingGraph, config: RunConfig, scope: Scope) -> tuple[LeftOut, ...]:
+    """The groups of the kinds that the configuration names which can't be cut."""
+    return gather_left_out(
+        group for group in find_unprunable(graph, config.groups) if not scope.leaves_whole(group)
+    )
 
 
 def gather_tools(

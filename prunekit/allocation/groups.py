@@ -25,12 +25,14 @@ def choose_groups(graph: CouplingGraph, choice: str | list[str] | tuple[str, ...
 def _groups_of_kind(graph: CouplingGraph, name: str) -> list[Group]:
     prunable: list[Group] = [group for group in (*graph.groups, *graph.stacks) if group.prunable]
     groups = [group for group in prunable if group.kind in cfg.KINDS[name]]
-    if not groups and name == "block":
+    unprunable = find_unprunable(graph, name)
+    if not groups and name == "block" and not unprunable:
         groups = [group for group in graph.groups if group.prunable and group.exact]
     if not groups:
         kinds = ", ".join(sorted({group.kind for group in prunable})) or "none"
+        why = f" ({unprunable[0].name}: {unprunable[0].reason})" if unprunable else ""
         raise ConfigError(
-            f"groups={name}: the model has no prunable group of that kind; it has: {kinds}"
+            f"groups={name}: the model has no prunable group of that kind{why}; it has: {kinds}"
         )
     return groups
 
@@ -42,3 +44,10 @@ def refuse_vocabulary(choice: str | list[str] | tuple[str, ...]) -> None:
             "groups=vocabulary: tokens go by texts, which need the tokenizer: call "
             "prunekit.prune_vocabulary(model, tokenizer, texts) before, or use task=prune"
         )
+
+
+def find_unprunable(graph: CouplingGraph, choice: str | list[str] | tuple[str, ...]) -> list[Group]:
+    """The groups of the kinds that the option `groups` names which can't be pruned."""
+    kinds = {kind for name in cfg.kinds_of(choice) for kind in cfg.KINDS[name]}
+    everything: list[Group] = [*graph.groups, *graph.stacks]
+    return [group for group in everything if group.kind in kinds and not group.prunable]

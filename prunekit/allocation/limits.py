@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from prunekit.allocation.scope import Scope
 from prunekit.allocation.slots import Demands
@@ -82,26 +81,14 @@ def _expect_possible(scope: Scope, kind: str, least: int, why: str) -> None:
 def _find_multiples(model: nn.Module, groups: Sequence[Group], scope: Scope) -> dict[str, int]:
     """Group → the number that divides the number of its kept units.
 
-    The scope asks for some, and kernels for others: the grouped matrix products of stacked experts
-    [experts, rows, columns] take rows of whole 16 bytes, 8 numbers in half precision, which a model
-    in float32 may be stored in too.
+    The scope asks for some, kernels and modules for others.
     """
-    stacked = {
-        name: max(16 // min(parameter.element_size(), 2), 1)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3
-        and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
-    }
     multiples = shapes.find_multiples(groups, scope.width_multiple or 1)
+    needed = shapes.find_needed_multiples(model, groups)
     for group in groups:
         if group.kind in HEADS:
             multiples[group.name] = math.lcm(multiples[group.name], scope.head_multiple)
-        if group.kind == "latent":  # rotary positions lie behind it in memory, pairs of which some
-            multiples[group.name] = math.lcm(multiples[group.name], 2)  # read as complex numbers
-        for member in group.members if group.kind != "expert" else ():
-            if member.parameter in stacked and member.dim > 0:
-                step = stacked[member.parameter]
-                multiples[group.name] = math.lcm(multiples.get(group.name, 1), step)
+        multiples[group.name] = math.lcm(multiples.get(group.name, 1), needed[group.name])
     return multiples
 
 

@@ -82,14 +82,14 @@ class Scope:
                 raise ConfigError(
                     f"scope.exclude: {pattern!r} matches nothing: {suggest(pattern, names)}"
                 )
-        selected = [
-            group
-            for group in groups
-            if group.unit_names() or not self._excludes(group.pattern_names)
-        ]
+        selected = [group for group in groups if not self.leaves_whole(group)]
         if not selected:
             raise ConfigError(f"scope.exclude: {', '.join(self.exclude)} leaves no group to prune")
         return selected
+
+    def leaves_whole(self, group: Group) -> bool:
+        """Whether a pattern names a group, and not single units of it."""
+        return not group.unit_names() and self._excludes(group.pattern_names)
 
     def protected_units(self, group: Group) -> list[int]:
         """The units of a group that stay whatever they score: layers that a pattern names."""

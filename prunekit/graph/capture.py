@@ -20,6 +20,11 @@ try:  # private to torch (seen in 2.13): without it, tracing is only slower
 except ImportError:
     use_lazy_graphs = nullcontext  # type: ignore[assignment]
 
+try:  # private to torch (seen in 2.13): without it, some models can't run on meta
+    from torch._export.utils import _compiling_state_context as as_under_export
+except ImportError:
+    as_under_export = nullcontext
+
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 

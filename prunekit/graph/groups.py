@@ -109,6 +109,7 @@ class Group(ABC):
         fewest: how many units must stay, so that a router finds as many as it chooses for a token;
             1 where nothing is chosen.
         sublayer: what goes with all units; None where the modules run without any.
+        multiple: what the number of units that stay must be a multiple of, for the model to run.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Group(ABC):
     must_stay: str | None = "a model needs a layer"
     fewest: int = 1
     sublayer: Sublayer | None = None
+    multiple: int = 1
 
     # Whether the graph's `products` tell what a unit takes part in, so that FLOPs can be counted.
     multiply_adds_known: ClassVar[bool]

@@ -171,6 +171,7 @@ def folders_of(job: Job) -> Folders:
         identity=identity_of(job.source),
         undo=False,
         keep=True,
+        saves=True,
     )
 
 

@@ -7,7 +7,14 @@ from prunekit.errors import ConfigError
 from prunekit.jobs.job import Job, Outcome
 from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
 from prunekit.jobs.sources import base_of
-from prunekit.pipeline import allocate, describe_policy, gather_tools, trace_sound
+from prunekit.pipeline import (
+    allocate,
+    describe_policy,
+    gather_tools,
+    list_left_out,
+    rehearse_cut,
+    trace_sound,
+)
 from prunekit.report import Report
 from prunekit.report.pruning import count_units
 from prunekit.schedules.method import Method
@@ -33,6 +40,7 @@ def run_search(job: Job) -> Outcome:
     batches = make_calibration(job, subject, windows.ids)
     with job.stages("trace"):
         graph = trace_sound(subject.model, batches[0])
+        graph = rehearse_cut(subject.model, graph, config, method.scope, saved=True)
     with job.stages("search"):
         folders = folders_of(job)
         state = folders.open_state(config, graph, batches)
@@ -44,6 +52,7 @@ def run_search(job: Job) -> Outcome:
         method=config.method_name,
         policy=describe_policy(allocation),
         layers=count_units(allocation.groups, removed),
+        left_out=list_left_out(graph, config, method.scope) or None,
         base=base_of(config),
         calibration=describe_calibration(config, windows),
     )

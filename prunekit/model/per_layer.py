@@ -202,7 +202,7 @@ def _become_global(model: nn.Module, values: Mapping[str, int]) -> bool:
         config.validate_architecture()
         if not derives or _class_builds_its_layers(model):
             return True
-    except ValueError:
+    except Exception:  # the class refuses them, or others that its config holds
         pass
     for name, value in before.items():
         setattr(config, name, value)

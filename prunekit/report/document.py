@@ -110,6 +110,7 @@ def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list
             drawn.get("layers"),
             _tell_removed_whole(report),
             _tell_steps(report),
+            tables.left_out(report),
         ],
         "Ratio by layer": [
             tables.policy_note(units(report)),

@@ -177,6 +177,21 @@ class LayerKept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Groups that stay whole because they can't be cut.
+
+    Attributes:
+        groups: the pattern of their names, as `scope.exclude` takes it.
+        count: how many they are.
+        reason: why they can't be cut.
+    """
+
+    groups: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The text that the units were chosen by.
 

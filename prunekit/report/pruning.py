@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from prunekit.graph import Group
-from prunekit.report.parts import KeptUnits, LayerKept
+from prunekit.report.parts import KeptUnits, LayerKept, LeftOut
 
 
 def count_units(
@@ -26,3 +28,33 @@ def count_units(
         kept = group.num_units - len(removed.get(group.name, ()))
         kinds[kind] = KeptUnits(kept=before.kept + kept, total=before.total + group.num_units)
     return tuple(LayerKept(index=index, kinds=kinds) for index, kinds in layers.items())
+
+
+def gather_left_out(groups: Iterable[Group]) -> tuple[LeftOut, ...]:
+    """Gather groups that are not prunable by their reason, those of all layers in one entry."""
+    alike = Counter((_pattern(group), group.reason or "") for group in groups)
+    return tuple(
+        LeftOut(groups=pattern, count=count, reason=reason)
+        for (pattern, reason), count in alike.items()
+    )
+
+
+def _pattern(group: Group) -> str:
+    """The pattern of `scope.exclude` that names a group and those like it in other layers."""
+    if group.layer is None:
+        return group.name
+    return re.sub(rf"(^|\.){group.layer}(\.|$)", r"\1*\2", group.name, count=1)
+
+
+def tell_left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """Lines for a terminal that tell which groups stay whole, and how to leave them out unasked."""
+    if not left_out:
+        return []
+    width = max(len(entry.groups) for entry in left_out)
+    rows = [f"  {entry.groups:{width}}  {entry.count:3} ×  {entry.reason}" for entry in left_out]
+    patterns = ",".join(f'"{entry.groups}"' for entry in left_out)
+    return [
+        "these groups can't be cut and stay whole:",
+        *rows,
+        f"  (what else is to stay whole goes into scope.exclude, as in scope.exclude=[{patterns}])",
+    ]

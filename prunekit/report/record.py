@@ -13,6 +13,7 @@ from prunekit.report.parts import (
     Continuations,
     LayerError,
     LayerKept,
+    LeftOut,
     Perplexity,
     PolicyShares,
     Ratio,
@@ -30,6 +31,7 @@ _PRUNING_FIRST = (
     *(
         "steps",
         "layers",
+        "left_out",
         "seconds",
         "peak_memory_bytes",
         "activation_bytes",
@@ -43,8 +45,8 @@ _PRUNING_FIRST = (
 _NULL_BESIDE = {"command": "task", "base": "calibration"}
 # The keys that stay true of a pruned model once it is fine-tuned.
 _OF_PRUNING = (
-    *("base", "method", "ratio", "target", "policy", "steps", "layers", "calibration"),
-    "vocabulary",
+    *("base", "method", "ratio", "target", "policy"),
+    *("steps", "layers", "left_out", "calibration", "vocabulary"),
 )
 
 
@@ -69,6 +71,7 @@ class Report(Mapping[str, Any]):
         policy: how the policy spread the target over the groups.
         steps: kind of group → the number that divides the units that stay in each that is cut.
         layers: what each layer kept.
+        left_out: groups of the kinds asked for that can't be cut; left out where there are none.
         calibration: the text that units were chosen by.
         vocabulary: the tokens that went; left out where all stayed.
         float64: group → how many of its Hessians took float64 to invert; left out where none did.
@@ -103,6 +106,7 @@ class Report(Mapping[str, Any]):
     policy: PolicyShares | None = None
     steps: Mapping[str, int] | None = None
     layers: tuple[LayerKept, ...] | None = None
+    left_out: tuple[LeftOut, ...] | None = None
     calibration: Calibration | None = None
     vocabulary: Vocabulary | None = None
     float64: Mapping[str, int] | None = None

@@ -39,6 +39,21 @@ class Table:
     strong: bool = False
 
 
+def left_out(report: Report) -> Table | None:
+    """The groups that could not be cut, and why."""
+    rows = tuple(
+        (entry.groups, words.count(entry.count), entry.reason) for entry in report.left_out or ()
+    )
+    if not rows:
+        return None
+    return Table(
+        caption="Groups that can't be cut and stay whole",
+        header=("groups", "number", "reason"),
+        rows=rows,
+        folded=len(rows) > _LONG,
+    )
+
+
 def header(report: Report) -> Row:
     """The heads of `rows`: an empty one, the models, and `change` if there are several models."""
     models = report.models or ()

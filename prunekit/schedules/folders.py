@@ -49,6 +49,7 @@ class Folders:
         identity: tells the dense model from others, for the state.
         undo: put the model back as it was after a failure.
         keep: the state is still needed when the model has been cut.
+        saves: the model is saved once it is pruned.
     """
 
     state: Path | None = None
@@ -57,6 +58,7 @@ class Folders:
     identity: str = ""
     undo: bool = True
     keep: bool = False
+    saves: bool = False
 
     def open_state(
         self, config: RunConfig, graph: CouplingGraph, batches: Sequence[Batch]

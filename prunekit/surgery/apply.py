@@ -11,7 +11,9 @@ from prunekit.errors import SurgeryError
 from prunekit.graph import CouplingGraph
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.plan import PruningPlan
-from prunekit.surgery.attempts import cut_and_check, try_cut
+from prunekit.surgery.attempts import cut_and_check, cut_until_right, try_cut
+from prunekit.surgery.attributes import Attempt
+from prunekit.surgery.changes import Changes, Guess
 from prunekit.surgery.check import Run, expect, expectations
 from prunekit.surgery.counterpart import compare_with_class, find_unshared
 from prunekit.surgery.cut import check_one_layer, cut_model
@@ -79,9 +81,8 @@ def _apply(
     if len(exact) == len(removed):
         fault = cut_and_check(model, graph, removed, run)
     else:
-        if exact and runs:
-            _check_alone(model, graph, exact, run)
-        fault = _cut_once(model, graph, removed, run)
+        guesses = _check_alone(model, graph, exact, run) if exact and runs else []
+        fault = _cut_once(model, graph, removed, guesses, run)
     if fault:
         raise _refusal(model, graph, removed, fault, run)
 
@@ -95,27 +96,44 @@ def _is_on_meta(model: nn.Module) -> bool:
     return any(on_meta)
 
 
-def _check_alone(model: nn.Module, graph: CouplingGraph, exact: Removed, run: Run | None) -> None:
+def _check_alone(
+    model: nn.Module, graph: CouplingGraph, exact: Removed, run: Run | None
+) -> list[Guess]:
     """Cut the exact groups, check them, and put them back.
 
     Once inexact groups are cut as well, only the shapes of the outputs can be compared.
+
+    Returns:
+        The guesses without which the model would not compute what it must.
     """
+    last: list[Changes] = []
+
+    def cut(attempt: Attempt) -> Changes:
+        last[:] = [cut_model(model, graph, exact, attempt)]
+        return last[0]
+
     fault = None
     for expectation in expectations(model, graph, exact, run):
-        check = expectation.check if run is None else expectation.check_outputs
-        changes, fault = try_cut(partial(cut_model, model, graph, exact), check)
-        if fault is None or not fault.runs:  # exact groups may not run without the inexact ones
-            if changes:
-                changes.undo()
-            return
+        fault = cut_until_right(
+            cut, expectation.check if run is None else expectation.check_outputs
+        )
+        if fault is None:
+            last[0].undo()
+            return last[0].guesses
+        if not fault.runs:  # exact groups may not run without the inexact ones
+            return []
     assert fault is not None
     raise _refusal(model, graph, exact, fault, run)
 
 
 def _cut_once(
-    model: nn.Module, graph: CouplingGraph, removed: Removed, run: Run | None
+    model: nn.Module,
+    graph: CouplingGraph,
+    removed: Removed,
+    guesses: Sequence[Guess],
+    run: Run | None,
 ) -> Fault | None:
-    """Cut without guesses: a check that compares shapes alone can't tell a wrong guess.
+    """Cut with these guesses alone: a check that compares shapes can't tell a wrong one.
 
     What the class makes smaller is looked for where the whole model is cut.
     """
@@ -123,12 +141,18 @@ def _cut_once(
         return fault
     expectation = expect(model, graph, removed, run=run)
 
+    def cut() -> Changes:
+        changes = cut_model(model, graph, removed)
+        for guess in guesses:
+            changes.set(guess.target, guess.attribute, guess.new)
+        return changes
+
     def check() -> Fault | None:
         if run is not None:
             return expectation.check_outputs()
         return expectation.check() or compare_with_class(model, graph, removed)
 
-    return try_cut(partial(cut_model, model, graph, removed), check)[1]
+    return try_cut(cut, check)[1]
 
 
 def _refusal(

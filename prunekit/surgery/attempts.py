@@ -88,8 +88,11 @@ def try_cut(cut: Callable[[], Changes], check: Check) -> tuple[Changes | None, F
 
 
 def _revert_needless_guesses(changes: Changes, check: Check) -> None:
-    """Take back one guess after another, and repeat those without which the check fails."""
+    """Take back one guess after another; those stay without which the check fails."""
+    needed = []
     for guess in changes.guesses:
         guess.revert()
         if catch_fault(check):
             guess.repeat()
+            needed.append(guess)
+    changes.guesses[:] = needed

@@ -148,9 +148,11 @@ def _resize_as_noted(sizes: CutSizes, changes: Changes) -> None:
 
 
 def _resize_by_value(sizes: CutSizes, changes: Changes, only: str | None = None) -> None:
-    """Change every whole number around a group that is a size this cut changes in one way only."""
-    for name in sizes.removed:
-        group = sizes.graph[name]
+    """Change every whole number around a group that is a size this cut changes in one way only.
+
+    Nothing is guessed of inexact groups: what the cut model computes can't tell a wrong guess.
+    """
+    for group in [sizes.graph[name] for name in sizes.removed if sizes.graph[name].exact]:
         values = _changed_values(sizes, group)
         for module in sizes.modules_around(group):
             for attribute, value in list(module.__dict__.items()):

@@ -174,15 +174,23 @@ def compare_outputs(
         tolerance: the largest difference, as a share of the largest number; None: only the shapes
             must agree, and no number be NaN or infinite.
     """
+    if fault := compare_shapes(expected, outputs):
+        return fault
     for masked_output, output in zip(expected, outputs, strict=True):
-        if masked_output.shape != output.shape:
-            shapes = f"{tuple(output.shape)}, expected {tuple(masked_output.shape)}"
-            return Fault(text=f"the cut model's output has shape {shapes}")
         if tolerance is None:
             if not torch.isfinite(output).all():
                 return Fault(text="the cut model's outputs hold NaN or infinity")
         elif (by := _describe(masked_output, output, tolerance)) is not None:
             return Fault(text=f"the cut model's outputs differ from the masked model's{by}")
+    return None
+
+
+def compare_shapes(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> Fault | None:
+    """Compare the shapes of a cut model's outputs with those of the uncut model's."""
+    for uncut, output in zip(expected, outputs, strict=True):
+        if uncut.shape != output.shape:
+            shapes = f"{tuple(output.shape)}, expected {tuple(uncut.shape)}"
+            return Fault(text=f"the cut model's output has shape {shapes}")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
+from types import BuiltinFunctionType, FunctionType
 
 from torch import nn
 
@@ -92,32 +93,43 @@ def _keep_one_of_each(
 
 def _repeated_layers(layers: nn.ModuleList) -> list[int]:
     """The indices of the layers that differ in nothing but their index from an earlier layer."""
-    own_index = {(path, name) for path, name, _ in index_attributes(layers)}
     known: set[Hashable] = set()
     repeated = []
-    for index, layer in enumerate(layers):
-        structure = _structure(layer, own_index)
+    for index, structure in enumerate(layer_structures(layers)):
         if structure in known:
             repeated.append(index)
         known.add(structure)
     return repeated
 
 
+def layer_structures(layers: nn.ModuleList) -> list[Hashable]:
+    """A key for each layer, equal for layers that differ in nothing but their index."""
+    own_index = {(path, name) for path, name, _ in index_attributes(layers)}
+    return [_structure(layer, own_index) for layer in layers]
+
+
 def _structure(layer: nn.Module, ignored: Collection[tuple[str, str]]) -> Hashable:
-    """The modules of a layer, their tensors' shapes, the numbers and words that they keep."""
+    """The modules of a layer, their tensors' shapes, the numbers, words, functions they keep."""
     parts: list[Hashable] = []
     for path, module in layer.named_modules():
         tensors = {**module._parameters, **module._buffers}
         shapes = [(name, tuple(t.shape)) for name, t in tensors.items() if t is not None]
         plain = [
-            (name, value)
+            (name, tuple(value) if isinstance(value, list) else value)
             for name, value in sorted(vars(module).items())
-            if type(value) in (bool, int, float, str) and (path, name) not in ignored
+            if _is_plain(value) and (path, name) not in ignored
         ]
         own = getattr(module.__dict__.get("config"), "__dict__", {}).get("_overrides", {})
         values = sorted((name, repr(value)) for name, value in own.items())
         parts.append((path, type(module), tuple(shapes), tuple(plain), tuple(values)))
     return tuple(parts)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a module's attribute is a number, a word, a function, or a list of these."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, float, str, FunctionType, BuiltinFunctionType)
 
 
 def _check_groups(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
@@ -66,6 +67,29 @@ def find_multiples(groups: Sequence[Group], to: int) -> dict[str, int]:
             # A unit owns `width` positions: `to` / gcd units fill a multiple of `to`.
             widths = _unit_widths(group, groups)
             multiples[group.name] = math.lcm(*(to // math.gcd(to, width) for width in widths))
+    return multiples
+
+
+def find_needed_multiples(model: nn.Module, groups: Sequence[Group]) -> dict[str, int]:
+    """Group → the number that must divide its kept units for the model to run.
+
+    Some modules ask for one, and kernels: the grouped matrix products of stacked experts
+    [experts, rows, columns] take rows of whole 16 bytes, 8 numbers in half precision, which a model
+    in float32 may be stored in too.
+    """
+    stacked = {
+        name: max(16 // min(parameter.element_size(), 2), 1)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
+    }
+    multiples = {}
+    for group in groups:
+        members = group.members if group.kind != "expert" else ()
+        rows = [stacked[m.parameter] for m in members if m.dim > 0 and m.parameter in stacked]
+        # Rotary positions lie behind latents in memory, pairs of which are read as complex numbers.
+        pair = 2 if group.kind == "latent" else 1
+        multiples[group.name] = math.lcm(group.multiple, pair, *rows)
     return multiples
 
 

@@ -1,0 +1,207 @@
+"""A cut tried before any work, on a copy on meta: which groups must stay whole.
+
+The tracer tells what must be cut together, and not what else a module needs: it may split by a
+number of which nothing tells how it changes, or take heads by fours only. So the functions that cut
+a model cut a copy of it first, which has no weights and runs in an instant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from prunekit.errors import CheckpointError, SurgeryError
+from prunekit.graph import CouplingGraph, Group
+from prunekit.graph.capture import as_under_export, meta_copy
+from prunekit.model.modeling_prunekit import place_in_stack
+from prunekit.model.verify import required_record
+from prunekit.model.wrappers import without_hooks
+from prunekit.surgery.attempts import cut_until_right
+from prunekit.surgery.attributes import Attempt
+from prunekit.surgery.changes import Changes
+from prunekit.surgery.check import compare_shapes
+from prunekit.surgery.counting import count_units, layer_structures
+from prunekit.surgery.cut import cut_model
+from prunekit.surgery.fault import Fault
+from prunekit.surgery.masking import run_example
+from prunekit.surgery.shapes import find_needed_multiples
+from prunekit.surgery.sizes import HEADS
+
+_COUNTED = (*HEADS, "expert")  # kinds whose units some modules take in certain numbers only
+_Removed = Mapping[str, list[int]]
+
+
+def rehearse(
+    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], *, saved: bool = False
+) -> CouplingGraph:
+    """Find which of these groups the model can't lose units of; no number is computed.
+
+    The smallest cut of all groups together is tried first. Where it fails, groups are tried one by
+    one; one stands for all that are like it, in layers that are alike. Where heads or experts can't
+    go one by one, a number in which they can is looked for.
+
+    Args:
+        model: the model, not changed; its weights may be on meta.
+        graph: its graph.
+        groups: the groups that are to be cut, all prunable.
+        saved: whether the model is to be saved, which its class may refuse after a cut.
+
+    Returns:
+        The graph; groups that can't be cut are not prunable any more and have the reason, others
+        may have a `multiple`.
+
+    Raises:
+        SurgeryError: each group can be cut, but not all of them together.
+    """
+    stage = _Stage.build(model, graph, saved)
+    if stage.find_fault(_smallest_cuts(model, groups)) is None:
+        return graph
+    judged = {group.name: group for group in _judge(model, stage, groups)}
+    left = [group for group in judged.values() if group.prunable]
+    if fault := stage.find_fault(_smallest_cuts(model, left)):
+        raise SurgeryError(
+            f"each of the groups can be cut, but not all together: {fault}; expected some of them "
+            "in scope.exclude"
+        )
+    return replace(
+        graph,
+        groups=tuple(judged.get(group.name, group) for group in graph.groups),
+        stacks=tuple(judged.get(stack.name, stack) for stack in graph.stacks),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Stage:
+    """Where cuts are rehearsed.
+
+    Args:
+        copy: the model on meta.
+        graph: its graph.
+        outputs: the output tensors of the uncut copy; None where meta can't run it: then it is
+            traced to see whether it runs.
+        saved: whether its class must hold the cut model.
+    """
+
+    copy: nn.Module
+    graph: CouplingGraph
+    outputs: Sequence[Tensor] | None
+    saved: bool
+
+    @classmethod
+    def build(cls, model: nn.Module, graph: CouplingGraph, saved: bool) -> _Stage:
+        copy = without_hooks(meta_copy(model))
+        outputs: Sequence[Tensor] | None = None
+        try:
+            outputs = _run(copy, graph)
+        except Exception:  # it looks at numbers while it runs
+            pass
+        return cls(copy=copy, graph=graph, outputs=outputs, saved=saved)
+
+    def find_fault(self, removed: _Removed) -> str | None:
+        """What is wrong with the model without these units; None: nothing."""
+        last: list[Changes] = []
+
+        def cut(attempt: Attempt) -> Changes:
+            last[:] = [cut_model(self.copy, self.graph, removed, attempt)]
+            return last[0]
+
+        if fault := cut_until_right(cut, lambda: self._check(removed)):
+            return fault.text.splitlines()[0]
+        try:
+            if self.saved:
+                required_record(self.copy)
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            last[0].undo()
+        return None
+
+    def _check(self, removed: _Removed) -> Fault | None:
+        if self.outputs is None:
+            return count_units(self.copy, self.graph, removed)
+        return compare_shapes(self.outputs, _run(self.copy, self.graph))
+
+
+def _run(copy: nn.Module, graph: CouplingGraph) -> list[Tensor]:
+    """Run a model on meta, along the way that it was traced."""
+    with as_under_export():
+        return run_example(copy, graph)
+
+
+def _judge(model: nn.Module, stage: _Stage, groups: Sequence[Group]) -> Iterator[Group]:
+    """Each group as it may be cut."""
+    verdicts: dict[Hashable, tuple[str | None, int]] = {}
+    structures = _structures_around(model, groups)
+    for bundle in _bundle(groups):
+        first = bundle[0]
+        key = (first.likeness, structures.get(first.name, first.name))
+        if key not in verdicts:
+            verdicts[key] = _try(model, stage, bundle)
+        reason, multiple = verdicts[key]
+        for group in bundle:
+            if reason is None:
+                yield replace(group, multiple=multiple)
+            else:
+                yield replace(group, prunable=False, exact=False, reason=reason)
+
+
+def _try(model: nn.Module, stage: _Stage, bundle: Sequence[Group]) -> tuple[str | None, int]:
+    """Why groups can't be cut in step, if so; the number that must divide the units that stay."""
+    (first, *_), units = bundle, bundle[0].num_units
+    reason = stage.find_fault(_smallest_cuts(model, bundle))
+    if reason is None or first.kind not in _COUNTED:
+        return reason, first.multiple
+    for number in range(first.multiple + 1, units // 2 + 1):
+        if units % number == 0:
+            fewer = _smallest_cuts(model, [replace(first, multiple=number)])
+            if fewer and stage.find_fault(fewer) is None:
+                return None, number
+    return reason, first.multiple
+
+
+def _structures_around(model: nn.Module, groups: Sequence[Group]) -> dict[str, Hashable]:
+    """Group → the structure of the layer that it lies in; none for groups outside of layers."""
+    places = {g.name: place_in_stack(model, g.module) for g in groups if g.layer is not None}
+    known: dict[str, Sequence[Hashable]] = {}
+    structures = {}
+    for name, place in places.items():
+        if place is not None:
+            path, index = place
+            if path not in known:
+                layers = model.get_submodule(path)
+                assert isinstance(layers, nn.ModuleList)
+                known[path] = layer_structures(layers)
+            structures[name] = known[path][index]
+    return structures
+
+
+def _bundle(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that can only be cut in step; most are alone.
+
+    Queries, keys, values and rotary tables of a layer have one width of heads.
+    """
+    bundles: dict[Hashable, list[Group]] = defaultdict(list)
+    shared = any(group.kind == "head_dim" and group.layer is None for group in groups)
+    for group in groups:
+        layer = None if shared else group.layer
+        bundles[("head_dim", layer) if group.kind == "head_dim" else group.name].append(group)
+    return list(bundles.values())
+
+
+def _smallest_cuts(model: nn.Module, groups: Sequence[Group]) -> dict[str, list[int]]:
+    """The fewest units that can go from each group, the last ones; groups without any left out."""
+    multiples = find_needed_multiples(model, groups)
+    removed = {}
+    for bundle in _bundle(groups):
+        fewest = min(group.num_units for group in bundle)
+        multiple = math.lcm(*(multiples[group.name] for group in bundle))
+        kept = (fewest - 1) // multiple * multiple
+        if kept >= bundle[0].fewest and all(group.num_units % fewest == 0 for group in bundle):
+            for group in bundle:
+                first = kept * group.num_units // fewest
+                removed[group.name] = list(range(first, group.num_units))
+    return removed

@@ -1,0 +1,243 @@
+"""What can't be cut is found before any work: groups, numbers of units, classes that refuse."""
+
+import copy
+
+import pytest
+import torch
+from conftest import example, tiny_llama, token_ids
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import prunekit
+from prunekit.errors import CheckpointError, ConfigError, SurgeryError
+from prunekit.graph import trace
+from prunekit.plan import PruningPlan
+from prunekit.report.pruning import tell_left_out
+from prunekit.surgery import apply_plan, rehearsal
+from prunekit.surgery.rehearsal import rehearse
+
+SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 6, "mamba_n_groups": 1, "mamba_d_state": 8}
+FALCON_H1 = {"num_key_value_heads": 4, "head_dim": 6, "num_hidden_layers": 2, "mamba_d_ssm": 48}
+
+
+class Layer(nn.Module):
+    """An FFN between two linear modules; `how` is what goes on between them."""
+
+    def __init__(self, how, width=24):
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(12, width), nn.Linear(width, 12), how
+
+    def forward(self, x):
+        return x + self.down(self.how(self, self.up(x).relu()))
+
+
+class Layers(nn.Module):
+    def __init__(self, *hows):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(map(Layer, hows)), nn.Linear(12, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def free(layer, x):
+    return x
+
+
+def fixed(layer, x):
+    """The width stands in the code: no attribute can follow."""
+    return x.reshape(len(x), 24)
+
+
+def rehearsed(model, graph=None, kinds=("attention", "query_head", "mlp"), **options):
+    graph = graph or trace(model, (torch.randn(4, 12),))
+    groups = [group for group in graph.groups if group.prunable and group.kind in kinds]
+    assert groups
+    return rehearse(model, graph, groups, **options)
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """The names of the groups of every cut that is rehearsed."""
+    seen, own = [], rehearsal._Stage.find_fault
+
+    def spy(self, removed):
+        seen.append(list(removed))
+        return own(self, removed)
+
+    monkeypatch.setattr(rehearsal._Stage, "find_fault", spy)
+    return seen
+
+
+def test_a_model_that_can_be_cut_is_rehearsed_once(cuts):
+    model = tiny_llama(layers=3)
+    before = copy.deepcopy(model.state_dict()), repr(model), model.config.to_json_string()
+    graph = trace(model, example())
+    assert rehearsed(model, graph, saved=True) is graph
+    assert len(cuts) == 1 and len(cuts[0]) >= 6
+    assert (repr(model), model.config.to_json_string()) == before[1:]
+    assert all(torch.equal(t, before[0][name]) for name, t in model.state_dict().items())
+
+
+def test_what_a_module_can_not_run_without_stays_whole(cuts):
+    model = Layers(free, fixed, free, fixed)
+    graph = rehearsed(model)
+    verdicts = {group.name: group.prunable for group in graph.groups if group.kind == "mlp"}
+    assert verdicts == {f"layers.{i}": i % 2 == 0 for i in range(4)}
+    assert graph["layers.1"].reason.startswith("the cut model doesn't run: shape '[4, 24]'")
+    apply_plan(model, graph, PruningPlan({"layers.0": [3], "layers.2": [0, 1]}))
+
+
+def test_layers_that_are_alike_share_a_verdict_and_others_do_not(cuts):
+    """The third layer has a number of its own, by which it can be cut."""
+    model = Layers(fixed, fixed, lambda layer, x: x.unflatten(-1, (layer.n, -1)).flatten(-2))
+    model.layers[2].n = 24
+    model.layers[1].note = 1
+    graph = rehearsed(model)
+    alone = [names[0] for names in cuts if len(names) == 1]
+    assert alone == ["layers.0", "layers.1", "layers.2", "layers.2"]  # the last one is what is left
+    assert [graph[f"layers.{i}"].prunable for i in range(3)] == [False, False, True]
+    del model.layers[1].note
+    cuts.clear()
+    rehearsed(model)
+    assert ["layers.1"] not in cuts
+
+
+class Heads(nn.Module):
+    """Attention that takes its heads by twos only."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.parts = 8, [nn.Linear(12, 32) for _ in range(3)]
+        self.q, self.k, self.v = self.parts
+        self.out, self.head = nn.Linear(32, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        if self.n % 2:
+            raise ValueError("heads come by twos")
+        parts = (part(x).unflatten(-1, (self.n, 4)).transpose(1, 2) for part in self.parts)
+        mixed = nn.functional.scaled_dot_product_attention(*parts, scale=0.5)
+        return self.head(x + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+def heads_by_twos():
+    model = Heads()
+    return model, trace(model, (torch.randn(2, 3, 12),))
+
+
+def test_the_numbers_in_which_units_can_go_are_found():
+    model, graph = heads_by_twos()
+    graph = rehearsed(model, graph)
+    assert graph["attention"].prunable and graph["attention"].multiple == 2
+    calibration = [{"x": torch.randn(2, 3, 12)}]
+    result = prunekit.prune(model, method="magnitude", ratio=0.15, calibration=calibration)
+    assert model.n == 6 and result.report.left_out is None
+
+
+def test_what_meta_can_not_run_is_traced_instead(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(rehearsal, "_run", refuse)
+    graph = rehearsed(Layers(free, fixed))
+    assert [graph[f"layers.{i}"].prunable for i in range(2)] == [True, False]
+
+
+def test_groups_that_can_not_be_cut_together(monkeypatch):
+    """Each of them leaves enough, both do not."""
+
+    def enough(model, inputs, output):
+        if sum(layer.up.out_features for layer in model.layers) < 47:
+            raise ValueError("too few")
+
+    model = Layers(free, free)
+    graph = trace(model, (torch.randn(4, 12),))
+    monkeypatch.setattr(Layers, "enough", enough, raising=False)
+    own = rehearsal._run
+
+    def run(copy, graph):
+        enough(copy, None, None)
+        return own(copy, graph)
+
+    monkeypatch.setattr(rehearsal, "_run", run)
+    with pytest.raises(SurgeryError, match=r"not all together: .* too few; expected .* scope.excl"):
+        rehearsed(model, graph)
+
+
+def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("falcon_h1", **SIZES, **MAMBA, **FALCON_H1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    refused = {"layers.*.mamba.mlp.0": 2, "layers.*.mamba.mlp.1": 2}
+    result = prunekit.prune(
+        model,
+        ratio=0.1,
+        method="magnitude",
+        calibration=token_ids(4, 8),
+        overrides=["policy=uniform"],
+    )
+    assert result.report["ratio"]["achieved"] == pytest.approx(0.1, abs=0.02)
+    assert {row["groups"]: row["count"] for row in result.report["left_out"]} == refused
+    assert all("split_with_sizes expects" in row["reason"] for row in result.report["left_out"])
+    lines = tell_left_out(result.report.left_out)
+    assert len(lines) == 4 and all(name in lines[-1] for name in ("scope.exclude", *refused))
+
+
+def test_width_of_heads_is_cut_in_step():
+    model = tiny_llama()
+    graph = trace(model, example())
+    assert rehearsed(model, graph, kinds=("head_dim", "channel", "mlp")) is graph
+
+
+def test_nothing_left_is_an_error_with_the_reason():
+    batch = {"x": torch.randn(4, 12)}
+    with pytest.raises(
+        ConfigError, match=r"no prunable group .* \(layers.0: the cut model doesn't"
+    ):
+        prunekit.prune(Layers(fixed, fixed), method="magnitude", calibration=[batch])
+
+
+def test_a_class_that_refuses_the_sizes_counts_where_the_model_is_saved(monkeypatch):
+    """The class holds no FFN of another width."""
+    model = tiny_llama()
+    graph = trace(model, example())
+
+    def refuse(cut):
+        if cut.model.layers[0].mlp.up_proj.out_features != model.config.intermediate_size:
+            raise CheckpointError(
+                "its class refuses its sizes: a model cut like this can't be saved"
+            )
+
+    monkeypatch.setattr(rehearsal, "required_record", refuse)
+    assert rehearsed(model, graph) is graph
+    graph = rehearsed(model, graph, saved=True)
+    verdicts = {(group.kind, group.prunable) for group in graph.groups if group.layer == 0}
+    assert {("mlp", False), ("attention", True)} <= verdicts
+    assert "can't be saved" in graph["layers.0.mlp"].reason
+
+
+class Odd(nn.Module):
+    """A width under a name of its own, beside experts, of which nothing tells a wrong guess."""
+
+    def __init__(self):
+        super().__init__()
+        self.span = 24
+        self.up, self.down, self.head = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 5)
+        self.wide, self.norm, self.narrow = nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        x = x + self.down(self.up(x).relu().reshape(-1, self.span))
+        return self.head(x + self.narrow(self.norm(self.wide(x)).relu()))
+
+
+def test_guesses_that_exact_groups_need_are_made_beside_inexact_ones():
+    model = Odd()
+    graph = trace(model, (torch.randn(4, 12),))
+    exact, inexact = (next(g for g in graph.groups if g.num_units == n) for n in (24, 20))
+    assert exact.exact and inexact.prunable and not inexact.exact
+    assert rehearsed(model, graph, kinds=(exact.kind, inexact.kind)) is graph
+    apply_plan(model, graph, PruningPlan({exact.name: [0, 1], inexact.name: [3]}))
+    assert model.span == 22 and model(torch.randn(4, 12)).shape == (4, 5)
