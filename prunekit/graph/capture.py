@@ -1,9 +1,15 @@
 """Capture a module's forward pass as an ATen graph without running or copying a weight."""
 
 import copy
+import io
+import logging
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError, first_line
+from prunekit.graph.choices import EveryPositionChosen
 from prunekit.model.wrappers import without_hooks
 
 try:  # private to torch (seen in 2.13): without it, tracing is only slower
@@ -25,6 +32,12 @@ try:  # private to torch (seen in 2.13): without it, some models can't run on me
 except ImportError:
     as_under_export = nullcontext
 
+# What torch raises where the way of a forward pass depends on the numbers of a tensor.
+_NUMBERS_NEEDED = (
+    "GuardOnDataDependentSymNode",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -111,22 +124,50 @@ def capture(
         kwargs = dict(example_inputs)
     else:
         args = tuple(example_inputs)
-    skeleton = without_hooks(meta_copy(model)).eval()
-    watch(skeleton)
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-    try:
-        # The graph is read and never run: writing Python code for it, as torch.export does after
-        # each of its passes, would take a third of the time.
-        with (
-            _ListsAsSlices(),
-            _noting_lines(lines),
-            use_lazy_graphs(True),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            return torch.export.export(skeleton, args, kwargs, strict=False)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__}: torch.export can't capture its forward pass: "
-            f"{first_line(error)}"
-        ) from error
+    errors: list[Exception] = []
+    for way in (nullcontext, EveryPositionChosen, partial(EveryPositionChosen, rounds=1)):
+        skeleton = without_hooks(meta_copy(model)).eval()
+        watch(skeleton)
+        try:
+            with _capturing(lines), way():
+                return torch.export.export(skeleton, args, kwargs, strict=False)
+        except Exception as error:
+            errors.append(error)
+    raise TraceError(
+        f"{type(model).__name__}: torch.export can't capture its forward pass: "
+        f"{_explain(errors[0])}"
+    ) from errors[0]
+
+
+@contextmanager
+def _capturing(lines: bool) -> Iterator[None]:
+    """Let torch.export go about its work quickly and in silence.
+
+    The graph is read and never run: writing Python code for it, as torch.export does after each of
+    its passes, would take a third of the time. Of a failure it prints the graph and logs more: that
+    stays out of the terminal, unless PRUNEKIT_TRACEBACK=1 asks for it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_ListsAsSlices())
+        stack.enter_context(_noting_lines(lines))
+        stack.enter_context(use_lazy_graphs(True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if os.environ.get("PRUNEKIT_TRACEBACK") != "1":
+            stack.enter_context(redirect_stderr(io.StringIO()))
+            logger = logging.getLogger("torch")
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+
+
+def _explain(error: Exception) -> str:
+    """Why a capture failed, in one line, with the model's line of code where it did."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame for frame in frames if not frame.filename.startswith(ours)]
+    where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
+    if type(error).__name__ in _NUMBERS_NEEDED:
+        return f"it goes on by numbers, which tracing does not have{where}"
+    return f"{first_line(error, named=isinstance(error, AssertionError))}{where}"

@@ -43,7 +43,9 @@ class Watch:
     last: dict[str, Tensor] = field(default_factory=dict)
 
     def attach(self, model: nn.Module) -> None:
-        """Look at every call of a layer from now on."""
+        """Look at every call of a layer from now on, and forget those seen before."""
+        for seen in (self.calls, self.problems, self.last):
+            seen.clear()
         for path, stack in module_lists(model).items():
             for index, layer in enumerate(stack):
                 layer.register_forward_hook(partial(self._note_call, path, index), with_kwargs=True)

@@ -37,7 +37,9 @@ class SublayerWatch:
     _undropped: dict[int, Tensor] = field(default_factory=dict)  # id of a dropout's output → input
 
     def attach(self, model: nn.Module) -> None:
-        """Look at every call of a module inside a layer from now on."""
+        """Look at every call of a module inside a layer from now on; forget those seen before."""
+        self.runs.clear()
+        self._undropped.clear()
         for path, module in model.named_modules():
             if layer_of(model, path) is not None:
                 module.register_forward_hook(partial(self._note_run, path), with_kwargs=True)
