@@ -118,26 +118,45 @@ def capture(
     Raises:
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    else:
-        args = tuple(example_inputs)
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     errors: list[Exception] = []
+    programs: list[ExportedProgram] = []
     for way in (nullcontext, EveryPositionChosen, partial(EveryPositionChosen, rounds=1)):
         skeleton = without_hooks(meta_copy(model)).eval()
         watch(skeleton)
         try:
             with _capturing(lines), way():
-                return torch.export.export(skeleton, args, kwargs, strict=False)
+                program = _export(skeleton, example_inputs)
         except Exception as error:
             errors.append(error)
+            continue
+        if not _reads_numbers(program):
+            return program
+        programs.append(program)
+    if programs:
+        return programs[0]
     raise TraceError(
         f"{type(model).__name__}: torch.export can't capture its forward pass: "
         f"{_explain(errors[0])}"
     ) from errors[0]
+
+
+def _export(
+    skeleton: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]
+) -> ExportedProgram:
+    """Capture the forward pass of a model on meta, on inputs of these shapes."""
+    named = isinstance(example_inputs, Mapping)
+    inputs = torch.utils._pytree.tree_map_only(
+        Tensor,
+        lambda t: t.to("meta"),
+        ((), dict(example_inputs)) if named else (tuple(example_inputs), {}),
+    )
+    return torch.export.export(skeleton, *inputs, strict=False)
+
+
+def _reads_numbers(program: ExportedProgram) -> bool:
+    """Whether sizes in the captured pass are numbers that tensors hold."""
+    reads = ("aten.item.default", "aten._local_scalar_dense.default")
+    return any(str(node.target) in reads for node in program.graph.nodes)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class EveryPositionChosen(TorchFunctionMode):
         if func in _COMPARE and tensor.numel() == 1 and isinstance(args[0], int):
             return _COMPARE[func](_flatten(numbers)[0], args[0])
         result = func(tensor, *args, **kwargs)
-        if func is Tensor.unbind and not args:
+        if func is Tensor.unbind and not any(args):
             rows = [self._note(row, own) for row, own in zip(result, numbers, strict=True)]
             return tuple(rows[: self._rounds])
         return self._note(result, _flatten(numbers)) if func in _FLAT else result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from prunekit.allocation.scope import Scope
 from prunekit.config import RunConfig, import_modules
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, trace
@@ -28,6 +29,7 @@ from prunekit.jobs.search import run_search
 from prunekit.jobs.sources import load_as_configured, source_of
 from prunekit.model.inputs import input_device
 from prunekit.model.weights import keep_types
+from prunekit.pipeline import rehearse_cut
 from prunekit.report import Report
 from prunekit.report.couplings import write_couplings
 from prunekit.runtime.devices import pick_device
@@ -170,5 +172,7 @@ def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
         embeddings.num_embeddings, (2, 8), generator=torch.Generator().manual_seed(config.seed)
     )
     graph = trace(model, {"input_ids": ids})
+    with suppress(ConfigError):  # none of the groups can be cut, as the table says then
+        graph = rehearse_cut(model, graph, config, Scope(), saved=True)
     write_couplings(graph, output)
     return graph

@@ -47,7 +47,9 @@ class Counted(nn.Module):
 
     def forward(self, x):
         weights, chosen = self.router(x).softmax(-1).topk(2)
-        counts = torch.zeros(len(x), 4).scatter(1, chosen, 1.0).long().sum(0).tolist()
+        counts = (
+            torch.zeros(len(x), 4, device=x.device).scatter(1, chosen, 1.0).long().sum(0).tolist()
+        )
         order = chosen.flatten().sort(0)[1]
         token = order.div(2, rounding_mode="trunc")
         parts = x[token].split(counts, 0)
@@ -64,10 +66,7 @@ def test_experts_that_look_at_numbers_are_traced_and_cut(build):
     torch.manual_seed(0)
     model, x = randomise(build()), torch.randn(8, 6)
     graph = prunekit.trace(model, (x,))
-    kinds = {
-        group.kind: group for group in graph.groups if "up" in {m.parameter for m in group.members}
-    }
-    (width,) = [group for group in kinds.values() if group.num_units == 8]
+    (width,) = [group for group in graph.groups if group.num_units == 8]
     assert {(m.parameter, m.dim) for m in width.members} == {("up", 1), ("down", 2)}
     assert width.prunable and width.exact
     fixed = [group for group in graph.groups if group.num_units == 4]
@@ -77,6 +76,28 @@ def test_experts_that_look_at_numbers_are_traced_and_cut(build):
     prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
     other = torch.randn(16, 6)
     torch.testing.assert_close(model(other), masked(other))
+
+
+class Parted(nn.Module):
+    """Channels in parts, one of them empty, as of a head that is rotary as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        empty, turned, rest = self.up(x).relu().split([0, 8, 0], -1)
+        return self.down(torch.cat([empty, turned * 2, rest], -1))
+
+
+def test_a_part_may_be_empty():
+    graph = prunekit.trace(Parted(), (torch.randn(4, 6),))
+    (width,) = [group for group in graph.groups if group.num_units == 8]
+    assert {(m.parameter, m.dim) for m in width.members} == {
+        ("up.weight", 0),
+        ("up.bias", 0),
+        ("down.weight", 1),
+    }
 
 
 class Branching(nn.Module):

@@ -582,3 +582,12 @@ def test_taylor_of_a_module_with_its_own_loss():
     )
     assert net.a.out_features == net.b.in_features < 6
     assert sum(map(len, result.plan.removed.values())) == 6 - net.a.out_features
+
+
+def test_a_model_that_overwrites_what_its_gradients_need_is_told_so():
+    made = torch.ones(3, requires_grad=True).exp()
+    loss = made.mul_(2).sum()
+    with pytest.raises(
+        ConfigError, match=r"^importance: the model overwrites .* magnitude or obs$"
+    ):
+        passes._run_backwards(loss)

@@ -14,7 +14,7 @@ from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.tapped import TappedLinear
 from prunekit.calibration.gradients.taps import is_transposed, tap
 from prunekit.data.batches import Batch
-from prunekit.errors import DataError
+from prunekit.errors import ConfigError, DataError, first_line
 from prunekit.graph.groups import ParameterDim
 from prunekit.runtime.console import track
 from prunekit.runtime.numbers import along, at_least_float32, first_false
@@ -76,7 +76,7 @@ class GradientPass:
         loss = mean_loss(self.model, batch, by_sample=bool(self.tapped))
         self.forward, self.counts = False, loss.counts
         if (targets := sum(loss.counts)) and loss.value.requires_grad:
-            loss.value.backward()
+            _run_backwards(loss.value)
         return targets
 
     @contextmanager
@@ -185,3 +185,20 @@ class GradientPass:
         totals = {(name, dim): self.sums.pop((name, dim)) / count for dim in self.dims[name]}
         self.finite[name] = torch.stack([torch.isfinite(t).all() for t in totals.values()]).all()
         self.reduced |= {place: total.abs() for place, total in totals.items()}
+
+
+def _run_backwards(loss: Tensor) -> None:
+    """Run the backward pass.
+
+    Raises:
+        ConfigError: the model overwrites what its gradients need.
+    """
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ConfigError(
+            f"importance: the model overwrites what its gradients need ({first_line(error)}); "
+            "expected an importance without gradients, such as magnitude or obs"
+        ) from error

@@ -258,10 +258,13 @@ def _split(call: Call) -> tuple[Value, ...]:
     dim = dim_of(value, call.get("dim", 0))
     rest, outputs = value.axes[dim], []
     sizes = [meta.shape[dim] for meta in call.node.meta["val"]]
-    for size in sizes[:-1]:
+    for size in filter(None, sizes[: _last_filled(sizes)]):
         head, rest = ax.cut(rest, size)
         outputs.append(head)
     outputs.append(rest)
+    for place, size in enumerate(sizes):
+        if not size:
+            outputs.insert(place, ax.fresh(0, f"{call.where} leaves nothing in it"))
     by_number = call.operator in (
         "aten.chunk.default",
         "aten.split.Tensor",
@@ -274,10 +277,16 @@ def _split(call: Call) -> tuple[Value, ...]:
     )
 
 
+def _last_filled(sizes: list[int]) -> int:
+    """The place of the last part that is not empty."""
+    return max((place for place, size in enumerate(sizes) if size), default=0)
+
+
 @operator_rule("aten.cat")
 def _cat(call: Call) -> Value:
     values = [value for value in call.inputs() if value.shape != (0,)]
     dim = dim_of(values[0], call.get("dim", 0))
+    values = [value for value in values if value.shape[dim]] or values[:1]
     joined = ax.concatenate([value.axes[dim] for value in values])
     for i in range(len(values[0].axes)):
         for value in values[1:]:

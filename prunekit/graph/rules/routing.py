@@ -34,6 +34,15 @@ def _counts(call: Call) -> Value:
     return call.make([counted], value)
 
 
+@operator_rule("aten.one_hot")
+def _one_hot(call: Call) -> Value:
+    """A last axis of what the numbers index."""
+    value = call.value("self")
+    classes = ax.fresh(call.shape[-1])
+    call.look_up(classes, value, "makes an axis of what they index")
+    return call.make([*value.axes, classes], value)
+
+
 @operator_rule("aten.index_put_", "aten.index_put")
 def _index_put(call: Call) -> Value:
     value = call.value("self")
