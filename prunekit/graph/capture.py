@@ -30,7 +30,7 @@ except ImportError:
 try:  # private to torch (seen in 2.13): without it, some models can't run on meta
     from torch._export.utils import _compiling_state_context as as_under_export
 except ImportError:
-    as_under_export = nullcontext
+    as_under_export = nullcontext  # type: ignore[assignment]
 
 # What torch raises where the way of a forward pass depends on the numbers of a tensor.
 _NUMBERS_NEEDED = (

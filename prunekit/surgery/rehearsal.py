@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,18 +61,19 @@ def rehearse(
     stage = _Stage.build(model, graph, saved)
     if stage.find_fault(_smallest_cuts(model, groups)) is None:
         return graph
-    judged = {group.name: group for group in _judge(model, stage, groups)}
-    left = [group for group in judged.values() if group.prunable]
+    verdicts = dict(_judge(model, stage, groups))
+    graph = replace(
+        graph,
+        groups=tuple(replace(group, **verdicts.get(group.name, {})) for group in graph.groups),
+        stacks=tuple(replace(stack, **verdicts.get(stack.name, {})) for stack in graph.stacks),
+    )
+    left = [group for group in (graph[group.name] for group in groups) if group.prunable]
     if fault := stage.find_fault(_smallest_cuts(model, left)):
         raise SurgeryError(
             f"each of the groups can be cut, but not all together: {fault}; expected some of them "
             "in scope.exclude"
         )
-    return replace(
-        graph,
-        groups=tuple(judged.get(group.name, group) for group in graph.groups),
-        stacks=tuple(judged.get(stack.name, stack) for stack in graph.stacks),
-    )
+    return graph
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,8 +134,10 @@ def _run(copy: nn.Module, graph: CouplingGraph) -> list[Tensor]:
         return run_example(copy, graph)
 
 
-def _judge(model: nn.Module, stage: _Stage, groups: Sequence[Group]) -> Iterator[Group]:
-    """Each group as it may be cut."""
+def _judge(
+    model: nn.Module, stage: _Stage, groups: Sequence[Group]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each group and what is to be changed of it."""
     verdicts: dict[Hashable, tuple[str | None, int]] = {}
     structures = _structures_around(model, groups)
     for bundle in _bundle(groups):
@@ -144,9 +148,9 @@ def _judge(model: nn.Module, stage: _Stage, groups: Sequence[Group]) -> Iterator
         reason, multiple = verdicts[key]
         for group in bundle:
             if reason is None:
-                yield replace(group, multiple=multiple)
+                yield group.name, {"multiple": multiple}
             else:
-                yield replace(group, prunable=False, exact=False, reason=reason)
+                yield group.name, {"prunable": False, "exact": False, "reason": reason}
 
 
 def _try(model: nn.Module, stage: _Stage, bundle: Sequence[Group]) -> tuple[str | None, int]:
