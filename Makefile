@@ -6,15 +6,15 @@ DONE := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench docs docs-serve clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(DONE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $(DONE)
 
 demo: $(DONE)  ## set up, then prune the embedded model by 20 %
@@ -40,8 +40,13 @@ bench: $(DONE)  ## time what takes time; benchmarks/RESULTS.md is generated from
 	$(BIN)/python benchmarks/layerwise.py
 	$(BIN)/python benchmarks/streamed.py
 
-docs: $(DONE)  ## write docs/options.md from the configuration
+docs: $(DONE)  ## build the site into site/; a dead link or a missing docstring fails it
 	$(BIN)/python docs/make.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(DONE)  ## show the site on http://127.0.0.1:8000 while it is written
+	$(BIN)/python docs/make.py
+	$(BIN)/mkdocs serve
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) outputs multirun dist build
+	rm -rf $(VENV) outputs multirun dist build site

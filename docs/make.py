@@ -1,8 +1,14 @@
-"""Write what docs/ holds of the code: the options, and the JSON Schema of report.json."""
+"""Write what docs/ holds of the code: the options, and the JSON Schema of report.json.
 
+It fails where something public has no docstring: the API page would show its bare name.
+"""
+
+import inspect
 import json
+import sys
 from pathlib import Path
 
+import prunekit
 from prunekit.report import schema
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +41,22 @@ def write_report_schema() -> None:
     (ROOT / "docs" / "report.schema.json").write_text(text + "\n")
 
 
+def missing_docstrings() -> list[str]:
+    """The public names of prunekit, and of the classes among them, that have no docstring."""
+    missing = []
+    for name in prunekit.__all__:
+        thing = getattr(prunekit, name)
+        own = vars(thing).items() if inspect.isclass(thing) else ()
+        members = {key: value for key, value in own if not key.startswith("_")}
+        for path, value in {"": thing, **members}.items():
+            documented = inspect.getdoc(value)
+            if (callable(value) or isinstance(value, property)) and not documented:
+                missing.append(f"prunekit.{name}.{path}".rstrip("."))
+    return missing
+
+
 if __name__ == "__main__":
+    if missing := missing_docstrings():
+        sys.exit(f"without a docstring: {', '.join(missing)}")
     write_options()
     write_report_schema()

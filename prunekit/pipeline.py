@@ -86,8 +86,10 @@ def prune(
     """Prune a model in place: trace it, choose units, repair the weights that stay, cut.
 
     Example:
+        ```python
         result = prunekit.prune(model, ratio=0.2, method="slimgpt", calibration=tokens)
         prunekit.save_pretrained(result.model, "pruned", tokenizer)
+        ```
 
     Args:
         model: any module that `torch.export` can capture.

@@ -59,8 +59,10 @@ def prune_checkpoint(
     "memory.stream=true" among the overrides.
 
     Example:
+        ```python
         prunekit.prune_checkpoint("dense", "pruned", ratio=0.5, overrides=["data=c4"])
         model = prunekit.from_pretrained("pruned/model")
+        ```
 
     Args:
         folder: a model's folder, the folder of a run, or a name on the hub.
@@ -104,8 +106,10 @@ def evaluate(
     """Measure a model, as `task=evaluate` does: perplexity, tasks, samples, size, speed.
 
     Example:
+        ```python
         report = prunekit.evaluate("pruned", baseline="dense", overrides=["eval.corpora=[c4]"])
         report["perplexity"]["c4"]["model"]
+        ```
 
     Args:
         model: a causal language model of transformers; or a model's folder, the folder of a run, a
@@ -142,8 +146,10 @@ def recover(
     """Fine-tune a pruned model, as `task=recover` does; one in memory is changed in place.
 
     Example:
+        ```python
         recovered = prunekit.recover(model, tokenizer, overrides=["recovery.epochs=2"])
         prunekit.save_pretrained(recovered.model, "recovered", tokenizer)
+        ```
 
     Args:
         model: a causal language model of transformers; or a model's folder, the folder of a run, a
@@ -198,7 +204,9 @@ def export(
     """Write a model for other programs, as `task=export` does.
 
     Example:
+        ```python
         prunekit.export("pruned", "exported", format="gguf", overrides=["export.dtype=q8_0"])
+        ```
 
     Args:
         model: a causal language model of transformers; or a model's folder, the folder of a run, a

@@ -19,7 +19,7 @@ from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures, Share, load_anew
 from prunekit.jobs.export import ExportSettings
 from prunekit.jobs.kept import Kept
-from prunekit.jobs.sources import Source, content_of, load_source, loading_of
+from prunekit.jobs.sources import Source, content_of, inside_run, load_source, loading_of
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, detach
 from prunekit.report import Report, model_card
@@ -79,7 +79,8 @@ class Job:
     @property
     def baseline(self) -> Source | None:
         """The dense model that is measured beside, if there is one."""
-        return self.inputs.baseline or self.config.eval.baseline
+        named = self.config.eval.baseline
+        return self.inputs.baseline or (inside_run(named) if named else None)
 
     def kept_of(self, source: Source) -> Kept | None:
         """What is kept of a model for the next runs of a sweep: of the dense model alone."""

@@ -41,11 +41,12 @@ def check_folder(folder: object, name: str, advice: str = "") -> None:
 
 
 def source_of(config: RunConfig) -> str | Path:
-    """The folder or the name of the model that `model.path` means: the embedded one where empty.
+    """The folder or the name of the model that `model.path` means: the embedded one where empty."""
+    return inside_run(config.model.path or DEMO_MODEL)
 
-    The folder of a run means the model that the run left in it.
-    """
-    source = config.model.path or DEMO_MODEL
+
+def inside_run(source: str | Path) -> str | Path:
+    """A folder or a name as it is; the folder of a run means the model that the run left in it."""
     return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else source
 
 

@@ -56,8 +56,10 @@ def prune_vocabulary(
     texts are encoded by smaller tokens.
 
     Example:
+        ```python
         smaller = prunekit.prune_vocabulary(model, tokenizer, texts)
         prunekit.save_pretrained(smaller.model, "smaller", smaller.tokenizer)
+        ```
 
     Args:
         model: a causal language model of transformers.
