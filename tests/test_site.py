@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import command_line
+from transformers import AutoConfig
 
 import prunekit
 
@@ -125,8 +126,9 @@ def place(tmp_path, monkeypatch, short_model):
     monkeypatch.setattr("prunekit.demo.DEMO_MODEL", short_model)
     monkeypatch.setattr("prunekit.jobs.sources.DEMO_MODEL", short_model)
     torch.manual_seed(0)
-    before = set(sys.modules)
+    before, load_config = set(sys.modules), vars(AutoConfig)["from_pretrained"]
     yield tmp_path
+    AutoConfig.from_pretrained = load_config  # pages register prunekit's classes
     for name in set(sys.modules) - before:
         if name.split(".")[0] in ("mypkg", "myrules"):
             del sys.modules[name]
