@@ -45,6 +45,8 @@ TRAINING = ["path=text.txt", "samples=8", "length=32", "batch_size=4", "evaluati
 TRAINING += ["holdout=2"]
 SEARCH = ["rounds=1", "sweeps=1", "generations=1", "children=2", "seeds=[uniform]"]
 NEEDS_TEXT = re.compile(r"data=(?!embedded)|data\.calibration\.path=")
+PARTS = ("method", "importance", "policy", "scope", "compensation", "schedule", "cost", "data")
+PARTS += ("recovery", "export", "eval")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -173,6 +175,13 @@ def test_the_api_page_has_every_public_name():
     text = (DOCS / "api.md").read_text()
     documented = set(re.findall(r"^::: prunekit\.(\w+)$", text, re.M))
     assert documented >= set(prunekit.__all__)
+
+
+def test_every_choice_is_listed():
+    text = (DOCS / "composing.md").read_text()
+    choices = [path for path in (ROOT / "conf").glob("*/*.yaml") if path.parent.name in PARTS]
+    assert len(choices) > 40
+    assert [path.stem for path in choices if f"`{path.stem}`" not in text] == []
 
 
 def test_the_examples_in_docstrings_name_what_exists():
