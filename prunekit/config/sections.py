@@ -50,6 +50,7 @@ class CalibrationConfig:
 
     corpus: str = "embedded"
     path: str | None = None
+    mix: dict[str, float] | None = None
     samples: int = 128
     sequence_length: int = 128
     seed: int = 0
@@ -60,6 +61,26 @@ class CalibrationConfig:
         counts: dict[str, int | None] = {"samples": self.samples, "batch_size": self.batch_size}
         _check_least("data.calibration", counts, 1)
         _check_least("data.calibration", {"sequence_length": self.sequence_length}, 2)
+        if self.mix and self.path:
+            raise ConfigError("data.calibration: expected path or mix, whose names may be paths")
+        for name, share in (self.mix or {}).items():
+            if not 0 < share < float("inf"):
+                raise ConfigError(f"data.calibration.mix: {name}: expected > 0, got {share:g}")
+        if none := [name for name, count in self.samples_by_corpus().items() if not count]:
+            raise ConfigError(
+                f"data.calibration.mix: no sample of {self.samples} is left for {none[0]}; "
+                "expected a higher share or more samples"
+            )
+
+    def samples_by_corpus(self) -> dict[str, int]:
+        """Corpus, a name or a path → how many samples come from it, by largest remainders."""
+        shares = self.mix or {self.path or self.corpus: 1.0}
+        exact = {name: self.samples * s / sum(shares.values()) for name, s in shares.items()}
+        counts = {name: int(number) for name, number in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+        for name in by_remainder[: self.samples - sum(counts.values())]:
+            counts[name] += 1
+        return counts
 
 
 @dataclass

@@ -3,38 +3,91 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunekit.data import embedded
+from prunekit.data.chats import render, turns_of
 from prunekit.errors import DataError, first_line, suggest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TEXT = {".txt", ".raw", ".tokens", ".md", ".text"}
 _RECORDS = {".jsonl", ".json", ".parquet"}
+_BUFFER = 10_000  # rows of the hub that a shuffled one is drawn from: some 20 MB of C4
 
 
-def load_corpus(name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def open_corpus(
+    name: str,
+    purpose: str,
+    known: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | None = None,
+) -> Iterable[str]:
     """The documents of a corpus, by a name from the configuration's `corpora` or by a path.
 
     Args:
         name: "embedded", another key of `known`, or a text (.txt, .raw, .tokens, .md), JSON (.json,
             .jsonl) or parquet file.
         purpose: "calibration" or "eval": picks the split.
-        known: name → how to load it: `hub`, `config`, `splits`, `data_files`, `field`.
+        known: name → how to load it: `hub`, `revision`, `config`, `splits`, `data_files`, `field`.
+        tokenizer: chats and instructions are rendered with its chat template, if it has one.
+        seed: rows of the hub come in an order that it decides; None: in theirs.
+
+    Returns:
+        A list; of the hub an iterator, which reads no more than is taken. No document is empty.
 
     Raises:
         DataError: an unknown name, a file that can't be read or lacks the field, no text in it.
     """
-    records = load_records(name, purpose, known)
     source = known.get(name, {})
-    documents = [
-        text_of(record, source.get("field", "text"), source.get("hub", name)) for record in records
-    ]
-    documents = [text for text in documents if text.strip()]
-    if not documents:
-        raise DataError(f"{purpose} corpus {name}: it holds no text")
+    field, where = source.get("field", "text"), source.get("hub", name)
+    if name in known and name != "embedded":
+        rows = _stream_from_hub(name, purpose, source, seed)
+        texts = (text_of(row, field, where, tokenizer) for row in rows)
+        return _not_empty(texts, f"{purpose} corpus {name}")
+    records = load_records(name, purpose, known)
+    texts = (text_of(record, field, where, tokenizer) for record in records)
+    return list(_not_empty(texts, f"{purpose} corpus {name}"))
+
+
+def load_corpus(
+    name: str,
+    purpose: str,
+    known: Mapping[str, Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    characters: int | None = None,
+) -> list[str]:
+    """The documents of a corpus as a list; see `open_corpus`.
+
+    Args:
+        name: as for `open_corpus`.
+        purpose: as for `open_corpus`.
+        known: as for `open_corpus`.
+        tokenizer: as for `open_corpus`.
+        characters: documents from the beginning that hold so many suffice; None: all.
+    """
+    documents: list[str] = []
+    count = 0
+    for text in open_corpus(name, purpose, known, tokenizer):
+        documents.append(text)
+        count += len(text)
+        if characters is not None and count >= characters:
+            break
     return documents
+
+
+def _not_empty(texts: Iterable[str], what: str) -> Iterator[str]:
+    """The texts that are not blank; DataError where there is none."""
+    empty = True
+    for text in texts:
+        if text.strip():
+            empty = False
+            yield text
+    if empty:
+        raise DataError(f"{what}: it holds no text")
 
 
 def load_records(
@@ -43,10 +96,10 @@ def load_records(
     """The records of a corpus, with all their fields; a document without fields is `{"text": …}`.
 
     Args:
-        name: as for `load_corpus`.
+        name: as for `open_corpus`.
         purpose: "calibration", "recovery" (the calibration split where it has none of its own) or
             "eval".
-        known: as for `load_corpus`.
+        known: as for `open_corpus`.
 
     Raises:
         DataError: an unknown name, a file that can't be read.
@@ -55,7 +108,7 @@ def load_records(
         split: embedded.Split = "heldout" if purpose == "eval" else "train"
         return [{"text": text} for _, text in embedded.documents(split)]
     if name in known:
-        return _from_hub(name, purpose, known[name])
+        return list(_stream_from_hub(name, purpose, known[name]))
     if Path(name).exists():
         return read_records(Path(name))
     if "/" in name or Path(name).suffix in _TEXT | _RECORDS:
@@ -111,13 +164,20 @@ def _json_lines(path: Path) -> list[Any]:
     return records
 
 
-def text_of(record: Mapping[str, Any], field: str, where: object) -> str:
-    """A record's text: its `field`, or instruction, input and output one after the other."""
+def text_of(
+    record: Mapping[str, Any],
+    field: str,
+    where: object,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """A record's text: its `field`, or its chat by the tokenizer's template (`chats.render`).
+
+    Without a template the turns of a chat follow one another, a line each.
+    """
     if isinstance(record.get(field), str):
-        return record[field]
-    if {"instruction", "output"} <= record.keys():
-        parts = (record["instruction"], record.get("input", ""), record["output"])
-        return "\n".join(part for part in parts if part)
+        return str(record[field])
+    if (turns := turns_of(record)) is not None:
+        return render(turns, tokenizer)
     raise DataError(
         f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}"
     )
@@ -135,23 +195,32 @@ def _check_source(name: str, source: object) -> None:
             raise DataError(f"corpora.{name}.{key}: expected {what}, got {source.get(key)!r}")
 
 
-def _from_hub(name: str, purpose: str, source: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _stream_from_hub(
+    name: str, purpose: str, source: Mapping[str, Any], seed: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data set on the hub, read as they are taken; with a seed, shuffled.
+
+    A shuffled row comes from among the next `_BUFFER` ones, and files come in a random order.
+    """
     from datasets import load_dataset
 
     _check_source(name, source)
     splits = source["splits"]
+    split = splits.get(purpose, splits["calibration"]) if purpose == "recovery" else splits[purpose]
     try:
         rows = load_dataset(
             source["hub"],
             source.get("config"),
             data_files=source.get("data_files"),
-            split=splits.get(purpose, splits["calibration"])
-            if purpose == "recovery"
-            else splits[purpose],
+            revision=source.get("revision"),
+            split=split,
+            streaming=True,
         )
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=_BUFFER)
+        yield from rows
     except Exception as error:
         message = first_line(error)
         raise DataError(
             f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}"
         ) from error
-    return list(rows)

@@ -14,7 +14,7 @@ from prunekit.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DENSEST = 16  # characters: no tokenizer known to us packs more into a token on average
+DENSEST = 16  # characters: no tokenizer known to us packs more into a token on average
 
 
 def calibration_windows(
@@ -54,7 +54,7 @@ def evaluation_windows(
     """
     text = "\n\n".join(documents)
     if limit is not None:
-        text = text[: limit * _DENSEST]
+        text = text[: limit * DENSEST]
     ids = encode(tokenizer, text, special=True)[:limit]
     if len(ids) < length:
         raise DataError(

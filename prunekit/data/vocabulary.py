@@ -12,9 +12,10 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,11 +44,11 @@ class ReducedVocabulary:
     kept: Tensor
 
 
-def count_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
+def count_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
     """How often each token occurs in the documents, int64 [rows], special tokens left out."""
     counts = torch.zeros(rows, dtype=torch.long)
-    for start in range(0, len(documents), _BATCH):
-        part = list(documents[start : start + _BATCH])
+    rest = iter(documents)
+    while part := list(islice(rest, _BATCH)):
         encoded = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         ids = torch.tensor([index for own in encoded for index in own], dtype=torch.long)
         counts += torch.bincount(ids, minlength=rows)

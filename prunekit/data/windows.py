@@ -73,7 +73,7 @@ class _Piece:
 
 
 def draw_windows(
-    documents: Sequence[str],
+    documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
@@ -86,7 +86,7 @@ def draw_windows(
     for that, each gives as many windows as it has a share of the text.
 
     Args:
-        documents: the texts.
+        documents: the texts; what is no list comes in random order, and is read until it suffices.
         tokenizer: turns text into token ids, here without special tokens.
         samples: how many windows.
         length: tokens of a window.
@@ -101,8 +101,11 @@ def draw_windows(
             f"got {samples} and {length}"
         )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    encoded = (_whole(encode(tokenizer, documents[i], special=False), i) for i in order)
+    numbered: Iterable[tuple[int, str]] = enumerate(documents)
+    if isinstance(documents, Sequence):
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        numbered = ((i, documents[i]) for i in order)
+    encoded = (_whole(encode(tokenizer, text, special=False), i) for i, text in numbered)
     separator = _whole(encode(tokenizer, _SEPARATOR, special=False), -1)
     pieces = _collect(encoded, separator, samples, length)
     windows = []
@@ -115,6 +118,19 @@ def draw_windows(
         ids=torch.stack([window.ids for window in windows]),
         documents=int((owners >= 0).sum()),
         available=sum(map(len, pieces)),
+    )
+
+
+def mix_windows(parts: Sequence[Windows], seed: int) -> Windows:
+    """The windows of several corpora as one set, in an order that the seed decides."""
+    if len(parts) == 1:
+        return parts[0]
+    ids = torch.cat([part.ids for part in parts])
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return Windows(
+        ids=ids[order],
+        documents=sum(part.documents for part in parts),
+        available=sum(part.available for part in parts),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.config import EvalConfig
 from prunekit.data.corpora import load_corpus, stamp_of
-from prunekit.data.tokens import evaluation_windows
+from prunekit.data.tokens import DENSEST, evaluation_windows
 from prunekit.evaluation.cache import Cache, default_folder, model_key
 from prunekit.evaluation.comparison import TENSOR_CORES, Comparison
 from prunekit.evaluation.cost import Macs, count_macs, measure_size, odd_widths
@@ -106,11 +106,13 @@ class Measures:
         return "eval", stamp_of(name, corpora), *sizes
 
     def _windows(self, name: str, corpora: Mapping[str, Mapping[str, Any]]) -> Tensor:
+        limit = self.settings.max_tokens
+        characters = limit and limit * DENSEST
         return evaluation_windows(
-            load_corpus(name, "eval", corpora),
+            load_corpus(name, "eval", corpora, self.tokenizer, characters),
             self.tokenizer,
             self.settings.window,
-            self.settings.max_tokens,
+            limit,
             name,
             self.settings.stride,
         )

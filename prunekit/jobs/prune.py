@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunekit.config import VOCABULARY, RunConfig, kinds_of
 from prunekit.data.batches import Batch, make_batches
-from prunekit.data.corpora import load_corpus, stamp_of
-from prunekit.data.windows import Windows, draw_windows
+from prunekit.data.windows import Windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.graph import CouplingGraph
+from prunekit.jobs.calibration import describe_calibration, load_windows
 from prunekit.jobs.finetune import FineTuning
 from prunekit.jobs.job import Finished, Job, Outcome, Subject
 from prunekit.jobs.sources import base_of, identity_of
 from prunekit.jobs.streaming import open_streamed_source
 from prunekit.jobs.vocabulary import Reduction, other_groups, refuse_teacher
-from prunekit.model.inputs import check_length
 from prunekit.model.weights import cast_weights, check_finite, round_weights
 from prunekit.pipeline import Result, prune_model
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery
 from prunekit.report import Report
-from prunekit.report.parts import Calibration
 from prunekit.runtime.console import say
 from prunekit.runtime.files import digest
 from prunekit.runtime.processes import rank, world_size
@@ -137,31 +134,6 @@ def _cut(
     )
 
 
-def load_windows(config: RunConfig, subject: Subject) -> Windows:
-    """Draw the calibration windows, and say where they come from.
-
-    Raises:
-        ConfigError: sequences longer than the model was made for.
-        DataError: a corpus that can't be read, or is too short.
-    """
-    text = config.data.calibration
-    check_length("data.calibration.sequence_length", text.sequence_length, subject.model)
-    corpus, sizes = text.path or text.corpus, (text.samples, text.sequence_length, text.seed)
-
-    def load() -> Windows:
-        documents = load_corpus(corpus, "calibration", config.corpora)
-        return draw_windows(documents, subject.tokenizer, *sizes)
-
-    if subject.kept is None:
-        windows = load()
-    else:
-        how = ("calibration", stamp_of(corpus, config.corpora), *sizes)
-        windows = subject.kept.windows(how, load)
-    if windows.warning:
-        say(f"warning: {windows.warning}")
-    return windows
-
-
 def folders_of(job: Job) -> Folders:
     """The folders of a job that prunes."""
     return Folders(
@@ -212,19 +184,6 @@ def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Repo
         figures = figures.merge(speed)
         cast_weights(subject.model, subject.stored)
     return figures
-
-
-def describe_calibration(config: RunConfig, windows: Windows) -> Calibration:
-    """Describe the calibration text and its amount, for the report."""
-    text = config.data.calibration
-    return Calibration(
-        corpus=Path(text.path).name if text.path else text.corpus,
-        samples=text.samples,
-        sequence_length=text.sequence_length,
-        seed=text.seed,
-        documents=windows.documents,
-        distinct_tokens=windows.distinct_tokens,
-    )
 
 
 def _announce(config: RunConfig, method: Method, subject: Subject, windows: Windows | None) -> str:

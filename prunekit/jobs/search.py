@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from prunekit.allocation.groups import refuse_vocabulary
 from prunekit.errors import ConfigError
+from prunekit.jobs.calibration import describe_calibration, load_windows
 from prunekit.jobs.job import Job, Outcome
-from prunekit.jobs.prune import describe_calibration, folders_of, load_windows, make_calibration
+from prunekit.jobs.prune import folders_of, make_calibration
 from prunekit.jobs.sources import base_of
 from prunekit.pipeline import (
     allocate,

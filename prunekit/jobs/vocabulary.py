@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import config as cfg
 from prunekit.config import RunConfig
-from prunekit.data.corpora import load_corpus
+from prunekit.data.corpora import open_corpus
 from prunekit.data.vocabulary import ReducedVocabulary, count_tokens, reduce_vocabulary
 from prunekit.errors import ConfigError, DataError
 from prunekit.evaluation.evaluation import Evaluation
@@ -125,10 +125,10 @@ class Reduction:
         """
         config, rows = job.config, vocabulary_rows(subject.model)
         asked, text = config.vocabulary, config.data.calibration
-        names = asked.corpora or [text.path or text.corpus]
+        names = asked.corpora or list(text.samples_by_corpus())
         counts = torch.zeros(rows, dtype=torch.long)
         for name in names:
-            documents = load_corpus(name, "calibration", config.corpora)
+            documents = open_corpus(name, "calibration", config.corpora, subject.tokenizer)
             counts += count_tokens(documents, subject.tokenizer, rows)
         reduced = _reduce(subject.model, subject.tokenizer, counts, asked.min_count, asked.multiple)
         measures = job.make_measures(subject.model, subject.stored, reduced.tokenizer)

@@ -77,23 +77,6 @@ def test_unknown_corpora_suggest_and_missing_files_say_so():
         load_corpus("missing.jsonl", "eval", {})
 
 
-def test_hub_corpora_are_asked_for_by_their_names(monkeypatch):
-    import datasets
-
-    asked = []
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda *args, **kw: asked.append((args, kw)) or [{"sentence": "hello"}],
-    )
-    source = {"hub": "ptb-text-only/ptb_text_only", "config": "penn_treebank", "field": "sentence"}
-    known = {"ptb": source | {"splits": {"eval": "validation", "calibration": "train"}}}
-    assert load_corpus("ptb", "eval", known) == ["hello"]
-    assert asked == [
-        ((source["hub"], "penn_treebank"), {"data_files": None, "split": "validation"})
-    ]
-
-
 def test_an_unreachable_hub_is_one_line():
     source = {"hub": "nobody/nothing-here", "splits": {"eval": "test"}}
     with pytest.raises(DataError, match="can't load nobody/nothing-here from the hub") as caught:

@@ -1,0 +1,149 @@
+"""Corpora of the hub, through `datasets.load_dataset` itself, from folders laid out like it."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+
+from prunekit import config as cfg
+from prunekit.data import corpora
+from prunekit.data.corpora import load_corpus, load_records, open_corpus
+from prunekit.data.windows import draw_windows
+from prunekit.errors import DataError
+
+NAMES = ("c4", "wikitext2", "ptb", "bookcorpus", "alpaca", "alpaca_raw")
+SENTENCES = [f"sentence {n} of a corpus , with words" for n in range(300)]
+
+
+class Characters:
+    """A tokenizer of code points."""
+
+    chat_template = None
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path, row_group_size=20)
+
+
+def write_c4(folder):
+    """Compressed JSON lines, the files of one shard."""
+    for name in ("train.00000-of-01024", "validation.00000-of-00008"):
+        path = folder / "en" / f"c4-{name}.json.gz"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        rows = ({"text": t, "timestamp": "2019", "url": name} for t in SENTENCES)
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+
+
+def write_wikitext(folder):
+    """Parquet beside a card that names the configurations."""
+    for split in ("train", "validation", "test"):
+        rows = [{"text": text} for text in ["", *SENTENCES]]
+        write_parquet(folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet", rows)
+    files = [
+        {"split": split, "path": f"wikitext-2-raw-v1/{split}-*"}
+        for split in ("train", "validation", "test")
+    ]
+    card = {"configs": [{"config_name": "wikitext-2-raw-v1", "data_files": files}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+
+
+def write_ptb(folder):
+    """What the hub converted to parquet: a folder for each configuration and split."""
+    for split in ("train", "validation", "test"):
+        rows = [{"sentence": text} for text in SENTENCES]
+        write_parquet(folder / "penn_treebank" / split / "0000.parquet", rows)
+
+
+def write_bookcorpus(folder):
+    for part in range(2):
+        rows = [{"text": text} for text in SENTENCES]
+        write_parquet(folder / "plain_text" / "train" / f"000{part}.parquet", rows)
+
+
+def write_alpaca(folder):
+    folder.mkdir()
+    rows = [{"instruction": text, "input": "", "output": "yes"} for text in SENTENCES]
+    (folder / "alpaca_data_cleaned.json").write_text(json.dumps(rows))
+
+
+def write_alpaca_raw(folder):
+    rows = [
+        {"instruction": text, "input": "here", "output": "yes", "text": f"Below: {text}"}
+        for text in SENTENCES
+    ]
+    write_parquet(folder / "data" / "train-00000-of-00001-a09b74b3ef9c3b56.parquet", rows)
+
+
+WRITERS = {
+    "c4": write_c4,
+    "wikitext2": write_wikitext,
+    "ptb": write_ptb,
+    "bookcorpus": write_bookcorpus,
+    "alpaca": write_alpaca,
+    "alpaca_raw": write_alpaca_raw,
+}
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """The named corpora as they are configured, each with a local folder for its repository."""
+    stored = yaml.safe_load((cfg.config_dir() / "corpora.yaml").read_text())["corpora"]
+    folder = tmp_path_factory.mktemp("hub")
+    for name, write in WRITERS.items():
+        write(folder / name)
+        stored[name]["hub"] = str(folder / name)
+    return stored
+
+
+def test_every_named_corpus_has_a_stand_in(known):
+    assert known.keys() == WRITERS.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_corpus_is_read_as_it_is_configured(name, known):
+    for purpose in ("calibration", "eval"):
+        documents = load_corpus(name, purpose, known)
+        assert len(documents) >= len(SENTENCES)
+        assert all("sentence" in text for text in documents)
+
+
+def test_no_more_is_read_than_the_windows_need(known, monkeypatch):
+    monkeypatch.setattr(corpora, "_BUFFER", 16)
+    read = []
+
+    def counted(documents):
+        for text in documents:
+            read.append(text)
+            yield text
+
+    for seed in (0, 0, 1):
+        documents = open_corpus("bookcorpus", "calibration", known, seed=seed)
+        draw_windows(counted(documents), Characters(), samples=5, length=64, seed=0)
+        read.append(None)
+    first, second, third = " ".join(text or "|" for text in read).split("|")[:3]
+    assert first.strip() == second.strip() != third.strip(), "the order is the seed's"
+    assert first.count("sentence") < 20 < 2 * len(SENTENCES)
+    assert first.split()[1] != "0" or third.split()[1] != "0"
+
+
+def test_evaluation_stops_at_its_characters(known):
+    assert len(load_corpus("c4", "eval", known, characters=100)) < 5
+    assert load_corpus("c4", "eval", known, characters=100)[0] == SENTENCES[0]
+
+
+def test_records_of_the_hub_keep_their_fields(known):
+    assert load_records("alpaca", "recovery", known)[0]["output"] == "yes"
+
+
+def test_a_missing_field_is_named(known):
+    wrong = {"ptb": known["ptb"] | {"field": "text"}}
+    with pytest.raises(DataError, match="expected a text field 'text', found sentence"):
+        load_corpus("ptb", "eval", wrong)
