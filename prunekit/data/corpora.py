@@ -43,8 +43,10 @@ def open_corpus(
         DataError: an unknown name, a file that can't be read or lacks the field, no text in it.
     """
     source = known.get(name, {})
+    if is_named := name in known and name != "embedded":
+        _check_source(name, source)
     field, where = source.get("field", "text"), source.get("hub", name)
-    if name in known and name != "embedded":
+    if is_named:
         rows = _stream_from_hub(name, purpose, source, seed)
         texts = (text_of(row, field, where, tokenizer) for row in rows)
         return _not_empty(texts, f"{purpose} corpus {name}")
