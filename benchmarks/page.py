@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -435,6 +436,37 @@ def quantize(result: dict) -> list[str]:
         "",
         *table(f"model | weights | >parameters | {columns}", rows),
     ]
+
+
+def families(result: dict) -> list[str]:
+    rows = result["rows"]
+    counts = Counter(row["verdict"] for row in rows)
+    cells = [
+        [f"`{row['type']}`", row["verdict"], _kinds_cut(row), _what_fails(row)]
+        for row in sorted(rows, key=lambda row: row["type"])
+    ]
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    return [
+        *head("Every causal type of transformers", "families", result),
+        f"{result['note']} Of {len(rows)} types tried: {summary}.",
+        "",
+        *table("type | verdict | groups cut by magnitude | what does not hold", cells),
+    ]
+
+
+def _kinds_cut(row: dict) -> str:
+    kinds = row.get("cut", {}).get("magnitude", {}).get("kinds", {})
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "–"
+
+
+def _what_fails(row: dict) -> str:
+    """The steps that don't hold, equal ones once, without what would end a table's cell."""
+    texts: dict[str, str] = {}
+    for step, text in row["steps"].items():
+        if text != "holds" and not step.startswith("dense"):
+            short = " ".join(text.split()).replace("|", "/")[:160]
+            texts[short] = f"{texts[short]}, {step}" if short in texts else step
+    return "; ".join(f"{steps}: {text}" for text, steps in texts.items())
 
 
 QUANTIZED = {

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from prunekit.errors import TraceError
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FIELDS = {"name", "value", "unit", "measured", "repeats", "device", "command", "revision"}
 
@@ -123,3 +125,28 @@ def test_the_parts_fit_into_the_time_of_the_whole(gpu, run, monkeypatch):
     monkeypatch.setattr(gpu.time, "perf_counter", iter(range(0, 1000, 10)).__next__)
     gpu.main(["--only", "pruned", "residual", "streamed"])
     assert limits == [30, 20, 10]
+
+
+def test_types_of_models_are_tried(monkeypatch):
+    """One that holds entirely, and one that can't be traced."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import family_trial
+    import page
+    import tiny_models
+
+    monkeypatch.setattr(family_trial, "METHODS", ("magnitude",))
+    rows = [family_trial.try_type("qwen2")]
+
+    def refuses(model, batch):
+        raise TraceError("no rule for it")
+
+    monkeypatch.setattr(family_trial.prunekit.pipeline, "trace_batch", refuses)
+    rows.append(family_trial.try_type("mamba"))
+    assert [row["verdict"] for row in rows] == ["holds", "refused"], rows
+    assert rows[0]["cut"]["magnitude"]["kinds"].keys() == {"attention", "mlp"}
+    assert "no rule for it" in rows[1]["steps"]["trace"]
+    assert len(tiny_models.TYPES) > 150
+    text = "\n".join(
+        page.families({**page.environment("families"), "note": "", "rows": rows, "repeats": 1})
+    )
+    assert "1 holds, 1 refused" in text and "no rule for it" in text

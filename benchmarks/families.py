@@ -1,0 +1,119 @@
+"""Every causal language model type of transformers as a tiny random model: pruned by three methods,
+compared with the masked model, generated with, saved and loaded.
+
+Each type has a process of its own, forked from one that has imported everything, with a limit on
+time and memory. A type's row is written as soon as it is known.
+
+    python benchmarks/families.py                    all types
+    python benchmarks/families.py --only mamba jamba  these types, in place of their rows
+    python benchmarks/families.py --missing          types that have no row yet
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from page import environment, write
+
+SECONDS, MEMORY = 150, 8 << 30
+NOTE = (
+    "A random model of some 100,000 parameters of each type (`tiny_models.py`) is traced, pruned "
+    "by magnitude, slimgpt and llm_pruner at 20 % with the default groups (at 5 % where 20 % is "
+    "out of reach), compared with the masked model on new inputs, generated with, saved, and "
+    "loaded by prunekit, by remote code and by registration (`family_trial.py`). Refused means: "
+    "by an error of prunekit, before any unit is chosen."
+)
+KEPT = ("type", "verdict", "parameters", "seconds", "steps", "cut")  # of a row, in the table
+
+
+def run_type(model_type: str) -> dict[str, Any]:
+    """Try a type in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(model_type, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    row: dict[str, Any] = {"type": model_type, "steps": {}, "verdict": "fails"}
+    if ours.poll(SECONDS):
+        try:
+            row = ours.recv()
+        except EOFError:
+            process.join()
+            row["steps"]["process"] = f"fails: it ended with status {process.exitcode}"
+    else:
+        row["steps"]["process"] = f"fails: longer than {SECONDS} s"
+    process.kill()
+    process.join()
+    return row
+
+
+def _child(model_type: str, pipe: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        import transformers.dynamic_module_utils as modules
+
+        modules.HF_MODULES_CACHE = cache
+        from family_trial import try_type
+
+        pipe.send(try_type(model_type))
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Type → its row, the last one that was written."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["type"]: row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="TYPE")
+    parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--order", nargs="+", default=[], metavar="TYPE", help="these come first")
+    parser.add_argument("--limit", type=int, help="so many types at most")
+    parser.add_argument("--rows", type=Path, default=Path("families.jsonl"))
+    parser.add_argument("--table", action="store_true", help="write families.json and the page")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    import family_trial  # noqa: F401 - what every child needs
+    from tiny_models import TYPES
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    there = read_rows(args.rows)
+    order = dict.fromkeys([*args.order, *TYPES])
+    types = args.only or [name for name in order if not args.missing or name not in there]
+    for model_type in types[: args.limit]:
+        row = run_type(model_type)
+        with args.rows.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        print(f"{row['verdict']:8} {model_type} {row.get('seconds', '')}", file=sys.stderr)
+        sys.stderr.flush()
+    rows = read_rows(args.rows)
+    print(Counter(row["verdict"] for row in rows.values()), file=sys.stderr)
+    if args.table:
+        result = environment("families") | {"repeats": 1, "note": NOTE}
+        result["rows"] = [{k: row[k] for k in KEPT if k in row} for row in rows.values()]
+        write("families", result)
+
+
+if __name__ == "__main__":
+    main()
