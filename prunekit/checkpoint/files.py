@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.errors import CheckpointError, first_line
+from prunekit.model.compat import decode_floats
 from prunekit.model.names import SYNONYMS
 
 INDEX = "model.safetensors.index.json"
@@ -53,7 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's `config.json`; CheckpointError where it is missing or damaged."""
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: expected a config.json in the model folder, found none")
-    return read_json(folder / "config.json")
+    config: dict[str, Any] = decode_floats(read_json(folder / "config.json"))
+    return config
 
 
 def check_name(where: Path, name: object) -> str:

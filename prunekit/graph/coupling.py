@@ -27,7 +27,8 @@ class Extent:
 
     Args:
         module: path of the module.
-        quantity: the name of the size, such as a convolution's `groups` or the width of a head.
+        quantity: the name of the size, such as a convolution's `groups` or the width of a head;
+            empty where the operator (a reshape, a split) doesn't tell what the size means.
         size: its value in the uncut model.
         owned: name of a group → int64 [num_units, width], the positions of that size that each
             unit owns.

@@ -125,7 +125,10 @@ class Call:
         return f"{self.node.target} in {self.module or 'the model'}"
 
     def note(self, quantity: str, axis: Axis) -> None:
-        """Note that the calling module may keep the size of an axis in an attribute."""
+        """Note that the calling module may keep the size of an axis in an attribute.
+
+        The quantity is empty where the operator doesn't tell what the size means.
+        """
         self.notes.append(Note(module=self.module, quantity=quantity, axis=axis))
 
     def multiply_adds(self, *axes: Axis) -> None:

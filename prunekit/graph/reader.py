@@ -82,8 +82,11 @@ def read_extents(findings: Findings, groups: Mapping[Atom, CoupledGroup]) -> tup
         for atom in dict.fromkeys(ax.atoms(note.axis)):
             if atom in groups and (owners := ax.owners(note.axis, atom))[0] != DIAGONAL:
                 owned[groups[atom].name] = _index_table(owners, atom.size)
-        size = ax.axis_size(note.axis)
-        extents.append(Extent(module=note.module, quantity=note.quantity, size=size, owned=owned))
+        if owned or note.quantity:
+            size = ax.axis_size(note.axis)
+            extents.append(
+                Extent(module=note.module, quantity=note.quantity, size=size, owned=owned)
+            )
     return tuple(extents)
 
 

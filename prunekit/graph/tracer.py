@@ -250,8 +250,12 @@ def _pin_all(axes: tuple[Axis, ...], reason: str) -> None:
 
 
 def _untainted_outputs(node: Node, *, data: bool) -> Any:
-    """The outputs of an operator that no weight went into: all their sizes are fixed."""
-    reason = f"its size is fixed by {node.target}"
+    """The outputs of an operator that no weight went into: all their sizes are fixed.
+
+    Not so where every position holds the same number, as a recurrent state does at first: a module
+    mostly takes such a size from a tensor that it got.
+    """
+    reason = None if _fills(node) else f"its size is fixed by {node.target}"
 
     def fix(output: Any) -> Any:
         return _fix(output, reason, data=data) if isinstance(output, Tensor) else output
@@ -260,8 +264,13 @@ def _untainted_outputs(node: Node, *, data: bool) -> Any:
     return tuple(map(fix, meta)) if isinstance(meta, list | tuple) else fix(meta)
 
 
-def _fix(tensor: Tensor, reason: str, *, data: bool) -> Value:
-    """A tensor of which no axis can change its size."""
+def _fills(node: Node) -> bool:
+    """Whether an operator makes a tensor that holds one number everywhere."""
+    return str(node.target).split(".")[1] in ("zeros", "ones", "full")
+
+
+def _fix(tensor: Tensor, reason: str | None, *, data: bool) -> Value:
+    """A tensor of which no axis can change its size, for a reason; without one, any axis can."""
     return Value(axes=tuple(ax.fresh(size, reason) for size in tensor.shape), data=data)
 
 

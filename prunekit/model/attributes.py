@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.model.names import ATTENTION_WIDTHS, SYNONYMS, synonyms
+from prunekit.model.names import ATTENTION_WIDTHS, RECURRENT_NAMES, SYNONYMS, synonyms
 
 Sizes = dict[str, tuple[int, int]]  # quantity → (old size, new size)
 Setter = Callable[[Any, str, Any], None]  # sets an attribute, as `setattr` does
@@ -52,6 +52,8 @@ def _attribute_names(target: Any, quantity: str) -> tuple[str, ...]:
     what they mean elsewhere.
     """
     names = synonyms(quantity)
+    if isinstance(target, nn.Module):
+        names = (*names, *RECURRENT_NAMES.get(quantity, ()))
     if isinstance(target, nn.Module) and _is_attention(target):
         if quantity == "attention_width":
             return (*names, *ATTENTION_WIDTHS)
@@ -62,7 +64,8 @@ def _attribute_names(target: Any, quantity: str) -> tuple[str, ...]:
 
 def _is_attention(module: nn.Module) -> bool:
     """Whether a module has a number of heads, and holds no stack of layers that have one."""
-    counts = any(name in module.__dict__ for name in SYNONYMS["num_attention_heads"])
+    names = (*SYNONYMS["num_attention_heads"], *RECURRENT_NAMES["num_attention_heads"])
+    counts = any(name in module.__dict__ for name in names)
     return counts and not any(isinstance(child, nn.ModuleList) for child in module.children())
 
 

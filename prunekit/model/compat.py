@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _EXPERTS = "_experts_implementation_internal"
 _ATTENTION = "_attn_implementation_internal"
+_NO_NUMBERS = ("Infinity", "-Infinity", "NaN")
 _REPLACED = "_prunekit"  # an attribute of the function that replaces transformers' own
 
 
@@ -66,6 +67,19 @@ def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
         if validate.__name__ != "validate_architecture":
             validate(config)
     return config
+
+
+def decode_floats(value: Any) -> Any:
+    """Values of a `config.json`, with its infinities and NaN as numbers.
+
+    JSON has no such numbers: `PretrainedConfig.to_json_string` writes {"__float__": "Infinity"},
+    which only `from_pretrained` of a config class reads back.
+    """
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in _NO_NUMBERS:
+            return float(value["__float__"])
+        return {name: decode_floats(entry) for name, entry in value.items()}
+    return [decode_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 @contextmanager

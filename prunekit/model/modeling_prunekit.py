@@ -337,9 +337,17 @@ class _Model:
         give_views(self, per_layer_overrides(config))  # type: ignore[arg-type]
 
     def initialize_weights(self) -> None:
-        """Tables that no file holds are computed from the sizes of the dense model."""
-        with as_dense(self.config):  # type: ignore[attr-defined]
-            super().initialize_weights()  # type: ignore[misc]
+        """Tables that no file holds are computed from the sizes of the dense model.
+
+        Also those that a module computes for others: in classes that are not its own transformers
+        takes a module without tensors for one that is initialised.
+        """
+        vars(self)["is_custom_code"] = lambda: False
+        try:
+            with as_dense(self.config):  # type: ignore[attr-defined]
+                super().initialize_weights()  # type: ignore[misc]
+        finally:
+            del vars(self)["is_custom_code"]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:  # looks into the file of its class

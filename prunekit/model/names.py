@@ -50,7 +50,28 @@ SYNONYMS = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
 }
 # Names that mean the width of all heads together, inside an attention module.
-ATTENTION_WIDTHS = ("embed_dim", "hidden_size", "inner_dim", "d_model", "n_embd")
+ATTENTION_WIDTHS = (
+    "embed_dim",
+    "hidden_size",
+    "inner_dim",
+    "d_model",
+    "n_embd",
+    "intermediate_size",
+    "value_dim",
+)
+# What modules of linear attention and state-space models call quantities; their configs don't.
+RECURRENT_NAMES = {
+    "num_attention_heads": ("num_v_heads",),
+    "num_key_value_heads": ("num_k_heads", "n_groups"),
+    "groups": ("conv_dim",),
+    "attention_width": ("group_size",),  # of a norm over all heads
+}
+# Attributes that are not set by their value alone: real models have as many heads as numbers in a
+# state, or as positions in a chunk.
+NO_GUESSES = (
+    *("state_size", "ssm_state_size", "chunk_size", "conv_kernel_size", "conv_kernel"),
+    "layer_idx",
+)
 # Config values that count the layers of one sort at the beginning of the stack.
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 # Config lists that never hold one entry per layer.

@@ -101,13 +101,18 @@ def config_values(config: Any, layer: Mapping[str, int], sizes: Sizes) -> dict[s
 
 
 def _name_of_size(config: Any, layer: Mapping[str, int], quantity: str, old: int) -> str | None:
-    """The config's name for a quantity: the name that has the old size, else the usual name."""
+    """The config's name for a quantity: the name that has the old size, else the first without one.
+
+    Where all names have other sizes, the config says nothing of this one: heads of a state-space
+    model beside those of attention.
+    """
     if quantity not in SYNONYMS:
         return None
     for name in SYNONYMS[quantity]:
         if has(config, name) and layer.get(name, read(config, name)) == old:
             return name
-    return config_name(config, quantity)
+    names = [name for name in SYNONYMS[quantity] if has(config, name)]
+    return next((name for name in names if read(config, name) is None), None)
 
 
 def _can_be_stated(config: Any, name: str) -> bool:

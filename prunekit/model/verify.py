@@ -17,7 +17,7 @@ from prunekit.model.build import (
     make_dense_config,
     needs_prunekit,
 )
-from prunekit.model.compat import let_save_itself
+from prunekit.model.compat import decode_floats, let_save_itself
 from prunekit.model.modeling_prunekit import empty_sublayers
 from prunekit.model.record import RECORD, make_record, stock_class
 
@@ -45,7 +45,7 @@ def required_record(model: nn.Module) -> dict[str, Any] | None:
             )
         return None
     config: Any = model.config
-    values = json.loads(config.to_json_string())
+    values = decode_floats(json.loads(config.to_json_string()))
     values.pop(RECORD, None)
     values["architectures"] = [stock_class(model).__name__]
     sizes = values.pop("dense_sizes", None)

@@ -30,9 +30,9 @@ from typing import Any, ClassVar
 from prunekit.graph import Group
 from prunekit.model.attributes import resize
 from prunekit.model.inputs import text_config
-from prunekit.model.names import SYNONYMS, hidden_size_of
+from prunekit.model.names import NO_GUESSES, SYNONYMS, hidden_size_of
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.sizes import CutSizes, outer_paths
+from prunekit.surgery.sizes import CutSizes, outer_paths, width_of
 
 Finder = Callable[[CutSizes, Changes], None]  # finds attributes and changes them
 
@@ -158,6 +158,8 @@ def _resize_by_value(sizes: CutSizes, changes: Changes, only: str | None = None)
             for attribute, value in list(module.__dict__.items()):
                 if only not in (None, attribute) or type(value) is not int:
                     continue
+                if attribute in NO_GUESSES and group.kind != "head_dim":
+                    continue
                 if len(new := values.get(value, set())) == 1:
                     changes.guess(module, attribute, *new)
 
@@ -168,8 +170,8 @@ def _changed_values(sizes: CutSizes, group: Group) -> dict[int, set[int]]:
     values: dict[int, set[int]] = defaultdict(set)
     values[group.num_units].add(group.num_units - len(units))
     for member in group.members:
-        size = sizes.graph.shapes[member.parameter][member.dim]
-        values[size].add(size - member.index[units].numel())
+        old, new = width_of(sizes.graph, member, sizes.removed)
+        values[old].add(new)
     for extent in sizes.graph.extents:
         if group.name in extent.owned:
             values[extent.size].add(extent.after(sizes.removed))

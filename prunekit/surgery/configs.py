@@ -58,6 +58,18 @@ def _sizes_by_layer(sizes: CutSizes) -> dict[int, list[Sizes]]:
     return layers
 
 
+def _agreed(stated: list[dict[str, int]]) -> dict[str, int]:
+    """What several groups of a layer say of a config's values, where no two say different things.
+
+    A layer with two kinds of heads has no single number of heads.
+    """
+    merged: dict[str, set[int]] = defaultdict(set)
+    for values in stated:
+        for name, value in values.items():
+            merged[name].add(value)
+    return {name: min(found) for name, found in merged.items() if len(found) == 1}
+
+
 def _update_layers(
     config: Any, layers: dict[int, list[Sizes]], model: nn.Module, changes: Changes
 ) -> None:
@@ -66,6 +78,5 @@ def _update_layers(
     for layer, cut in layers.items():
         own = overrides.setdefault(layer, {})
         # All values are read before the first is written: one size may stand for another.
-        for values in [config_values(config, own, quantities) for quantities in cut]:
-            own.update(values)
+        own.update(_agreed([config_values(config, own, quantities) for quantities in cut]))
     set_per_layer(model, overrides, changes.set)

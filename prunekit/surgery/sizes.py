@@ -91,7 +91,7 @@ def _group_sizes(
     if group.kind == "channel":
         return {"hidden_size": units}
     if group.kind == "expert":
-        return {"num_experts": _width(graph, group.members[0], removed)}
+        return {"num_experts": width_of(graph, group.members[0], removed)}
     if group.kind == "latent":
         return {_latent_rank(graph, group): units}
     if group.kind == "head_dim" and group.consumers:
@@ -137,10 +137,10 @@ def _attention_width(
     graph: CouplingGraph, group: Group, removed: Mapping[str, list[int]]
 ) -> tuple[int, int]:
     """The width of all heads together, which the output projection reads: (old, new)."""
-    return _width(graph, (group.consumers or group.members)[0], removed)
+    return width_of(graph, (group.consumers or group.members)[0], removed)
 
 
-def _width(
+def width_of(
     graph: CouplingGraph, place: Member, removed: Mapping[str, list[int]]
 ) -> tuple[int, int]:
     """The size of the dim of a parameter in which a member lies: (old, new)."""
@@ -158,7 +158,7 @@ def _noted_sizes(graph: CouplingGraph, removed: Mapping[str, list[int]]) -> dict
     """Path of a module → the sizes that the tracer noted there and this cut changes."""
     sizes: dict[str, Sizes] = defaultdict(dict)
     for extent in graph.extents:
-        if (after := extent.after(removed)) != extent.size:
+        if extent.quantity and (after := extent.after(removed)) != extent.size:
             sizes[extent.module][extent.quantity] = (extent.size, after)
         if extent.quantity == "qk_head_dim":
             # A rotary position turns two positions of the head, which are one unit.

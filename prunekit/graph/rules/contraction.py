@@ -59,7 +59,7 @@ def _product(call: Call, left: Value, right: Value) -> Value:
         Value(axes=left.axes[:-2], tainted=left.tainted, data=left.data),
         Value(axes=right.axes[:-2], tainted=right.tainted, data=right.data),
     ).axes
-    if left.softmax or right.softmax:
+    if left.softmax or right.softmax or _mixes_positions(left, right, right_rows):
         for axis in batch:
             ax.tag(axis, "attention")
         ax.tag(right.axes[-1], "head_dim")
@@ -68,6 +68,16 @@ def _product(call: Call, left: Value, right: Value) -> Value:
     columns = [right.axes[-1]] if len(right.axes) > 1 else []
     call.multiply_adds(*batch, *rows, right_rows, *columns)
     return call.make([*batch, *rows, *columns], left, right)
+
+
+def _mixes_positions(left: Value, right: Value, axis: Axis) -> bool:
+    """Whether a product of activations sums over an axis that no weight decides: over positions.
+
+    So linear attention and state-space models do what attention does with softmax probabilities;
+    the batch axes of such a product are their heads.
+    """
+    fixed = ax.axis_size(axis) > 1 and all(atom.pinned for atom in ax.atoms(axis))
+    return left.data and right.data and fixed
 
 
 @operator_rule("aten.addmm", "aten.baddbmm")
@@ -104,6 +114,11 @@ def _einsum(call: Call) -> Value:
         )
     # All labels but the last of softmax probabilities: batch axes, heads among them.
     weighted = [labels[:-1] for labels, value in zip(terms, operands, strict=True) if value.softmax]
+    if len(operands) == 2:
+        summed = [axis for label, (_, axis) in seen.items() if label in set(shared) - set(output)]
+        left, right = operands
+        if any(_mixes_positions(left, right, axis) for axis in summed):
+            weighted.append("".join(set(shared) & set(output)))
     for label, (_, axis) in seen.items():
         if label not in shared and label not in output:
             ax.mark_inexact(axis, f"{call.where} sums over it")

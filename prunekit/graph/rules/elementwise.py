@@ -12,9 +12,18 @@ from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, r
 def _mul(call: Call) -> Value:
     values = call.inputs()
     out = call.elementwise(*values)
-    if sum(value.data and value.tainted for value in values) == 2 and out.axes:
-        ax.tag(out.axes[-1], "nonlinear")  # a gate
+    whole = [v for v in values if v.data and v.tainted and v.shape == out.shape]
+    if len(whole) == 2:  # and not a norm, which multiplies with one number for all features
+        ax.tag(_features(out), "nonlinear")  # a gate
     return out
+
+
+def _features(value: Value) -> ax.Axis:
+    """The axis of an activation's features: the last one, unless positions come last."""
+    for axis in value.axes[-1:-3:-1]:
+        if any(atom.pinned is None for atom in ax.atoms(axis)):
+            return axis
+    return ()
 
 
 _BINARY = """
@@ -78,7 +87,7 @@ def _unary(call: Call) -> Value:
 @operator_rule(*aten(_ACTIVATIONS, in_place=True))
 def _activation(call: Call) -> Value:
     out = _unary(call)
-    ax.tag(out.axes[-1] if out.axes else (), "nonlinear")
+    ax.tag(_features(out), "nonlinear")
     return out
 
 
@@ -109,6 +118,5 @@ def _blank(call: Call) -> Value:
 
 @operator_rule("aten.new_zeros", "aten.new_ones", "aten.new_full")
 def _new(call: Call) -> Value:
-    return Value(
-        axes=tuple(ax.fresh(size, f"its size is fixed by {call.where}") for size in call.shape)
-    )
+    """One number everywhere: the tensor may have any size, if the module asks for that size."""
+    return Value(axes=tuple(ax.fresh(size) for size in call.shape))

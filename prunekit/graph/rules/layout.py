@@ -12,7 +12,10 @@ from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule, r
 @operator_rule(*aten("view reshape _unsafe_view flatten unflatten view_as _reshape_alias"))
 def _reshape(call: Call) -> Value:
     first = call.inputs()[0]
-    shaped = call.make(ax.regroup(list(first.axes), list(call.shape)), first, softmax=first.softmax)
+    axes = ax.regroup(list(first.axes), list(call.shape))
+    for axis in axes:
+        call.note("", axis)
+    shaped = call.make(axes, first, softmax=first.softmax)
     return replace(shaped, indexes=first.indexes)
 
 
@@ -270,6 +273,8 @@ def _split(call: Call) -> tuple[Value, ...]:
         "aten.split.Tensor",
         "aten.tensor_split.sections",
     )
+    for part in outputs:
+        call.note("", part)
     for part in outputs[1:] if by_number and len(set(sizes)) == 1 else ():
         ax.unify(outputs[0], part)  # one number: equal parts, which must stay equal
     return tuple(
