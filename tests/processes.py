@@ -60,15 +60,29 @@ def run_python(code, *arguments, cwd, **environment):
 
 def run_together(code, *arguments, cwd, number=2):
     """Run as many processes with the environment that torchrun gives them; their results."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_find_port())}
     place |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     started = [
         Python(code, *arguments, cwd=cwd, **place, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(number)
     ]
     return [process.finish() for process in started]
+
+
+def _find_port():
+    """A free port below those that the system hands out by itself.
+
+    One of those might go to somebody else before the first process listens on it: to the second
+    process even, which tries to reach the first one meanwhile.
+    """
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port")
 
 
 # The command line, with the process's own arguments.
