@@ -361,14 +361,18 @@ def streamed(result: dict) -> list[str]:
 
 def _reading_beside_the_work(result: dict) -> list[str]:
     """What reading and writing beside the work saves; nothing where it was not measured."""
-    if "in_turn" not in result:
+    if "beside" not in result:
         return []
-    now, in_turn = result["seconds"]["prune"], result["in_turn"]["seconds"]["prune"]
+    found = result["beside"]
+    now, in_turn = found["now"], found["in_turn"]
     return [
         "",
-        f"Pruning takes {now:.1f} s; {in_turn:.1f} s where layers are read and written in turn "
-        f"with the work ({now / in_turn - 1:+.1%}), with a peak of "
-        f"{result['in_turn']['peak']:,.0f} MiB.",
+        f"`{found['command']}`, revision `{found['revision']}`, {found['layers']} layers, each "
+        "once on a machine that others used as well: pruning takes "
+        f"{now['seconds']:.0f} s ({now['cpu_seconds']:.0f} CPU seconds of the process), and "
+        f"{in_turn['seconds']:.0f} s ({in_turn['cpu_seconds']:.0f}) where each piece of reading "
+        f"and writing ends before the work goes on; peaks {now['peak']:,.0f} and "
+        f"{in_turn['peak']:,.0f} MiB, both with one layer ahead in memory.",
     ]
 
 

@@ -166,7 +166,13 @@ def main() -> None:
     result |= {
         name: statistics.median(run["peak"] for run in found) for name, found in runs.items()
     }
-    result["in_turn"] = {**in_turn, "seconds": before["seconds"]}
+    result["beside"] = {
+        "command": result["command"],
+        "revision": result["revision"],
+        "layers": args.layers,
+        "now": {**streamed, "seconds": report["seconds"]["prune"]},
+        "in_turn": {**in_turn, "seconds": before["seconds"]["prune"]},
+    }
     result["stages"] = {name: peak / MIB for name, peak in report["peak_memory_bytes"].items()}
     result["seconds"], result["versions"] = report["seconds"], report["versions"]
     write("streamed", result)
