@@ -11,6 +11,7 @@ from prunekit.allocation.budget import Budget
 from prunekit.allocation.slots import make_slots
 from prunekit.errors import ConfigError
 from prunekit.policies.base import Setting
+from prunekit.runtime.console import say
 from prunekit.runtime.modes import evaluating
 from prunekit.schedules.base import Assignment
 from prunekit.schedules.choose import combine_scores
@@ -21,6 +22,8 @@ from prunekit.search.fitness import Divergence, Judge
 from prunekit.search.levels import Candidate, Space, nearest_step, spread_levels
 from prunekit.search.samples import Samples
 from prunekit.search.shelf import Shelf
+
+LARGEST = 1.5  # times the model's weights that a database may take; else its levels reach less far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +120,31 @@ class Bench:
         """
         shelf = shelf or Shelf()
         centres = self.steps_of(counts)
+        space = self._make_space(centres, step, reach)
+        while reach > step and not self._fits(space):
+            reach = min(reach, 1.0) - step / 2
+            space = self._make_space(centres, step, reach)
+            say(
+                f"all levels would take more than {LARGEST:g} times the weights: they reach "
+                f"{reach:.0%} of a group's units from the best cut"
+            )
+        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres), shelf)
+        return Arena(space=space, database=self.database, judge=self.judge, shelf=shelf)
+
+    def _make_space(self, centres: Candidate, step: float, reach: float) -> Space:
+        """The candidates with levels around these steps of the slots."""
         levels = tuple(
             spread_levels(slot, step, centre, reach)
             for slot, centre in zip(self.budget.slots, centres, strict=True)
         )
-        space = Space(budget=self.budget, levels=levels)
-        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres), shelf)
-        return Arena(space=space, database=self.database, judge=self.judge, shelf=shelf)
+        return Space(budget=self.budget, levels=levels)
+
+    def _fits(self, space: Space) -> bool:
+        """Whether a database of all levels takes few enough bytes; masks take none."""
+        if self.setting.compensation is None:
+            return True
+        weights = sum(p.numel() * p.element_size() for p in self.setting.model.parameters())
+        return self.database.count_bytes(space.counts_by_group()) <= LARGEST * weights
 
     def steps_of(self, counts: Mapping[str, int]) -> Candidate:
         """The step of each slot at these counts."""

@@ -66,6 +66,16 @@ class Database:
         """Bytes of the weights that are kept."""
         return sum(content.weight.nbytes for content in self._contents())
 
+    def count_bytes(self, levels: Mapping[str, Sequence[int]]) -> int:
+        """Bytes of the weights at levels at which so many units of each group are gone."""
+        total = 0
+        for name, counts in levels.items():
+            for consumer in self._consumers[name]:
+                units, width = consumer.member.index.shape
+                columns = sum((units - count) * width for count in set(counts) - {0})
+                total += columns * consumer.outputs * consumer.parameter.element_size()
+        return total
+
     def units(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
         """Group → the units that are gone at these levels."""
         return {n: list(self._levels[n][count].units) for n, count in counts.items() if count}

@@ -13,6 +13,7 @@ from prunekit.graph import trace
 from prunekit.importance import Magnitude, Obs
 from prunekit.policies import Setting
 from prunekit.schedules.repair import cut_groups
+from prunekit.search import bench as bench_module
 from prunekit.search.bench import Bench
 from prunekit.search.samples import split_samples
 
@@ -104,6 +105,23 @@ def test_the_expected_cut_is_in_the_database_as_an_ordinary_run_makes_it():
         assert level.keys() == ordinary.keys()
         for name, tensor in ordinary.items():
             torch.testing.assert_close(level[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_database_takes_at_most_so_many_bytes(monkeypatch):
+    """Levels far from the centre are left out then."""
+    with open_bench(Obs(), Repair(target="pruned")) as bench:
+        counts = {slot.name: slot.removed[len(slot.removed) // 3] for slot in bench.budget.slots}
+        weights = sum(p.numel() * p.element_size() for p in bench.setting.model.parameters())
+        whole = bench.open_round(counts, 0.125, 0.5).space
+        assert bench.database.nbytes == bench.database.count_bytes(whole.counts_by_group())
+        monkeypatch.setattr("prunekit.search.bench.LARGEST", 0.6 * bench.database.nbytes / weights)
+        space = bench.open_round(counts, 0.125, 0.5).space
+        assert bench.database.nbytes <= bench_module.LARGEST * weights
+        for own, all_levels, centre in zip(
+            space.levels, whole.levels, bench.steps_of(counts), strict=True
+        ):
+            assert {0, centre} <= set(own) <= set(all_levels)
+        assert sum(map(len, space.levels)) > 2 * len(space.levels)
 
 
 def test_masks_take_no_weights_and_need_no_walk():

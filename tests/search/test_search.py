@@ -179,6 +179,19 @@ def test_the_budget_is_met_as_exactly_as_with_a_formula():
     json.dumps(result.report["policy"])
 
 
+@pytest.mark.parametrize(("cost", "channel"), [("bytes", 4 * 146), ("flops", 2 * 64 * 3 * 48)])
+def test_other_costs_are_met_as_exactly(cost, channel):
+    few = [*OPTIONS[:3], "policy.rounds=1", "policy.generations=0", "policy.sweeps=1"]
+    report = prunekit.prune(
+        tiny_llama(kv_heads=2),
+        ratio=0.4,
+        calibration=token_ids(24, 16),
+        overrides=["policy=search", f"cost={cost}", *few],
+    ).report
+    assert report["target"]["limit"] == pytest.approx(0.6 * report["target"]["dense"])
+    assert abs(report["target"]["achieved"] - report["target"]["limit"]) <= channel / 2 + 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
