@@ -124,7 +124,10 @@ def make_config(model_type: str) -> PretrainedConfig:
     hand = dict(BY_HAND.get(model_type, {}))
     start = hand.pop("", {})
     default = AutoConfig.for_model(model_type, **start)
-    config = AutoConfig.for_model(model_type, **_merge(_merge(start, shrink(default)), hand))
+    decoder = {} if default.is_encoder_decoder else {"is_decoder": True}  # a BERT, for instance
+    decoder = decoder if "is_decoder" in vars(default) else {}
+    values = _merge(_merge(start, shrink(default)), decoder | hand)
+    config = AutoConfig.for_model(model_type, **values)
     wanted = class_of(model_type).config_class
     parts = [part for part in vars(config).values() if type(part) is wanted]
     return parts[0] if parts and type(config) is not wanted else config
