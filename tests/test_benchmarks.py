@@ -140,7 +140,7 @@ def test_types_of_models_are_tried(monkeypatch):
     def refuses(model, batch):
         raise TraceError("no rule for it")
 
-    monkeypatch.setattr(family_trial.prunekit.pipeline, "trace_batch", refuses)
+    monkeypatch.setattr(family_trial, "trace_batch", refuses)
     rows.append(family_trial.try_type("mamba"))
     assert [row["verdict"] for row in rows] == ["holds", "refused"], rows
     assert rows[0]["cut"]["magnitude"]["kinds"].keys() == {"attention", "mlp"}

@@ -169,9 +169,25 @@ def test_groups_that_can_not_be_cut_together(monkeypatch):
 
 def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
     torch.manual_seed(0)
+    result = prunekit.prune(
+        Layers(fixed, free, fixed),
+        ratio=0.1,
+        method="magnitude",
+        calibration=[{"x": torch.randn(4, 12)}],
+        overrides=["policy=uniform"],
+    )
+    assert result.report["ratio"]["achieved"] == pytest.approx(0.1, abs=0.02)
+    (row,) = result.report["left_out"]
+    assert (row["groups"], row["count"]) == ("layers.*", 2)
+    assert "shape '[4, 24]' is invalid" in row["reason"]
+    lines = tell_left_out(result.report.left_out)
+    assert all(name in lines[-1] for name in ("scope.exclude", "layers.*"))
+
+
+def test_a_hybrid_model_is_cut_whole():
+    torch.manual_seed(0)
     config = AutoConfig.for_model("falcon_h1", **SIZES, **MAMBA, **FALCON_H1)
     model = AutoModelForCausalLM.from_config(config).eval()
-    refused = {"layers.*.mamba.mlp.0": 2, "layers.*.mamba.mlp.1": 2}
     result = prunekit.prune(
         model,
         ratio=0.1,
@@ -179,11 +195,7 @@ def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
         calibration=token_ids(4, 8),
         overrides=["policy=uniform"],
     )
-    assert result.report["ratio"]["achieved"] == pytest.approx(0.1, abs=0.02)
-    assert {row["groups"]: row["count"] for row in result.report["left_out"]} == refused
-    assert all("split_with_sizes expects" in row["reason"] for row in result.report["left_out"])
-    lines = tell_left_out(result.report.left_out)
-    assert len(lines) == 4 and all(name in lines[-1] for name in ("scope.exclude", *refused))
+    assert result.report.left_out is None
 
 
 def test_width_of_heads_is_cut_in_step():
