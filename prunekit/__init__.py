@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunekit.checkpoint import from_pretrained, save_pretrained
+    from prunekit.checkpoint.plain import load, save
     from prunekit.checkpoint.register import register_with_transformers
     from prunekit.errors import PrunekitError
     from prunekit.graph import CoupledGroup, CouplingGraph, Member, trace
@@ -30,11 +31,13 @@ _PUBLIC = {
     "evaluate": "jobs.api",
     "export": "jobs.api",
     "from_pretrained": "checkpoint",
+    "load": "checkpoint.plain",
     "prune": "pipeline",
     "prune_checkpoint": "jobs.api",
     "prune_vocabulary": "jobs.vocabulary",
     "recover": "jobs.api",
     "register_with_transformers": "checkpoint.register",
+    "save": "checkpoint.plain",
     "save_pretrained": "checkpoint",
     "trace": "graph",
 }
@@ -52,11 +55,13 @@ __all__ = [
     "evaluate",
     "export",
     "from_pretrained",
+    "load",
     "prune",
     "prune_checkpoint",
     "prune_vocabulary",
     "recover",
     "register_with_transformers",
+    "save",
     "save_pretrained",
     "trace",
 ]

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from prunekit import config as cfg
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.base import CostModel, CostSetting
-from prunekit.allocation.groups import choose_groups, find_unprunable, refuse_vocabulary
+from prunekit.allocation.groups import (
+    choose_groups,
+    find_unprunable,
+    refuse_vocabulary,
+    suggest_channels,
+)
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
 from prunekit.allocation.scope import Scope
@@ -197,7 +202,9 @@ def prune_model(
         assignment = replace(allocation.assignment, state=state, store=tools.open_store(""))
         plan = choose_and_cut(assignment, method, folders, streamed)
     report = _report(config, allocation, plan, (dense, model), stages)
-    report = report.merge(Report(left_out=list_left_out(graph, config, method.scope) or None))
+    report = report.merge(
+        Report(left_out=list_left_out(model, graph, config, method.scope) or None)
+    )
     if assignment.store and any(assignment.store.peak.values()):
         report = report.merge(Report(activation_bytes=assignment.store.peak))
     if assignment.state and not folders.keep:
@@ -226,17 +233,21 @@ def rehearse_cut(
         ConfigError: none can, or `scope.exclude` leaves none.
     """
     everything = [*graph.groups, *graph.stacks]
-    groups = scope.select_groups(choose_groups(graph, config.groups), everything)
+    groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
     graph = rehearse(model, graph, groups, saved=saved)
-    for line in tell_left_out(list_left_out(graph, config, scope)):
+    for line in tell_left_out(list_left_out(model, graph, config, scope)):
         say(line)
     return graph
 
 
-def list_left_out(graph: CouplingGraph, config: RunConfig, scope: Scope) -> tuple[LeftOut, ...]:
+def list_left_out(
+    model: nn.Module, graph: CouplingGraph, config: RunConfig, scope: Scope
+) -> tuple[LeftOut, ...]:
     """The groups of the kinds that the configuration names which can't be cut."""
     return gather_left_out(
-        group for group in find_unprunable(graph, config.groups) if not scope.leaves_whole(group)
+        group
+        for group in find_unprunable(model, graph, config.groups)
+        if not scope.leaves_whole(group)
     )
 
 
@@ -289,7 +300,7 @@ def allocate(
     independent = "independent" in cfg.kinds_of(config.groups)
     method.schedule.check(method.importance, method.scope.rounds, independent)
     everything = [*graph.groups, *graph.stacks]
-    groups = method.scope.select_groups(choose_groups(graph, config.groups), everything)
+    groups = method.scope.select_groups(choose_groups(model, graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
     objective = set_objective(method.cost, costs, config)
     if method.compensation is not None or method.schedule.layerwise:
@@ -367,7 +378,8 @@ def _make_budget(
         ranking=method.scope.ranking,
         comparable=method.importance.comparable,
         key=objective.option,
-        hint=_name_limits(config, method, stepped=max(gather_steps(slots).values()) > 1),
+        hint=_name_limits(config, method, stepped=max(gather_steps(slots).values()) > 1)
+        + suggest_channels(graph.groups, setting.groups),
     )
 
 

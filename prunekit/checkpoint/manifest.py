@@ -44,7 +44,7 @@ def check_manifest(folder: Path, weights: bool = True) -> None:
             f"{path}: expected format {FORMAT}, got {version!r:.40}: "
             "made by another version of prunekit, or damaged"
         )
-    if not isinstance(files, dict) or "config.json" not in files:
+    if not isinstance(files, dict) or not {"config.json", "module.json"} & files.keys():
         raise CheckpointError(f"{path}: damaged: expected the checksums of the folder's files")
     if added := sorted(_names(folder, *_LOADED) - files.keys()):
         raise CheckpointError(

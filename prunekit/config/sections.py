@@ -23,6 +23,8 @@ VOCABULARY = "vocabulary"  # tokens, which go by what texts need, before anythin
 KINDS: dict[str, tuple[str, ...]] = {
     "block": BLOCK,
     **{kind: (kind,) for kind in SINGLE},
+    "tower": BLOCK,
+    "auto": BLOCK,
     "independent": BLOCK,
     VOCABULARY: (),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import DataError
-from prunekit.model.inputs import without_cache
+from prunekit.model.inputs import rows_of_packed, without_cache
 
 Batch = Mapping[str, Any]
 Numbered = tuple[int, Batch]  # the number of a batch's first sample in its set, and the batch
@@ -79,16 +79,15 @@ def count_positions(batch: Batch) -> tuple[int, int]:
 def split_samples(batch: Batch) -> list[Batch]:
     """The rows of a batch, each as a batch of one."""
     rows, _ = count_positions(batch)
-    return [
-        {key: _take(value, slice(j, j + 1), rows) for key, value in batch.items()}
-        for j in range(rows)
-    ]
+    return [take_rows(batch, [row]) for row in range(rows)]
 
 
 def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
     """A batch of some rows of another one; values that have no row for each sample stay."""
     size, _ = count_positions(batch)
-    return {key: _take(value, list(rows), size) for key, value in batch.items()}
+    packed = rows_of_packed(batch, size)
+    own = {key: torch.cat([parts[row] for row in rows]) for key, parts in packed.items()}
+    return {key: own.get(key, _take(value, list(rows), size)) for key, value in batch.items()}
 
 
 def _take(value: Any, rows: slice | list[int], size: int) -> Any:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from prunekit.errors import TraceError
 from prunekit.graph.coupling import CouplingGraph
 from prunekit.graph.tracer import trace
+from prunekit.model.inputs import rows_of_packed
+from prunekit.model.parts import find_language_part, image_tokens
 
 _ROWS, _TOKENS = 2, 8  # of an example
+_UNTRACEABLE = (TraceError, GuardOnDataDependentSymNode)
+_UNSEEN = "the model can't be traced with what it sees, which may be coupled to it"
 # Arguments [samples, tokens] of language models: tokens may go where a batch has no other tensors.
 _TEXT = {
     *("input_ids", "attention_mask", "position_ids", "token_type_ids"),
@@ -26,7 +32,8 @@ def trace_batch(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph:
     """Trace a model with a small example of a batch: two samples, of plain text eight tokens each.
 
     Labels are left out where the model does without. Where it does not run on the smaller example,
-    the next larger one is tried.
+    the next larger one is tried. Where a model that also sees or hears can't be traced with what it
+    sees, its language model is traced with text alone.
 
     Raises:
         TraceError: the model can't be traced with two whole samples.
@@ -35,9 +42,39 @@ def trace_batch(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph:
     for example in smaller:
         try:
             return trace(model, example)
-        except TraceError:
+        except _UNTRACEABLE:
             continue
-    return trace(model, whole)
+    try:
+        return trace(model, whole)
+    except _UNTRACEABLE:
+        graph = _trace_text(model, batch)
+        if graph is None:
+            raise
+        return graph
+
+
+def _trace_text(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph | None:
+    """The groups inside the layers of the language model, traced without what the model sees.
+
+    Whatever lies outside of these layers may be coupled to what was not traced. None where the
+    model is nothing but a language model, and where it can't be traced so.
+    """
+    ids = batch.get("input_ids")
+    if find_language_part(model) is None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        return None
+    text = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    marks = torch.tensor(sorted(image_tokens(model)), device=ids.device)
+    plain = ids[~torch.isin(ids, marks)]
+    if not len(plain):
+        return None
+    text["input_ids"] = torch.where(torch.isin(ids, marks), plain[0], ids)
+    try:
+        graph = trace(model, next(examples_of(model, text)))
+    except _UNTRACEABLE:
+        return None
+    pinned = {"prunable": False, "exact": False, "reason": _UNSEEN}
+    groups = (g if g.layer is not None else replace(g, **pinned) for g in graph.groups)  # type: ignore[arg-type]
+    return replace(graph, groups=tuple(groups))
 
 
 def examples_of(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -60,13 +97,16 @@ def _first_samples(batch: Mapping[str, Any]) -> dict[str, Any]:
         len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim
     )
     rows = sizes.most_common(1)[0][0] if sizes else 0
+    packed = rows_of_packed(batch, rows)
 
-    def take(value: Any) -> Any:
+    def take(name: str, value: Any) -> Any:
+        if name in packed:
+            return torch.cat((packed[name] * _ROWS)[:_ROWS])
         if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
             return value
         return value[:_ROWS] if rows > 1 else torch.cat([value, value])
 
-    return {name: take(value) for name, value in batch.items()}
+    return {name: take(name, value) for name, value in batch.items()}
 
 
 def _shorten(value: Any, example: Mapping[str, Any]) -> Any:

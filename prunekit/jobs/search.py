@@ -53,7 +53,7 @@ def run_search(job: Job) -> Outcome:
         method=config.method_name,
         policy=describe_policy(allocation),
         layers=count_units(allocation.groups, removed),
-        left_out=list_left_out(graph, config, method.scope) or None,
+        left_out=list_left_out(subject.model, graph, config, method.scope) or None,
         base=base_of(config),
         calibration=describe_calibration(config, windows),
     )

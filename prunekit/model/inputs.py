@@ -10,6 +10,8 @@ from torch import nn
 
 from prunekit.errors import ConfigError
 
+# Arguments with patches of images → those with the patches of each image: time × height × width.
+_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 Inputs = TypeVar("Inputs", bound=Mapping[str, Any] | tuple[Any, ...])
 
 
@@ -72,3 +74,26 @@ def text_config(model: nn.Module) -> Any:
     """The config of the language model in a model, which may also see or hear; or None."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def rows_of_packed(inputs: Mapping[str, Any], rows: int) -> dict[str, list[torch.Tensor]]:
+    """The patches of each row's images, of arguments that hold those of all rows one after another.
+
+    Args:
+        inputs: keyword arguments of a forward call: `pixel_values` [patches, …] beside
+            `image_grid_thw` [images, 3], say. Rows have one image each, or the same number.
+        rows: how many rows the call has.
+
+    Returns:
+        Name of an argument → a tensor for each row; nothing of arguments that are not packed.
+    """
+    packed = {}
+    for name, grid_name in _GRIDS.items():
+        patches, grids = inputs.get(name), inputs.get(grid_name)
+        if not isinstance(patches, torch.Tensor) or not isinstance(grids, torch.Tensor):
+            continue
+        if rows and len(grids) % rows == 0:
+            sizes = grids.prod(-1).view(rows, -1).sum(1).tolist()
+            if sum(sizes) == len(patches):
+                packed[name] = list(patches.split(sizes))
+    return packed

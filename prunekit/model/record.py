@@ -62,8 +62,27 @@ def make_record(model: Any, dense: nn.Module) -> dict[str, Any]:
     if (body := body_path(model)) != model.base_model_prefix:
         known["body"] = body
     record = {**known, "shapes": _pack(model, shapes), "attributes": _pack(model, attributes)}
+    return record | _record_empty(model)
+
+
+def record_numbers(module: nn.Module) -> dict[str, Any]:
+    """Make the record of a module with every number that its modules keep, and with no shapes.
+
+    It is for modules of which no dense one can be built to compare with.
+    """
+    numbers = {
+        f"{path}.{name}".lstrip("."): value
+        for path, inner in module.named_modules()
+        for name, value in vars(inner).items()
+        if not name.startswith("_") and _is_size(value)
+    }
+    known = {"format": modeling_prunekit.FORMAT, "shapes": {}}
+    return {**known, "attributes": _pack(module, numbers), **_record_empty(module)}
+
+
+def _record_empty(model: nn.Module) -> dict[str, Any]:
     empty = {f"{path}.empty": list(how) for path, how in empty_sublayers(model).items()}
-    return record | ({"empty": _pack(model, empty)} if empty else {})
+    return {"empty": _pack(model, empty)} if empty else {}
 
 
 def _other_shapes(module: nn.Module, dense: nn.Module | None) -> dict[str, list[int]]:

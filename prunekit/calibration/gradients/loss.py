@@ -39,7 +39,7 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
         DataError: the model has no loss.
     """
     outputs = model(**without_cache(model, batch))
-    if is_language_model(outputs, batch):
+    if is_language_model(model, outputs, batch):
         return _next_token_loss(outputs.logits, batch, by_sample)
     value: Any = (
         outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
@@ -47,7 +47,7 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
     if not isinstance(value, Tensor) or value.ndim:
         raise DataError(
             f"{type(model).__name__}: the calibration loss takes a model that returns a scalar "
-            "`loss`"
+            "`loss`: a model of transformers does where the batches hold `labels`"
         )
     return Loss(value=value, counts=(count_positions(batch)[0],))
 
@@ -61,8 +61,15 @@ def calibration_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return total / max(sum(counts), 1)
 
 
-def is_language_model(outputs: Any, batch: Batch) -> bool:
-    """Whether these outputs hold logits [B, T, V] of the batch's `input_ids` [B, T]."""
+def is_language_model(model: Any, outputs: Any, batch: Batch) -> bool:
+    """Whether these outputs hold logits [B, T, V] of the tokens after the batch's `input_ids`.
+
+    Those of an encoder with a head for each token, and of a decoder beside an encoder, do not.
+    """
+    config = getattr(model, "config", None)
+    goes_on = getattr(model, "can_generate", lambda: True)()
+    if not goes_on or getattr(config, "is_encoder_decoder", False):
+        return False
     logits = getattr(outputs, "logits", None)
     return isinstance(logits, Tensor) and logits.ndim == 3 and batch.get("input_ids") is not None
 

@@ -53,7 +53,7 @@ def find_tapped(
             note = partial(_note_shape, own)
             stack.callback(module.register_forward_hook(note).remove)
         outputs = model(**without_cache(model, sample))
-    if not is_language_model(outputs, sample):
+    if not is_language_model(model, outputs, sample):
         return {}
     expected = [tuple(sample["input_ids"].shape)]
     return {

@@ -357,6 +357,9 @@ def _movedim(call: Call) -> Value:
 def _write(call: Call) -> Value:
     value, index = call.value("self"), call.get("index") or call.get("mask")
     call.look_up(value.axes[dim_of(value, call.get("dim", 0))], index, "writes by index")
+    source = call.get("source")
+    if call.get("mask") and source and source.shape[-1] == value.shape[-1]:
+        ax.unify(value.axes[-1], source.axes[-1])  # whole rows are written, of image features say
     return call.make(value.axes)
 
 
