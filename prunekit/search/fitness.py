@@ -24,6 +24,7 @@ from prunekit.data.batches import Batch, copy_batch, count_positions, padding_ma
 from prunekit.errors import ConfigError
 from prunekit.graph import Group
 from prunekit.model.stack import stacks_around
+from prunekit.search.halves import computing_in_halves, judges_in_halves
 
 _tree = torch.utils._pytree
 
@@ -130,6 +131,7 @@ class Judge:
     ) -> None:
         self.model, self.batches, self.store, self.trailed = model, batches, store, trailed
         self.tokens_run = 0.0
+        self._halves = judges_in_halves(model)
         self._stack, self._recording = _record(model, groups, batches, store)
         self.layers = len(self._stack)
         self.states = self.trail(0, [self._recording.hidden])
@@ -168,7 +170,8 @@ class Judge:
                 trail[i].append(self.store.put(hidden))
             if trail is not None and i == self.layers - 1:
                 break
-            output = calls[i].make(self._stack[i], hidden)
+            with computing_in_halves(self._halves):
+                output = calls[i].make(self._stack[i], hidden)
             hidden = output if isinstance(output, Tensor) else output[0]
         self.tokens_run += (self.layers - first) / self.layers * self.tokens(batch)
         return output
@@ -187,6 +190,7 @@ class Judge:
             with ExitStack() as stack:
                 for layer in self._stack:
                     stack.enter_context(replacing(layer, partial(return_always, part)))
+                stack.enter_context(computing_in_halves(self._halves))
                 outputs = self.model(**copy_batch(self.batches[batch]))
             logits = outputs.logits
             expected = (rows, min(size, length - start))
