@@ -6,6 +6,7 @@ repair; but candidates are compared, by differences far above what bfloat16 roun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,5 +33,6 @@ def _is_bfloat16(weight: Tensor) -> bool:
 
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16: emulated, they are slow."""
-    capabilities = torch.cpu.get_capabilities()
+    # The function is new: where torch lacks it, nothing is known, and float32 is computed in.
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
