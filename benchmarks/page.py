@@ -488,7 +488,7 @@ def search(result: dict) -> list[str]:
         "Perplexity of the pruned model, its increase over the dense one, and how the search's "
         "increase compares with that of the best formula. Seconds: of pruning alone, the search "
         "within it. Evaluations: candidates judged; passes: all of their tokens, in passes over "
-        "the calibration set.",
+        f"the calibration set. {result['note']}",
         "",
     ]
     rows: dict[tuple[str, float], list[dict]] = {}
