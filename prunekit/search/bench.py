@@ -19,6 +19,7 @@ from prunekit.search.arena import Arena
 from prunekit.search.build import Builder
 from prunekit.search.database import Database
 from prunekit.search.fitness import Divergence, Judge
+from prunekit.search.halves import judges_in_halves
 from prunekit.search.levels import Candidate, Space, nearest_step, spread_levels
 from prunekit.search.samples import Samples
 from prunekit.search.shelf import Shelf
@@ -83,7 +84,7 @@ class Bench:
         model, groups = setting.model, setting.groups
         budget = make_budget(setting, dict.fromkeys((g.name for g in groups), 1.0))
         store = setting.tools.open_store("search")
-        database = Database(model, groups, store)
+        database = Database(model, groups, store, halves=judges_in_halves(model))
         try:
             with evaluating(model):
                 yield cls(

@@ -46,13 +46,16 @@ class Database:
         model: the dense model, whose consumers are about to change.
         groups: the groups that are cut.
         store: keeps the weights.
+        halves: weights are kept in bfloat16, in which they are judged anyway.
 
     Attributes:
         placed: group → units removed from it in the model as it is by now.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], store: Store) -> None:
-        self.store = store
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], store: Store, *, halves: bool = False
+    ) -> None:
+        self.store, self.halves = store, halves
         self.placed = {group.name: 0 for group in groups}
         self._consumers = {group.name: find_consumers(model, group) for group in groups}
         self._dense = {
@@ -136,8 +139,9 @@ class Database:
         for consumer in self._consumers[name]:
             weight = _copy_weight(consumer)
             kept = kept_positions(weight.shape[1], _columns(consumer, units))
-            columns = self.store.put(weight.index_select(1, kept), copy=False)
-            contents.append(Content(weight=columns, bias=_copy_bias(consumer)))
+            columns = weight.index_select(1, kept)
+            own = self.store.put(columns.bfloat16() if self.halves else columns, copy=False)
+            contents.append(Content(weight=own, bias=_copy_bias(consumer)))
         self._levels[name][len(units)] = Level(units=list(units), contents=contents)
 
     def describe(self, name: str) -> dict[str, Tensor]:

@@ -148,3 +148,22 @@ def test_the_model_is_put_back_after_an_error():
         bench.database.place({slot.name: slot.removed[1] for slot in bench.budget.slots[:1]})
         raise RuntimeError
     assert differences(before, weights(model)) == set()
+
+
+def test_levels_are_kept_in_halves_where_they_are_judged_so():
+    with open_bench(Obs(), Repair()) as bench:
+        database, found = bench.database, []
+        levels = {group.name: [0, 1] for group in bench.setting.groups}
+        expected = dict.fromkeys(levels, 0)
+        for halves in (False, True):
+            database.halves = halves
+            bench.builder.fill(database, levels, expected)
+            database.place(dict.fromkeys(levels, 1))
+            found.append((weights(bench.setting.model), database.nbytes))
+        (wide, nbytes), (half, fewer) = found
+        assert nbytes == 2 * fewer
+        for group in bench.setting.groups:
+            for member in group.members:
+                if member.role == "consumer":
+                    rounded = wide[member.parameter].bfloat16().float()
+                    assert torch.equal(half[member.parameter], rounded)
