@@ -516,8 +516,9 @@ def search(result: dict) -> list[str]:
 def _describe_search_row(row: dict, best: float | None) -> list[str]:
     increase = row["pruned"] - row["dense"]
     against = f"{increase / best - 1:+.0%}" if best and row["policy"] == "search" else ""
+    own = [option for option in row["options"] if option.startswith("policy.")]
     return [
-        row["policy"],
+        " ".join([row["policy"], *own]),
         f"{row['pruned']:.2f}",
         f"{increase:.2f}",
         against,
