@@ -1,4 +1,8 @@
-"""Which cut is taken: the search's winner must beat every seed on held-out samples beyond doubt."""
+"""Which cut is taken: the winner must beat the best seed on held-out samples beyond doubt.
+
+The best seed is the one that would be taken instead. A worse seed may be so bad on a few samples
+that no lead over it is beyond doubt; that is no reason to take the best one.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,22 @@ from prunekit.search.rounds import Result
 from prunekit.search.samples import Samples
 
 WINNER = "winner"
-_ERRORS = 2.0  # standard errors of the paired differences that the winner must lead every seed by
+_ERRORS = 2.0  # standard errors of the paired differences that the winner must lead by
 
 
 def judge_cuts(seeds: Mapping[str, Checked], winner: Checked) -> tuple[str, str]:
     """The name of the cut that is taken (`WINNER`, or a seed's), and why, in a sentence."""
-    for name, seed in seeds.items():
-        lead, error = lead_over(winner, seed)
-        if not lead > _ERRORS * error:
-            best = min(seeds, key=lambda other: seeds[other].held_out.mean)
-            return best, (
-                f"the search's winner is not better than {name} beyond doubt: it leads by "
-                f"{lead:.4f} ± {error:.4f} on held-out samples; the best seed is taken, {best}"
-            )
+    best = min(seeds, key=lambda name: seeds[name].held_out.mean)
+    lead, error = lead_over(winner, seeds[best])
+    measured = f"by {lead:.4f} ± {error:.4f} on held-out samples"
+    if not lead > _ERRORS * error:
+        return best, (
+            f"the search's winner is not better than the best seed, {best}, beyond doubt: it leads "
+            f"{measured}; the seed is taken"
+        )
     return WINNER, (
-        f"the search's winner leads every seed by more than {_ERRORS:g} standard errors on "
-        "held-out samples; it is taken"
+        f"the search's winner leads the best seed, {best}, {measured}: by more than {_ERRORS:g} "
+        "standard errors; it is taken"
     )
 
 
