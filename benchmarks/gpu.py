@@ -48,11 +48,15 @@ class Part:
 PARTS = {
     "pruned": Part(gpu_parts.pruned, 100, "prune with target=pruned, by stage"),
     "residual": Part(gpu_parts.residual, 130, "prune with the default target, by stage"),
+    "more_samples": Part(
+        gpu_parts.more_samples, 90, "prune with target=pruned, 256 × 2,048 tokens"
+    ),
     "streamed": Part(gpu_parts.streamed, 90, "from disk layer by layer against the whole model"),
     "prefill": Part(gpu_parts.prefill, 100, "prefill of free, aligned and default widths"),
     "rounding": Part(gpu_parts.rounding, 30, "a model that amplifies rounding passes its check"),
     "embedded": Part(gpu_parts.embedded, 60, "the embedded model on the device and on the CPU"),
     "llm_pruner": Part(gpu_parts.llm_pruner, 45, "method=llm_pruner, 10 × 128 tokens"),
+    "scoring": Part(gpu_parts.scoring, 120, "importance from gradients and from ablation"),
     "magnitude": Part(gpu_parts.magnitude, 30, "method=magnitude"),
     "decode": Part(gpu_parts.decode, 90, "decoding with a static cache under torch.compile"),
     "search": Part(gpu_search.search, 120, "policy=search on a few layers, and the plan for all"),

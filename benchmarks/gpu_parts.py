@@ -30,9 +30,10 @@ from prunekit.demo import DEMO_MODEL
 from prunekit.evaluation.perplexity import perplexity
 from prunekit.runtime.memory import free_cached, peak_memory
 from prunekit.runtime.stages import Stages
-from prunekit.schedules import Layerwise, repair
+from prunekit.schedules import Layerwise, OneShot, repair
 from prunekit.schedules.folders import Folders
 from prunekit.schedules.method import Method
+from prunekit.surgery import check
 
 if TYPE_CHECKING:
     from gpu import Bench
@@ -177,6 +178,15 @@ STAGES = {
     "products": (Moments, "add"),
     "cut": (repair, "cut_group"),
     "surgery": (pipeline, "apply_plan"),
+    "masked": (check, "expect"),
+    "compared": (check.Expectation, "check"),
+}
+# Scores of units from the dense model, and what is to be added to `method=llm_pruner` for them.
+SCORES = {
+    "taylor_first": [],
+    "taylor_second": [],
+    "lora_gradient": [],
+    "ablation": ["groups=layer", "policy=uniform"],
 }
 
 
@@ -216,11 +226,12 @@ def describe(bench: Bench, rows: int, length: int, what: str, layers: int | None
     return f"{sizes.name}{some}, random {dtype} weights, {rows} × {length} tokens, {what}"
 
 
-def prune_by_stage(bench: Bench, name: str, target: str) -> None:
+def prune_by_stage(bench: Bench, name: str, target: str, samples: int | None = None) -> None:
     """Prune the whole shape by 20 %; seconds of every stage, and the peak."""
     sizes, watch, peaks = bench.sizes, Stopwatch(bench.device), {}
+    samples = samples or sizes.samples
     model, run = make_model(bench), Layerwise.run
-    ids = draw_tokens(bench, sizes.samples, sizes.length)
+    ids = draw_tokens(bench, samples, sizes.length)
     options = [f"data.calibration.batch_size={sizes.batch}", f"compensation.target={target}"]
 
     def noted(schedule: Layerwise, task: Any) -> Any:
@@ -232,10 +243,11 @@ def prune_by_stage(bench: Bench, name: str, target: str) -> None:
         report = prunekit.prune(model, ratio=0.2, calibration=ids, overrides=options).report
         seconds = {stage: sum(turns) for stage, turns in watch.seconds().items()}
     what = f"ratio=0.2, target={target}"
-    measured = describe(bench, sizes.samples, sizes.length, what)
+    measured = describe(bench, samples, sizes.length, what)
     parts = sum(seconds[stage] for stage in ("products", "cut"))
     seconds["forward"] = seconds["schedule"] - parts
     seconds["rest"] = seconds["whole"] - seconds["schedule"] - seconds["trace"]
+    seconds["check"] = seconds.pop("masked") + seconds.pop("compared")
     for stage, value in seconds.items():
         bench.figure(f"{name}.{stage}", value, "s", measured)
     peaks["whole"] = highest_peak(report)
@@ -246,6 +258,10 @@ def prune_by_stage(bench: Bench, name: str, target: str) -> None:
 
 def pruned(bench: Bench) -> None:
     prune_by_stage(bench, "pruned", "pruned")
+
+
+def more_samples(bench: Bench) -> None:
+    prune_by_stage(bench, "more_samples", "pruned", bench.sizes.streamed_samples)
 
 
 def residual(bench: Bench) -> None:
@@ -281,6 +297,26 @@ def llm_pruner(bench: Bench) -> None:
 
 def magnitude(bench: Bench) -> None:
     prune_at_once(bench, "magnitude", "magnitude", 2, min(64, bench.sizes.length))
+
+
+def scoring(bench: Bench) -> None:
+    """Score the units of the whole shape in several ways; seconds of choosing, and the peak."""
+    rows, length = 10, min(128, bench.sizes.length)
+    ids = draw_tokens(bench, rows, length)
+    for importance, more in SCORES.items():
+        free_cached()
+        model, watch = make_model(bench), Stopwatch(bench.device)
+        options = [f"importance={importance}", f"data.calibration.batch_size={rows}", *more]
+        with watch.watching({"schedule": (OneShot, "run")}):
+            report = prunekit.prune(
+                model, ratio=0.2, method="llm_pruner", calibration=ids, overrides=options
+            ).report
+        measured = describe(bench, rows, length, f"ratio=0.2, importance={importance}")
+        took = sum(watch.seconds()["schedule"])
+        bench.figure(f"scoring.{importance}", took, "s", measured)
+        bench.figure(f"scoring.{importance}_peak", highest_peak(report), "MB", measured, aim=24e3)
+    ratio = bench.values["scoring.taylor_second"] / bench.values["scoring.taylor_first"]
+    bench.figure("scoring.second_to_first", ratio, "times", "choosing with each", aim=2.5)
 
 
 def cut_at_random(

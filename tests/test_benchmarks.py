@@ -150,3 +150,11 @@ def test_types_of_models_are_tried(monkeypatch):
         page.families({**page.environment("families"), "note": "", "rows": rows, "repeats": 1})
     )
     assert "1 holds, 1 refused" in text and "no rule for it" in text
+
+
+def test_the_page_names_the_part_that_measures_each_row(gpu):
+    """Rows of two tables, whose second column is the part."""
+    text = (BENCHMARKS.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    named = {row[1].strip().strip("`") for row in rows} - {"part"}
+    assert named == set(gpu.PARTS)
