@@ -128,10 +128,12 @@ def capture(
                 program = _export(skeleton, example_inputs)
         except Exception as error:
             errors.append(error)
-            continue
-        if not _reads_numbers(program):
-            return program
-        programs.append(program)
+            if type(errors[0]).__name__ not in _NUMBERS_NEEDED and not programs:
+                break
+        else:
+            if not _reads_numbers(program):
+                return program
+            programs.append(program)
     if programs:
         return programs[0]
     raise TraceError(

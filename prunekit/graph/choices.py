@@ -51,12 +51,12 @@ class EveryPositionChosen(TorchFunctionMode):
             return self._find(args[0], kwargs.get("as_tuple", False))
         if func is torch.where and len(args) == 1:
             return _positions(args[0])
-        if func in _SPLIT and _are_counts(args[1]):
+        if func in _SPLIT and len(args) > 1 and _are_counts(args[1]):
             return _split_evenly(*args, **kwargs)
         if func is Tensor.__getitem__:
             return self._index(*args)
-        if func is Tensor.tolist and args[0].ndim == 1 and id(args[0]) not in self._known:
-            return [_Count() for _ in range(len(args[0]))]
+        if func is Tensor.item and id(args[0]) not in self._known:  # `tolist` asks so, too
+            return _Count()
         if args and id(args[0]) in self._known:
             return self._compute(func, *args, **kwargs)
         return func(*args, **kwargs)
