@@ -55,7 +55,7 @@ STOREYS = {
         "runtime",
         "surgery",
     },
-    "checkpoint": {"errors", "graph", "model", "plan", "runtime", "surgery"},
+    "checkpoint": {"calibration", "errors", "graph", "model", "plan", "runtime", "surgery"},
     "exports": {"errors", "model", "runtime"},
     "recovery": {"data", "errors", "model", "runtime"},
     "evaluation": {"config", "data", "errors", "model", "runtime"},
