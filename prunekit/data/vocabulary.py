@@ -254,7 +254,7 @@ def _rewrite(
 
 
 def _renumber(part: Any, new_ids: Mapping[int, int]) -> Any:
-    """A post-processor with new ids: `ids` of a template, `sep` and `cls` of BERT's kinds."""
+    """A post-processor with new ids: `ids` of a template, or `sep` and `cls` that hold one each."""
     if isinstance(part, list):
         return [_renumber(item, new_ids) for item in part]
     if not isinstance(part, dict):
