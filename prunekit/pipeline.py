@@ -150,10 +150,8 @@ def prune(
         activations=activations_folder(config, None),
         identity=f"{type(model).__name__} {weights_digest(model)}" if state else "",
     )
-    stages = Stages(device)
-    return prune_model(
-        model, config, Method.build(config, backends), batches, stages, folders=folders
-    )
+    method_of_run = Method.build(config, backends)
+    return prune_model(model, config, method_of_run, batches, Stages(device), folders=folders)
 
 
 def _refuse_batch_size(overrides: Sequence[str]) -> None:
