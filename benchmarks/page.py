@@ -541,4 +541,5 @@ SECTIONS = {
     "recovery": recovery,
     "quantize": quantize,
     "search": search,
+    "families": families,
 }
