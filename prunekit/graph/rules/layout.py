@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prunekit.graph import axes as ax
@@ -297,7 +298,15 @@ def _cat(call: Call) -> Value:
         for value in values[1:]:
             if i != dim:
                 ax.unify(values[0].axes[i], value.axes[i])
-    return call.make(replace_axis(values[0].axes, dim, joined), *values)
+    return _point_alike(call.make(replace_axis(values[0].axes, dim, joined), *values), values)
+
+
+def _point_alike(out: Value, parts: Sequence[Value]) -> Value:
+    """Note that what is joined of numbers that point into one axis points into this axis too."""
+    pointed = {ax.resolve(part.indexes) for part in parts if part.indexes is not None}
+    if len(pointed) != 1 or any(part.indexes is None for part in parts):
+        return out
+    return replace(out, indexes=pointed.pop(), counted=())
 
 
 @operator_rule("aten.stack")
@@ -306,7 +315,8 @@ def _stack(call: Call) -> Value:
     merged = call.elementwise(*values)
     dim = call.get("dim", 0) % (len(merged.axes) + 1)
     place = ax.fresh(len(values), f"stacked by {call.where}")
-    return call.make([*merged.axes[:dim], place, *merged.axes[dim:]], *values)
+    stacked = call.make([*merged.axes[:dim], place, *merged.axes[dim:]], *values)
+    return _point_alike(stacked, values)
 
 
 @operator_rule("aten.roll", "aten.flip", "aten.cumsum", "aten.cumprod")
