@@ -34,9 +34,9 @@ LOOKUPS = {
 class Mixture(nn.Module):
     """Experts with biases, gains and a correction that only the choice sees."""
 
-    def __init__(self, experts, look_up, top=2, shift=0):
+    def __init__(self, experts, look_up, top=2, shift=0, join=None):
         super().__init__()
-        self.look_up, self.top, self.shift = look_up, top, shift
+        self.look_up, self.top, self.shift, self.join = look_up, top, shift, join
         self.router = nn.Linear(6, experts)
         self.register_buffer("correction", torch.randn(experts))
         self.up, self.up_bias = (nn.Parameter(torch.empty(experts, *s)) for s in ((6, 5), (5,)))
@@ -48,6 +48,10 @@ class Mixture(nn.Module):
         wanted = scores + self.correction
         if self.top == 1:
             chosen = wanted.argmax(-1, keepdim=True)
+        elif self.join:  # the best one, and the best of the others
+            best = wanted.argmax(-1)
+            others = wanted.scatter(1, best.unsqueeze(-1), float("-inf"))
+            chosen = self.join(best, others.argmax(-1))
         else:
             chosen = wanted.topk(self.top, dim=-1).indices
         weights = scores.gather(1, chosen)
@@ -93,6 +97,26 @@ def test_all_that_one_routing_looks_up_is_cut_together(look_up, top):
     reference = smaller(build, model, [0, 2, 4])
     prunekit.apply_plan(model, graph, prunekit.PruningPlan({experts.name: [1, 3]}))
     assert reference(x).std() > 0.01
+    torch.testing.assert_close(model(x), reference(x))
+
+
+JOINS = {
+    "stack": lambda *chosen: torch.stack(chosen, 1),
+    "cat": lambda *chosen: torch.cat([one.unsqueeze(1) for one in chosen], -1),
+}
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_choices_that_are_joined_point_to_the_same_experts(join):
+    def build(experts):
+        return Mixture(experts, LOOKUPS["index"], join=JOINS[join])
+
+    model, x = randomise(build(5), 1), torch.randn(9, 6)
+    graph = prunekit.trace(model, (x,))
+    (experts,) = (group for group in graph.groups if group.kind == "expert")
+    assert (experts.num_units, experts.prunable, experts.exact) == (5, True, False)
+    reference = smaller(build, model, [0, 2, 4])
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan({experts.name: [1, 3]}))
     torch.testing.assert_close(model(x), reference(x))
 
 

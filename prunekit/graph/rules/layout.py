@@ -56,7 +56,8 @@ def _permute(call: Call) -> Value:
 def _unsqueeze(call: Call) -> Value:
     value = call.value("self")
     dim = call.arguments["dim"] % (len(value.axes) + 1)
-    return call.make([*value.axes[:dim], (), *value.axes[dim:]], value, softmax=value.softmax)
+    out = call.make([*value.axes[:dim], (), *value.axes[dim:]], value, softmax=value.softmax)
+    return replace(out, indexes=value.indexes)
 
 
 @operator_rule("aten.squeeze")
@@ -65,7 +66,7 @@ def _squeeze(call: Call) -> Value:
     dims = call.get("dim", list(range(len(value.axes))))
     gone = {dim_of(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     axes = [axis for i, axis in enumerate(value.axes) if i not in gone or ax.axis_size(axis) > 1]
-    return call.make(axes, value, softmax=value.softmax)
+    return replace(call.make(axes, value, softmax=value.softmax), indexes=value.indexes)
 
 
 @operator_rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
