@@ -266,7 +266,7 @@ def _untainted_outputs(node: Node, *, data: bool) -> Any:
 
 def _fills(node: Node) -> bool:
     """Whether an operator makes a tensor that holds one number everywhere."""
-    return str(node.target).split(".")[1] in ("zeros", "ones", "full")
+    return str(node.target).split(".")[1:2] in (["zeros"], ["ones"], ["full"])
 
 
 def _fix(tensor: Tensor, reason: str | None, *, data: bool) -> Value:
