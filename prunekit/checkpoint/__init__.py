@@ -1,6 +1,6 @@
 """Model folders: safetensors and JSON, nothing executed, written whole or not at all."""
 
-from prunekit.checkpoint.load import from_pretrained, load_tokenizer
+from prunekit.checkpoint.load import from_pretrained, load_processor, load_tokenizer
 from prunekit.checkpoint.save import save_pretrained
 from prunekit.checkpoint.shards import Shards
 from prunekit.checkpoint.stream import open_streamed
@@ -12,6 +12,7 @@ __all__ = [
     "Shards",
     "Weights",
     "from_pretrained",
+    "load_processor",
     "load_tokenizer",
     "offloaded",
     "open_streamed",

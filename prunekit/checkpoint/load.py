@@ -250,6 +250,29 @@ def _generation_config(model: PreTrainedModel, folder: Path) -> None:
             ) from error
 
 
+def load_processor(directory: str | Path, trust_remote_code: bool = False) -> Any:
+    """The processor of a model that also sees or hears; None where its folder has none.
+
+    Raises:
+        CheckpointError: it can't be loaded.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    folder = Path(directory)
+    names = ("processor_config.json", "preprocessor_config.json")
+    if folder.is_dir() and not any((folder / name).exists() for name in names):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(
+            **locate(directory), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: can't load the processor: {first_line(error)}"
+        ) from error
+    return processor if isinstance(processor, ProcessorMixin) else None
+
+
 def load_tokenizer(
     directory: str | Path, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

@@ -29,7 +29,7 @@ def save_pretrained(
     Args:
         model: any model of transformers; its folder records its class.
         directory: a new or empty folder.
-        tokenizer: the tokenizer of the model, saved beside it.
+        tokenizer: the tokenizer of the model, or the processor that holds it, saved beside it.
         remote_code: put a file beside the model with which transformers loads it without prunekit,
             given `trust_remote_code=True`. Nothing where all layers are alike: transformers' own
             class loads that.

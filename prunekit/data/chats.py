@@ -38,9 +38,16 @@ def _turns(messages: Sequence[Mapping[str, Any]], role: str, content: str) -> li
     if not all({role, content} <= message.keys() for message in messages):
         return None
     return [
-        {"role": _ROLES.get(str(m[role]), str(m[role])), "content": str(m[content] or "")}
+        {"role": _ROLES.get(str(m[role]), str(m[role])), "content": _text_of(m[content])}
         for m in messages
     ]
+
+
+def _text_of(content: Any) -> str:
+    """The content of a message, which may be a list of parts, as text."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return str(content or "")
 
 
 def _exchange(asked: Any, answered: Any) -> list[Turn] | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXT = {".txt", ".raw", ".tokens", ".md", ".text"}
-_RECORDS = {".jsonl", ".json", ".parquet"}
+RECORDS = {".jsonl", ".json", ".parquet"}
 _BUFFER = 10_000  # rows of the hub that a shuffled one is drawn from: some 20 MB of C4
 
 
@@ -113,7 +113,7 @@ def load_records(
         return list(_stream_from_hub(name, purpose, known[name]))
     if Path(name).exists():
         return read_records(Path(name))
-    if "/" in name or Path(name).suffix in _TEXT | _RECORDS:
+    if "/" in name or Path(name).suffix in _TEXT | RECORDS:
         raise DataError(f"{purpose} corpus: no such file: {name}")
     raise DataError(
         f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path"
@@ -136,8 +136,8 @@ def read_file(path: Path, field: str = "text") -> list[str]:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a local file; a text file is one record, `{"text": …}`."""
-    if path.is_dir() or path.suffix not in _TEXT | _RECORDS:
-        raise DataError(f"{path}: expected a file ending in {', '.join(sorted(_TEXT | _RECORDS))}")
+    if path.is_dir() or path.suffix not in _TEXT | RECORDS:
+        raise DataError(f"{path}: expected a file ending in {', '.join(sorted(_TEXT | RECORDS))}")
     try:
         if path.suffix in _TEXT:
             return [{"text": path.read_text(encoding="utf-8")}]

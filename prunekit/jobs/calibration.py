@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prunekit.config import RunConfig
 from prunekit.data.corpora import open_corpus, stamp_of
+from prunekit.data.images import ImageSamples, draw_image_samples, read_image_records
 from prunekit.data.windows import Windows, draw_windows, mix_windows
+from prunekit.errors import ConfigError, DataError
 from prunekit.jobs.job import Subject
 from prunekit.model.inputs import check_length
+from prunekit.model.parts import image_tokens
 from prunekit.report.parts import Calibration
 from prunekit.runtime.console import say
+from prunekit.runtime.processes import world_size
+
+Drawn = Windows | ImageSamples  # what a method is calibrated on
 
 
-def load_windows(config: RunConfig, subject: Subject) -> Windows:
-    """Draw the calibration windows, and say where they come from.
+def rows_of_batch(config: RunConfig) -> int:
+    """How many samples make a batch.
+
+    Each process has a part of the samples: a batch must not hold more than its part.
+    """
+    text = config.data.calibration
+    return min(text.batch_size, -(-text.samples // world_size()))
+
+
+def load_windows(config: RunConfig, subject: Subject) -> Drawn:
+    """Draw the calibration windows, or samples with images, and say where they come from.
 
     Raises:
         ConfigError: sequences longer than the model was made for.
@@ -25,7 +41,9 @@ def load_windows(config: RunConfig, subject: Subject) -> Windows:
     check_length("data.calibration.sequence_length", text.sequence_length, subject.model)
     samples = text.samples_by_corpus()
 
-    def load() -> Windows:
+    def load() -> Drawn:
+        if records := _records_with_images(config):
+            return _draw_images(records, config, subject)
         parts = [_draw(name, count, config, subject) for name, count in samples.items()]
         return mix_windows(parts, text.seed)
 
@@ -38,6 +56,40 @@ def load_windows(config: RunConfig, subject: Subject) -> Windows:
     if windows.warning:
         say(f"warning: {windows.warning}")
     return windows
+
+
+def _records_with_images(config: RunConfig) -> list[dict[str, Any]]:
+    """The records of the calibration file, if it holds images; ConfigError for one in a mix."""
+    text = config.data.calibration
+    for name in text.mix or {}:
+        if name not in config.corpora and read_image_records(name):
+            raise ConfigError(
+                f"data.calibration.mix: {name} holds images; expected data.calibration.path={name}"
+            )
+    return read_image_records(text.path) if text.path else []
+
+
+def _draw_images(
+    records: Sequence[Mapping[str, Any]], config: RunConfig, subject: Subject
+) -> ImageSamples:
+    """Samples with images, by the processor of the model."""
+    text = config.data.calibration
+    assert text.path
+    if subject.processor is None:
+        raise DataError(
+            f"{text.path}: its records hold images; expected a model that sees, with its processor "
+            f"in its folder, got a {type(subject.model).__name__} without"
+        )
+    return draw_image_samples(
+        text.path,
+        records,
+        subject.processor,
+        image_tokens(subject.model),
+        samples=text.samples,
+        length=text.sequence_length,
+        rows=rows_of_batch(config),
+        seed=text.seed,
+    )
 
 
 def _draw(name: str, samples: int, config: RunConfig, subject: Subject) -> Windows:
@@ -63,7 +115,7 @@ class _Counted:
             yield text
 
 
-def describe_calibration(config: RunConfig, windows: Windows) -> Calibration:
+def describe_calibration(config: RunConfig, windows: Drawn) -> Calibration:
     """Describe the calibration text and its amount, for the report."""
     text = config.data.calibration
     samples = text.samples_by_corpus()

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from prunekit.checkpoint import from_pretrained, load_tokenizer, save_pretrained
+from prunekit.checkpoint import (
+    from_pretrained,
+    load_processor,
+    load_tokenizer,
+    save_pretrained,
+)
 from prunekit.config import BUILT, RunConfig, build_as, import_modules
 from prunekit.errors import ConfigError, DataError, ExportError, PrunekitError
 from prunekit.exports import Export
@@ -137,7 +142,8 @@ def run_export(
             written.append(settings.writer.write(model, tokenizer, output))
         if saves:
             written.append(output / "model")
-            save_pretrained(model, written[-1], tokenizer, remote_code=settings.remote_code)
+            beside = _load_own_processor(config, folder) or tokenizer
+            save_pretrained(model, written[-1], beside, remote_code=settings.remote_code)
             _write_card(written[-1], folder)
             folder = written[-1]
         if settings.remote_code:
@@ -160,6 +166,13 @@ def _open(
     return model, tokenizer or load_tokenizer(source, trust)
 
 
+def _load_own_processor(config: RunConfig, folder: Path | None) -> Any:
+    """The processor in a model's folder; None where there is none."""
+    if folder is None or not folder.is_dir():
+        return None
+    return load_processor(folder, config.model.trust_remote_code)
+
+
 def _write_card(folder: Path, source: Path | None) -> None:
     """Write the card of the run that the model came from, or copy the card that it had.
 
@@ -170,7 +183,7 @@ def _write_card(folder: Path, source: Path | None) -> None:
     try:
         text = (source.parent / "report.json").read_text(encoding="utf-8")
         report = Report.from_json(text)
-        write_text(folder / "README.md", model_card(report, loading_of(folder)))
+        write_text(folder / "README.md", model_card(report, *loading_of(folder)))
     except (OSError, ValueError, DataError):
         if (source / "README.md").is_file():
             shutil.copyfile(source / "README.md", folder / "README.md")

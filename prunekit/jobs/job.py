@@ -7,22 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prunekit.checkpoint import load_tokenizer, save_pretrained
+from prunekit.checkpoint import load_processor, load_tokenizer, save_pretrained
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.config import RunConfig, build_as
-from prunekit.errors import ConfigError
+from prunekit.errors import CheckpointError, ConfigError
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.evaluation.measures import Measures, Share, load_anew
 from prunekit.jobs.export import ExportSettings
 from prunekit.jobs.kept import Kept
 from prunekit.jobs.sources import Source, content_of, inside_run, load_source, loading_of
+from prunekit.model.parts import find_language_part
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, detach
 from prunekit.report import Report, model_card
+from prunekit.runtime.console import say
 from prunekit.runtime.devices import pick_dtype
 from prunekit.runtime.files import write_text
 from prunekit.runtime.memory import free_bytes
@@ -109,6 +111,16 @@ class Job:
             raise ConfigError("tokenizer: expected the tokenizer of the model, got none")
         return load_tokenizer(source, self.config.model.trust_remote_code)
 
+    def load_processor(self, source: Source, model: PreTrainedModel) -> Any:
+        """The processor beside a model that also sees or hears; None where there is none."""
+        if not isinstance(source, str | Path) or find_language_part(model) is None:
+            return None
+        try:
+            return load_processor(source, self.config.model.trust_remote_code)
+        except CheckpointError as error:
+            say(f"warning: {error}; images can't be read, and the result has no processor")
+            return None
+
     def open(
         self,
         source: Source,
@@ -134,6 +146,7 @@ class Job:
             model=model,
             stored=stored,
             measures=measures,
+            processor=self.load_processor(source, model),
             streamed=streamed,
             kept=kept,
         )
@@ -188,6 +201,7 @@ class Subject:
         model: the model; on the meta device where it is streamed.
         stored: the type that its result is stored in.
         measures: what it is measured by; it knows the tokenizer.
+        processor: makes arguments of forward calls of images and text; None: there is none.
         streamed: the way to its layers on disk; None: they are in memory.
         kept: what the runs of a sweep have in common, if this is their dense model.
     """
@@ -196,6 +210,7 @@ class Subject:
     model: PreTrainedModel
     stored: torch.dtype
     measures: Measures
+    processor: Any = None
     streamed: Streamed | None = None
     kept: Kept | None = None
 
@@ -203,6 +218,14 @@ class Subject:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model."""
         return self.measures.tokenizer
+
+    @property
+    def preparation(self) -> Any:
+        """What is saved beside the model: the processor with the tokenizer, or that alone."""
+        if self.processor is None:
+            return self.tokenizer
+        self.processor.tokenizer = self.tokenizer
+        return self.processor
 
     def evaluate_as_loaded(self) -> Evaluation:
         """Measure the model before anything is done to it; the runs of a sweep measure it once."""
@@ -228,14 +251,14 @@ class Finished:
 
     Attributes:
         model: the model; its layers are written already where it was streamed.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or the processor that holds it.
         plan: what was cut, where that is known.
         streamed: the writer of a streamed model.
         adapter: the folder of an adapter that was not merged into the weights.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     plan: PruningPlan | None
     streamed: Streamed | None = None
     adapter: Path | None = None
@@ -249,7 +272,7 @@ class Finished:
             self.streamed.writer.finish(self.model, self.tokenizer, remote_code=remote_code)
         else:
             save_pretrained(self.model, folder, self.tokenizer, remote_code=remote_code)
-        write_text(folder / "README.md", model_card(report, loading_of(folder)))
+        write_text(folder / "README.md", model_card(report, *loading_of(folder)))
         if self.plan is not None:
             write_text(output / "plan.json", self.plan.to_json())
         if self.adapter is not None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunekit.config import VOCABULARY, RunConfig, kinds_of
 from prunekit.data.batches import Batch, make_batches
+from prunekit.data.images import place
 from prunekit.data.windows import Windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.graph import CouplingGraph
-from prunekit.jobs.calibration import describe_calibration, load_windows
+from prunekit.jobs.calibration import Drawn, describe_calibration, load_windows, rows_of_batch
 from prunekit.jobs.finetune import FineTuning
 from prunekit.jobs.job import Finished, Job, Outcome, Subject
 from prunekit.jobs.sources import base_of, identity_of
@@ -26,7 +26,7 @@ from prunekit.recovery import Recovery
 from prunekit.report import Report
 from prunekit.runtime.console import say
 from prunekit.runtime.files import digest
-from prunekit.runtime.processes import rank, world_size
+from prunekit.runtime.processes import rank
 from prunekit.schedules.folders import STATE, Folders, activations_folder
 from prunekit.schedules.method import Method
 
@@ -62,7 +62,7 @@ def run_prune(job: Job) -> Outcome:
         figures = figures.merge(Report(warnings=(*cut.warnings, *(figures.warnings or ()))))
     finished = Finished(
         model=subject.model,
-        tokenizer=subject.tokenizer,
+        tokenizer=subject.preparation,
         plan=cut.plan if cut.graph else None,
         streamed=subject.streamed,
         adapter=adapter,
@@ -112,7 +112,7 @@ def _cut(
     job: Job,
     method: Method,
     subject: Subject,
-    windows: Windows | None,
+    windows: Drawn | None,
     reduction: Reduction | None,
 ) -> _Cut:
     """Remove tokens, then units, where either is asked for."""
@@ -124,7 +124,7 @@ def _cut(
         figures = figures.merge(Report(vocabulary=reduction.figures))
         warnings += reduction.warnings()
     if windows is not None:
-        result = _prune(job, method, subject, windows.ids)
+        result = _prune(job, method, subject, windows)
         plan, graph = result.plan, result.graph
         calibration = describe_calibration(job.config, windows)
         figures = result.report.merge(figures).merge(Report(calibration=calibration))
@@ -147,17 +147,17 @@ def folders_of(job: Job) -> Folders:
     )
 
 
-def make_calibration(job: Job, subject: Subject, windows: Tensor) -> list[Batch]:
-    """The batches of the calibration windows.
+def make_calibration(job: Job, subject: Subject, windows: Drawn) -> list[Batch]:
+    """The batches of the calibration windows, or of the samples with images."""
+    device, rows = job.stages.device, rows_of_batch(job.config)
+    if isinstance(windows, Windows):
+        return make_batches(subject.model, windows.ids, rows, device)
+    return make_batches(
+        subject.model, place(windows.batches, device, subject.model.dtype), rows, device
+    )
 
-    Each process has a part of the windows: a batch must not hold more than its part.
-    """
-    own_share = -(-len(windows) // world_size())
-    rows = min(job.config.data.calibration.batch_size, own_share)
-    return make_batches(subject.model, windows, rows, job.stages.device)
 
-
-def _prune(job: Job, method: Method, subject: Subject, windows: Tensor) -> Result[PreTrainedModel]:
+def _prune(job: Job, method: Method, subject: Subject, windows: Drawn) -> Result[PreTrainedModel]:
     """Prune the model on the windows, and round its weights to the type that is saved."""
     result = prune_model(
         subject.model,
@@ -186,7 +186,7 @@ def _compare(job: Job, subject: Subject, columns: dict[str, Evaluation]) -> Repo
     return figures
 
 
-def _announce(config: RunConfig, method: Method, subject: Subject, windows: Windows | None) -> str:
+def _announce(config: RunConfig, method: Method, subject: Subject, windows: Drawn | None) -> str:
     """Describe the pruning that is about to begin, in one line."""
     name = config.model.path or "the embedded model"
     parts = [f"{name}: {measure_size(subject.model, subject.stored).parameters:,} parameters"]

@@ -54,7 +54,7 @@ def _evaluate_baseline(job: Job, subject: Subject, source: Source) -> Evaluation
 
 def _finish(subject: Subject, plan: PruningPlan | None, adapter: Path | None) -> Finished:
     cast_weights(subject.model, subject.stored)
-    return Finished(model=subject.model, tokenizer=subject.tokenizer, plan=plan, adapter=adapter)
+    return Finished(model=subject.model, tokenizer=subject.preparation, plan=plan, adapter=adapter)
 
 
 def _read_report(source: Source) -> Report:

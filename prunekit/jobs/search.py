@@ -38,7 +38,7 @@ def run_search(job: Job) -> Outcome:
     with job.stages("load"):
         subject = job.open(job.source)
         windows = load_windows(config, subject)
-    batches = make_calibration(job, subject, windows.ids)
+    batches = make_calibration(job, subject, windows)
     with job.stages("trace"):
         graph = trace_sound(subject.model, batches[0])
         graph = rehearse_cut(subject.model, graph, config, method.scope, saved=True)

@@ -17,10 +17,12 @@ from prunekit.config.sections import ModelConfig
 from prunekit.demo import DEMO_MODEL
 from prunekit.errors import ConfigError
 from prunekit.model.build import needs_prunekit
+from prunekit.model.classes import auto_class_of
 from prunekit.model.weights import cast_weights, weights_digest
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.files import checksum, digest
 
+_PROCESSORS = ("processor", "preprocessor")
 Source = str | Path | PreTrainedModel
 
 
@@ -121,7 +123,16 @@ def content_of(source: Source) -> str:
     return digest(part for file in files for part in (file.name, checksum(file)))
 
 
-def loading_of(folder: Path) -> Literal["stock", "remote", "prunekit"]:
-    """What loads a folder: stock transformers, transformers with remote code, or prunekit."""
+def loading_of(folder: Path) -> tuple[Literal["stock", "remote", "prunekit"], str, str]:
+    """What loads a folder, for its card.
+
+    Returns:
+        Stock transformers, transformers with remote code, or prunekit; the name of the auto class
+        that the model is loaded with; and of the one for what prepares its inputs.
+    """
     config = read_config(folder)
-    return "remote" if config.get("auto_map") else "prunekit" if needs_prunekit(config) else "stock"
+    way: Literal["stock", "remote", "prunekit"] = "stock"
+    if config.get("auto_map") or needs_prunekit(config):
+        way = "remote" if config.get("auto_map") else "prunekit"
+    processor = any((folder / f"{name}_config.json").exists() for name in _PROCESSORS)
+    return way, auto_class_of(config), "AutoProcessor" if processor else "AutoTokenizer"

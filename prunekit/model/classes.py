@@ -74,3 +74,19 @@ def auto_classes_of(model_type: str, architecture: str) -> dict[str, str]:
     body = architecture if architecture in bodies else bodies[0]
     same = {name: architecture for name, classes in known.items() if architecture in classes}
     return {"AutoModel": body, **same}
+
+
+def auto_class_of(config: Mapping[str, Any]) -> str:
+    """The name of the auto class that loads a folder's model as the class that it is.
+
+    Args:
+        config: the folder's `config.json`.
+    """
+    names = config.get("architectures") or [""]
+    name, model_type = str(names[0]).removeprefix("Pruned"), str(config.get("model_type"))
+    fitting = [auto for auto, classes in auto_classes(model_type).items() if name in classes]
+    first = ("AutoModelForImageTextToText", *_GUESSES[:-1])
+    own_heads = [auto for auto in fitting if auto not in ("AutoModelForPreTraining", "AutoModel")]
+    for auto in [*(auto for auto in first if auto in fitting), *own_heads, *fitting]:
+        return auto
+    return _guess(model_type, config.get("auto_map") or {})

@@ -12,21 +12,27 @@ from prunekit.report.tables import summary
 # The folders of a path in a command: where files lie on the author's machine is private.
 _FOLDERS = re.compile(r"(?<==)(?:/|~/|\.{1,2}/)(?:[^\s,/'\"]+/)*(?=[^\s,/'\"]+)")
 _LOAD = {
-    "stock": """from transformers import AutoModelForCausalLM, AutoTokenizer
+    "stock": """from transformers import {model}, {inputs}
 
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)""",
-    "remote": """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = {model}.from_pretrained(folder)
+{name} = {inputs}.from_pretrained(folder)""",
+    "remote": """from transformers import {model}, {inputs}
 
 # trust_remote_code=True runs modeling_prunekit.py
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)""",
+model = {model}.from_pretrained(folder, trust_remote_code=True)
+{name} = {inputs}.from_pretrained(folder, trust_remote_code=True)""",
     "prunekit": """import prunekit
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, {inputs}
 
 prunekit.register_with_transformers()  # or: prunekit.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)""",
+model = {model}.from_pretrained(folder)
+{name} = {inputs}.from_pretrained(folder)""",
+}
+# Auto class → what the hub calls its task.
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
 }
 _WHY = {
     "stock": "transformers' own class, and whatever builds on it, loads this folder.",
@@ -42,28 +48,38 @@ _EMPTIED = (
 )
 
 
-def model_card(report: Report, loading: str) -> str:
+def model_card(
+    report: Report,
+    loading: str,
+    model: str = "AutoModelForCausalLM",
+    inputs: str = "AutoTokenizer",
+) -> str:
     """The text of the card.
 
     Args:
         report: the report of the run; its `base` is the dense model's name on the hub.
         loading: what loads the folder: stock (transformers alone), remote (transformers with the
             code beside the weights) or prunekit.
+        model: the name of the auto class that loads the model.
+        inputs: the name of the auto class that loads what prepares its inputs.
     """
     from huggingface_hub import ModelCardData
 
     method = [report.method] if report.method else []
+    load = _LOAD[loading].format(
+        model=model, inputs=inputs, name=inputs.removeprefix("Auto").lower()
+    )
     data = ModelCardData(
         base_model=report.base,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASKS.get(model),
         tags=["prunekit", "pruning", "structured-pruning", *method],
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {escape(title(report))}", escape(_done(report))]
     parts += ["## Results", render_block(summary(report))]
     measured = (report.perplexity or {}).items()
     parts += [escape(f"{corpus}: {row.protocol}.") for corpus, row in measured]
-    parts += ["## Loading", _WHY[loading], f"```python\n{_LOAD[loading]}\n```"]
+    parts += ["## Loading", _WHY[loading], f"```python\n{load}\n```"]
     if without := _count_without_sublayer(report):
         parts.append(_EMPTIED.format(layers=f"{without} layer{'s' if without > 1 else ''}"))
     if report.command:
