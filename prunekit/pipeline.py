@@ -16,7 +16,7 @@ from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.base import CostModel, CostSetting
 from prunekit.allocation.groups import (
     choose_groups,
-    find_unprunable,
+    list_groups,
     refuse_vocabulary,
     suggest_channels,
 )
@@ -243,9 +243,7 @@ def list_left_out(
 ) -> tuple[LeftOut, ...]:
     """The groups of the kinds that the configuration names which can't be cut."""
     return gather_left_out(
-        group
-        for group in find_unprunable(model, graph, config.groups)
-        if not scope.leaves_whole(group)
+        group for group in list_groups(model, graph, config.groups) if not scope.leaves_whole(group)
     )
 
 

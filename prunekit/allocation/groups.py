@@ -92,13 +92,13 @@ def refuse_vocabulary(choice: str | list[str] | tuple[str, ...]) -> None:
         )
 
 
-def find_unprunable(
+def list_groups(
     model: nn.Module, graph: CouplingGraph, choice: str | list[str] | tuple[str, ...]
 ) -> list[Group]:
-    """The groups of the kinds that the option `groups` names which can't be pruned."""
+    """The groups of the kinds that the option `groups` names, whether they can be pruned or not."""
     found: list[Group] = []
     for name in cfg.kinds_of(choice):
         part = _part_named(model, graph, name)
         kinds = _kinds_named(part, name)
         found += [group for group in part if group.kind in kinds and group not in found]
-    return [group for group in found if not group.prunable]
+    return found

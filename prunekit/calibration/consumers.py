@@ -117,7 +117,7 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
     """The linear consumers of a group.
 
     Raises:
-        TraceError: the group has no consumer, or one that is no matrix.
+        TraceError: the group has no consumer, or one that is no matrix that a product sums over.
     """
     places = parameter_places(model)
     consumers = []
@@ -126,6 +126,11 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
         if len(shape) not in (2, 3) or (len(shape) == 3 and member.dim == 0):
             raise TraceError(
                 f"{group.name}: layer-wise pruning expects matrices, {member.parameter} is none"
+            )
+        if member.partly:
+            raise TraceError(
+                f"{group.name}: layer-wise pruning expects a product with all of a matrix, "
+                f"{member.parameter} is used in parts"
             )
         module, attribute, name = _place_of_product(places[member.parameter])
         experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]

@@ -66,6 +66,11 @@ class Findings:
         """Every dim of these parameters whose axis holds the atom."""
         return [place for place in self.places.get(atom, ()) if place[0] in names]
 
+    def widest_sum(self, name: str, atom: Atom) -> int:
+        """How many numbers a product with a parameter sums over at most, the atom among them."""
+        axes = (c.axis for c in self.contractions if name in c.sources)
+        return max((ax.axis_size(axis) for axis in axes if atom in ax.atoms(axis)), default=0)
+
     @cached_property
     def contracted(self) -> dict[str, set[int]]:
         """Parameter → its dims that are summed over against activations anywhere."""

@@ -50,6 +50,8 @@ class Member:
         elsewhere: whether activations meet the parameter in a use that does not contract this dim:
             the lookup of an embedding tied to the head, the transposed product. A repair for the
             one use would change the other.
+        partly: whether every product sums over a part of the dim only, so that there are no inputs
+            as wide as it: experts that lie one after another in a matrix.
     """
 
     parameter: str
@@ -57,6 +59,7 @@ class Member:
     role: Literal["producer", "consumer"]
     index: Tensor
     elsewhere: bool = False
+    partly: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

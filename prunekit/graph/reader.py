@@ -142,11 +142,13 @@ def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | Non
     counts = torch.bincount(owners[owners >= 0], minlength=atom.size)
     if owners[0] == DIAGONAL or len(counts.unique()) != 1:
         return None
+    consumed = (place, atom) in findings.consumed
     return Member(
         parameter=name,
         dim=dim,
-        role="consumer" if (place, atom) in findings.consumed else "producer",
+        role="consumer" if consumed else "producer",
         index=_index_table(owners, atom.size),
+        partly=consumed and findings.widest_sum(name, atom) < len(owners),
         elsewhere=name in findings.otherwise or bool(findings.contracted.get(name, set()) - {dim}),
     )
 

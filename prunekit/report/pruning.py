@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -31,19 +32,39 @@ def count_units(
 
 
 def gather_left_out(groups: Iterable[Group]) -> tuple[LeftOut, ...]:
-    """Gather groups that are not prunable by their reason, those of all layers in one entry."""
-    alike = Counter((_pattern(group), group.reason or "") for group in groups)
+    """Gather those of these groups that are not prunable by their reason.
+
+    Groups like each other in several layers are one entry where a pattern names them and no group
+    that can be pruned.
+    """
+    groups = list(groups)
+    taken = set[str]().union(*(group.pattern_names for group in groups if group.prunable))
+    alike = Counter(
+        (_find_pattern(group, taken), group.reason or "") for group in groups if not group.prunable
+    )
     return tuple(
         LeftOut(groups=pattern, count=count, reason=reason)
         for (pattern, reason), count in alike.items()
     )
 
 
-def _pattern(group: Group) -> str:
-    """The pattern of `scope.exclude` that names a group and those like it in other layers."""
-    if group.layer is None:
-        return group.name
-    return re.sub(rf"(^|\.){group.layer}(\.|$)", r"\1*\2", group.name, count=1)
+def _find_pattern(group: Group, taken: Collection[str]) -> str:
+    """The pattern of `scope.exclude` that names a group and as many like it as it can.
+
+    It matches none of the names in `taken`, or is the group's name where every pattern does.
+    """
+    own = [group.name, *sorted(member.parameter for member in group.members)]
+    for pattern in [*(_over_layers(name, group.layer) for name in own), *own]:
+        if not fnmatch.filter(taken, pattern):
+            return pattern
+    return group.name
+
+
+def _over_layers(name: str, layer: int | None) -> str:
+    """The pattern of a name in any layer, given the index of the layer that it names."""
+    if layer is None:
+        return name
+    return re.sub(rf"(^|\.){layer}(\.|$)", r"\1*\2", name, count=1)
 
 
 def tell_left_out(left_out: Sequence[LeftOut]) -> list[str]:
@@ -52,7 +73,7 @@ def tell_left_out(left_out: Sequence[LeftOut]) -> list[str]:
         return []
     width = max(len(entry.groups) for entry in left_out)
     rows = [f"  {entry.groups:{width}}  {entry.count:3} ×  {entry.reason}" for entry in left_out]
-    patterns = ",".join(f'"{entry.groups}"' for entry in left_out)
+    patterns = ",".join(dict.fromkeys(f'"{entry.groups}"' for entry in left_out))
     return [
         "these groups can't be cut and stay whole:",
         *rows,

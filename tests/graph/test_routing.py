@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import prunekit
-from prunekit.errors import TraceError
+from prunekit.errors import ConfigError, TraceError
 
 SIZES = {
     "vocab_size": 97,
@@ -158,3 +158,29 @@ def test_stacked_biases_go_with_their_experts(how, tmp_path):
     again = prunekit.from_pretrained(tmp_path / "model", attn_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, logits)
+
+
+class InOneMatrix(Mixture):
+    """Experts that lie one after another in two matrices, each taken out by a view."""
+
+    def __init__(self, experts):
+        super().__init__(experts, LOOKUPS["index"])
+        self.up, self.down = (nn.Parameter(torch.empty(experts * 5, 6)) for _ in range(2))
+
+    def forward(self, x):
+        weights, out = self.router(x).softmax(-1), torch.zeros_like(x)
+        up, down = (matrix.view(weights.shape[1], -1, 6) for matrix in (self.up, self.down))
+        for expert in range(weights.shape[1]):
+            out = out + (x @ up[expert].T).relu() @ down[expert] * weights[:, expert, None]
+        return out
+
+
+def test_a_matrix_that_is_used_in_parts_is_no_consumer_of_layer_wise_pruning():
+    model, batch = randomise(InOneMatrix(4), 1), {"x": torch.randn(9, 6)}
+    settings = {"ratio": 0.2, "calibration": [batch]}
+    parts = "expects a product with all of a matrix, down is used in parts"
+    with pytest.raises(ConfigError, match=f"{parts} .*use schedule=oneshot compensation=none"):
+        prunekit.prune(model, **settings, overrides=["groups=mlp"])
+    dense = model.down.shape
+    prunekit.prune(model, **settings, method="magnitude", overrides=["groups=mlp"])
+    assert model.down.shape[0] < dense[0]

@@ -52,6 +52,17 @@ def fixed(layer, x):
     return x.reshape(len(x), 24)
 
 
+class Other(nn.Module):
+    """An FFN whose matrices have other names."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        return x + self.narrow(self.wide(x).relu())
+
+
 def rehearsed(model, graph=None, kinds=("attention", "query_head", "mlp"), **options):
     graph = graph or trace(model, (torch.randn(4, 12),))
     groups = [group for group in graph.groups if group.prunable and group.kind in kinds]
@@ -177,11 +188,34 @@ def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
         overrides=["policy=uniform"],
     )
     assert result.report["ratio"]["achieved"] == pytest.approx(0.1, abs=0.02)
-    (row,) = result.report["left_out"]
-    assert (row["groups"], row["count"]) == ("layers.*", 2)
-    assert "shape '[2, 24]' is invalid" in row["reason"]
+    rows = result.report["left_out"]
+    assert [(row["groups"], row["count"]) for row in rows] == [("layers.0", 1), ("layers.2", 1)]
+    assert all("shape '[2, 24]' is invalid" in row["reason"] for row in rows)
     lines = tell_left_out(result.report.left_out)
-    assert all(name in lines[-1] for name in ("scope.exclude", "layers.*"))
+    assert 'scope.exclude=["layers.0","layers.2"]' in lines[-1]
+
+
+def test_patterns_name_the_groups_that_are_left_out_and_no_others():
+    """Whether the printed patterns are excluded or not, the same groups are cut."""
+
+    def cut(middle, overrides=()):
+        torch.manual_seed(0)
+        model, batch = Layers(fixed, free, fixed), {"x": torch.randn(4, 12)}
+        model.layers[1] = middle(free) if middle is Layer else middle()
+        given = ["policy=uniform", *overrides]
+        result = prunekit.prune(
+            model, ratio=0.1, method="magnitude", calibration=[batch], overrides=given
+        )
+        return result.plan.removed, result.report.left_out
+
+    for middle, expected in (
+        (Layer, ["layers.0", "layers.2"]),
+        (Other, ["layers.*.down.weight"]),
+    ):
+        removed, left_out = cut(middle)
+        assert [entry.groups for entry in left_out] == expected
+        patterns = ",".join(f'"{entry.groups}"' for entry in left_out)
+        assert cut(middle, [f"scope.exclude=[{patterns}]"]) == (removed, None)
 
 
 def test_a_hybrid_model_is_cut_whole():
