@@ -41,7 +41,7 @@ from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
 from prunekit.policies.base import Tools
 from prunekit.report.parts import LeftOut, PolicyShares, Ratio, SearchFigures, Target
-from prunekit.report.pruning import count_units, gather_left_out, tell_left_out
+from prunekit.report.pruning import count_units, exclude_patterns, gather_left_out, tell_left_out
 from prunekit.report.record import Report
 from prunekit.runtime.console import say
 from prunekit.runtime.stages import Stages
@@ -417,14 +417,24 @@ def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group])
     """Raise ConfigError where a group has no linear consumer whose inputs can be observed."""
     backend = method.schedule if method.compensation is None else method.compensation
     section = "schedule" if method.compensation is None else "compensation"
+    errors = {group.name: error for group in groups if (error := _find_misfit(model, group))}
     for group in groups:
-        try:
-            find_consumers(model, group)
-        except TraceError as error:
+        if error := errors.get(group.name):
+            patterns = exclude_patterns(groups, errors)
+            way_out = f", or scope.exclude=[{patterns}]" if len(errors) < len(groups) else ""
             raise ConfigError(
                 f"{section}={type(backend).__name__.lower()}: {error} ({group.kind}); "
-                "use schedule=oneshot compensation=none"
+                f"use schedule=oneshot compensation=none{way_out}"
             ) from error
+
+
+def _find_misfit(model: nn.Module, group: Group) -> TraceError | None:
+    """Why a group has no linear consumer whose inputs can be observed, if so."""
+    try:
+        find_consumers(model, group)
+    except TraceError as error:
+        return error
+    return None
 
 
 def _name_limits(config: RunConfig, method: Method, stepped: bool) -> str:

@@ -340,8 +340,13 @@ class _Model:
         """Tables that no file holds are computed from the sizes of the dense model.
 
         Also those that a module computes for others: in classes that are not its own transformers
-        takes a module without tensors for one that is initialised.
+        takes a module without tensors for one that is initialised. A module that holds nothing but
+        what was loaded is left alone: it may know its dense size only.
         """
+        for module in self.modules():  # type: ignore[attr-defined]
+            tensors = [*module.parameters(), *module.buffers()]
+            if tensors and all(getattr(t, "_is_hf_initialized", False) for t in tensors):
+                module._is_hf_initialized = True
         vars(self)["is_custom_code"] = lambda: False
         try:
             with as_dense(self.config):  # type: ignore[attr-defined]

@@ -48,6 +48,16 @@ def gather_left_out(groups: Iterable[Group]) -> tuple[LeftOut, ...]:
     )
 
 
+def exclude_patterns(groups: Sequence[Group], names: Collection[str]) -> str:
+    """The patterns of `scope.exclude` that name some of these groups, given by name, alone."""
+    taken = set[str]().union(*(g.pattern_names for g in groups if g.name not in names))
+    return _quote(_find_pattern(group, taken) for group in groups if group.name in names)
+
+
+def _quote(patterns: Iterable[str]) -> str:
+    return ",".join(dict.fromkeys(f'"{pattern}"' for pattern in patterns))
+
+
 def _find_pattern(group: Group, taken: Collection[str]) -> str:
     """The pattern of `scope.exclude` that names a group and as many like it as it can.
 
@@ -73,7 +83,7 @@ def tell_left_out(left_out: Sequence[LeftOut]) -> list[str]:
         return []
     width = max(len(entry.groups) for entry in left_out)
     rows = [f"  {entry.groups:{width}}  {entry.count:3} ×  {entry.reason}" for entry in left_out]
-    patterns = ",".join(dict.fromkeys(f'"{entry.groups}"' for entry in left_out))
+    patterns = _quote(entry.groups for entry in left_out)
     return [
         "these groups can't be cut and stay whole:",
         *rows,

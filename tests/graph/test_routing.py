@@ -1,5 +1,7 @@
 """Routing: whatever is indexed by the same routing is one axis, cut together or not at all."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,10 +163,11 @@ def test_stacked_biases_go_with_their_experts(how, tmp_path):
 
 
 class InOneMatrix(Mixture):
-    """Experts that lie one after another in two matrices, each taken out by a view."""
+    """Experts that lie one after another in two matrices, each taken out by a view, and an FFN."""
 
     def __init__(self, experts):
         super().__init__(experts, LOOKUPS["index"])
+        self.wide, self.narrow = nn.Linear(6, 40), nn.Linear(40, 6)
         self.up, self.down = (nn.Parameter(torch.empty(experts * 5, 6)) for _ in range(2))
 
     def forward(self, x):
@@ -172,15 +175,19 @@ class InOneMatrix(Mixture):
         up, down = (matrix.view(weights.shape[1], -1, 6) for matrix in (self.up, self.down))
         for expert in range(weights.shape[1]):
             out = out + (x @ up[expert].T).relu() @ down[expert] * weights[:, expert, None]
-        return out
+        return out + self.narrow(self.wide(x).relu())
 
 
 def test_a_matrix_that_is_used_in_parts_is_no_consumer_of_layer_wise_pruning():
-    model, batch = randomise(InOneMatrix(4), 1), {"x": torch.randn(9, 6)}
-    settings = {"ratio": 0.2, "calibration": [batch]}
-    parts = "expects a product with all of a matrix, down is used in parts"
-    with pytest.raises(ConfigError, match=f"{parts} .*use schedule=oneshot compensation=none"):
+    model, batch = randomise(InOneMatrix(4), 1), {"x": torch.randn(90, 6)}
+    settings = {"ratio": 0.1, "calibration": [batch]}
+    with pytest.raises(ConfigError) as caught:
         prunekit.prune(model, **settings, overrides=["groups=mlp"])
-    dense = model.down.shape
-    prunekit.prune(model, **settings, method="magnitude", overrides=["groups=mlp"])
-    assert model.down.shape[0] < dense[0]
+    refusal = str(caught.value)
+    assert "expects a product with all of a matrix, down is used in parts" in refusal
+    advice, way_out = refusal.partition("use ")[2].split(", or ")
+    for overrides in (advice.split(), [way_out]):
+        cut, given = copy.deepcopy(model), ["groups=mlp", "importance=magnitude", "shapes=free"]
+        result = prunekit.prune(cut, **settings, overrides=[*given, *overrides])
+        assert result.report["ratio"]["achieved"] == pytest.approx(0.1, abs=0.02)
+        assert overrides != [way_out] or cut.down.shape == model.down.shape
