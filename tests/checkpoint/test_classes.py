@@ -38,6 +38,7 @@ CASES = {
     "BertModel": (TEXT, ["input_ids"], "AutoModel"),
     "RobertaForTokenClassification": (TEXT, ["input_ids"], "AutoModelForTokenClassification"),
     "LlamaForSequenceClassification": (TEXT, ["input_ids"], "AutoModelForSequenceClassification"),
+    "RwkvForCausalLM": (TEXT | {"use_cache": False}, ["input_ids"], "AutoModelForCausalLM"),
     "ViTForImageClassification": (VISION, ["pixel_values"], "AutoModelForImageClassification"),
     "ResNetForImageClassification": (
         {"embedding_size": 16, "hidden_sizes": [24, 32], "depths": [2, 2]},
