@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,27 +17,32 @@ def polish(budget: Budget, steps: Steps, limit: float) -> Steps:
 
     The result is within half the cheapest step of the limit, unless the slots have no such steps.
     """
-    steps, error = _move_steps(budget, steps, limit)
     costs = budget.step_costs
+    steps, error = _move_steps(budget, steps, limit, costs)
     for name in sorted(costs, key=lambda n: costs[n]):
         for move in (-1, 1):
             inside = 0 <= steps[name] + move <= budget.last_steps[name]
             if error > min(costs.values()) / 2 and inside:
                 moved = {**steps, name: steps[name] + move}
-                trial, trial_error = _move_steps(budget, moved, limit)
+                # The cheaper ones first, as far as they go: another dear one would only move back.
+                cheaper = [n for n in costs if costs[n] < costs[name] * _FALLEN]
+                trial, _ = _move_steps(budget, moved, limit, cheaper)
+                trial, trial_error = _move_steps(budget, trial, limit, costs)
                 if trial_error < error * _FALLEN:
                     steps, error = trial, trial_error
     return steps
 
 
-def _move_steps(budget: Budget, steps: Steps, limit: float) -> tuple[Steps, float]:
-    """Move single steps to and fro, of the cheapest slots first, until none helps.
+def _move_steps(
+    budget: Budget, steps: Steps, limit: float, slots: Iterable[str]
+) -> tuple[Steps, float]:
+    """Move single steps of these slots to and fro, of the cheapest first, until none helps.
 
     Returns:
         the steps, and how far their cost is from the limit.
     """
     costs = budget.step_costs
-    names = sorted(costs, key=lambda name: (costs[name], -steps[name]))
+    names = sorted(slots, key=lambda name: (costs[name], -steps[name]))
     error = abs(budget.cost_of(steps) - limit)
     improved = True
     while improved:

@@ -8,8 +8,9 @@ from torch import nn
 from prunekit.allocation.budget import Budget
 from prunekit.allocation.costs.weights import weights_cost
 from prunekit.allocation.limits import find_demands
+from prunekit.allocation.polish import polish
 from prunekit.allocation.scope import Scope
-from prunekit.allocation.slots import make_slots
+from prunekit.allocation.slots import Demands, make_slots
 from prunekit.config import RunConfig
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
@@ -157,6 +158,21 @@ def test_a_global_ranking_takes_the_least_score_per_parameter_first():
     for g in BLOCK:
         kept = density[g.name][counts[g.name] :]
         assert len(kept) == 1 or kept[1].item() >= worst or counts[g.name] == g.num_units - 1
+
+
+def test_a_dear_step_is_made_up_for_by_many_cheap_ones():
+    """All FFNs are gone, and a head of each layer: one head more, and channels come back."""
+    graph = trace(tiny_llama(kv_heads=2, layers=3), example())
+    groups = [group for group in graph.groups if group.kind in ("attention", "mlp")]
+    names = [group.name for group in groups]
+    demands = Demands(floors=dict.fromkeys(names, 0))
+    slots = make_slots(Scope(min_units=0), groups, dict.fromkeys(names, 1.0), demands)
+    cost = weights_cost(graph)
+    exact = Budget(slots=slots, cost=cost, limit=cost({}) * 0.4)
+    whole = {name: 1 if last == 2 else last for name, last in exact.last_steps.items()}
+    polished = polish(exact, whole, exact.limit)
+    assert abs(exact.cost_of(whole) - exact.limit) > 4 * CHEAPEST
+    assert abs(exact.cost_of(polished) - exact.limit) <= CHEAPEST / 2
 
 
 def test_competition_inside_layers_leaves_each_layer_its_share():
