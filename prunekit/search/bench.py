@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunekit.allocation.budget import Budget
+from prunekit.allocation.polish import polish
 from prunekit.allocation.slots import make_slots
 from prunekit.errors import ConfigError
 from prunekit.policies.base import Setting
@@ -24,7 +25,9 @@ from prunekit.search.levels import Candidate, Space, nearest_step, spread_levels
 from prunekit.search.samples import Samples
 from prunekit.search.shelf import Shelf
 
-LARGEST = 1.5  # times the model's weights that a database may take; else its levels reach less far
+# Times the model's weights, in the same dtype, that a database may take; else its levels reach less
+# far.
+LARGEST = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +147,20 @@ class Bench:
         """Whether a database of all levels takes few enough bytes; masks take none."""
         if self.setting.compensation is None:
             return True
-        weights = sum(p.numel() * p.element_size() for p in self.setting.model.parameters())
-        return self.database.count_bytes(space.counts_by_group()) <= LARGEST * weights
+        database = self.database
+        weights = sum(
+            p.numel() * database.dtype_of(p).itemsize for p in self.setting.model.parameters()
+        )
+        return database.count_bytes(space.counts_by_group()) <= LARGEST * weights
+
+    def settle(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """These counts, moved to the limit by single steps of the slots, finer than levels are.
+
+        What is checked is then what an ordinary run with its shares cuts.
+        """
+        steps = zip((slot.name for slot in self.budget.slots), self.steps_of(counts), strict=True)
+        settled = self.budget.counts(polish(self.budget, dict(steps), self.budget.limit))
+        return {name: round(count) for name, count in settled.items()}
 
     def steps_of(self, counts: Mapping[str, int]) -> Candidate:
         """The step of each slot at these counts."""

@@ -69,6 +69,10 @@ class Database:
         """Bytes of the weights that are kept."""
         return sum(content.weight.nbytes for content in self._contents())
 
+    def dtype_of(self, weight: Tensor) -> torch.dtype:
+        """The dtype that the levels of a weight are kept in."""
+        return torch.bfloat16 if self.halves else weight.dtype
+
     def count_bytes(self, levels: Mapping[str, Sequence[int]]) -> int:
         """Bytes of the weights at levels at which so many units of each group are gone."""
         total = 0
@@ -76,7 +80,7 @@ class Database:
             for consumer in self._consumers[name]:
                 units, width = consumer.member.index.shape
                 columns = sum((units - count) * width for count in set(counts) - {0})
-                total += columns * consumer.outputs * consumer.parameter.element_size()
+                total += columns * consumer.outputs * self.dtype_of(consumer.parameter).itemsize
         return total
 
     def units(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
@@ -140,7 +144,7 @@ class Database:
             weight = _copy_weight(consumer)
             kept = kept_positions(weight.shape[1], _columns(consumer, units))
             columns = weight.index_select(1, kept)
-            own = self.store.put(columns.bfloat16() if self.halves else columns, copy=False)
+            own = self.store.put(columns.to(self.dtype_of(consumer.parameter)), copy=False)
             contents.append(Content(weight=own, bias=_copy_bias(consumer)))
         self._levels[name][len(units)] = Level(units=list(units), contents=contents)
 

@@ -32,12 +32,36 @@ def mutate(space: Space, parent: Candidate, rng: random.Random) -> Candidate:
         if after is not None and slot not in moved:
             child = after
             moved.add(slot)
-    child = fit(space, child, moved, rng)
+    child = _approach(space, child, moved, rng)
     # Where the other slots are too coarse, or at their ends, the moved ones give way.
     return fit(space, child, set(), rng)
 
 
 def fit(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate:
+    """Move slots that are not fixed until the cost is as near to the limit as they can bring it.
+
+    Where no single move helps, a slot that overshoots is moved, and others make up for it.
+    """
+    candidate = _approach(space, candidate, fixed, rng)
+    if _miss(space, candidate) <= space.tolerance:
+        return candidate
+    free = [slot for slot in range(len(candidate)) if slot not in fixed]
+    for slot in rng.sample(free, len(free)):
+        for levels in (1, -1):
+            if (moved := space.move(candidate, slot, levels)) is not None:
+                trial = _approach(space, moved, fixed | {slot}, rng)
+                candidate = min(candidate, trial, key=lambda c: _miss(space, c))
+        if _miss(space, candidate) <= space.tolerance:
+            break
+    return candidate
+
+
+def _miss(space: Space, candidate: Candidate) -> float:
+    """How far the cost is from the limit."""
+    return abs(space.cost(candidate) - space.budget.limit)
+
+
+def _approach(space: Space, candidate: Candidate, fixed: set[int], rng: random.Random) -> Candidate:
     """Move slots that are not fixed, in random order, while the cost comes nearer to the limit."""
     error = space.cost(candidate) - space.budget.limit
     free = [slot for slot in range(len(candidate)) if slot not in fixed]

@@ -123,8 +123,8 @@ def run_round(
 
 
 def _check(bench: Bench, shelf: Shelf, name: str, counts: Mapping[str, int]) -> Checked:
-    """A cut of the model, exactly; found again where the shelf holds it."""
-    content = shelf.remember(name, lambda: bench.check(counts).to_json())
+    """A cut of the model, at the limit, exactly; found again where the shelf holds it."""
+    content = shelf.remember(name, lambda: bench.check(bench.settle(counts)).to_json())
     return Checked.from_json(content)
 
 

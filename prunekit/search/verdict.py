@@ -23,7 +23,7 @@ _ERRORS = 2.0  # standard errors of the paired differences that the winner must 
 
 def judge_cuts(seeds: Mapping[str, Checked], winner: Checked) -> tuple[str, str]:
     """The name of the cut that is taken (`WINNER`, or a seed's), and why, in a sentence."""
-    best = min(seeds, key=lambda name: seeds[name].held_out.mean)
+    best = min(seeds, key=lambda name: lead_over(winner, seeds[name])[0])
     lead, error = lead_over(winner, seeds[best])
     measured = f"by {lead:.4f} ± {error:.4f} on held-out samples"
     if not lead > _ERRORS * error:

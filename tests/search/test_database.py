@@ -158,6 +158,7 @@ def test_levels_are_kept_in_halves_where_they_are_judged_so():
         for halves in (False, True):
             database.halves = halves
             bench.builder.fill(database, levels, expected)
+            assert database.nbytes == database.count_bytes(levels)
             database.place(dict.fromkeys(levels, 1))
             found.append((weights(bench.setting.model), database.nbytes))
         (wide, nbytes), (half, fewer) = found

@@ -17,13 +17,16 @@ from prunekit.search.levels import Space, spread_levels
 from prunekit.search.samples import split_samples
 
 
-def make_space(step=0.25, width_multiple=1, ratio=0.15, layers=3):
+def make_space(step=0.25, width_multiple=1, ratio=0.15, layers=3, min_units=None):
     graph = trace(tiny_llama(kv_heads=2, layers=layers), example())
     groups = [group for group in graph.groups if group.kind in ("attention", "mlp")]
     cost = weights_cost(graph)
-    demands = Demands(multiples={g.name: width_multiple for g in groups if g.kind == "mlp"})
+    demands = Demands(
+        multiples={g.name: width_multiple for g in groups if g.kind == "mlp"},
+        floors={} if min_units is None else {g.name: min_units for g in groups},
+    )
     shares = dict.fromkeys((group.name for group in groups), 1.0)
-    slots = make_slots(Scope(), groups, shares, demands)
+    slots = make_slots(Scope(min_units=min_units), groups, shares, demands)
     budget = Budget(slots=slots, cost=cost, limit=cost({}) * (1 - ratio))
     return Space(budget=budget, levels=tuple(spread_levels(slot, step) for slot in slots))
 
@@ -48,9 +51,17 @@ def test_children_meet_the_limit_to_half_a_level(step):
     assert len(children) > 10
     for child in {parent, *children}:
         assert all(s in levels for s, levels in zip(child, space.levels, strict=True))
-    off = sorted(abs(space.cost(child) - space.budget.limit) for child in {parent, *children})
-    assert off[len(off) // 2] <= space.tolerance
-    assert off[-1] <= 4 * space.tolerance  # where slots with fine levels are at their ends
+        assert abs(space.cost(child) - space.budget.limit) <= space.tolerance
+
+
+def test_a_dear_level_is_made_up_for_by_cheap_ones():
+    """All FFNs are gone, and no head: a head less overshoots, until channels come back."""
+    space = make_space(step=0.125, ratio=0.3832, layers=2, min_units=0)
+    ends = [levels[-1] for levels in space.levels]
+    start = tuple(0 if end == 2 else end for end in ends)
+    found = fit(space, start, set(), random.Random(0))
+    assert space.cost(start) - space.budget.limit > 2 * space.tolerance
+    assert abs(space.cost(found) - space.budget.limit) <= space.tolerance
 
 
 def test_the_parts_of_the_samples_share_no_text_and_lose_none():

@@ -165,6 +165,38 @@ def test_the_winner_must_lead_the_best_seed_beyond_doubt():
     assert judge_cuts({"a": checked(5.0)}, checked(1.0))[0] == "a"  # one sample proves nothing
 
 
+def test_the_seed_that_is_led_least_counts_where_samples_differ_in_length():
+    """A lead is the mean over samples; the KL of a cut is that over positions."""
+    lengths = torch.tensor([1.0, 1.0, 10.0]).double()
+
+    def cut(*means):
+        sums = torch.tensor(means).double() * lengths
+        return Checked(counts={}, fitness=0.0, held_out=Divergence(sums=sums, counts=lengths))
+
+    winner, long = cut(2.0, 2.1, 2.0), cut(3.0, 3.2, 2.5)
+    short = cut(1.0, 1.0, 3.0)  # worse by its positions, better by its samples
+    assert short.held_out.mean > long.held_out.mean
+    assert judge_cuts({"long": long}, winner)[0] == "winner"
+    assert judge_cuts({"long": long, "short": short}, winner)[0] == "short"
+
+
+@pytest.mark.parametrize(("cost", "ratio"), [("flops", 0.5), ("parameters", 0.6)])
+def test_the_cut_that_was_checked_is_the_one_that_is_made(cost, ratio):
+    """Whole FFNs may go and heads are dear, so that no single level brings the cost nearer."""
+    model = tiny_llama(kv_heads=2, layers=2)
+    sizes = {group.name: group.num_units for group in trace(model, example()).groups}
+    result = prunekit.prune(
+        model,
+        ratio=ratio,
+        calibration=token_ids(24, 16),
+        overrides=["policy=search", f"cost={cost}", *OPTIONS],
+    )
+    search = result.report["policy"]["search"]
+    shares = search["cuts"][search["taken"]]["shares"]
+    expected = {name: round(share * sizes[name]) for name, share in shares.items() if share}
+    assert {name: len(units) for name, units in result.plan.removed.items()} == expected
+
+
 def test_the_budget_is_met_as_exactly_as_with_a_formula():
     model = tiny_llama(kv_heads=2, layers=3)
     result = prunekit.prune(
