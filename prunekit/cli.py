@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prunekit.config import RunConfig, check, check_choices, config_dir, drop_presets, one_line
+from prunekit.config import RunConfig, check, check_choices, config_dir, one_line, settle
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.runtime.torchrun import launched_rank
 
@@ -64,7 +64,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _job(config: DictConfig) -> None:
     """One run; Hydra calls it, once for each run of a sweep."""
-    drop_presets(config, HydraConfig.get().overrides.task)
+    settle(config, HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         _do(config, folder)

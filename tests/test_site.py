@@ -184,6 +184,17 @@ def test_every_choice_is_listed():
     assert [path.stem for path in choices if f"`{path.stem}`" not in text] == []
 
 
+def test_every_model_by_name_has_a_row_with_its_path():
+    text = (DOCS / "models.md").read_text()
+    models = [path for path in (ROOT / "conf" / "model").glob("*.yaml") if path.stem != "demo"]
+    assert len(models) == 17
+    for path in models:
+        hub = yaml.safe_load(path.read_text())["model"]["path"]
+        assert re.search(rf"^\| `{path.stem}` \| {re.escape(hub)} \|", text, re.M), path.stem
+    for named in re.findall(r"`(tests/\w+\.py)`", text):
+        assert (ROOT / named).exists(), named
+
+
 def test_the_examples_in_docstrings_name_what_exists():
     examples = [
         text

@@ -10,13 +10,12 @@ from prunekit.config.calls import (
     RECOVER,
     ApiCall,
 )
-from prunekit.config.compose import check, compose, config_dir, flat
+from prunekit.config.compose import check, compose, config_dir, flat, settle
 from prunekit.config.overrides import (
     BUILT,
     GROUPS,
     check_acted_on,
     check_choices,
-    drop_presets,
     one_line,
     split_overrides,
 )
@@ -51,10 +50,10 @@ __all__ = [
     "check_choices",
     "compose",
     "config_dir",
-    "drop_presets",
     "flat",
     "import_modules",
     "kinds_of",
     "one_line",
+    "settle",
     "split_overrides",
 ]

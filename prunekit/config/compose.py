@@ -19,7 +19,7 @@ from prunekit.config.overrides import (
     split_overrides,
 )
 from prunekit.config.sections import RunConfig
-from prunekit.errors import ConfigError, suggest
+from prunekit.errors import ConfigError, expect_one_of, suggest
 
 
 def config_dir() -> Path:
@@ -60,8 +60,37 @@ def _compose(folder: Path, overrides: tuple[str, ...]) -> DictConfig:
     finally:
         if running:
             GlobalHydra.instance().hydra = state
-    drop_presets(config, overrides)
+    settle(config, overrides)
     return config
+
+
+def settle(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Finish what Hydra composed of these overrides, in place: what no defaults list can say."""
+    drop_presets(config, overrides)
+    _take_default_data(config, overrides)
+
+
+def _take_default_data(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Calibrate on the data that the presets of the method and of the model name.
+
+    The embedded model keeps its own text, and so does a run whose text is chosen, by an override
+    or by a preset: `default_data` is empty then. Numbers that overrides give (of samples, say)
+    take precedence over the preset's.
+    """
+    text = config.data.calibration
+    given = {key.removeprefix("data.calibration.") for key, _ in split_overrides(overrides)}
+    chosen = bool(given & {"data", "corpus", "path", "mix"}) or text.corpus != "embedded"
+    if not config.default_data or chosen or config.model.path is None:
+        config.default_data = None
+        return
+    expect_one_of("default_data", config.default_data, _choices("data"), "choice ")
+    preset: Any = OmegaConf.load(config_dir() / "data" / f"{config.default_data}.yaml")
+    text.merge_with({k: v for k, v in preset.calibration.items() if k not in given})
+
+
+def _choices(group: str) -> tuple[str, ...]:
+    """The names of a group's choices in `conf/`."""
+    return tuple(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
 
 
 def check(config: DictConfig) -> RunConfig:

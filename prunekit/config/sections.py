@@ -239,6 +239,7 @@ class RunConfig:
     dtype: str = "auto"
     imports: list[str] = field(default_factory=list)
     method_name: str = "slimgpt"
+    default_data: str | None = None
     corpora: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

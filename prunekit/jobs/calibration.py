@@ -40,6 +40,11 @@ def load_windows(config: RunConfig, subject: Subject) -> Drawn:
     text = config.data.calibration
     check_length("data.calibration.sequence_length", text.sequence_length, subject.model)
     samples = text.samples_by_corpus()
+    if config.default_data is not None:
+        say(
+            f"calibration: {text.samples} × {text.sequence_length} tokens of {text.corpus}, by the "
+            f"preset of the method or the model; data=… takes others"
+        )
 
     def load() -> Drawn:
         if records := _records_with_images(config):

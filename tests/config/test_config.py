@@ -22,6 +22,37 @@ def test_every_choice_composes_checks_and_builds(group, choice):
         build(getattr(run, name), name)
 
 
+@pytest.mark.parametrize("name", [choice for group, choice in CHOICES if group == "model"])
+def test_a_model_by_name_is_calibrated_on_c4(name):
+    run = check(compose([f"model={name}", "model.trust_remote_code=true"]))
+    text = run.data.calibration
+    named = name != "demo"
+    assert (run.model.path is not None, run.model.trust_remote_code) == (named, True)
+    expected = ("c4", 256, 2048) if named else ("embedded", 128, 128)
+    assert (text.corpus, text.samples, text.sequence_length) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.path=folder"], ("bookcorpus", 10, 128)),
+        (["model=llama_7b"], ("bookcorpus", 10, 128)),
+        (["model.path=folder", "data.calibration.samples=3"], ("bookcorpus", 3, 128)),
+        ([], ("embedded", 128, 128)),
+        (["model.path=folder", "data=embedded"], ("embedded", 128, 128)),
+        (["model.path=folder", "data=c4"], ("c4", 256, 2048)),
+        (["model.path=folder", "data.calibration.path=text.txt"], ("embedded", 128, 128)),
+        (["model.path=folder", "data.calibration.mix={c4: 1}"], ("embedded", 128, 128)),
+        (["model.path=folder", "method=slimgpt"], ("embedded", 128, 128)),
+    ],
+)
+def test_llm_pruner_has_its_calibration_where_none_is_chosen(overrides, expected):
+    run = check(compose(["method=llm_pruner", *overrides]))
+    text = run.data.calibration
+    assert (text.corpus, text.samples, text.sequence_length) == expected
+    assert run.default_data == ("bookcorpus" if expected[0] == "bookcorpus" else None)
+
+
 @pytest.mark.parametrize(
     ("method", "importance", "policy"),
     itertools.product(
