@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -149,6 +150,7 @@ def interrupt_run(monkeypatch, at):
 def command_line(*arguments, cwd):
     """`python -m prunekit …` in this process, which saves its start.
 
+    Hydra would compose the configuration once more to look up `hydra.mode`, which nothing sets.
     Returns what `subprocess.run` returns.
     """
     from prunekit import cli
@@ -161,6 +163,7 @@ def command_line(*arguments, cwd):
             contextlib.chdir(cwd),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            patch("hydra._internal.hydra.Hydra.get_mode", return_value=None),
         ):
             cli.main()
     except SystemExit as end:

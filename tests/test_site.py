@@ -1,5 +1,8 @@
 """Every code block and shell line of the site runs, on a small model, with small numbers.
 
+ONNX alone is not written again, which takes longest: `tests/exports/test_onnx.py` does so from the
+command line. The pictures of a report are drawn for the tutorial alone.
+
 The blocks of a page run in their order, in one folder and one namespace. A block with a title is a
 file, which is written. Blocks of text are not code; a page says where its commands were not run.
 """
@@ -18,6 +21,8 @@ from conftest import command_line
 from transformers import AutoConfig
 
 import prunekit
+from prunekit.config import check, compose
+from prunekit.jobs.export import ExportSettings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -47,6 +52,7 @@ SEARCH = ["rounds=1", "sweeps=1", "generations=1", "children=2", "seeds=[uniform
 NEEDS_TEXT = re.compile(r"data=(?!embedded)|data\.calibration\.path=")
 PARTS = ("method", "importance", "policy", "scope", "compensation", "schedule", "cost", "data")
 PARTS += ("recovery", "export", "eval")
+EMPTY_PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" role="img"></svg>'
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -104,6 +110,9 @@ def run_prunekit(words, line, model):
     arguments = [replace_names(word, model) for word in words[start + 2 :]]
     if "--help" not in arguments:
         arguments = small_arguments(arguments)
+    if "export=onnx" in arguments:
+        ExportSettings.build(check(compose(arguments)).export)
+        return
     done = command_line(*arguments, cwd=Path.cwd())
     assert done.returncode == 0, f"{line}\n{done.stderr}"
 
@@ -137,7 +146,9 @@ def place(tmp_path, monkeypatch, short_model):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_every_block_of_a_page_runs(page, place, short_model):
+def test_every_block_of_a_page_runs(page, place, short_model, monkeypatch):
+    if page.stem != "tutorial":
+        monkeypatch.setattr("prunekit.report.pictures.to_svg", lambda *_: EMPTY_PICTURE)
     names = {"__name__": "__main__"}
     for language, title, text in blocks_of(page):
         assert language in LANGUAGES, f"{page.name}: a block of {language or 'no language'}"
