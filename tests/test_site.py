@@ -7,6 +7,7 @@ The blocks of a page run in their order, in one folder and one namespace. A bloc
 file, which is written. Blocks of text are not code; a page says where its commands were not run.
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -52,6 +53,7 @@ SEARCH = ["rounds=1", "sweeps=1", "generations=1", "children=2", "seeds=[uniform
 NEEDS_TEXT = re.compile(r"data=(?!embedded)|data\.calibration\.path=")
 PARTS = ("method", "importance", "policy", "scope", "compensation", "schedule", "cost", "data")
 PARTS += ("recovery", "export", "eval")
+PICTURES = importlib.import_module("prunekit.report.pictures")
 EMPTY_PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" role="img"></svg>'
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -148,7 +150,7 @@ def place(tmp_path, monkeypatch, short_model):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_every_block_of_a_page_runs(page, place, short_model, monkeypatch):
     if page.stem != "tutorial":
-        monkeypatch.setattr("prunekit.report.pictures.to_svg", lambda *_: EMPTY_PICTURE)
+        monkeypatch.setattr(PICTURES, "to_svg", lambda *_: EMPTY_PICTURE)
     names = {"__name__": "__main__"}
     for language, title, text in blocks_of(page):
         assert language in LANGUAGES, f"{page.name}: a block of {language or 'no language'}"
