@@ -113,6 +113,14 @@ def test_cut_equals_masked_on_other_images(groups):
     assert torch.allclose(logits(result.model, new), logits(masked, new), atol=1e-4)
 
 
+def test_a_batch_with_images_is_traced_whole():
+    """The tower's sizes are computed by Python's operators, which are none of ATen's."""
+    graph = prunekit.trace(make(llava), inputs_of(llava, 1) | {"use_cache": False})
+    heads = {group.module for group in graph.groups if group.kind == "attention"}
+    for part in ("vision_tower", "language_model"):
+        assert sum(part in module for module in heads) == 2
+
+
 def test_what_can_not_be_traced_with_images_is_traced_without():
     """Qwen's tower takes shapes from numbers; whatever may be coupled to it is left alone."""
     graph = prune(qwen, method="magnitude").graph
