@@ -209,3 +209,9 @@ def test_channels_of_other_classes_are_saved_too(name, tmp_path):
     prunekit.save_pretrained(model, tmp_path / "model")
     again = prunekit.from_pretrained(tmp_path / "model")
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
+def test_a_width_that_the_model_returns_is_no_channel():
+    """CLIP returns the hidden states of both of its sides."""
+    with pytest.raises(prunekit.PrunekitError, match="channel.* is an axis of the model's output"):
+        prune("CLIPModel", "channel")

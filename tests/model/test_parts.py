@@ -148,3 +148,9 @@ def test_language_models_alone_and_text_readers_have_no_part():
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
     assert find_language_part(llama) is None
     assert find_language_part(torch.nn.Linear(2, 2)) is None
+
+
+def test_a_width_that_the_model_returns_is_no_channel():
+    """LLaVA returns the image's hidden states, which are as wide as the language model."""
+    with pytest.raises(ConfigError, match="groups=channel: .*axis of the model's output"):
+        prune(llava, "channel", "magnitude")
