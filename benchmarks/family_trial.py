@@ -192,13 +192,17 @@ def compare_generation(pruned: Any, masked: Any) -> None:
 
 
 def compare_loaded(model: nn.Module, load: Callable[[Any, Path], Any]) -> None:
-    """Raise Wrong where a model that is saved and loaded gives other outputs, by a single bit."""
+    """Raise Wrong where a model that is saved and loaded gives other outputs.
+
+    Kernels add in another order where weights lie otherwise in memory, so that the last bit may
+    differ: 1e-6 of the largest output is allowed.
+    """
     ids = token_ids(3, 11, seed=4)
     with tempfile.TemporaryDirectory() as folder, quiet():
         loaded = load(model, Path(folder) / "model")
         found, expected = answer(loaded.eval(), ids), answer(model, ids)
-    if not torch.equal(found, expected):
-        apart = (found - expected).abs().max().item()
+    apart = (found - expected).abs().max().item()
+    if not apart <= 1e-6 * expected.abs().max().item():
         raise Wrong(f"the loaded model's outputs differ by {apart:.2g}")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunekit.errors import CheckpointError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import as_under_export, meta_copy
+from prunekit.graph.groups import sort_by_likeness
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.model.verify import required_record
 from prunekit.model.wrappers import without_hooks
@@ -56,24 +57,45 @@ def rehearse(
         may have a `multiple`.
 
     Raises:
-        SurgeryError: each group can be cut, but not all of them together.
+        SurgeryError: each group can be cut, but not all of them together, and it isn't one kind of
+            them that is in the way.
     """
     stage = _Stage.build(model, graph, saved)
     if stage.find_fault(_smallest_cuts(model, groups)) is None:
         return graph
-    verdicts = dict(_judge(model, stage, groups))
-    graph = replace(
+    graph = _change(graph, dict(_judge(model, stage, groups)))
+    left = [group for group in (graph[group.name] for group in groups) if group.prunable]
+    if fault := stage.find_fault(_smallest_cuts(model, left)):
+        alike = _find_in_the_way(model, stage, left)
+        if alike is None:
+            raise SurgeryError(
+                f"each of the groups can be cut, but not all together: {fault}; expected some of "
+                "them in scope.exclude"
+            )
+        reason = f"it can't be cut together with the other groups: {fault}"
+        stays = {"prunable": False, "exact": False, "reason": reason}
+        graph = _change(graph, {group.name: stays for group in alike})
+    return graph
+
+
+def _change(graph: CouplingGraph, verdicts: Mapping[str, dict[str, Any]]) -> CouplingGraph:
+    """The graph with other attributes of some groups: name → attribute → value."""
+    return replace(
         graph,
         groups=tuple(replace(group, **verdicts.get(group.name, {})) for group in graph.groups),
         stacks=tuple(replace(stack, **verdicts.get(stack.name, {})) for stack in graph.stacks),
     )
-    left = [group for group in (graph[group.name] for group in groups) if group.prunable]
-    if fault := stage.find_fault(_smallest_cuts(model, left)):
-        raise SurgeryError(
-            f"each of the groups can be cut, but not all together: {fault}; expected some of them "
-            "in scope.exclude"
-        )
-    return graph
+
+
+def _find_in_the_way(
+    model: nn.Module, stage: _Stage, groups: Sequence[Group]
+) -> list[Group] | None:
+    """The first groups, alike in all layers, without which the others can be cut together."""
+    for alike in sort_by_likeness(groups).values():
+        rest = [group for group in groups if group not in alike]
+        if rest and stage.find_fault(_smallest_cuts(model, rest)) is None:
+            return alike
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import example, tiny_llama, token_ids
+from conftest import example, randomise, tiny_llama, token_ids
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -176,6 +176,24 @@ def test_groups_that_can_not_be_cut_together(monkeypatch):
     monkeypatch.setattr(rehearsal, "_run", run)
     with pytest.raises(SurgeryError, match=r"not all together: .* too few; expected .* scope.excl"):
         rehearsed(model, graph)
+
+
+def test_what_is_in_the_way_of_the_others_stays_whole():
+    """CodeGen's projection holds four parts, which its code counts, with heads in each."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "n_positions": 32, "n_embd": 128, "n_head": 32, "rotary_dim": 4}
+    config = AutoConfig.for_model(
+        "codegen", n_layer=2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
+    )
+    model = randomise(AutoModelForCausalLM.from_config(config))
+    result = prunekit.prune(
+        model, ratio=0.2, method="magnitude", calibration=token_ids(4, 12), overrides=["shapes=free"]
+    )
+    kinds = {result.graph[name].kind for name, units in result.plan.removed.items() if units}
+    assert kinds == {"attention", "mlp"}
+    assert [(row["groups"], row["count"]) for row in result.report["left_out"]] == [
+        ("h.*.attn.attention.0", 2)
+    ]
 
 
 def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
