@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from prunekit.errors import TraceError, first_line
 from prunekit.graph import axes as ax
@@ -214,6 +215,9 @@ class _Tracer:
             reason = first_line(error) or type(error).__name__
             misfit = f"the rule of operator {call.where} does not fit this call: {reason}"
             raise TraceError(_describe(node, misfit)) from error
+        except GuardOnDataDependentSymNode as error:
+            unknown = f"operator {call.where} takes a number from the data, which tracing lacks"
+            raise TraceError(_describe(node, unknown)) from error
         self._note_uses(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)

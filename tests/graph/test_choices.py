@@ -104,15 +104,29 @@ class Branching(nn.Module):
         self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        if x.sum() > 0:
-            x = -x
+        return self.forward_without_looking(-x if x.sum() > 0 else x)
+
+    def forward_without_looking(self, x):
         return self.down(self.up(x).relu())
+
+
+class Shortened(Branching):
+    def forward(self, x):
+        number = x.argmax().item()
+        torch._check_is_size(number)
+        torch._check(number <= 3)
+        return self.forward_without_looking(x)[:, :number]
 
 
 class Silent(Branching):
     def forward(self, x):
         assert x.device.type != "meta"
         return super().forward(x)
+
+
+def test_a_number_from_the_data_is_told_with_its_operator():
+    with pytest.raises(TraceError, match=r"aten\.slice\.Tensor .* takes a number from the data"):
+        prunekit.trace(Shortened(), (torch.randn(4, 6),))
 
 
 @pytest.mark.parametrize("traceback", ["", "1"])
