@@ -187,7 +187,11 @@ def test_what_is_in_the_way_of_the_others_stays_whole():
     )
     model = randomise(AutoModelForCausalLM.from_config(config))
     result = prunekit.prune(
-        model, ratio=0.2, method="magnitude", calibration=token_ids(4, 12), overrides=["shapes=free"]
+        model,
+        ratio=0.2,
+        method="magnitude",
+        calibration=token_ids(4, 12),
+        overrides=["shapes=free"],
     )
     kinds = {result.graph[name].kind for name, units in result.plan.removed.items() if units}
     assert kinds == {"attention", "mlp"}
