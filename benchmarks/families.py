@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -74,6 +75,12 @@ def _child(model_type: str, pipe: Any) -> None:
         pipe.send(try_type(model_type))
 
 
+def without_folders(steps: dict[str, str]) -> dict[str, str]:
+    """What came of each step, without this machine's folders of packages and models."""
+    folders = re.compile(r"\S*/site-packages/|/tmp/\w+/")
+    return {step: folders.sub("", text) for step, text in steps.items()}
+
+
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Type → its row, the last one that was written."""
     if not path.exists():
@@ -111,7 +118,10 @@ def main() -> None:
     print(Counter(row["verdict"] for row in rows.values()), file=sys.stderr)
     if args.table:
         result = environment("families") | {"repeats": 1, "note": NOTE}
-        result["rows"] = [{k: row[k] for k in KEPT if k in row} for row in rows.values()]
+        result["rows"] = [
+            {k: row[k] for k in KEPT if k in row} | {"steps": without_folders(row["steps"])}
+            for row in rows.values()
+        ]
         write("families", result)
 
 
