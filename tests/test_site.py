@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -117,6 +118,8 @@ def run_prunekit(words, line, model):
         return
     done = command_line(*arguments, cwd=Path.cwd())
     assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for folder in Path("outputs").glob("????-??-??"):  # the next run may come in the same second
+        shutil.rmtree(folder)
 
 
 def known_extras():

@@ -89,6 +89,7 @@ _ELSEWHERE = {
     "memory": "only pruning keeps activations: prunekit.prune, prunekit.prune_checkpoint",
     "data": "only prunekit.prune_checkpoint loads calibration text",
     "corpora": "only functions that load texts by name use it",
+    "default_data": "presets set it; prunekit.prune_checkpoint takes data=…",
     "vocabulary": "tokens go by texts: prunekit.prune_vocabulary, prunekit.prune_checkpoint",
     **dict.fromkeys(_CUT, "it says how a model is pruned: prunekit.prune"),
     "method": "it says how a model is pruned: prunekit.prune(method=…)",
