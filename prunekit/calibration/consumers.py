@@ -149,6 +149,15 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
     return consumers
 
 
+def find_lone_consumer(model: nn.Module, group: Group) -> Consumer | None:
+    """The consumer of a group that has a single one, in a module of its own; else None."""
+    try:
+        consumers = find_consumers(model, group)
+    except TraceError:
+        return None
+    return consumers[0] if len(consumers) == 1 and consumers[0].is_hooked else None
+
+
 def _place_of_product(places: Sequence[Place]) -> Place:
     """The place of a parameter whose module computes x Wᵀ, or else the canonical place."""
     return next((place for place in places if is_stock(place.module)), places[0])

@@ -11,7 +11,7 @@ module returns it. So the forward pass of a layer is run in pieces, each of them
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from prunekit.calibration.blocks import Finder
 from prunekit.calibration.calls import Recording, record_calls
-from prunekit.calibration.consumers import Consumer, watching
+from prunekit.calibration.consumers import Consumer, find_lone_consumer, watching
 from prunekit.calibration.feeding import Feeding
 from prunekit.calibration.layer_pass import LayerPass
 from prunekit.calibration.layers import Layers
@@ -41,17 +41,19 @@ class Stream:
     """The layers of a model, their groups and consumers, and what goes into the layers.
 
     `consumers`: group name → its consumers. `source`: where the weights of the layers come from;
-    None where all are in memory. `padding`: that of each batch.
+    None where all are in memory. `padding`: that of each batch. `whole`: the names of groups that
+    nothing is removed from, and that are not shown.
     """
 
     layers: nn.ModuleList
     groups: Sequence[Group]
-    consumers: Mapping[str, list[Consumer]]
+    consumers: dict[str, list[Consumer]]
     batches: Sequence[Numbered]
     store: Store
     source: Layers | None
     recording: Recording
     padding: Sequence[Padding | None]
+    whole: set[str] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
 
     @classmethod
@@ -82,10 +84,32 @@ class Stream:
         if hold_everywhere(recording is not None, store.device):
             assert recording is not None
             padding = find_padding([batch for _, batch in batches])
-            return cls(layers, groups, consumers, batches, store, source, recording, padding)
+            return cls(layers, groups, dict(consumers), batches, store, source, recording, padding)
         if recording is not None:
             recording.free()
         return None
+
+    def bring_along(
+        self, model: nn.Module, around: Sequence[Group], targets: Collection[str]
+    ) -> None:
+        """Let groups that stay whole have blocks too, in the layers of groups that have targets.
+
+        What such a block returns has to be known apart: it is no part of what a target asks for.
+        """
+        layers = {group.layer for group in self.groups if group.name in targets}
+        groups = {group.name: group for group in self.groups}
+        taken = {consumer.module for own in self.consumers.values() for consumer in own}
+        for group in around:
+            if group.name in groups or group.layer is None or group.layer not in layers:
+                continue
+            lone = find_lone_consumer(model, group)
+            inside = set(self.layers[group.layer].modules())
+            if lone is not None and lone.module in inside - taken:
+                taken.add(lone.module)
+                groups[group.name], self.consumers[group.name] = group, [lone]
+                self.whole.add(group.name)
+        if self.whole:
+            self.groups = [groups[group.name] for group in around if group.name in groups]
 
     def walk(self, targets: Mapping[str, str], done: Container[str]) -> Iterator[Visit]:
         """Yield (group, sites) layer by layer; see `Walk`."""
@@ -143,10 +167,11 @@ class Stream:
     ) -> Iterator[Visit]:
         """Yield the groups of a layer; the caller may change their consumers before going on."""
         for group in (group for group in self.groups if group.layer == layer.index):
-            if group.name in done:
+            if group.name in self.whole or group.name in done:
                 with together():
                     self._put_inputs_aside(layer, group)
-                yield group, []
+                if group.name not in self.whole:
+                    yield group, []
             else:
                 with together():
                     target = targets.get(group.name, "pruned")
@@ -172,7 +197,7 @@ class Stream:
         return observation
 
     def _put_inputs_aside(self, layer: LayerPass, group: Group) -> None:
-        """Put aside what the consumer of a finished group is fed, if it has a block to answer."""
+        """Put aside what the consumer of a finished or whole group is fed, if it has a block."""
         self._feed(layer, group, None, "pruned")
 
     def _settle_target(self, layer: LayerPass, group: Group, target: str) -> str:

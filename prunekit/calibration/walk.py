@@ -47,6 +47,8 @@ class Walk:
 
     `targets`: group name → "dense" or "residual" (`Compensation.target_of`); the consumers of other
     groups must reproduce their own outputs on the inputs that they get.
+    `around`: the groups of the model in execution order, whole ones too, as far as they are known:
+    a target needs to know those beside its own.
     `done`: the names of groups that are finished; nothing is measured there.
     `store`: keeps activations between two layers.
     `layers`: reads the weights of the layers; None where all are in memory.
@@ -56,6 +58,7 @@ class Walk:
     groups: Sequence[Group]
     batches: Sequence[Batch]
     targets: Mapping[str, str] = field(default_factory=dict)
+    around: Sequence[Group] = ()
     done: Container[str] = ()
     store: Store | None = None
     layers: Layers | None = None
@@ -81,6 +84,8 @@ class Walk:
                     self.model, self.groups, consumers, batches, store, self.layers
                 )
                 if stream is not None:
+                    if self.targets:
+                        stream.bring_along(self.model, self.around, self.targets)
                     yield from stream.walk(self.targets, self.done)
                 else:
                     yield from self._visit_with_whole_passes(consumers, batches)

@@ -67,6 +67,7 @@ def walk_through(
         groups=groups,
         batches=assignment.batches,
         targets=targets,
+        around=assignment.graph.groups,
         done=assignment.state.finished if assignment.state else done,
         store=assignment.store,
         layers=assignment.layers,

@@ -194,6 +194,19 @@ def test_where_the_residual_target_does_not_exist_the_next_best_is_taken(monkeyp
     assert "too few to hold some out" in said[0]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_residual_target_exists_beside_groups_that_stay_whole(family, monkeypatch):
+    said = []
+    monkeypatch.setattr("prunekit.calibration.stream.say", said.append)
+    prunekit.prune(
+        build(family, FIRST[family], "sdpa", "eager"),
+        ratio=0.1,
+        calibration=token_ids(16, 12),
+        overrides=["compensation.target=residual", "policy=uniform", "groups=attention"],
+    )
+    assert said == []
+
+
 def test_targets_by_kind_and_unknown_ones():
     repairs = Obs(target="pruned", attention="residual")
     assert [repairs.target_of(kind) for kind in ("attention", "query_head", "mlp")] == [

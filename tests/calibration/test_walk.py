@@ -140,6 +140,38 @@ def test_the_dense_stream_begins_where_something_is_cut():
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
+def test_a_target_is_that_of_the_block_alone_where_the_other_one_stays_whole():
+    """The residual stream behind each attention, from passes of whole models: FFNs are not cut."""
+    model, ids = tiny_llama(), token_ids(24, 9)
+    dense = copy.deepcopy(model)
+    graph = trace(model, {"input_ids": ids[:2, :7], "use_cache": False})
+    groups = [g for g in graph.groups if g.kind == "attention"]
+    walk = walking.Walk(
+        model=model,
+        groups=groups,
+        batches=batches(ids),
+        targets={group.name: "residual" for group in groups},
+        around=graph.groups,
+    )
+    visited = []
+    for group, (site,) in walk:
+        layer = f"model.layers.{group.layer}"
+        x = inputs_of(model, f"{layer}.self_attn.o_proj", ids)
+        behind = [inputs_of(m, f"{layer}.post_attention_layernorm", ids) for m in (dense, model)]
+        ridge = torch.eye(x.shape[1]).double()  # some directions are hardly ever seen
+        wanted = torch.cat([behind[0] - behind[1], torch.zeros(len(ridge), 48).double()])
+        step = torch.linalg.lstsq(torch.cat([x, ridge]), wanted).solution
+        site.merge_held_out()
+        hessian, cross = site.moments.hessian.double(), site.moments.cross.double()
+        found = torch.linalg.solve(hessian + ridge / len(x), cross.T)
+        torch.testing.assert_close(found, step, rtol=1e-3, atol=1e-5)
+        visited.append((group, step.abs().max().item()))
+        (consumer,) = site.consumers
+        consumer.store(consumer.weight() * 0.5)
+    assert [group for group, _ in visited] == groups
+    assert [size > 0.01 for _, size in visited] == [False, True, True]
+
+
 @pytest.mark.parametrize("budget", [0, 20_000])
 def test_activations_in_files_change_nothing(budget, tmp_path):
     ids = token_ids(12, 10)
