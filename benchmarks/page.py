@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -485,48 +486,59 @@ QUANTIZED = {
 def search(result: dict) -> list[str]:
     lines = head("Where to cut: formulas and policy=search", "search", result)
     lines += [
-        "Perplexity of the pruned model, its increase over the dense one, and how the search's "
-        "increase compares with that of the best formula. Seconds: of pruning alone, the search "
-        "within it. Evaluations: candidates judged; passes: all of their tokens, in passes over "
-        f"the calibration set. {result['note']}",
+        "Perplexity of the pruned model, mean and spread over draws of the calibration windows; "
+        "its mean increase over the dense one, and how the search's compares with that of the best "
+        "of the other policies. Seconds: of pruning alone, the search within it. Evaluations: "
+        "candidates judged; passes: all of their tokens, in passes over the calibration set. "
+        f"{result['note']}",
         "",
     ]
-    rows: dict[tuple[str, float], list[dict]] = {}
+    runs: dict[tuple[str, float], dict[str, list[dict]]] = {}
     for row in result["rows"]:
-        rows.setdefault((row["model"], row["ratio"]), []).append(row)
-    for (model, ratio), found in sorted(rows.items()):
-        best = min(
-            (r["pruned"] - r["dense"] for r in found if r["policy"] != "search"), default=None
-        )
+        policies = runs.setdefault((row["model"], row["ratio"]), {})
+        policies.setdefault(row["policy"], []).append(row)
+    for (model, ratio), policies in sorted(runs.items()):
+        first = next(iter(policies.values()))[0]
+        others = [_increase(r) for name, r in policies.items() if not name.startswith("search")]
         lines += [
             f"## {model}: {ratio:.0%} of all parameters",
             "",
-            f"Dense {found[0]['dense']:.2f}; `{' '.join(found[0]['options'])}`.",
+            f"Dense {first['dense']:.2f}, {first['device']}; `{' '.join(first['options'])}`.",
             "",
             *table(
-                "policy | >perplexity | >increase | >against the best formula | >seconds | "
-                ">evaluations | >passes | cut taken",
-                [_describe_search_row(row, best) for row in found],
+                "policy | >perplexity | >increase | >against the best other | >seconds | "
+                ">evaluations | >passes | cuts taken",
+                [_search_row(name, rows, others) for name, rows in policies.items()],
             ),
             "",
         ]
     return lines[:-1]
 
 
-def _describe_search_row(row: dict, best: float | None) -> list[str]:
-    increase = row["pruned"] - row["dense"]
-    against = f"{increase / best - 1:+.0%}" if best and row["policy"] == "search" else ""
-    own = [option for option in row["options"] if option.startswith("policy.")]
+def _increase(rows: list[dict]) -> float:
+    return _mean_of("pruned", rows) - _mean_of("dense", rows)
+
+
+def _search_row(name: str, rows: list[dict], others: list[float]) -> list[str]:
+    searched = name.startswith("search")
+    against = f"{_increase(rows) / min(others) - 1:+.0%}" if searched and others else ""
+    taken = Counter(row["taken"] for row in rows if searched)
+    pruned = [row["pruned"] for row in rows]
+    spread = f" ± {statistics.stdev(pruned):.2f}" if len(pruned) > 1 else ""
     return [
-        " ".join([row["policy"], *own]),
-        f"{row['pruned']:.2f}",
-        f"{increase:.2f}",
+        name,
+        f"{statistics.mean(pruned):.2f}{spread}",
+        f"{_increase(rows):.2f}",
         against,
-        f"{row['prune_seconds']:,.0f}",
-        f"{row['evaluations']:,}" if "evaluations" in row else "",
-        f"{row['passes']:,.0f}" if "passes" in row else "",
-        row.get("taken", ""),
+        f"{_mean_of('prune_seconds', rows):,.0f}",
+        f"{_mean_of('evaluations', rows):,.0f}" if searched else "",
+        f"{_mean_of('passes', rows):,.0f}" if searched else "",
+        ", ".join(f"{cut} ({n})" if len(rows) > 1 else cut for cut, n in taken.items()),
     ]
+
+
+def _mean_of(key: str, rows: list[dict]) -> float:
+    return statistics.mean(row[key] for row in rows)
 
 
 SECTIONS = {

@@ -1,15 +1,17 @@
 """`policy=search` beside the formulas: perplexity, the time it takes, and what it evaluated.
 
-python benchmarks/search.py --model SmolLM2-135M --ratios 0.2 0.33 -- model.path=FOLDER
+python benchmarks/search.py --runs FILE --model SmolLM2-135M --processes 12 -- model.path=FOLDER
+python benchmarks/search.py --runs FILE --gather
 
-Every run is a process of its own. Rows of the same model, ratio and policy in search.json are
-replaced, the others stay: so a comparison can be made in parts.
+Every run leaves a line in the file as soon as it is done; a run that is there is not made again,
+one that failed is. Several processes share a GPU, or the processor's cores. Gathered rows take the
+place of those of the same model, ratio, policy and seed in search.json; the others stay.
 """
 
 import argparse
+import functools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,11 +20,12 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
 from page import HERE, environment, write
+from workers import Job, spread
 
-FORMULAS = ["uniform", "log_increase", "linear_increase"]
-QUIET = ["eval.speed=false", "eval.layer_tokens=0", "eval.macs=0", "eval.prompts=[]"]
-KEY = ("model", "ratio", "policy")
+POLICIES = ["search", "sensitivity", "owl", "uniform", "log_increase", "linear_increase"]
+KEY = ("model", "ratio", "policy", "seed")
 NOTE = (
     "What limits it, measured on SmolLM2-135M at 33 % on 4,096 tokens of C4 that the search did "
     "not see: KL to the dense model 1.113 for the knapsack of single prices, 1.058 after three "
@@ -32,31 +35,38 @@ NOTE = (
 )
 
 
-def run(model: str, ratio: float, policy: str, overrides: list[str]) -> dict[str, Any]:
-    """A row: one run of the command line, and what its report says."""
+@functools.cache
+def kept() -> Any:
+    """What the runs of this process have in common: texts, the dense model and its figures."""
+    from prunekit.jobs.kept import Kept
+
+    torch.set_num_threads(1)
+    return Kept()
+
+
+def run(job: Job) -> dict[str, Any]:
+    """A row: one run as the command line makes it, and what its report says."""
+    from prunekit import config as cfg
+    from prunekit import jobs
+
+    policy, *own = job["policy"].split()
+    options = [f"ratio={job['ratio']}", f"policy={policy}", "eval=figures", "eval.cache=null"]
+    options += [f"data.calibration.seed={job['seed']}", *job["options"], *own]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
-        options = [f"ratio={ratio}", f"policy={policy}", *QUIET, *overrides]
         started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "prunekit", f"output_dir={output}", *options],
-            check=True,
-            stdout=sys.stderr,
-        )
+        config = cfg.check(cfg.compose([*options, f"output_dir={output}"]))
+        jobs.run(config, output, kept=kept())
         seconds = time.perf_counter() - started
         report = json.loads((output / "report.json").read_text())
     perplexity = next(iter(report["perplexity"].values()))
     row = {
-        "model": model,
-        "ratio": ratio,
-        "policy": policy,
         "achieved": report["ratio"]["achieved"],
         "dense": perplexity["dense"],
         "pruned": perplexity["pruned"],
         "prune_seconds": report["seconds"]["prune"],
         "seconds": seconds,
-        "options": [hide_folders(option) for option in overrides],
-        "revision": environment("search")["revision"],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
     if search := report["policy"].get("search"):
         row |= {name: search[name] for name in ("taken", "verdict", "evaluations", "passes")}
@@ -75,11 +85,30 @@ def hide_folders(option: str) -> str:
     return f"{key}={Path(value.strip('[]')).name}"
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Put rows into search.json in place of the earlier ones, and bring the page up to date."""
-    path = HERE / "search.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    merged = {tuple(row[key] for key in KEY): row for row in [*known, *rows]}
+def read(path: Path) -> dict[tuple, dict[str, Any]]:
+    """The runs of a file that did not fail, by what they are known by."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {tuple(row[key] for key in KEY): row for row in rows if "error" not in row}
+
+
+def make(jobs: list[Job], path: Path, processes: int) -> bool:
+    """Make the runs; a line each in the file. Whether all of them succeeded."""
+    revision, sound = environment("search")["revision"], True
+    for job, result in spread(jobs, run, processes):
+        options = [hide_folders(option) for option in job["options"]]
+        line = json.dumps({**job, **result, "options": options, "revision": revision})
+        with path.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+        sound = sound and "error" not in result
+    return sound
+
+
+def gather(path: Path) -> None:
+    """Put the runs of a file into search.json, and bring the page up to date."""
+    known = json.loads((HERE / "search.json").read_text())["rows"]
+    merged = {tuple(row[key] for key in KEY): row for row in known} | read(path)
     write(
         "search",
         {**environment("search"), "repeats": 1, "note": NOTE, "rows": list(merged.values())},
@@ -87,16 +116,35 @@ def keep(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run what was asked for; each row is kept as soon as it is there."""
+    """Make the runs that were asked for and are not there yet; or gather them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="its name in the table")
+    parser.add_argument("--runs", type=Path, required=True, help="their file, a JSON object a line")
+    parser.add_argument("--gather", action="store_true", help="bring search.json up to date")
+    parser.add_argument("--model", default="demo", help="its name in the table")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.33, 0.5])
-    parser.add_argument("--policies", nargs="+", default=[*FORMULAS, "search"])
+    parser.add_argument(
+        "--policies", nargs="+", default=POLICIES, help='also as "search policy.rounds=1"'
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="of the command line, behind --")
     args = parser.parse_args()
-    for ratio in args.ratios:
-        for policy in args.policies:
-            keep([run(args.model, ratio, policy, args.overrides)])
+    if args.gather:
+        gather(args.runs)
+        return
+    jobs = [
+        {"model": args.model, "ratio": ratio, "policy": policy, "seed": seed}
+        for policy in args.policies  # what takes longest first
+        for ratio in args.ratios
+        for seed in args.seeds
+    ]
+    done = read(args.runs)
+    jobs = [
+        {**job, "options": args.overrides}
+        for job in jobs
+        if tuple(job[key] for key in KEY) not in done
+    ]
+    sys.exit(not make(jobs, args.runs, args.processes))
 
 
 if __name__ == "__main__":

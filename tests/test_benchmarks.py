@@ -127,6 +127,22 @@ def test_the_parts_fit_into_the_time_of_the_whole(gpu, run, monkeypatch):
     assert limits == [30, 20, 10]
 
 
+def test_a_job_that_fails_or_kills_its_process_costs_no_other_one(monkeypatch, tmp_path):
+    body = "import os\n\ndef work(job):\n    return {'is': eval(job['do']), 'by': os.getpid()}\n"
+    (tmp_path / "eager.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from eager import work
+    from workers import spread
+
+    jobs = [{"do": text} for text in ("1", "1 / 0", "2", "os._exit(1)", "3", "4")]
+    results = {job["do"]: result for job, result in spread(jobs, work, 1)}
+    assert results["1 / 0"] == {"error": "ZeroDivisionError: division by zero"}
+    assert results["os._exit(1)"] == {"error": "its process died"}
+    assert [results[text]["is"] for text in "1234"] == [1, 2, 3, 4]
+    assert results["3"]["by"] == results["4"]["by"] != results["2"]["by"] != results["1"]["by"]
+
+
 def test_types_of_models_are_tried(monkeypatch):
     """One that holds entirely, and one that can't be traced."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
