@@ -134,8 +134,8 @@ def main() -> None:
         return
     jobs = [
         {"model": args.model, "ratio": ratio, "policy": policy, "seed": seed}
-        for policy in args.policies  # what takes longest first
         for ratio in args.ratios
+        for policy in args.policies  # what takes longest first
         for seed in args.seeds
     ]
     done = read(args.runs)

@@ -29,8 +29,11 @@ from prunekit.search.halves import computing_in_halves, judges_in_halves
 _tree = torch.utils._pytree
 
 CHUNK = 2048  # tokens of logits in float32 at once, at most
-_CHUNK_ELEMENTS = 1 << 22  # elements of a temporary tensor that stays in the cache of a processor
-_KEPT_BYTES = 1 << 30  # of the dense model's probabilities; beyond, they are computed each time
+# Elements of a temporary tensor: one that stays in the cache of a processor; one for whose size few
+# kernels of a GPU are launched.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+# Of the dense model's probabilities, on its first batches; later ones are computed each time.
+_KEPT_BYTES = 1 << 30
 
 States = list[list[Kept]]  # [layer][batch], the hidden states before each layer
 
@@ -203,8 +206,8 @@ class Judge:
         first = self.layers - 1 if batch < self.trailed else 0
         last = self._run(batch, first, self.states[first][batch].get(copy=True))
         entropies, kept, keeps = [], [], False
+        positions = sum(map(self.tokens, range(batch + 1)))
         for chunk in self._logits(batch, last):
-            positions = self.tokens(batch) * len(self.batches)
             keeps = positions * chunk.shape[-1] * 4 <= _KEPT_BYTES
             logs = torch.log_softmax(_widen(chunk), -1)
             probabilities = logs.exp()
@@ -265,7 +268,8 @@ def _take_positions(last: Any, start: int, size: int) -> Any:
 
 def _chunk(logits: Tensor) -> int:
     """Rows of logits [N, V] that are computed on at once."""
-    return max(min(CHUNK, _CHUNK_ELEMENTS // logits.shape[-1]), 1)
+    elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cpu"])
+    return max(min(CHUNK, elements // logits.shape[-1]), 1)
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ def total(judge, first=0, states=None):
     return sum(parts, Divergence.none()).mean
 
 
-@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("kept", [1 << 30, 97 * 4 * 18, 0])
 def test_fitness_is_the_divergence_of_the_whole_model(kept, monkeypatch):
-    """Also where the dense probabilities are not kept, and in chunks of a few tokens."""
+    """Also where dense probabilities of no batch or of one are kept, in chunks of a few tokens."""
     monkeypatch.setattr(fitness, "_KEPT_BYTES", kept)
-    monkeypatch.setattr(fitness, "_CHUNK_ELEMENTS", 97 * 4)
+    monkeypatch.setattr(fitness, "_CHUNK_ELEMENTS", {"cpu": 97 * 4})
     dense, model = tiny_llama(kv_heads=2).double(), tiny_llama(kv_heads=2).double()
     ids = token_ids(5, 9)
     judge = open_judge(model, ids)
