@@ -8,7 +8,7 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prunekit.config import RunConfig, check, check_choices, config_dir, one_line, settle
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.runtime.torchrun import launched_rank
+from prunekit.sweeps import SweepRun, any_failed, forget, objective_of
 
 if TYPE_CHECKING:
     from prunekit.jobs.kept import Kept
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # Loggers that warn of problems of their own package when it is imported.
 _COMPLAINERS = ("torchao", "torch.utils._pytree")
 # The errors of failed runs of a sweep: Hydra goes on with its other runs.
-_failures: list[PrunekitError] = []
+_failures: list[Exception] = []
 # What the runs of a sweep have in common, once the first one has begun.
 _sweep: list[Kept] = []
 
@@ -39,6 +40,7 @@ def main() -> None:
     for name in _COMPLAINERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     _failures.clear()
+    forget()
     try:
         check_choices(sys.argv[1:], config_dir())
         _job()
@@ -57,20 +59,58 @@ def main() -> None:
         sys.exit(130)
     finally:
         _sweep.clear()
-    if _failures:
+    if _failures or any_failed():
         sys.exit(2)
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
-def _job(config: DictConfig) -> None:
-    """One run; Hydra calls it, once for each run of a sweep."""
+def _job(config: DictConfig) -> Any:
+    """One run; Hydra calls it, once for each run of a sweep.
+
+    A launcher takes this function to other processes, where all else is imported.
+    """
+    return _run_alone(config) if HydraConfig.get().mode is RunMode.RUN else _run_in_sweep(config)
+
+
+def _run_alone(config: DictConfig) -> None:
+    """A run that is no part of a sweep."""
+    try:
+        _attempt(config)
+    except PrunekitError as error:  # Hydra would print a report of its own
+        _failures.append(error)
+
+
+def _run_in_sweep(config: DictConfig) -> float | tuple[float, ...] | None:
+    """A run of a sweep: an error of any kind is a row of its table, and the other runs go on.
+
+    Returns:
+        What a sweeper that searches is told; None where the sweeper takes all combinations.
+    """
+    run = SweepRun(HydraConfig.get())
+    searches = "BasicSweeper" not in HydraConfig.get().sweeper._target_
+    try:
+        if not run.is_done:
+            with run.noted():
+                _attempt(config)
+        return objective_of(run.folder, config.objective) if searches else None
+    except Exception as error:
+        _failures.append(error)
+        if not isinstance(error, PrunekitError):
+            traceback.print_exception(error)
+        if searches:
+            raise  # it learns so that there is no figure
+    return None
+
+
+def _attempt(config: DictConfig) -> None:
+    """Do a run; print an error of the user's in a line, with what to do about it, and raise it."""
     settle(config, HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         _do(config, folder)
-    except PrunekitError as error:  # Hydra would print a report of its own, and end a sweep
-        _failures.append(error)
+    except PrunekitError as error:
         _print_error(error, _advise_resume(folder, error))
+        raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_advise_resume(folder)) from None
     finally:  # after an error, after an upload, in any process but the first
@@ -142,8 +182,11 @@ def _advise_resume(folder: Path, error: Exception | None = None) -> str:
     unfinished = any((folder / name).is_dir() for name in (".state", ".training"))
     if not unfinished or "resume" in str(error):
         return ""
+    key = "output_dir"
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        key, folder = "hydra.sweep.dir", Path(HydraConfig.get().sweep.dir)
     path = os.path.relpath(folder)
-    return f"; what was finished is kept: output_dir={path} resume=true goes on from there"
+    return f"; what was finished is kept: {key}={path} resume=true goes on from there"
 
 
 if __name__ == "__main__":

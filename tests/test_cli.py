@@ -1,5 +1,6 @@
 """The commands a user types; one run, the help and what ends badly as processes of their own."""
 
+import csv
 import os
 import re
 import signal
@@ -179,6 +180,14 @@ def test_a_sweep_runs_every_combination(short_model, tmp_path):
     assert {(r["method"], r["ratio"]["target"]) for r in reports} == {
         (method, ratio) for method in ("magnitude", "random") for ratio in (0.1, 0.3)
     }
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()))
+    for row, report in zip(rows, sorted(reports, key=lambda r: r["command"]), strict=True):
+        assert (row["method"], row["ratio"]) == (report["method"], str(report["ratio"]["target"]))
+        assert int(row["parameters"]) == report["parameters"]["pruned"]
+        assert float(row["perplexity.embedded"]) == report["perplexity"]["embedded"]["pruned"]
+        folder = tmp_path / "sweep" / row["folder"]
+        assert read_report(folder) == report
+    assert 'aria-label="Points' in (tmp_path / "sweep" / "sweep.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,8 @@ STOREYS = {
         "schedules",
         "surgery",
     },
-    "cli": {"config", "errors", "jobs", "report", "runtime"},
+    "sweeps": {"config", "errors", "report", "runtime"},
+    "cli": {"config", "errors", "jobs", "report", "runtime", "sweeps"},
     "__main__": {"cli"},
     "__init__": {"checkpoint", "errors", "graph", "jobs", "pipeline", "plan", "report", "surgery"},
 }

@@ -81,6 +81,7 @@ _ELSEWHERE = {
     "task": "each task is a function: prune, evaluate, recover, export, prune_checkpoint",
     "plans": "compare plans on the command line: task=diff",
     "experiment": "sweep on the command line: -m experiment=…",
+    "objective": "sweep on the command line: -m hydra/sweeper=optuna …",
     "hydra": "only hydra.searchpath counts here",
     "recovery": f"{_RESULT} prunekit.recover",
     "eval": f"{_RESULT} prunekit.evaluate",

@@ -235,6 +235,7 @@ class RunConfig:
     seed: int = 0
     output_dir: str = MISSING
     resume: bool = False
+    objective: Any = "perplexity"
     device: str = "auto"
     dtype: str = "auto"
     imports: list[str] = field(default_factory=list)

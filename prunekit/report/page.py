@@ -15,7 +15,7 @@ from prunekit.report.record import Report
 from prunekit.report.tables import Table
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
     from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
@@ -29,18 +29,31 @@ def render_html(report: Report, drawn: Mapping[str, Picture] | None = None) -> s
         report: the figures.
         drawn: its `pictures`, where they are drawn already.
     """
+    sections = document(report, drawn)
+    return _template().render(title=title(report), style=style_sheet(), sections=sections)
+
+
+def style_sheet() -> str:
+    """The CSS of a page, light or dark, and of the pictures in it."""
     sheet = (_FOLDER / "page.css").read_text(encoding="utf-8")
-    style = variables(":root") + dark_pictures() + sheet
-    return _template().render(title=title(report), style=style, sections=document(report, drawn))
+    return variables(":root") + dark_pictures() + sheet
 
 
 @cache
 def _template() -> Template:
-    """The page's template: it escapes all text, and replaces control characters in it."""
+    """The page's template."""
+    own = environment(_FOLDER)
+    own.filters["breakable"] = _breakable
+    own.tests |= {name: _is_a(kind) for name, kind in _BLOCKS.items()}
+    return own.get_template("page.html.j2")
+
+
+def environment(folder: Path) -> Environment:
+    """Templates of a folder that escape all text, and replace control characters in it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -48,9 +61,6 @@ def _template() -> Template:
         keep_trailing_newline=True,
         finalize=_plain_text,
     )
-    environment.filters["breakable"] = _breakable
-    environment.tests |= {name: _is_a(kind) for name, kind in _BLOCKS.items()}
-    return environment.get_template("page.html.j2")
 
 
 def _plain_text(value: object) -> object:
