@@ -17,6 +17,8 @@ from prunekit.surgery import shapes
 from prunekit.surgery.sizes import HEADS
 from prunekit.surgery.whole import find_obstacles
 
+SHARED = ("attention", "mlp")  # kinds whose units devices share out: tensor parallelism
+
 
 def find_demands(
     model: nn.Module,
@@ -28,9 +30,10 @@ def find_demands(
     """What the model, and the options of widths and heads, demand of a cut of these groups.
 
     Raises:
-        ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold; or a
-            kind of group may lose more than a group of it can.
+        ConfigError: shapes=uniform, and no uniform cut that the model's own class can hold; a kind
+            of group may lose more than a group of it can; or devices can't share a group out.
     """
+    _expect_shareable(groups, scope.tensor_parallel)
     uniform = config.shapes == "uniform"
     free = config.shapes == "free" or scope.width_multiple is not None
     return Demands(
@@ -40,6 +43,20 @@ def find_demands(
         possible=shapes.find_stock_counts(model, graph, groups) if uniform else {},
         uniform=uniform,
     )
+
+
+def _expect_shareable(groups: Sequence[Group], devices: int) -> None:
+    """Raise ConfigError where devices could share no cut of a group out, nor the whole group.
+
+    A layer may keep all of its units. Heads that are fewer than the devices lie on several.
+    """
+    for group in groups:
+        units = group.num_units
+        if group.kind in SHARED and units % devices and devices % units:
+            raise ConfigError(
+                f"tensor_parallel={devices}: {group.name} has {units} units, expected a multiple "
+                f"of {devices}; ask for fewer devices"
+            )
 
 
 def _find_floors(
@@ -88,6 +105,8 @@ def _find_multiples(model: nn.Module, groups: Sequence[Group], scope: Scope) -> 
     for group in groups:
         if group.kind in HEADS:
             multiples[group.name] = math.lcm(multiples[group.name], scope.head_multiple)
+        if group.kind in SHARED:
+            multiples[group.name] = math.lcm(multiples[group.name], scope.tensor_parallel)
         multiples[group.name] = math.lcm(multiples.get(group.name, 1), needed[group.name])
     return multiples
 

@@ -31,7 +31,9 @@ class Scope:
             matches is left alone.
         width_multiple: the width of every matrix that is cut, and of its heads where they are cut,
             is a multiple of it; None leaves the widths to `shapes`.
-        head_multiple: kept heads (KV groups) are multiples of it, for tensor parallelism.
+        head_multiple: kept heads (KV groups) are multiples of it.
+        tensor_parallel: how many devices will share each layer: kept heads (KV groups) and FFN
+            channels are multiples of it.
     """
 
     ranking: Ranking = "local"
@@ -40,10 +42,11 @@ class Scope:
     exclude: Sequence[str] = ()
     width_multiple: int | None = None
     head_multiple: int = 1
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         expect_one_of("scope.ranking", self.ranking, get_args(Ranking))
-        for key in ("rounds", "head_multiple"):
+        for key in ("rounds", "head_multiple", "tensor_parallel"):
             _expect_whole(key, getattr(self, key))
         if self.width_multiple is not None:
             _expect_whole("width_multiple", self.width_multiple)

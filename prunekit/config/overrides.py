@@ -36,7 +36,7 @@ BUILT: Mapping[str, tuple[str, ...]] = {
     "compensation": (),
     "schedule": (),
     "recovery": (),
-    "export": ("remote_code", "push_to_hub", "private"),
+    "export": ("remote_code", "push_to_hub", "private", "tensor_parallel"),
 }
 _FOLDERS = ("--config-dir", "-cd")  # flags of Hydra that add a folder to its search path
 

@@ -15,11 +15,13 @@ from prunekit.checkpoint import (
     from_pretrained,
     load_processor,
     load_tokenizer,
+    open_streamed,
     save_pretrained,
 )
 from prunekit.config import BUILT, RunConfig, build_as, import_modules
 from prunekit.errors import ConfigError, DataError, ExportError, PrunekitError
 from prunekit.exports import Export
+from prunekit.exports.parallel import check_tensor_parallel
 from prunekit.jobs.folder import clear_halves, ensure_empty
 from prunekit.jobs.sources import Source, load_as_configured, loading_of, source_of
 from prunekit.report import Report, model_card
@@ -39,18 +41,24 @@ class ExportSettings:
         remote_code: write transformers a file that it builds the model with.
         push_to_hub: the name of the repository that the model is uploaded to.
         private: whether that repository is private, where it is new.
+        tensor_parallel: how many devices will share each layer of the model.
     """
 
     writer: Export | None = None
     remote_code: bool = False
     push_to_hub: str | None = None
     private: bool = True
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that can't be meant."""
         for key in ("remote_code", "private"):
             if not isinstance(value := getattr(self, key), bool):
                 raise ConfigError(f"export.{key}: expected true or false, got {value!r}")
+        if type(self.tensor_parallel) is not int or self.tensor_parallel < 1:
+            raise ConfigError(
+                f"export.tensor_parallel: expected a whole number ≥ 1, got {self.tensor_parallel!r}"
+            )
         name = self.push_to_hub
         named = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
         if name is not None and not named:
@@ -92,6 +100,8 @@ class ExportSettings:
         An error leaves the run as it is.
         """
         try:
+            if self.tensor_parallel > 1:
+                check_tensor_parallel(open_streamed(folder / "model")[0], self.tensor_parallel)
             if self.writer is not None:
                 model = from_pretrained(folder / "model")
                 self.writer.write(model, load_tokenizer(folder / "model", False), folder)
@@ -138,6 +148,7 @@ def run_export(
     saves = settings.remote_code or folder is None and settings.push_to_hub is not None
     if settings.writer is not None or saves:
         model, tokenizer = _open(config, source, tokenizer)
+        check_tensor_parallel(model, settings.tensor_parallel)
         if settings.writer is not None:
             written.append(settings.writer.write(model, tokenizer, output))
         if saves:

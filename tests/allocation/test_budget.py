@@ -94,6 +94,7 @@ SCOPES = st.builds(
     ),
     width_multiple=st.sampled_from([None, 3, 8]),
     head_multiple=st.sampled_from([1, 2]),
+    tensor_parallel=st.sampled_from([1, 2, 4]),
     exclude=st.sampled_from([(), ("layers.2",), ("*.self_attn",), ("layers.0", "layers.4.mlp")]),
 )
 
@@ -115,6 +116,7 @@ def test_every_scope_is_kept_to_and_the_target_met_within_half_a_step(shaped, po
         assert kept == group.num_units or kept >= scope.fewest(group)
         if kept < group.num_units and group.kind == "attention":
             assert kept % scope.head_multiple == 0
+        assert kept % scope.tensor_parallel == 0
         widths = {kept * member.index.shape[1] for member in group.members}
         if kept < group.num_units and scope.width_multiple:
             assert not any(width % scope.width_multiple for width in widths)

@@ -1,5 +1,7 @@
 """`task=export`, what `export` asks of a run, and the model card."""
 
+import json
+
 import huggingface_hub
 import pytest
 import torch
@@ -139,6 +141,14 @@ def test_a_finished_model_is_pushed_as_it_is(run, hub):
         ([], "task=export: expected export=gguf"),
         (["export=gguf", "export.dtype=q4"], "export.dtype: 'q4' is unknown"),
         (["export.remote_code=maybe"], "export.remote_code: expected true or false, got 'maybe'"),
+        (
+            ["export.remote_code=true", "export.tensor_parallel=0"],
+            "export.tensor_parallel: expected a whole number ≥ 1, got 0",
+        ),
+        (
+            ["export.remote_code=true", "export.tensor_parallel=64"],
+            "export.tensor_parallel=64: expected a multiple of 64, got",
+        ),
         (["export=gguff"], "export: unknown choice 'gguff': did you mean gguf"),
         (["export.push_to_hub=me/small"], "export.push_to_hub: me/small: no way"),
         (
@@ -158,6 +168,23 @@ def test_mistakes_are_one_line_and_leave_nothing(run, options, message, monkeypa
     (line,) = finished.stderr.splitlines()
     assert message in line
     assert not (run / "wrong").exists()
+
+
+def test_devices_can_share_the_layers_of_a_run(tmp_path):
+    options = [*QUICK, "method=magnitude", "shapes=free", "output_dir=out"]
+    done = command_line(*options, "export.tensor_parallel=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out/model/config.json").read_text())
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    layers = [config | own for own in config["per_layer_config"].values()]
+    sizes = {name: {layer[name] for layer in layers} for name in names}
+    assert min(len(each) for each in sizes.values()) > 1
+    assert not any(size % 2 for each in sizes.values() for size in each)
+    options = ["task=export", "model.path=out", "export.remote_code=true"]
+    for devices, status in ((2, 0), (16, 2)):
+        asked = [f"export.tensor_parallel={devices}", f"output_dir=for-{devices}"]
+        assert command_line(*options, *asked, cwd=tmp_path).returncode == status
+        assert (tmp_path / f"for-{devices}").exists() == (not status)
 
 
 def test_the_unfinished_file_of_a_killed_export_is_not_in_the_way(run):
