@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prunekit.config import RunConfig, check, check_choices, config_dir, one_line, settle
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.runtime.torchrun import launched_rank
-from prunekit.sweeps import SweepRun, any_failed, forget, objective_of
+from prunekit.sweeps import SweepRun, any_failed, forget, join_processes, objective_of
 
 if TYPE_CHECKING:
     from prunekit.jobs.kept import Kept
@@ -86,6 +86,7 @@ def _run_in_sweep(config: DictConfig) -> float | tuple[float, ...] | None:
     Returns:
         What a sweeper that searches is told; None where the sweeper takes all combinations.
     """
+    join_processes(HydraConfig.get())
     run = SweepRun(HydraConfig.get())
     searches = "BasicSweeper" not in HydraConfig.get().sweeper._target_
     try:

@@ -56,6 +56,8 @@ PARTS = ("method", "importance", "policy", "scope", "compensation", "schedule", 
 PARTS += ("recovery", "export", "eval")
 PICTURES = importlib.import_module("prunekit.report.pictures")
 EMPTY_PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" role="img"></svg>'
+# Launchers and sweepers have a test of their own, `tests/sweeps/test_launchers.py`.
+ELSEWHERE = re.compile(r"hydra[/.](launcher|sweeper)[.=]")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -113,6 +115,9 @@ def run_prunekit(words, line, model):
     arguments = [replace_names(word, model) for word in words[start + 2 :]]
     if "--help" not in arguments:
         arguments = small_arguments(arguments)
+    if any(map(ELSEWHERE.match, arguments)):
+        check(compose([first_value(a) for a in arguments if "=" in a and a[:5] != "hydra"]))
+        return
     if "export=onnx" in arguments:
         ExportSettings.build(check(compose(arguments)).export)
         return
@@ -120,6 +125,14 @@ def run_prunekit(words, line, model):
     assert done.returncode == 0, f"{line}\n{done.stderr}"
     for folder in Path("outputs").glob("????-??-??"):  # the next run may come in the same second
         shutil.rmtree(folder)
+
+
+def first_value(override):
+    """An override of a sweep with the first of its values: a,b; choice(a,b); interval(a,b)."""
+    key, _, values = override.partition("=")
+    if values.startswith("["):
+        return override
+    return f"{key}={re.sub(r'^(choice|interval)', '', values).strip('()').split(',')[0]}"
 
 
 def known_extras():

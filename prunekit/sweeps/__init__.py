@@ -2,6 +2,7 @@
 
 from prunekit.sweeps.hooks import SweepHooks, any_failed, forget
 from prunekit.sweeps.index import figures_of, objective_of, write_index
+from prunekit.sweeps.launchers import join_processes
 from prunekit.sweeps.record import Record, Records
 from prunekit.sweeps.run import SweepRun
 
@@ -13,6 +14,7 @@ __all__ = [
     "any_failed",
     "figures_of",
     "forget",
+    "join_processes",
     "objective_of",
     "write_index",
 ]

@@ -8,14 +8,12 @@ import math
 import re
 
 import pytest
-from conftest import command_line
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep_helpers import only_report, report_of, rows_of, sweep
 
-from prunekit.errors import ConfigError, DataError
-from prunekit.report import Report
-from prunekit.runtime.files import write_text
+from prunekit.errors import ConfigError
 from prunekit.sweeps import Record, figures_of, objective_of
 from prunekit.sweeps.index import Line, to_csv
 from prunekit.sweeps.naming import folder_name, swept_keys, values_of
@@ -23,46 +21,9 @@ from prunekit.sweeps.page import render_page
 from prunekit.sweeps.picture import Point, front_of
 
 
-def report_of(ratio):
-    """A report whose perplexity grows with the ratio: exp(3 + ratio) and its square."""
-    return Report.from_plain(
-        {
-            "task": "prune",
-            "models": ["dense", "pruned"],
-            "ratio": {"target": ratio, "achieved": ratio},
-            "parameters": {"dense": 1000, "pruned": round(1000 * (1 - ratio))},
-            "perplexity": {
-                "a": {"dense": math.exp(3), "pruned": math.exp(3 + ratio), "protocol": "p"},
-                "b": {"dense": math.exp(6), "pruned": math.exp(6 + 2 * ratio), "protocol": "p"},
-            },
-        }
-    )
-
-
 @pytest.fixture
 def runs(monkeypatch):
-    """`jobs.run` only writes a report. The ratios that it was asked for, and those that fail."""
-    asked = []
-    broken = {0.5: DataError("corpus: <nothing> there"), 0.6: ZeroDivisionError("a bug")}
-
-    def run(config, folder, *_):
-        asked.append(config.ratio)
-        if error := broken.get(config.ratio):
-            raise error
-        write_text(folder / "report.json", report_of(config.ratio).to_json())
-        return report_of(config.ratio)
-
-    monkeypatch.setattr("prunekit.jobs.run", run)
-    monkeypatch.setattr("prunekit.sweeps.page.draw_pareto", lambda lines: None)
-    return asked, broken
-
-
-def rows_of(folder):
-    return list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
-
-
-def sweep(*arguments, cwd):
-    return command_line("-m", "hydra.sweep.dir=sweep", *arguments, cwd=cwd)
+    return only_report(monkeypatch)
 
 
 def test_each_run_is_a_row_and_failures_do_not_end_a_sweep(runs, tmp_path):
@@ -131,6 +92,7 @@ def test_a_task_list_and_six_keys_make_a_short_name_that_needs_no_quotes():
     assert same_end == "000_policy.seed-1_data.calibration.seed-2_ratio-0.5"
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
 def test_the_front_holds_what_no_other_beats(pairs):
     points = [Point(number=n, price=x, perplexity=y) for n, (x, y) in enumerate(pairs)]
