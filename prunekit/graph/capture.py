@@ -91,7 +91,7 @@ def _as_slice(place: Any) -> Any:
 @contextmanager
 def _noting_lines(wanted: bool) -> Iterator[None]:
     """Whether torch notes, for each operator, the lines of code that called it."""
-    before = torch.fx.config.do_not_emit_stack_traces
+    before = getattr(torch.fx.config, "do_not_emit_stack_traces", False)
     torch.fx.config.do_not_emit_stack_traces = not wanted
     try:
         yield
