@@ -18,6 +18,7 @@ from prunekit.runtime.processes import add_up, world_size
 # Columns of H that are updated at once. Of the symmetric H only the blocks on and below the
 # diagonal are computed: half the work for large layers.
 _PANEL = 1024
+_ROOM = 4.0  # what errors are divided by to fit float16: the difference of two outputs may not
 
 
 class Moments:
@@ -96,6 +97,12 @@ class Moments:
             self.error.mul_(old).add_(e.sum(0, dtype=self.dtype), alpha=share)
         self.tokens = new
 
+    def of_errors(self) -> tuple[Tensor, Tensor]:
+        """E[e xᵀ] [d, n] and E[e] [d], which must be there."""
+        assert self.cross is not None
+        assert self.error is not None
+        return self.cross, self.error
+
     def look(self) -> list[Tensor]:
         """Whether the means were finite after each of the inputs, as numbers on the device."""
         return [taken.sound for taken in self._taken]
@@ -162,30 +169,15 @@ def _zero_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: float) -> None:
     """Total ← old · total + share · leftᵀ right, in place.
 
-    On a GPU half precision is multiplied as it is: the products are exact and summed in float32. A
-    `left` in float32 is split into two parts in half precision for that.
+    On a GPU half precision is multiplied as it is: the products are exact and summed in float32.
+    Errors in float32 are rounded to it; they are differences of outputs that were rounded to it.
     """
     if not (right.is_cuda and is_half(right.dtype)):
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=old, alpha=share)
-    elif left.dtype == right.dtype:
-        total.mul_(old).add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=share)
-    else:
-        scale, *parts = split(left, right.dtype)
-        product = sum(torch.mm(part.T, right, out_dtype=torch.float32) for part in parts)
-        total.mul_(old).add_(product * scale, alpha=share)
-
-
-def split(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A number and two parts in half precision: number · (part + part) is `tensor`.
-
-    It is to 1e-5 of each element; to 1e-8 of the largest element where that is more. The number is
-    a power of two, so that the parts fit the range of float16.
-    """
-    largest = tensor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    scale = largest.log2().floor().sub(8).exp2().clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = tensor / scale
-    first = scaled.to(dtype)
-    return scale, first, (scaled - first).to(dtype)
+        return
+    if left.dtype != right.dtype:
+        left, share = (left / _ROOM).to(right.dtype), share * _ROOM
+    torch.addmm(total, left.T, right, out_dtype=total.dtype, beta=old, alpha=share, out=total)
 
 
 @dataclass(frozen=True)

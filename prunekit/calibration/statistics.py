@@ -17,6 +17,8 @@ from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Site
 from prunekit.obs.inverse import Inverse, Problem, invert
 
+_MIXED = 1024  # random sums of outputs that stand for all of them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
@@ -115,13 +117,16 @@ def measure_share(moments: Moments, held: Moments, damping: float, *, centred: b
     E‖e − α(Δx + c)‖² on `held`, where e is what the outputs lack of their target:
 
         α = (⟨Δ, E[e xᵀ]⟩ + c·E[e]) / (⟨ΔH, Δ⟩ + 2 c·ΔE[x] + ‖c‖²)
+
+    All terms are sums over the outputs. Where there are more than 1,024, as many random sums of
+    them take their place (Hutchinson's estimator of a trace).
     """
     inverse = invert_moments(moments, damping, centred=centred).matrix
-    step, offset = solve_step(moments, inverse, centred=centred)
+    cross, error = _mix_outputs(moments)
+    step, offset = solve_step(cross, error, moments.mean, inverse, centred=centred)
     del inverse  # [n, n] is let go of before the products below
-    assert held.cross is not None
-    assert held.error is not None
-    gain = (step * held.cross).sum() + offset @ held.error
+    cross, error = _mix_outputs(held)
+    gain = (step * cross).sum() + offset @ error
     scale = ((step @ held.hessian) * step).sum() + 2 * offset @ (step @ held.mean) + offset @ offset
     share = torch.where(scale > 0, gain / scale, 0.0).clamp(0, 1)
     return share.item()
@@ -131,22 +136,38 @@ def step_towards_target(
     weight: Tensor, moments: Moments, inverse: Inverse, share: float, *, centred: bool
 ) -> TargetStep:
     """Move W [d, n] by the `share` of the step that gives the target on these inputs."""
-    step, offset = solve_step(moments, inverse.matrix, centred=centred)
+    cross, error = moments.of_errors()
+    step, offset = solve_step(cross, error, moments.mean, inverse.matrix, centred=centred)
     return TargetStep(
         weight=weight + share * step.to(weight), shift=share * offset if centred else None
     )
 
 
-def solve_step(moments: Moments, inverse: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+def solve_step(
+    cross: Tensor, error: Tensor, mean: Tensor, inverse: Tensor, *, centred: bool
+) -> tuple[Tensor, Tensor]:
     """The step Δ [d, n] and the constant c [d] of the least squares for the errors of the outputs.
 
-    With errors e = t − W x and D = E[e xᵀ], ridge-regularised towards W: Δ = D (H + λI)⁻¹ and
-    c = 0. Centred, D and H are covariances, and c = E[e] − Δ E[x] is for the biases.
+    With errors e = t − W x, their mean `error` [d] and D = E[e xᵀ] in `cross` [d, n],
+    ridge-regularised towards W: Δ = D (H + λI)⁻¹ and c = 0. Centred, D and H are covariances, and
+    c = E[e] − Δ E[x] is for the biases, with E[x] the `mean` [n].
     """
-    cross, error = moments.cross, moments.error
-    assert cross is not None
-    assert error is not None
     if not centred:
         return (cross.to(inverse) @ inverse).to(cross), torch.zeros_like(error)
-    step = ((cross - torch.outer(error, moments.mean)).to(inverse) @ inverse).to(cross)
-    return step, error - step @ moments.mean
+    step = ((cross - torch.outer(error, mean)).to(inverse) @ inverse).to(cross)
+    return step, error - step @ mean
+
+
+def _mix_outputs(moments: Moments) -> tuple[Tensor, Tensor]:
+    """E[e xᵀ] [k, n] and E[e] [k] for k random sums of the errors; as they are where d is small.
+
+    With the signs s in {−1, 1} [k, d] the expectation of sᵀs / k is the identity, so that inner
+    products over the outputs keep their expectation. The signs are the same at each call.
+    """
+    cross, error = moments.of_errors()
+    if len(error) <= _MIXED:
+        return cross, error
+    generator = torch.Generator(error.device).manual_seed(0)
+    signs = torch.randint(2, (_MIXED, len(error)), generator=generator, device=error.device)
+    mix = (2 * signs - 1).to(error) / _MIXED**0.5
+    return mix @ cross, mix @ error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,12 @@ def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> T
     if target == "dense":
         return block.dense[batch].get()
     earlier, later = layer.finder.around(block)
+    if block.ends_sum:
+        lacking = at_least_float32(layer.dense[batch].get()) - layer.hidden[batch].get()
+        for other in earlier:
+            lacking += other.dense[batch].get().reshape(lacking.shape)
+            lacking -= other.output(batch, layer.store).reshape(lacking.shape)
+        return lacking.add_(block.dense[batch].get().reshape(lacking.shape))
     zero = {other: torch.zeros_like(other.dense[batch].get()) for other in later}
     dense = {other: other.dense[batch].get() for other in (*earlier, block)}
     pruned = {other: other.output(batch, layer.store) for other in earlier}
@@ -33,7 +41,8 @@ def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> T
 def is_added(layer: LayerPass, block: Block) -> bool:
     """Whether the block's output is simply added to the residual stream, in all processes.
 
-    Tried on the dense states of the first batch, with the blocks behind this one giving zero.
+    Tried on the dense states of the first batch, with the blocks behind this one giving zero. Notes
+    in the block whether the stream is nothing but a sum of blocks: streams are not run then.
     """
     earlier, later = layer.finder.around(block)
     own = block.dense[0].get()
@@ -41,18 +50,34 @@ def is_added(layer: LayerPass, block: Block) -> bool:
     rest |= {other: torch.zeros_like(other.dense[0].get()) for other in later}
     given = layer.run(0, {**rest, block: own}, layer.dense[0])
     without = layer.run(0, {**rest, block: torch.zeros_like(own)}, layer.dense[0])
-    holds = own.numel() == given.numel() and _is_sum(
-        at_least_float32(given), at_least_float32(without), at_least_float32(own.view_as(given))
-    )
+    parts = [own, *(other.dense[0].get() for other in earlier), layer.dense[0].get()]
+    parts = [part.reshape(given.shape) for part in parts if part.numel() == given.numel()]
+    holds = is_sum = False
+    if own.numel() == given.numel():
+        looks = [_is_sum(given, without, parts[0]), _is_sum_of(given, parts)]
+        holds, is_sum = torch.stack(looks).tolist()  # the device is waited for once
+    is_sum &= len(parts) == len(earlier) + 2  # none has another size
+    block.ends_sum = hold_everywhere(holds and is_sum, layer.store.device)
     return hold_everywhere(holds, layer.store.device)
 
 
-def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> bool:
-    """Whether total = rest + part, but for rounding.
+def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> Tensor:
+    """Whether total = rest + part, but for rounding, as a number on the device.
 
     Only elements where the rest is small are looked at: rounding is small there, while elsewhere
     massive activations may hide a difference.
     """
-    small = rest.abs() <= rest.abs().median()
+    total, rest, part = (at_least_float32(one) for one in (total, rest, part))
+    small = rest.abs() <= rest[:1].abs().median()
     lost, own = ((one * small).square().sum() for one in (total - rest - part, part))
-    return bool(lost <= 0.01 * own)
+    return lost <= 0.01 * own
+
+
+def _is_sum_of(total: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Whether total = Σ parts in every element, but for the rounding of each addition."""
+    lost = at_least_float32(total).clone()
+    size = torch.zeros_like(lost)
+    for part in parts:
+        lost -= part
+        size += part.abs()
+    return (lost.abs() <= len(parts) * torch.finfo(total.dtype).eps * size).all()

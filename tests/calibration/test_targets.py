@@ -11,9 +11,10 @@ from families import FIRST, build
 from operations import Counting
 
 import prunekit
-from prunekit.calibration import statistics
+from prunekit.calibration import statistics, stream, targets
 from prunekit.calibration.consumers import Consumer
-from prunekit.calibration.moments import Moments, split
+from prunekit.calibration.layer_pass import LayerPass
+from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Site, runs_of_rows
 from prunekit.calibration.statistics import measure_share, prepare_site
 from prunekit.compensation.obs import Obs
@@ -227,15 +228,67 @@ def test_rows_are_taken_without_their_numbers_going_to_the_device():
         assert set(counting.launched) <= {"cat"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6, 1e30])
-def test_two_parts_in_half_precision_are_a_number_in_float32(dtype, size):
+def test_the_share_of_many_outputs_is_that_of_their_random_sums(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    tensor = size * torch.randn(50, 40, generator=generator).mul(3).exp()
-    tensor *= torch.randn(50, 40, generator=generator).sign()
-    scale, *parts = split(tensor, dtype)
-    assert all(part.dtype == dtype and torch.isfinite(part).all() for part in parts)
-    back = sum(part.double() for part in parts) * scale.double()
-    error = (back - tensor.double()).abs()
-    assert (error <= 1e-5 * tensor.abs() + 1e-8 * tensor.abs().max()).all()
-    assert not any(part.any() for part in split(torch.zeros(3, 3), dtype)[1:])
+    x, weight = torch.randn(160, 12, generator=generator), torch.zeros(3000, 12)
+    true = 0.3 * torch.randn(3000, 12, generator=generator)
+    true[:40] *= 30  # a few outputs have most of the error
+    errors = x @ true.T + 4 * torch.randn(160, 3000, generator=generator)
+    shares = {}
+    for mixed in (1024, 3000):
+        monkeypatch.setattr(statistics, "_MIXED", mixed)
+        place = site(x, errors, weight)
+        shares[mixed] = measure_share(place.moments, place.held, 0.0, centred=False)
+    assert 0.1 < shares[3000] < 0.99
+    assert shares[1024] == pytest.approx(shares[3000], abs=0.02)
+    assert shares[1024] != shares[3000]
+
+
+def test_a_stream_that_is_a_sum_of_blocks_is_added_up_and_not_run(monkeypatch):
+    def prune():
+        model, inside = tiny_llama().double(), []
+        run, compute = LayerPass.run, stream.compute_target
+
+        def counted(layer, *args):
+            with monkeypatch.context() as here:
+                here.setattr(LayerPass, "run", lambda *args: inside.append(0) or run(*args))
+                return compute(layer, *args)
+
+        with monkeypatch.context() as here:
+            here.setattr(stream, "compute_target", counted)
+            result = prunekit.prune(model, ratio=0.3, calibration=token_ids(48))
+        return model.state_dict(), result.plan, len(inside)
+
+    added, plan, ran = prune()
+    monkeypatch.setattr(targets, "_is_sum_of", lambda *_: torch.tensor(False))
+    streamed, other, ran_then = prune()
+    assert (ran, plan) == (0, other)
+    assert ran_then > 0
+    for name, tensor in added.items():
+        torch.testing.assert_close(tensor, streamed[name])  # to 1e-7 in float64
+
+
+def test_what_is_beside_the_blocks_is_no_sum_of_them():
+    parts = [torch.randn(2, 3, 8).bfloat16() for _ in range(2)]
+    total = parts[0] + parts[1]
+    assert targets._is_sum_of(total, parts)
+    total[1, 2, 3] *= 1.1
+    assert not targets._is_sum_of(total, parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is missing")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 3e4])
+def test_half_precision_is_multiplied_on_a_gpu_and_summed_in_float32(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 700, 1100, generator=generator).to("cuda", dtype)
+    errors = (size * torch.randn(5, 700, 90, generator=generator)).cuda()
+    moments = Moments(1100, "a", "cuda", dtype, 90)
+    for part in range(5):
+        moments.add(x[part : part + 1], None, errors[part : part + 1])
+    moments.finish()
+    wide, lost = x.flatten(0, 1).double(), errors.flatten(0, 1).double()
+    hessian = wide.T @ wide / len(wide)
+    cross = lost.T @ wide / len(wide)
+    assert (moments.hessian - hessian).norm() < 1e-4 * hessian.norm()
+    assert (moments.cross - cross).norm() < 5e-3 * cross.norm()
