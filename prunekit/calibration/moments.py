@@ -1,6 +1,7 @@
 """Second moments of a consumer's inputs: H = X Xᵀ / tokens, the Hessian of its squared error.
 
-They are running means, so that they are right after any number of batches.
+They are running means, so that they are right after any number of batches. Where tokens have
+weights (`prunekit.calibration.weighting`), H = Σ_t w_t x_t x_tᵀ / Σ_t w_t, and so are all means.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ class Moments:
         device: the device of the inputs, and of the means.
         dtype: the dtype of the inputs.
         outputs: number of output features d; None where no errors will be given.
+        weighted: whether tokens have weights; the means lack the division by `weight` until
+            `finish`.
 
     Attributes:
         tokens: number of tokens taken in.
+        weight: the mean weight of a token [], or None where all are alike.
         hessian: E[x xᵀ] [n, n]; only its lower half is valid until `finish`.
         mean: E[x] [n].
         cross: E[e xᵀ] [d, n] for the errors e, or None.
@@ -48,11 +52,13 @@ class Moments:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         outputs: int | None = None,
+        weighted: bool = False,
     ) -> None:
         self.name = name
         self.tokens = 0
         self._taken: list[_Taken] = []
         self.dtype = computing_type(dtype)
+        self.weight = torch.zeros((), device=device, dtype=self.dtype) if weighted else None
         self.hessian = torch.zeros(size, size, device=device, dtype=self.dtype)
         self.mean = torch.zeros(size, device=device, dtype=self.dtype)
         self.cross = (
@@ -69,14 +75,21 @@ class Moments:
         error: Tensor | None = None,
         samples: Sequence[int] = (),
         tokens: int | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """Take in inputs [..., n], and errors [..., d] where there are `outputs`.
 
-        `mask` [...] is False at padding, where zeros are taken in; `tokens` is how many positions
-        it leaves. `samples` are the numbers of the rows, for `check`. Nothing waits for the device,
-        but for the number of tokens where there is a mask and it is not given.
+        `weights` [...] ≥ 0 are those of the tokens, where tokens have weights; without them a token
+        weighs 1. `mask` [...] is False at padding, where zeros are taken in; `tokens` is how many
+        positions it leaves. `samples` are the numbers of the rows, for `check`. Nothing waits for
+        the device, but for the number of tokens where there is a mask and it is not given.
         """
         x = _zero_padding(inputs.detach(), mask)
+        root = None
+        if self.weight is not None:
+            given = x.new_ones(inputs.shape[:-1]) if weights is None else weights
+            root = _zero_padding(given.to(x.device, self.dtype)[..., None], mask).sqrt()
+            x = x.to(self.dtype) * root
         if mask is None:
             tokens = len(x)
         elif tokens is None:
@@ -89,12 +102,15 @@ class Moments:
             panel = self.hessian[start:, start : start + _PANEL]
             _add_product(panel, x[:, start:], x[:, start : start + _PANEL], old, share)
         self._taken.append(_Taken.of(self.hessian, inputs, samples))
-        self.mean.mul_(old).add_(x.sum(0, dtype=self.dtype), alpha=share)
+        self.mean.mul_(old).add_(_sum_rows(x, root, self.dtype), alpha=share)
+        if self.weight is not None and root is not None:
+            self.weight.mul_(old).add_(root.square().sum(), alpha=share)
         if self.cross is not None and self.error is not None:
             assert error is not None
             e = _zero_padding(error.detach(), mask)
+            e = e if root is None else e.to(self.dtype) * root
             _add_product(self.cross, e, x, old, share)
-            self.error.mul_(old).add_(e.sum(0, dtype=self.dtype), alpha=share)
+            self.error.mul_(old).add_(_sum_rows(e, root, self.dtype), alpha=share)
         self.tokens = new
 
     def of_errors(self) -> tuple[Tensor, Tensor]:
@@ -121,12 +137,17 @@ class Moments:
 
     def finish(self) -> Moments:
         """Merge the means of all processes, and fill the upper half of the Hessian."""
+        means = [self.hessian, self.mean, self.cross, self.error]
         if world_size() > 1:
             count = int(add_up(torch.tensor([self.tokens], device=self.hessian.device)))
-            for mean in (self.hessian, self.mean, self.cross, self.error):
+            for mean in (*means, self.weight):
                 if mean is not None:
                     add_up(mean.mul_(self.tokens / max(count, 1)))
             self.tokens = count
+        if self.weight is not None:
+            for mean in means:
+                if mean is not None:
+                    mean.div_(self.weight.clamp_min(_tiny(self.dtype)))
         self._mirror()
         if self.hessian.device.type == "mps":  # without float64, which the inversion may need
             self.hessian, self.mean = self.hessian.cpu(), self.mean.cpu()
@@ -140,17 +161,27 @@ class Moments:
 
     @staticmethod
     def together(parts: Sequence[Moments]) -> Moments:
-        """The moments of the tokens of all parts; the parts stay as they are."""
+        """The moments of the tokens of all parts, which are finished; they stay as they are."""
         first = parts[0]
         total = Moments(len(first.hessian), first.name, first.hessian.device, first.dtype)
         total.cross = None if first.cross is None else torch.zeros_like(first.cross)
         total.error = None if first.error is None else torch.zeros_like(first.error)
         total.tokens = sum(part.tokens for part in parts)
+        total.weight = None if first.weight is None else torch.zeros_like(first.weight)
+        for part in parts:
+            share = part.tokens / max(total.tokens, 1)
+            if total.weight is not None and part.weight is not None:
+                total.weight.add_(part.weight, alpha=share)
         for part in parts:
             share = part.tokens / max(total.tokens, 1)
             for name in ("hessian", "mean", "cross", "error"):
-                if (sums := getattr(total, name)) is not None:
+                if (sums := getattr(total, name)) is None:
+                    continue
+                if total.weight is None or part.weight is None:
                     sums.add_(getattr(part, name), alpha=share)
+                else:
+                    own = share * part.weight / total.weight.clamp_min(_tiny(first.dtype))
+                    sums.addcmul_(getattr(part, name), own)
         return total
 
     def _mirror(self) -> None:
@@ -164,6 +195,16 @@ def _zero_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         tensor = tensor.masked_fill(~mask.to(tensor.device)[..., None], 0)
     return tensor.flatten(0, -2)
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    """The smallest normal number of a type, which keeps 0 / 0 out."""
+    return torch.finfo(dtype).tiny
+
+
+def _sum_rows(rows: Tensor, root: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Σ_t x_t [n] of rows x_t [N, n]; of rows √w_t x_t, given √w_t [N, 1], Σ_t w_t x_t."""
+    return rows.sum(0, dtype=dtype) if root is None else (root.T @ rows)[0]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: float) -> None:

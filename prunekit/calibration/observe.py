@@ -16,10 +16,12 @@ from torch import Tensor
 
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
+from prunekit.calibration.weighting import EQUAL, Weighting
 from prunekit.data.batches import Batch, Padding, count_positions
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
+TokenWeights = tuple[Tensor | None, Tensor | None]  # of the moments [B, T], and for choosing
 HELD_OUT = 8  # every eighth sample is held out, to measure whether a target generalises
 
 
@@ -28,11 +30,19 @@ class Site:
     """Consumers that are fed the same inputs x [n], and the moments of x.
 
     `held`: the moments of the held-out samples, which are not in `moments`; None without a target.
+    `choosing`: the moments of all samples by which units are chosen, where tokens are weighed
+    otherwise for that; None where they are the others'.
     """
 
     consumers: list[Consumer]
     moments: Moments
     held: Moments | None = None
+    choosing: Moments | None = None
+
+    def parts(self) -> list[Moments]:
+        """All moments of the site."""
+        parts = (self.moments, self.held, self.choosing)
+        return [part for part in parts if part is not None]
 
     def weight(self) -> Tensor:
         """The weights of all consumers, below one another: [d, n], a copy in float32 at least."""
@@ -56,16 +66,25 @@ class Observation:
     """Gathers the moments of all inputs of a group's consumers.
 
     `targeted`: whether the consumers have a target; samples are then held out, and the errors of
-    the outputs are gathered with the inputs.
+    the outputs are gathered with the inputs. `weighting`: of the moments; `choosing`: of those by
+    which units are chosen, if that is another one.
     """
 
     consumers: Sequence[Consumer]
     targeted: bool = False
+    weighting: Weighting = EQUAL
+    choosing: Weighting | None = None
     sites: dict[Consumer, Site] = field(default_factory=dict)
+    regrouped: bool = False  # whether tokens came in other places than they have in the batch
 
     @contextmanager
     def of(
-        self, sample: int, batch: Batch, padding: Padding | None, wanted: Tensor | None = None
+        self,
+        sample: int,
+        batch: Batch,
+        padding: Padding | None,
+        wanted: Tensor | None = None,
+        weights: TokenWeights = (None, None),
     ) -> Iterator[None]:
         """Inside the `with` block, the consumers are fed this batch.
 
@@ -74,7 +93,9 @@ class Observation:
             batch: the keyword arguments of the forward call.
             padding: the padding of the batch, if it has any.
             wanted: the target of a lone consumer [..., d], if it has one.
+            weights: of the tokens [B, T], for the moments and for choosing; None: all are alike.
         """
+        self._weights = weights
         self._padding, self._positions = padding, count_positions(batch)
         self._sample = sample
         self._wanted: Tensor | None = wanted
@@ -96,22 +117,28 @@ class Observation:
         """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments."""
         fits = self._padding is not None and self._padding.mask.shape == inputs.shape[:-1]
         padding = self._padding if fits else None
+        in_place = inputs.shape[:-1] == self._positions
+        weights, for_choosing = self._weights if in_place else (None, None)
+        self.regrouped |= not in_place
         mask = None if padding is None else padding.mask
         samples = range(self._sample, self._sample + len(inputs))
+        tokens = None if padding is None else sum(padding.tokens)
+        if site.choosing is not None:
+            site.choosing.add(inputs, mask, None, samples, tokens, for_choosing)
         if self._wanted is None or site.held is None:
-            tokens = None if padding is None else sum(padding.tokens)
-            site.moments.add(inputs, mask, None, samples, tokens)
+            site.moments.add(inputs, mask, None, samples, tokens, weights)
             return
         output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
         error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
         for moments, held in ((site.moments, False), (site.held, True)):
             rows = [i for i, n in enumerate(samples) if (n % HELD_OUT == HELD_OUT - 1) == held]
-            part, own, lost = (
-                None if one is None else runs_of_rows(one, rows) for one in (inputs, mask, error)
+            part, own, lost, weigh = (
+                None if one is None else runs_of_rows(one, rows)
+                for one in (inputs, mask, error, weights)
             )
             assert part is not None
             tokens = None if padding is None else sum(padding.tokens[i] for i in rows)
-            moments.add(part, own, lost, [samples[i] for i in rows], tokens)
+            moments.add(part, own, lost, [samples[i] for i in rows], tokens, weigh)
 
     def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
         """The site of other consumers that were fed this very tensor, or a new one."""
@@ -126,12 +153,19 @@ class Observation:
         """A site of this consumer alone, whose moments are still empty."""
         weight = consumer.parameter
         size = weight.shape[consumer.member.dim]
+
+        def open_moments(weighting: Weighting, outputs: int | None) -> Moments:
+            weighted = weighting.tokens != "equal"
+            name, device, dtype = consumer.name, weight.device, weight.dtype
+            return Moments(size, name, device, dtype, outputs, weighted)
+
         outputs = consumer.outputs if self.targeted else None
-        moments = [
-            Moments(size, consumer.name, weight.device, weight.dtype, outputs)
-            for _ in range(1 + self.targeted)
-        ]
-        self.sites[consumer] = Site([consumer], moments[0], moments[1] if self.targeted else None)
+        self.sites[consumer] = Site(
+            [consumer],
+            open_moments(self.weighting, outputs),
+            open_moments(self.weighting, outputs) if self.targeted else None,
+            None if self.choosing is None else open_moments(self.choosing, None),
+        )
         return self.sites[consumer]
 
     def check(self) -> None:
@@ -141,7 +175,7 @@ class Observation:
             DataError: NaN or infinity was among it.
         """
         sites = list(dict.fromkeys(self.sites.values()))
-        parts = [part for site in sites for part in (site.moments, site.held) if part is not None]
+        parts = [part for site in sites for part in site.parts()]
         sound = [one for part in parts for one in part.look()]
         if sound and not torch.stack(sound).all():
             for part in parts:
@@ -158,9 +192,8 @@ class Observation:
                 self._open_site(consumer)
         sites = list(dict.fromkeys(self.sites[consumer] for consumer in self.consumers))
         for site in sites:
-            site.moments.finish()
-            if site.held is not None:
-                site.held.finish()
+            for part in site.parts():
+                part.finish()
         _share_moments(sites)
         return sites
 
@@ -191,5 +224,6 @@ def _share_moments(sites: Sequence[Site]) -> None:
             f"{own[0].moments.name}: experts that saw fewer tokens than they have inputs take the "
             f"moments of all {shared.tokens:,} routed tokens: {experts}"
         )
+        choosing = own[0].choosing and Moments.together([s.choosing for s in own if s.choosing])
         for site in short:
-            site.moments = shared
+            site.moments, site.choosing = shared, choosing

@@ -57,18 +57,21 @@ class SiteWork:
     """A site that is about to be cut.
 
     `weight`: W [d, n] of its consumers, below one another, in float32 at least. `share`: how much
-    of the step towards a target W has taken, in [0, 1]; zero where there is no target.
+    of the step towards a target W has taken, in [0, 1]; zero where there is no target. `choosing`:
+    the inverse by which units are chosen, where it is not the one of the statistics.
     """
 
     site: Site
     weight: Tensor
     statistics: Statistics
     share: float = 0.0
+    choosing: Inverse | None = None
 
     def pose_problem(self) -> Problem:
         """The problem of choosing units by W and the inverse, which must be there."""
-        assert self.statistics.inverse is not None
-        return pose_problem(self.site, self.weight, self.statistics.inverse)
+        inverse = self.choosing or self.statistics.inverse
+        assert inverse is not None
+        return pose_problem(self.site, self.weight, inverse)
 
 
 def prepare_site(site: Site, damping: float, *, centred: bool, inverted: bool) -> SiteWork:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,9 +25,11 @@ from prunekit.calibration.consumers import Consumer, find_lone_consumer, watchin
 from prunekit.calibration.feeding import Feeding
 from prunekit.calibration.layer_pass import LayerPass
 from prunekit.calibration.layers import Layers
-from prunekit.calibration.observe import HELD_OUT, Observation, Site
+from prunekit.calibration.observe import HELD_OUT, Observation, Site, TokenWeights
 from prunekit.calibration.store import Kept, Store
 from prunekit.calibration.targets import compute_target, is_added
+from prunekit.calibration.token_norms import Norms, block_norms, has_norms, stream_norms
+from prunekit.calibration.weigher import OWN_NORM, Weigher
 from prunekit.data.batches import Numbered, Padding, count_positions, find_padding
 from prunekit.graph import Group
 from prunekit.model.stack import stacks_around
@@ -41,8 +44,9 @@ class Stream:
     """The layers of a model, their groups and consumers, and what goes into the layers.
 
     `consumers`: group name → its consumers. `source`: where the weights of the layers come from;
-    None where all are in memory. `padding`: that of each batch. `whole`: the names of groups that
-    nothing is removed from, and that are not shown.
+    None where all are in memory. `padding`: that of each batch. `weigher`: gives the tokens their
+    weights. `normed`: whether the model has norms. `whole`: the names of groups that nothing is
+    removed from, and that are not shown.
     """
 
     layers: nn.ModuleList
@@ -53,6 +57,8 @@ class Stream:
     source: Layers | None
     recording: Recording
     padding: Sequence[Padding | None]
+    weigher: Weigher = field(default_factory=Weigher)
+    normed: bool = True
     whole: set[str] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
 
@@ -65,6 +71,7 @@ class Stream:
         batches: Sequence[Numbered],
         store: Store,
         source: Layers | None = None,
+        weigher: Weigher | None = None,
     ) -> Stream | None:
         """Record the calls of the layers; None where these can't be run one by one.
 
@@ -84,7 +91,9 @@ class Stream:
         if hold_everywhere(recording is not None, store.device):
             assert recording is not None
             padding = find_padding([batch for _, batch in batches])
-            return cls(layers, groups, dict(consumers), batches, store, source, recording, padding)
+            found = dict(consumers)
+            stream = cls(layers, groups, found, batches, store, source, recording, padding)
+            return replace(stream, weigher=weigher or stream.weigher, normed=has_norms(model))
         if recording is not None:
             recording.free()
         return None
@@ -94,7 +103,8 @@ class Stream:
     ) -> None:
         """Let groups that stay whole have blocks too, in the layers of groups that have targets.
 
-        What such a block returns has to be known apart: it is no part of what a target asks for.
+        What such a block returns has to be known apart: it is no part of what a target asks for,
+        nor of the stream that token weights come from.
         """
         layers = {group.layer for group in self.groups if group.name in targets}
         groups = {group.name: group for group in self.groups}
@@ -123,12 +133,13 @@ class Stream:
             targets = {}
         hidden: list[Kept] = self.recording.hidden
         dense: list[Kept] = []
+        needs_dense = bool(targets) or self.weigher.needs_norms
         for i in range(last + 1):
             if self.source:
                 self.source.enter(i)
-            if targets and i == first:
+            if needs_dense and i == first:
                 dense = list(hidden)  # up to the first layer that is cut both streams are the same
-            layer = self._open_layer(i, hidden, dense, shallow=bool(targets))
+            layer = self._open_layer(i, hidden, dense, shallow=needs_dense)
             after = layer.run_dense() if dense else []
             yield from self._visit_groups(layer, targets, done)
             self._leave_layer(layer, is_last=i == last)
@@ -191,14 +202,34 @@ class Stream:
     def _observe(self, layer: LayerPass, group: Group, target: str) -> Observation:
         """Gather the moments of what a group's consumers are fed, over all batches."""
         target = self._settle_target(layer, group, target)
-        observation = Observation(self.consumers[group.name], targeted=target != "pruned")
-        self._feed(layer, group, observation, target)
+        observation = Observation(
+            self.consumers[group.name],
+            targeted=target != "pruned",
+            weighting=self.weigher.weighting,
+            choosing=self.weigher.choosing,
+        )
+        weights = self.weigher.weigh(group.name, partial(self._find_norms, layer, group))
+        self._feed(layer, group, observation, target, weights)
         observation.check()
+        if observation.regrouped and any(one is not None for one in weights[0]):
+            self.weigher.say_once(group.name, "its tokens are regrouped: all weigh the same")
         return observation
+
+    def _find_norms(self, layer: LayerPass, group: Group) -> Norms | None:
+        """The norms that the token weights of a group come from; all processes agree on which."""
+        block = layer.finder.block_of(self.consumers[group.name])
+        if not hold_everywhere(block is not None, self.store.device):
+            return None
+        assert block is not None
+        norms = stream_norms(layer, block, self.normed)
+        if norms is None:
+            self.weigher.say_once(group.name, OWN_NORM)
+            return block_norms(layer, block)
+        return norms
 
     def _put_inputs_aside(self, layer: LayerPass, group: Group) -> None:
         """Put aside what the consumer of a finished or whole group is fed, if it has a block."""
-        self._feed(layer, group, None, "pruned")
+        self._feed(layer, group, None, "pruned", [(None, None)] * len(self.batches))
 
     def _settle_target(self, layer: LayerPass, group: Group, target: str) -> str:
         """The target itself, or the nearest one that exists for this group; all processes agree."""
@@ -219,7 +250,12 @@ class Stream:
         return target
 
     def _feed(
-        self, layer: LayerPass, group: Group, observation: Observation | None, target: str
+        self,
+        layer: LayerPass,
+        group: Group,
+        observation: Observation | None,
+        target: str,
+        weights: Sequence[TokenWeights],
     ) -> None:
         """Run a layer on all batches as far as the consumers of a group.
 
@@ -239,7 +275,7 @@ class Stream:
             if looks or block is not None:
                 feeding.aside = {} if block is None else block.inputs
             observing = (
-                observation.of(sample, batch, self.padding[b], wanted)
+                observation.of(sample, batch, self.padding[b], wanted, weights[b])
                 if observation
                 else nullcontext()
             )

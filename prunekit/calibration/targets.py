@@ -30,12 +30,19 @@ def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> T
             lacking += other.dense[batch].get().reshape(lacking.shape)
             lacking -= other.output(batch, layer.store).reshape(lacking.shape)
         return lacking.add_(block.dense[batch].get().reshape(lacking.shape))
+    zero = {other: torch.zeros_like(other.dense[batch].get()) for other in (block, *later)}
+    pruned = {other: other.output(batch, layer.store) for other in earlier}
+    stream = run_dense_blocks(layer, batch, block)
+    without = layer.run(batch, {**zero, **pruned})
+    return at_least_float32(stream) - at_least_float32(without)
+
+
+def run_dense_blocks(layer: LayerPass, batch: int, block: Block) -> Tensor:
+    """The dense residual stream [B, T, d] up to and with a block; those behind it give zero."""
+    earlier, later = layer.finder.around(block)
     zero = {other: torch.zeros_like(other.dense[batch].get()) for other in later}
     dense = {other: other.dense[batch].get() for other in (*earlier, block)}
-    pruned = {other: other.output(batch, layer.store) for other in earlier}
-    stream = layer.run(batch, {**zero, **dense}, layer.dense[batch])
-    without = layer.run(batch, {**zero, **pruned, block: torch.zeros_like(dense[block])})
-    return at_least_float32(stream) - at_least_float32(without)
+    return layer.run(batch, {**zero, **dense}, layer.dense[batch])
 
 
 def is_added(layer: LayerPass, block: Block) -> bool:

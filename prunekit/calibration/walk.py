@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,9 +22,12 @@ from prunekit.calibration.consumers import (
 )
 from prunekit.calibration.layers import Layers
 from prunekit.calibration.moments import Moments
-from prunekit.calibration.observe import Observation, Site
+from prunekit.calibration.observe import Observation, Site, TokenWeights
 from prunekit.calibration.store import Store
 from prunekit.calibration.stream import Stream, Visit
+from prunekit.calibration.token_norms import Norms, output_norms
+from prunekit.calibration.weigher import OWN_NORM, Weigher, lone
+from prunekit.calibration.weighting import EQUAL, Weighting
 from prunekit.data.batches import (
     Batch,
     Numbered,
@@ -32,7 +36,7 @@ from prunekit.data.batches import (
     find_padding,
     remove_padding,
 )
-from prunekit.errors import DataError, TraceError
+from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import Group
 from prunekit.runtime.console import say
 from prunekit.runtime.modes import evaluating
@@ -50,6 +54,8 @@ class Walk:
     `around`: the groups of the model in execution order, whole ones too, as far as they are known:
     a target needs to know those beside its own.
     `done`: the names of groups that are finished; nothing is measured there.
+    `weighting`: how tokens are weighed in the moments; `choosing`: how in the moments by which
+    units are chosen, None: alike.
     `store`: keeps activations between two layers.
     `layers`: reads the weights of the layers; None where all are in memory.
     """
@@ -62,6 +68,8 @@ class Walk:
     done: Container[str] = ()
     store: Store | None = None
     layers: Layers | None = None
+    weighting: Weighting = EQUAL
+    choosing: Weighting | None = None
 
     def __iter__(self) -> Iterator[Visit]:
         """Yield (group, sites) in execution order; the caller may change consumers in between.
@@ -73,6 +81,7 @@ class Walk:
             DataError: NaN or infinity among the activations; fewer batches than processes.
             TraceError: a group without linear consumers; streamed layers that can't be run one by
                 one.
+            ConfigError: token weights from gradients of a streamed model.
         """
         consumers = {group.name: find_consumers(self.model, group) for group in self.groups}
         everyone = [consumer for own in consumers.values() for consumer in own]
@@ -80,15 +89,17 @@ class Walk:
         store = self.store or Store(next(self.model.parameters()).device)
         try:
             with evaluating(self.model), running_experts_in_turn(self.model, everyone):
+                weigher = self._open_weigher(consumers, batches)
                 stream = Stream.open(
-                    self.model, self.groups, consumers, batches, store, self.layers
+                    self.model, self.groups, consumers, batches, store, self.layers, weigher
                 )
                 if stream is not None:
-                    if self.targets:
-                        stream.bring_along(self.model, self.around, self.targets)
+                    names = {group.name for group in self.groups}
+                    if whose := names if weigher.needs_norms else self.targets.keys():
+                        stream.bring_along(self.model, self.around, whose)
                     yield from stream.walk(self.targets, self.done)
                 else:
-                    yield from self._visit_with_whole_passes(consumers, batches)
+                    yield from self._visit_with_whole_passes(consumers, batches, weigher)
         finally:
             store.close()
 
@@ -105,8 +116,22 @@ class Walk:
             )
         return own_part(number_batches(batches))
 
-    def _visit_with_whole_passes(
+    def _open_weigher(
         self, consumers: Mapping[str, list[Consumer]], batches: Sequence[Numbered]
+    ) -> Weigher:
+        """The token weights of all groups."""
+        if self.layers and "gradient" in (self.weighting.tokens, (self.choosing or EQUAL).tokens):
+            raise ConfigError(
+                "tokens=gradient: expected the whole model in memory (memory.stream=false), whose "
+                "gradients take all layers at once; relative does without"
+            )
+        return Weigher.open(self.model, consumers, batches, self.weighting, self.choosing)
+
+    def _visit_with_whole_passes(
+        self,
+        consumers: Mapping[str, list[Consumer]],
+        batches: Sequence[Numbered],
+        weigher: Weigher,
     ) -> Iterator[Visit]:
         """Yield (group, sites) where every group takes forward passes of the whole model."""
         if self.layers:
@@ -118,11 +143,19 @@ class Walk:
             "the layers can't be run one by one: every group takes forward passes of the whole "
             "model"
         )
+        norms: dict[str, Norms] = {}
+        if weigher.needs_norms:
+            weigher.say_once("tokens", OWN_NORM)
+            norms = output_norms(self.model, lone(consumers), [batch for _, batch in batches])
         for group in self.groups:
             if group.name in self.done:
                 yield group, []
             else:
-                yield group, observe_whole_model(self.model, consumers[group.name], batches)
+                weights = weigher.weigh(group.name, partial(norms.get, group.name))
+                observation = Observation(
+                    consumers[group.name], weighting=weigher.weighting, choosing=weigher.choosing
+                )
+                yield group, observe_whole_model(self.model, observation, batches, weights)
 
 
 def number_batches(batches: Sequence[Batch]) -> list[Numbered]:
@@ -136,14 +169,18 @@ def number_batches(batches: Sequence[Batch]) -> list[Numbered]:
 
 @torch.no_grad()
 def observe_whole_model(
-    model: nn.Module, consumers: Sequence[Consumer], batches: Sequence[Numbered]
+    model: nn.Module,
+    observation: Observation,
+    batches: Sequence[Numbered],
+    weights: Sequence[TokenWeights],
 ) -> list[Site]:
     """The sites of consumers, after a forward pass of the whole model on each batch."""
-    observation = Observation(consumers)
+    consumers = observation.consumers
     with together():
         padding = find_padding([batch for _, batch in batches])
-        for (sample, batch), own in zip(batches, padding, strict=True):
-            with observation.of(sample, batch, own), watching(consumers, observation.see):
+        for (sample, batch), own, weigh in zip(batches, padding, weights, strict=True):
+            observing = observation.of(sample, batch, own, weights=weigh)
+            with observing, watching(consumers, observation.see):
                 model(**copy_batch(batch))
         observation.check()
     return observation.finish()

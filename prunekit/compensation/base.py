@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunekit.calibration.observe import Site
 from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.weighting import EQUAL, Weighting
 
 # What the consumers of a group must reproduce on the inputs that the pruned layers before them
 # give: their own outputs on these inputs, their outputs in the dense model, or the residual stream
@@ -34,6 +35,11 @@ class Compensation(ABC):
             The new W [d, n], whose removed columns are zero, and what is added to the bias [d], or
             None where the bias stays. `weight` itself does not change.
         """
+
+    @property
+    def weighting(self) -> Weighting:
+        """How tokens are weighed in the moments that consumers are repaired by: all alike."""
+        return EQUAL
 
     def target_of(self, kind: str) -> Target:
         """The target of groups of this kind: attention, query_head, mlp, channel, …"""

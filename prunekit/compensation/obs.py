@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunekit.calibration.observe import Site
 from prunekit.calibration.statistics import Statistics
+from prunekit.calibration.weighting import Tokens, Weighting
 from prunekit.compensation.base import Compensation, Target
 from prunekit.errors import ConfigError, expect_one_of
 from prunekit.obs.inverse import remove_columns
@@ -29,15 +30,23 @@ class Obs(Compensation):
         attention: the target of attention groups alone.
         mlp: the target of FFNs alone.
         bias: whether the biases of consumers that have one take up the mean of the loss.
+        tokens: how much each token's error counts: equal, relative, clipped, without_first or
+            gradient (`prunekit.calibration.weighting.Weighting`).
+        clip_quantile: for clipped, the quantile of the tokens' norms.
+        first_tokens: for without_first, how many tokens of each sample are left out.
 
     Raises:
-        ConfigError: an unknown target, or a `bias` that is neither true nor false.
+        ConfigError: an unknown target, a `bias` that is neither true nor false, or token weights
+            out of range.
     """
 
     target: Target = "residual"
     attention: Target | None = None
     mlp: Target | None = None
     bias: bool = False
+    tokens: Tokens = "equal"
+    clip_quantile: float = 0.99
+    first_tokens: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.bias, bool):
@@ -48,6 +57,14 @@ class Obs(Compensation):
             inherited = value is None and key != "target"
             if not inherited:
                 expect_one_of(f"compensation.{key}", value, known)
+        self.weighting.check("compensation")
+
+    @property
+    def weighting(self) -> Weighting:
+        """How tokens are weighed in the moments that consumers are repaired by."""
+        return Weighting(
+            tokens=self.tokens, clip_quantile=self.clip_quantile, first_tokens=self.first_tokens
+        )
 
     def target_of(self, kind: str) -> Target:
         """The target of groups of this kind: their own, or the one of all groups."""

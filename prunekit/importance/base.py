@@ -15,6 +15,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from prunekit.calibration.weighting import EQUAL, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import expect_one_of
 from prunekit.graph import CouplingGraph, Group
@@ -121,6 +122,11 @@ class LayerImportance(Importance, ABC):
     def nested(self) -> bool:
         """Whether `choose` takes units one after another, each for good."""
         return False
+
+    @property
+    def weighting(self) -> Weighting:
+        """How tokens are weighed in the moments that units are chosen by: all alike."""
+        return EQUAL
 
     @abstractmethod
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
+from prunekit.calibration.weighting import Tokens, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, expect_one_of
 from prunekit.graph import CouplingGraph, Group
@@ -39,12 +40,19 @@ class Obs(ScoreImportance, LayerImportance):
             dynamic_group (the paper's), released_group (its code's), fixed_group (of 128).
         refine: swap exchanges removed with kept units afterwards, while the exact error falls.
         damping: λ / mean(diag H) of the ranking at once; layer by layer the schedule's counts.
+        tokens: how much each token's error counts: equal, relative, clipped, without_first or
+            gradient (`prunekit.calibration.weighting.Weighting`).
+        clip_quantile: for clipped, the quantile of the tokens' norms.
+        first_tokens: for without_first, how many tokens of each sample are left out.
     """
 
     heads: HeadScore = "exact"
     columns: Groups = "greedy"
     refine: Refine = "none"
     damping: float = 0.0001
+    tokens: Tokens = "equal"
+    clip_quantile: float = 0.99
+    first_tokens: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +61,14 @@ class Obs(ScoreImportance, LayerImportance):
         expect_one_of("importance.refine", self.refine, get_args(Refine))
         if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
             raise ConfigError(f"importance.damping: expected a number ≥ 0, got {self.damping}")
+        self.weighting.check("importance")
+
+    @property
+    def weighting(self) -> Weighting:
+        """How tokens are weighed in the moments that units are chosen by."""
+        return Weighting(
+            tokens=self.tokens, clip_quantile=self.clip_quantile, first_tokens=self.first_tokens
+        )
 
     @property
     def nested(self) -> bool:
@@ -76,7 +92,14 @@ class Obs(ScoreImportance, LayerImportance):
     ) -> dict[str, Tensor]:
         """E(S) of each unit alone, on the activations of the dense model; a row for each site."""
         scores = {}
-        for group, sites in Walk(model=model, groups=groups, batches=batches):
+        walk = Walk(
+            model=model,
+            groups=groups,
+            batches=batches,
+            around=graph.groups,
+            weighting=self.weighting,
+        )
+        for group, sites in walk:
             errors = []
             for site in sites:
                 inverse = invert_moments(site.moments, self.damping)

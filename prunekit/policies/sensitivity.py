@@ -134,7 +134,13 @@ def _measure_obs_errors(setting: Setting, counts: Counts) -> dict[str, list[floa
         )
     parts = {name: key for key, tried in counts.items() for name in tried[0]}
     errors = {key: [0.0] * len(tried) for key, tried in counts.items()}
-    for group, sites in Walk(model=setting.model, groups=setting.groups, batches=setting.batches):
+    walk = Walk(
+        model=setting.model,
+        groups=setting.groups,
+        batches=setting.batches,
+        weighting=importance.weighting,
+    )
+    for group, sites in walk:
         problems = [
             pose_problem(site, site.weight(), invert_moments(site.moments, _DAMPING))
             for site in sites

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.observe import Site
-from prunekit.calibration.statistics import SiteWork, prepare_site
+from prunekit.calibration.statistics import SiteWork, invert_moments, prepare_site
 from prunekit.calibration.walk import Walk
+from prunekit.calibration.weighting import EQUAL
 from prunekit.compensation.base import Compensation
 from prunekit.graph import Group
+from prunekit.importance.base import LayerImportance
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
 from prunekit.schedules.state import Finished
@@ -33,7 +36,8 @@ def cut_groups(
     removed = {name: list(units) for name, units in (chosen or {}).items()}
     counts = counts or {}
     groups = [g for g in assignment.groups if counts.get(g.name) or removed.get(g.name)]
-    walk = walk_through(assignment, groups)
+    chooser = assignment.importance.by_layer if chosen is None else None
+    walk = walk_through(assignment, groups, chooser)
     for group, sites in track(walk, "pruning layer by layer", len(groups)):
         if assignment.snapshot is not None:
             assignment.snapshot.keep([group])
@@ -51,17 +55,22 @@ def cut_groups(
 
 
 def walk_through(
-    assignment: Assignment, groups: Sequence[Group], done: Container[str] = ()
+    assignment: Assignment,
+    groups: Sequence[Group],
+    chooser: LayerImportance | None,
+    done: Container[str] = (),
 ) -> Walk:
     """The walk that shows these groups with the moments of their consumers' inputs.
 
-    Nothing is measured where the state has finished a group; without a state, where it is `done`.
+    The `chooser` chooses units by them; None: all are chosen. Nothing is measured where the state
+    has finished a group; without a state, where it is `done`.
     """
     compensation, targets = assignment.compensation, {}
     for group in groups if compensation else ():
         assert compensation is not None
         if (target := compensation.target_of(group.kind)) != "pruned":
             targets[group.name] = target
+    choosing = None if chooser is None else chooser.weighting
     return Walk(
         model=assignment.model,
         groups=groups,
@@ -71,6 +80,8 @@ def walk_through(
         done=assignment.state.finished if assignment.state else done,
         store=assignment.store,
         layers=assignment.layers,
+        weighting=(choosing or EQUAL) if compensation is None else compensation.weighting,
+        choosing=choosing,
     )
 
 
@@ -101,8 +112,7 @@ def cut_group(
     units are zero in all consumers of the group, and the other columns are repaired.
     """
     compensation = assignment.compensation
-    inverted = units is None or (compensation is not None and compensation.needs_inverse)
-    work = prepare_sites(group, sites, compensation, damping, inverted=inverted)
+    work = prepare_sites(group, sites, compensation, damping, choosing=units is None)
     if units is None:
         importance = assignment.importance.by_layer
         assert importance is not None
@@ -123,20 +133,27 @@ def prepare_sites(
     compensation: Compensation | None,
     damping: float,
     *,
-    inverted: bool,
+    choosing: bool,
 ) -> list[SiteWork]:
-    """Prepare all sites of a group; `inverted` says whether their inverses are needed."""
+    """Prepare all sites of a group; `choosing` says whether its units have yet to be chosen."""
+    repairs = compensation is not None and compensation.needs_inverse
     work = []
     for site in sites:
         centred = compensation is not None and compensation.centred(site)
-        work.append(prepare_site(site, damping, centred=centred, inverted=inverted))
+        own = choosing and site.choosing is None
+        part = prepare_site(site, damping, centred=centred, inverted=repairs or own)
+        if site.choosing is not None:
+            part = replace(part, choosing=invert_moments(site.choosing, damping, centred=centred))
+        work.append(part)
     if any(part.share for part in work):
         shares = ", ".join(f"{part.share:.0%}" for part in work)
         say(f"{group.name}: {shares} of the way to its target")
     # Choosing needs room for more matrices [n, n]. Sites may share their moments (experts that saw
     # few tokens), so that Hessians are dropped only when all sites are inverted.
-    for site in sites if inverted else ():
-        site.moments.drop()
+    for site, part in zip(sites, work, strict=True):
+        if part.statistics.inverse is not None:
+            site.moments.drop()
+        site.choosing = None
     return work
 
 

@@ -36,6 +36,10 @@ class Builder:
         """Whether levels take a walk; without one they are masks of units scored beforehand."""
         return self.orders is None or self.assignment.compensation is not None
 
+    @property
+    def _chooser(self) -> LayerImportance | None:
+        return self.assignment.importance.by_layer if self.orders is None else None
+
     def cut(self, database: Database, counts: Mapping[str, int]) -> None:
         """Cut the groups by these counts, as an ordinary run would: weights change, no shapes.
 
@@ -75,7 +79,7 @@ class Builder:
         groups = [g for g in self.assignment.groups if any(levels.get(g.name, ()))]
         shelf = shelf or Shelf()
         done = {group.name for group in groups if shelf.holds(group.name)}
-        walk = walk_through(self.assignment, groups, done)
+        walk = walk_through(self.assignment, groups, self._chooser, done)
         for group, sites in track(walk, "levels of all groups", len(groups)):
             if group.name in done:
                 shelf.give_back(database, group.name)
@@ -88,10 +92,9 @@ class Builder:
     def _fill_group(
         self, database: Database, group: Group, sites: Sequence[Site], counts: Sequence[int]
     ) -> None:
-        compensation = self.assignment.compensation
-        chooser = self.assignment.importance.by_layer if self.orders is None else None
-        inverted = chooser is not None or (compensation is not None and compensation.needs_inverse)
-        work = prepare_sites(group, sites, compensation, self.damping, inverted=inverted)
+        compensation, chooser = self.assignment.compensation, self._chooser
+        chooses = chooser is not None
+        work = prepare_sites(group, sites, compensation, self.damping, choosing=chooses)
         if chooser is not None:
             problems = [part.pose_problem() for part in work]
             choices = choose_levels(chooser, problems, counts)

@@ -15,7 +15,7 @@ import prunekit
 from prunekit import config as cfg
 from prunekit.checkpoint import LayerWriter, Shards, Weights
 from prunekit.checkpoint.streamed import Streamed, StreamedLayers
-from prunekit.errors import CheckpointError, DataError, SurgeryError
+from prunekit.errors import CheckpointError, ConfigError, DataError, SurgeryError
 from prunekit.pipeline import prune_model
 from prunekit.runtime.stages import Stages
 from prunekit.schedules.folders import Folders
@@ -75,6 +75,14 @@ def assert_same(loaded, whole):
 def test_streamed_equals_whole(family, tmp_path):
     prunekit.save_pretrained(build(family, FIRST[family], "sdpa", "eager"), tmp_path / "dense")
     assert_equals_whole(tmp_path, "ratio=0.3")
+
+
+def test_streamed_with_token_weights_equals_whole(tmp_path):
+    prunekit.save_pretrained(build("qwen3", FIRST["qwen3"], "sdpa"), tmp_path / "dense")
+    with pytest.raises(ConfigError, match="tokens=gradient: expected the whole model in memory"):
+        stream(tmp_path, "compensation.tokens=gradient")
+    weights = ["importance.tokens=clipped", "compensation.tokens=relative"]
+    assert_equals_whole(tmp_path, "ratio=0.3", *weights)
 
 
 @pytest.mark.parametrize(
