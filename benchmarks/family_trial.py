@@ -55,8 +55,8 @@ def tracing_once() -> Iterator[None]:
     """Let the three methods share one trace: the same model, with the same example."""
     graphs: list[Any] = []
 
-    def trace_once(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        graphs.append(graphs[0] if graphs else trace_batch(model, batch))
+    def trace_once(model: nn.Module, batch: Mapping[str, Any], *check: Any) -> Any:
+        graphs.append(graphs[0] if graphs else trace_batch(model, batch, *check))
         return graphs[0]
 
     with patch.object(prunekit.pipeline, "trace_batch", trace_once):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import EllipsisType
 from typing import Generic, TypeVar, cast
@@ -215,11 +216,10 @@ def trace_sound(model: nn.Module, batch: Batch) -> CouplingGraph:
 
     Raises:
         DataError: some are not.
+        TraceError: the model can't be traced with the batch, or does not run on it.
     """
     check_finite(model)
-    graph = trace_batch(model, batch)
-    check_finite_outputs(model, graph)
-    return graph
+    return trace_batch(model, batch, partial(check_finite_outputs, model))
 
 
 def rehearse_cut(

@@ -16,7 +16,7 @@ from prunekit.allocation.costs.parameters import Parameters
 from prunekit.checkpoint import load_tokenizer
 from prunekit.compensation import Obs as Repair
 from prunekit.demo import DEMO_MODEL
-from prunekit.errors import ConfigError, DataError
+from prunekit.errors import CheckpointError, ConfigError, DataError
 from prunekit.exports import Export, Written
 from prunekit.importance import Magnitude, ScoreImportance
 from prunekit.policies import Uniform
@@ -240,7 +240,8 @@ def test_prune_checkpoint_is_the_task_of_the_command_line(run, tmp_path):
         prunekit.prune_checkpoint(DEMO_MODEL, tmp_path / "no", overrides=["output_dir=x"])
 
 
-def test_prune_checkpoint_streams_with_objects(tmp_path):
+def test_prune_checkpoint_streams_with_objects(tmp_path, monkeypatch):
+    from prunekit.calibration.example import ExampleStates
     from prunekit.importance import Obs
 
     options = {"ratio": 0.2, "importance": Obs(heads="diagonal")}
@@ -259,6 +260,11 @@ def test_prune_checkpoint_streams_with_objects(tmp_path):
             tmp_path / "no",
             importance=Magnitude(),
             overrides=[*CALIBRATION, "memory.stream=true"],
+        )
+    monkeypatch.setattr(ExampleStates, "record", lambda *_: None)  # none of transformers' does so
+    with pytest.raises(CheckpointError, match="layers: the layers can't be run one by one; mem"):
+        prunekit.prune_checkpoint(
+            DEMO_MODEL, tmp_path / "no", overrides=[*CALIBRATION, "memory.stream=true"]
         )
 
 

@@ -153,7 +153,7 @@ def test_types_of_models_are_tried(monkeypatch):
     monkeypatch.setattr(family_trial, "METHODS", ("magnitude",))
     rows = [family_trial.try_type("qwen2")]
 
-    def refuses(model, batch):
+    def refuses(model, batch, *check):
         raise TraceError("no rule for it")
 
     monkeypatch.setattr(family_trial, "trace_batch", refuses)

@@ -7,7 +7,7 @@ itself: a second recording, with stand-ins that change the hidden states, shows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,13 @@ from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Batch, Numbered, copy_batch
 
 _tree = torch.utils._pytree
+# What a layer may return, given its hidden states; None: no cache, no weights of the attention.
+_RETURNED: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+    lambda hidden: (hidden, None, None),
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,11 @@ def record_calls(
 ) -> Recording | None:
     """Record the calls of the layers; None where they can't be run one by one.
 
-    Layers return their hidden states alone, or in a tuple: both are tried.
+    Layers return their hidden states alone, or in a tuple with what there is none of here (a cache,
+    the weights of the attention): each form is tried.
     """
-    for in_tuples in (False, True):
-        recording = _record_batches(model, layers, batches, store, in_tuples)
+    for give_back in _RETURNED:
+        recording = _record_batches(model, layers, batches, store, give_back)
         if recording is not None:
             return recording
     return None
@@ -73,18 +81,18 @@ def _record_batches(
     layers: nn.ModuleList,
     batches: Sequence[Numbered],
     store: Store,
-    in_tuples: bool,
+    give_back: Callable[[Tensor], Any],
 ) -> Recording | None:
     recording = Recording([], [])
     for _, batch in batches:
-        recorder = _record_batch(model, layers, batch, in_tuples, changing=False)
+        recorder = _record_batch(model, layers, batch, give_back, changing=False)
         if recorder is None or recorder.first is None:
             recording.free()
             return None
         recording.hidden.append(store.put(recorder.first))
         before = recording.calls[-1] if recording.calls else None
         recording.calls.append(_share_tensors(recorder.calls, before))
-    again = _record_batch(model, layers, batches[0][1], in_tuples, changing=True)
+    again = _record_batch(model, layers, batches[0][1], give_back, changing=True)
     if again is None or not _equal_tensors(recording.calls[0], again.calls):
         recording.free()
         return None
@@ -93,10 +101,14 @@ def _record_batches(
 
 @torch.no_grad()
 def _record_batch(
-    model: nn.Module, layers: nn.ModuleList, batch: Batch, in_tuples: bool, changing: bool
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batch: Batch,
+    give_back: Callable[[Tensor], Any],
+    changing: bool,
 ) -> _Recorder | None:
     """Run the model with stand-ins for its layers; None where not all are called, in order."""
-    recorder = _Recorder(len(layers), in_tuples, changing)
+    recorder = _Recorder(len(layers), give_back, changing)
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
             stack.enter_context(replacing(layer, partial(recorder.stand_in, i)))
@@ -114,7 +126,7 @@ class _Recorder:
 
     Args:
         num_layers: after the last layer's call the forward pass ends.
-        in_tuples: whether the stand-ins return a tuple, or the hidden states alone.
+        give_back: makes what the stand-ins return of the hidden states.
         changing: whether the hidden states passed on are others than those given.
 
     Attributes:
@@ -122,8 +134,8 @@ class _Recorder:
         calls: one for each layer called so far.
     """
 
-    def __init__(self, num_layers: int, in_tuples: bool, changing: bool) -> None:
-        self.num_layers, self.in_tuples, self.changing = num_layers, in_tuples, changing
+    def __init__(self, num_layers: int, give_back: Callable[[Tensor], Any], changing: bool) -> None:
+        self.num_layers, self.give_back, self.changing = num_layers, give_back, changing
         self.first: Tensor | None = None
         self.calls: list[LayerCall] = []
         self._passed_on: Tensor | None = None
@@ -148,7 +160,7 @@ class _Recorder:
             raise Stop
         # Any changed values will do: an argument that changes too depends on the hidden states.
         self._passed_on = 2 * hidden + 1 if self.changing else hidden
-        return (self._passed_on,) if self.in_tuples else self._passed_on
+        return self.give_back(self._passed_on)
 
 
 def _share_tensors(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from prunekit.calibration.example import ExampleStates
 from prunekit.checkpoint import LayerWriter, Shards, Weights, offloaded, open_streamed
-from prunekit.errors import ConfigError
+from prunekit.errors import CheckpointError, ConfigError
 from prunekit.graph import CouplingGraph, Group
-from prunekit.model.stack import stacks_around
+from prunekit.model.inputs import without_cache
+from prunekit.model.stack import main_stack, module_lists, stacks_around
 from prunekit.runtime.background import Background
 from prunekit.runtime.devices import compute_dtype
 from prunekit.runtime.memory import return_freed
@@ -75,6 +76,24 @@ class Streamed:
     def layers(self, graph: CouplingGraph) -> StreamedLayers:
         """The keeper of the layers: reads them one by one, cuts and writes each when it is left."""
         return StreamedLayers(self, graph)
+
+    def check_layers(self) -> None:
+        """Run what lies outside the layers on a few tokens, to see whether these can be apart.
+
+        Raises:
+            CheckpointError: a layer takes more than the hidden states of the one before it.
+        """
+        lists = module_lists(self.model)
+        path = next((path for path in lists if lists[path] is main_stack(self.model)), None)
+        if path is not None:
+            inputs = without_cache(self.model, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
+            with self.weights.outside(path):
+                apart = ExampleStates.record(self.model, path, inputs, self.device)
+        if path is None or apart is None:
+            raise CheckpointError(
+                f"{path or 'the model'}: the layers can't be run one by one; "
+                "memory.stream=false loads the model whole"
+            )
 
     def layers_path(self, graph: CouplingGraph) -> str:
         """The module path of the list that the groups' layers are in.

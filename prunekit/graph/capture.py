@@ -131,11 +131,11 @@ def capture(
             if type(errors[0]).__name__ not in _NUMBERS_NEEDED and not programs:
                 break
         else:
-            if not _reads_numbers(program):
+            if not _count_unknown(program):
                 return program
             programs.append(program)
     if programs:
-        return programs[0]
+        return min(programs, key=_count_unknown)
     raise TraceError(
         f"{type(model).__name__}: torch.export can't capture its forward pass: "
         f"{_explain(errors[0])}"
@@ -155,10 +155,19 @@ def _export(
     return torch.export.export(skeleton, *inputs, strict=False)
 
 
-def _reads_numbers(program: ExportedProgram) -> bool:
-    """Whether sizes in the captured pass are numbers that tensors hold."""
+def _count_unknown(program: ExportedProgram) -> int:
+    """How many operators of the captured pass read a number of a tensor, or give such a size."""
     reads = ("aten.item.default", "aten._local_scalar_dense.default")
-    return any(str(node.target) in reads for node in program.graph.nodes)
+    return sum(str(node.target) in reads or _has_unknown_size(node) for node in program.graph.nodes)
+
+
+def _has_unknown_size(node: torch.fx.Node) -> bool:
+    """Whether an operator gives a tensor that has a size which is no number."""
+    tensors = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    return any(
+        isinstance(tensor, Tensor) and not all(type(size) is int for size in tensor.shape)
+        for tensor in tensors
+    )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Routers whose code looks at numbers, run as if every position were chosen.
+"""Routers and masks whose numbers decide about sizes, run as if every position were chosen.
 
 Some experts are written as a loop over those that were chosen, each with the tokens that were sent
-to it. How many there are depends on numbers, and tracing has none. What is coupled to what does not
-depend on the choice: so the graph is captured of the dense form, each expert on every token.
+to it; some classifiers take the tokens that a mask of booleans chooses. How many there are depends
+on numbers, and tracing has none. What is coupled to what does not depend on the choice: so the
+graph is captured of the dense form, each expert on every token, with every token chosen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 _NONZERO = (torch.nonzero, Tensor.nonzero)
 _SPLIT = (torch.split, Tensor.split)
 _FLAT = (Tensor.squeeze, Tensor.flatten, torch.squeeze, torch.flatten)
+_INDEX = (Tensor.__getitem__, Tensor.__setitem__)
 _NUMBER = (Tensor.item, Tensor.__int__, Tensor.__index__)
 _COMPARE = {
     getattr(Tensor, f"__{name}__"): getattr(operator, name)
@@ -30,7 +32,7 @@ class _Count:
 
 
 class EveryPositionChosen(TorchFunctionMode):
-    """Lets `nonzero` and `where` find every position, and `split` take counts that nothing tells.
+    """Lets `nonzero`, `where` and masks find every position, `split` take counts nothing tells.
 
     Positions that a loop goes over one by one are whole numbers in it.
 
@@ -53,6 +55,9 @@ class EveryPositionChosen(TorchFunctionMode):
             return _positions(args[0])
         if func in _SPLIT and len(args) > 1 and _are_counts(args[1]):
             return _split_evenly(*args, **kwargs)
+        if func in _INDEX and any(map(_is_mask, _places(args[1]))):
+            places = [p for place in _places(args[1]) for p in _without_mask(place)]
+            return func(args[0], tuple(places), *args[2:])
         if func is Tensor.__getitem__:
             return self._index(*args)
         if func is Tensor.item and id(args[0]) not in self._known:  # `tolist` asks so, too
@@ -111,6 +116,20 @@ def _positions(chosen: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         places.reshape(count) // stride % size for stride, size in zip(strides, shape, strict=True)
     )
+
+
+def _places(index: Any) -> tuple[Any, ...]:
+    """What stands between the brackets of `x[…]`, apart."""
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _is_mask(place: Any) -> bool:
+    return isinstance(place, Tensor) and place.dtype is torch.bool and place.ndim > 0
+
+
+def _without_mask(place: Any) -> tuple[Any, ...]:
+    """A part of an index; of a mask the indices of all its positions, one tensor for each dim."""
+    return _positions(place) if _is_mask(place) else (place,)
 
 
 def _are_counts(sizes: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,24 +28,39 @@ _TEXT = {
 }
 
 
-def trace_batch(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph:
+def trace_batch(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    check: Callable[[CouplingGraph], None] = lambda _: None,
+) -> CouplingGraph:
     """Trace a model with a small example of a batch: two samples, of plain text eight tokens each.
 
     Labels are left out where the model does without. Where it does not run on the smaller example,
     the next larger one is tried. Where a model that also sees or hears can't be traced with what it
     sees, its language model is traced with text alone.
 
+    Args:
+        model: the model.
+        batch: keyword arguments of its forward call.
+        check: raises TraceError where the example of a graph won't do.
+
     Raises:
         TraceError: the model can't be traced with two whole samples.
     """
+
+    def trace_checked(example: Mapping[str, Any]) -> CouplingGraph:
+        graph = trace(model, example)
+        check(graph)
+        return graph
+
     *smaller, whole = examples_of(model, batch)
     for example in smaller:
         try:
-            return trace(model, example)
+            return trace_checked(example)
         except _UNTRACEABLE:
             continue
     try:
-        return trace(model, whole)
+        return trace_checked(whole)
     except _UNTRACEABLE:
         graph = _trace_text(model, batch)
         if graph is None:

@@ -217,7 +217,8 @@ class _Tracer:
             raise TraceError(_describe(node, misfit)) from error
         except GuardOnDataDependentSymNode as error:
             unknown = f"operator {call.where} takes a number from the data, which tracing lacks"
-            raise TraceError(_describe(node, unknown)) from error
+            way_out = "the model can be pruned where its forward pass does without that number"
+            raise TraceError(f"{unknown}{_find_line(node)}; {way_out}") from error
         self._note_uses(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)
@@ -315,15 +316,19 @@ def _missing_rule(node: Node, where: str) -> str:
 
 def _describe(node: Node, problem: str) -> str:
     """The message about an operator, with the line that called it and a rule that always holds."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    files = [frame for frame in frames if "File" in frame]
-    line = f" ({files[-1]})" if files else ""
     name = str(node.target).rsplit(".", 1)[-2].split(".")[-1]
     return (
-        f"{problem}{line}; register one:\n"
+        f"{problem}{_find_line(node)}; register one:\n"
         f'  @prunekit.graph.operator_rule("{node.target}")\n'
         f"  def {name}(call):\n"
         "      return call.keep_sizes()"
         "  # nothing that goes through it is pruned; or, where that is so:\n"
         "      # return call.elementwise(*call.inputs())"
     )
+
+
+def _find_line(node: Node) -> str:
+    """The line of code that called an operator, in brackets; empty where torch did not note it."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    files = [frame for frame in frames if "File" in frame]
+    return f" ({files[-1]})" if files else ""

@@ -30,7 +30,7 @@ def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) ->
     Raises:
         ConfigError: asked for, but something of the job needs the whole model, or the folder does
             not exist.
-        CheckpointError: asked for, but the folder can't be read layer by layer.
+        CheckpointError: asked for, but the folder can't be read, or the layers run, one by one.
     """
     source, device, asked = job.source, job.stages.device, job.config.memory.stream is True
     if job.config.memory.stream is False:
@@ -51,6 +51,7 @@ def open_streamed_source(job: Job, method: Method, recovery: Recovery | None) ->
     trust, stored = job.config.model.trust_remote_code, pick_dtype(job.config.dtype)
     try:
         streamed = Streamed(source, device, stored, trust)
+        streamed.check_layers()
     except CheckpointError as error:
         if asked:
             raise

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import DataError
+from prunekit.errors import DataError, TraceError, first_line
 from prunekit.graph import CouplingGraph
 from prunekit.surgery.check import expect
 from prunekit.surgery.masking import run_example
@@ -19,6 +19,7 @@ def check_finite_outputs(model: nn.Module, graph: CouplingGraph) -> None:
 
     Raises:
         DataError: they are not; the message names the first module that gives other numbers.
+        TraceError: the model does not run on the example.
     """
     try:
         expect(model, graph, {})
@@ -35,6 +36,11 @@ def check_finite_outputs(model: nn.Module, graph: CouplingGraph) -> None:
                 handle.remove()
         where = f": {names[0] or 'the model'} is the first to give one" if names else ""
         raise DataError(f"{error}{where}") from error
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__}: it does not run on two samples of the calibration data: "
+            f"{first_line(error, named=True)}"
+        ) from error
 
 
 def _note(names: list[str], path: str, module: nn.Module, args: Any, output: Any) -> None:

@@ -85,6 +85,15 @@ def test_streamed_with_token_weights_equals_whole(tmp_path):
     assert_equals_whole(tmp_path, "ratio=0.3", *weights)
 
 
+def test_layers_that_return_the_weights_of_their_attention_are_streamed(tmp_path):
+    values = {"attn_layer_indices": [1], "mamba_n_heads": 6, "mamba_d_head": 16}
+    values |= {"mamba_d_state": 12, "mamba_chunk_size": 16, "intermediate_size": 40}
+    values |= {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    model = build("bamba", values | {"num_attention_heads": 8, "num_key_value_heads": 4})
+    prunekit.save_pretrained(model, tmp_path / "dense")
+    assert_equals_whole(tmp_path, "ratio=0.2")
+
+
 @pytest.mark.parametrize(
     ("family", "group", "parameter", "place"),
     [
