@@ -181,8 +181,8 @@ def compare_generation(pruned: Any, masked: Any) -> None:
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     with quiet():
-        found = pruned.generate(**tiny_models.example(pruned, ids), **settings)
-        expected = masked.generate(**tiny_models.example(masked, ids), use_cache=False, **settings)
+        found = pruned.generate(**tiny_models.prompt(pruned, ids), **settings)
+        expected = masked.generate(**tiny_models.prompt(masked, ids), use_cache=False, **settings)
     for step, (one, other) in enumerate(zip(found.logits, expected.logits, strict=True)):
         apart = (one - other).abs().max().item()
         if not apart <= 1e-3 * other.abs().max().item():

@@ -95,13 +95,19 @@ def build(model_type: str) -> nn.Module:
 def example(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     """What a model's forward call takes for token ids."""
     books = getattr(model, "num_codebooks", 1)  # rows of tokens for each sample
-    return {"input_ids": ids.repeat_interleave(books, 0)}
+    return {"input_ids": ids if books == 1 else ids[:, None].repeat(1, books, 1)}
+
+
+def prompt(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
+    """What a model generates from, for token ids: all rows of tokens one below the other."""
+    return {"input_ids": example(model, ids)["input_ids"].flatten(0, -2)}
 
 
 def calibration(model: nn.Module, ids: torch.Tensor) -> torch.Tensor | list[dict[str, Any]]:
     """Token ids as `prunekit.prune` takes them for the model."""
     if "num_codebooks" in vars(model):
-        return [example(model, ids)]
+        inputs = example(model, ids)
+        return [inputs | {"labels": inputs["input_ids"].transpose(1, 2)}]
     return ids
 
 
@@ -220,6 +226,8 @@ INDEXER = {
 }
 BY_HAND: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    # Shorter texts than its blocks take make it swap its attention as it runs; the config says so.
+    "big_bird": DECODER | {"attention_type": "original_full"},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
@@ -239,6 +247,14 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
         "text_config": {"num_kv_shared_layers": 4},
     },
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 4}},
+    "got_ocr2": {
+        "vision_config": {
+            "mlp_dim": 96,
+            "output_channels": 16,
+            "image_size": 64,
+            "global_attn_indexes": [1, 3],
+        }
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -250,6 +266,14 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 4},
+    "phi4_multimodal": {
+        "audio_config": {
+            "ext_pw_out_channel": 32,
+            "nemo_conv_channels": 32,
+            "depthwise_separable_out_channel": 32,
+        },
+        "vision_config": {"image_size": 56, "crop_size": 56},
+    },
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "reformer": DECODER
@@ -262,6 +286,7 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     },
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 16},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 16, "mamba_headdim": 16},
 }

@@ -32,7 +32,7 @@ from prunekit.compensation import Compensation
 from prunekit.config import RunConfig
 from prunekit.data.batches import Batch, make_batches
 from prunekit.errors import ConfigError, TraceError
-from prunekit.graph import CouplingGraph, Group
+from prunekit.graph import CoupledGroup, CouplingGraph, Group
 from prunekit.graph.example import trace_batch
 from prunekit.importance import Importance
 from prunekit.model.verify import let_others_save
@@ -42,7 +42,7 @@ from prunekit.plan import PruningPlan
 from prunekit.policies import Policy, Setting
 from prunekit.policies.base import Tools
 from prunekit.report.parts import LeftOut, PolicyShares, Ratio, SearchFigures, Target
-from prunekit.report.pruning import count_units, exclude_patterns, gather_left_out, tell_left_out
+from prunekit.report.pruning import count_units, gather_left_out, tell_left_out
 from prunekit.report.record import Report
 from prunekit.runtime.console import say
 from prunekit.runtime.stages import Stages
@@ -192,7 +192,9 @@ def prune_model(
     with stages("trace"):
         trace = trace_sound if streamed is None else trace_batch
         graph = trace(model, batches[0])
-        graph = rehearse_cut(model, graph, config, method.scope, saved=folders.saves)
+        graph = rehearse_cut(
+            model, graph, config, method.scope, saved=folders.saves, matrices=method.needs_matrices
+        )
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)
@@ -223,15 +225,32 @@ def trace_sound(model: nn.Module, batch: Batch) -> CouplingGraph:
 
 
 def rehearse_cut(
-    model: nn.Module, graph: CouplingGraph, config: RunConfig, scope: Scope, *, saved: bool
+    model: nn.Module,
+    graph: CouplingGraph,
+    config: RunConfig,
+    scope: Scope,
+    *,
+    saved: bool,
+    matrices: bool = False,
 ) -> CouplingGraph:
     """Tell and mark which of the groups that the configuration names can't be cut.
+
+    Args:
+        model: the model.
+        graph: its graph.
+        config: names the groups.
+        scope: what a cut may touch.
+        saved: whether the model is to be saved.
+        matrices: whether the consumers of a group must be matrices.
 
     Raises:
         ConfigError: none can, or `scope.exclude` leaves none.
     """
     everything = [*graph.groups, *graph.stacks]
     groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
+    if matrices:
+        graph = _leave_whole(graph, _find_misfits(model, groups))
+        groups = [group for group in groups if graph[group.name].prunable]
     graph = rehearse(model, graph, groups, saved=saved)
     for line in tell_left_out(list_left_out(model, graph, config, scope)):
         say(line)
@@ -299,7 +318,7 @@ def allocate(
     groups = method.scope.select_groups(choose_groups(model, graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
     objective = set_objective(method.cost, costs, config)
-    if method.compensation is not None or method.schedule.layerwise:
+    if method.needs_matrices:
         _check_repairable(method, model, groups)
     setting = _make_setting(costs, objective, config, method, tools or Tools())
     shares = _find_shares(setting, config, method)
@@ -417,15 +436,32 @@ def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group])
     """Raise ConfigError where a group has no linear consumer whose inputs can be observed."""
     backend = method.schedule if method.compensation is None else method.compensation
     section = "schedule" if method.compensation is None else "compensation"
-    errors = {group.name: error for group in groups if (error := _find_misfit(model, group))}
     for group in groups:
-        if error := errors.get(group.name):
-            patterns = exclude_patterns(groups, errors)
-            way_out = f", or scope.exclude=[{patterns}]" if len(errors) < len(groups) else ""
+        if error := _find_misfit(model, group):
             raise ConfigError(
                 f"{section}={type(backend).__name__.lower()}: {error} ({group.kind}); "
-                f"use schedule=oneshot compensation=none{way_out}"
+                "use schedule=oneshot compensation=none"
             ) from error
+
+
+def _find_misfits(model: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
+    """Group → why its inputs can't be observed; nothing where no group would be left."""
+    errors = {group.name: _find_misfit(model, group) for group in groups if group.members}
+    if all(errors.values()):
+        return {}
+    return {name: str(error) for name, error in errors.items() if error}
+
+
+def _leave_whole(graph: CouplingGraph, reasons: Mapping[str, str]) -> CouplingGraph:
+    """The graph with groups that are not to be cut, given the reason for each."""
+
+    def leave(group: CoupledGroup) -> CoupledGroup:
+        reason = reasons[group.name].removeprefix(f"{group.name}: ")
+        way_out = "schedule=oneshot compensation=none cuts it"
+        return replace(group, prunable=False, exact=False, reason=f"{reason}; {way_out}")
+
+    groups = (leave(group) if group.name in reasons else group for group in graph.groups)
+    return replace(graph, groups=tuple(groups))
 
 
 def _find_misfit(model: nn.Module, group: Group) -> TraceError | None:

@@ -48,12 +48,6 @@ def gather_left_out(groups: Iterable[Group]) -> tuple[LeftOut, ...]:
     )
 
 
-def exclude_patterns(groups: Sequence[Group], names: Collection[str]) -> str:
-    """The patterns of `scope.exclude` that name some of these groups, given by name, alone."""
-    taken = set[str]().union(*(g.pattern_names for g in groups if g.name not in names))
-    return _quote(_find_pattern(group, taken) for group in groups if group.name in names)
-
-
 def _quote(patterns: Iterable[str]) -> str:
     return ",".join(dict.fromkeys(f'"{pattern}"' for pattern in patterns))
 

@@ -47,6 +47,11 @@ class Method:
     scope: Scope
     cost: CostModel
 
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether a group can only be cut if its consumers are matrices, whose inputs are seen."""
+        return self.compensation is not None or self.schedule.layerwise
+
     @classmethod
     def build(cls, config: RunConfig, given: Mapping[str, Backend] | None = None) -> Method:
         """Build the backends that a configuration names; some may be `given` as objects instead.

@@ -70,8 +70,10 @@ def is_language_model(model: Any, outputs: Any, batch: Batch) -> bool:
     goes_on = getattr(model, "can_generate", lambda: True)()
     if not goes_on or getattr(config, "is_encoder_decoder", False):
         return False
-    logits = getattr(outputs, "logits", None)
-    return isinstance(logits, Tensor) and logits.ndim == 3 and batch.get("input_ids") is not None
+    logits, ids = getattr(outputs, "logits", None), batch.get("input_ids")
+    if not isinstance(logits, Tensor) or not isinstance(ids, Tensor):
+        return False
+    return logits.ndim == 3 and logits.shape[:2] == ids.shape
 
 
 def _next_token_loss(logits: Tensor, batch: Batch, by_sample: bool) -> Loss:
