@@ -42,12 +42,7 @@ def run_search(job: Job) -> Outcome:
     with job.stages("trace"):
         graph = trace_sound(subject.model, batches[0])
         graph = rehearse_cut(
-            subject.model,
-            graph,
-            config,
-            method.scope,
-            saved=True,
-            matrices=method.needs_matrices,
+            subject.model, graph, config, method.scope, saved=True, matrices=method.needs_matrices
         )
     with job.stages("search"):
         folders = folders_of(job)
