@@ -53,7 +53,10 @@ class Block:
     def output(self, batch: int, store: Store) -> Tensor:
         """The output of the repaired consumer on the inputs put aside, computed once a batch."""
         if batch not in self.outputs:
-            output = self.consumer.module(self.inputs[batch].get())
+            inputs = self.inputs[batch].get()
+            if following := self.inputs.get(batch + 1):
+                following.fetch()
+            output = self.consumer.module(inputs)
             self.outputs[batch] = store.put(output, copy=False)
             self.inputs.pop(batch).free()
         return self.outputs[batch].get()

@@ -38,19 +38,19 @@ class LayerPass:
     store: Store
 
     @torch.no_grad()
-    def run(
-        self, batch: int, answers: Mapping[Block, Tensor], hidden: Kept | None = None
-    ) -> Tensor:
+    def run(self, batch: int, answers: Mapping[Block, Tensor], *, dense: bool = False) -> Tensor:
         """Run the layer on a batch: its output [B, T, size], empty where `Stop` ended the pass.
 
         Args:
             batch: the place of the batch.
             answers: outputs of the consumers of blocks that need not run.
-            hidden: the states to start from; those of the pruned layers by default.
+            dense: start from the states of the dense layers, not from those of the pruned ones.
         """
-        hidden = self.hidden[batch] if hidden is None else hidden
+        before = self.dense if dense else self.hidden
         # A copy, because some layers write to the hidden states that they are given.
-        states = hidden.get(copy=True)
+        states = before[batch].get(copy=True)
+        if batch + 1 < len(before):
+            before[batch + 1].fetch()
         with ExitStack() as stack:
             for block, output in answers.items():
                 answer = partial(return_always, block.answer(output.clone()))
@@ -75,7 +75,7 @@ class LayerPass:
         for batch in range(len(self.batches)):
             aside = keeping_dense_outputs(self.finder.blocks, self.store, batch)
             with self.finder.looking() if batch == 0 else aside:
-                output = self.run(batch, {}, self.dense[batch])
+                output = self.run(batch, {}, dense=True)
                 after.append(self.store.put(output, copy=False))
         for block in self.finder.blocks:
             block.dense[0] = self.store.put(block.take_first(), copy=False)

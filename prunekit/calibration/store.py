@@ -1,6 +1,6 @@
 """Activations between two passes: on the device, in host memory, or in files, by budget.
 
-Host memory is pinned, so that copies to a GPU run beside its work; files are mapped when read.
+Copies to the host's memory and back run beside a GPU's work; files are mapped when read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import DataError
-from prunekit.runtime.memory import free_bytes, to_host
+from prunekit.runtime.copies import Copies, Event
+from prunekit.runtime.memory import free_bytes
 
 
 class Kept:
@@ -22,26 +23,49 @@ class Kept:
     One that nobody holds any more is freed too.
     """
 
-    def __init__(self, store: Store, tensor: Tensor, level: str, path: Path | None = None) -> None:
-        self._store, self._level, self._path = store, level, path
+    def __init__(
+        self,
+        store: Store,
+        tensor: Tensor,
+        level: str,
+        path: Path | None = None,
+        written: Event | None = None,
+    ) -> None:
+        self._store, self._level, self._path, self._written = store, level, path, written
         self._tensor: Tensor | None = tensor
+        self._coming: tuple[Tensor, Event] | None = None  # on its way to the device
         self.nbytes = tensor.nbytes
+
+    def fetch(self) -> None:
+        """Begin to bring the tensor from the host to a GPU, for a `get` that comes soon."""
+        if self._written is not None and self._tensor is not None and self._coming is None:
+            assert self._store.copies is not None
+            self._coming = self._store.copies.bring(self._tensor, self._written)
 
     def get(self, copy: bool = False) -> Tensor:
         """The tensor on the store's device; with `copy` one that the caller may write to."""
         tensor = self._tensor
         assert tensor is not None
+        self.fetch()
+        if (arrived := self._arrive()) is not None:
+            return arrived
         if self._path is not None:
             mapped = torch.from_file(str(self._path), size=tensor.numel(), dtype=tensor.dtype)
             return mapped.view(tensor.shape).to(self._store.device, copy=True)
-        return (
-            tensor.clone()
-            if copy and self._level == "device"
-            else tensor.to(self._store.device, non_blocking=True)
-        )
+        return tensor.clone() if copy else tensor
+
+    def _arrive(self) -> Tensor | None:
+        """What `fetch` began to bring, if anything; the GPU's next work begins when it is there."""
+        if self._coming is None:
+            return None
+        (tensor, there), self._coming = self._coming, None
+        assert self._store.copies is not None
+        self._store.copies.await_copy(there)
+        return tensor
 
     def free(self) -> None:
         """Give the bytes of the tensor back to the store; `get` must not be called any more."""
+        self._arrive()
         if self._tensor is not None:
             self._tensor = None
             self._store.used[self._level] -= self.nbytes
@@ -56,7 +80,7 @@ class Kept:
 class Store:
     """Keeps tensors: the first bytes on the device, the next in host memory, the rest in files.
 
-    On a CPU, where host memory is that of the device, there is no second step.
+    Where host memory is that of the device, as on a CPU, there is no second step.
 
     Args:
         device: the device that the tensors are used on.
@@ -74,11 +98,11 @@ class Store:
         folder: Path | None = None,
     ) -> None:
         self.device = torch.device(device)
-        on_cpu = self.device.type == "cpu"
+        self.copies = Copies(self.device) if self.device.type == "cuda" else None
         self.limits = {
             "device": free_bytes(self.device) / 2 if budget is None else budget,
             "host": 0.0
-            if on_cpu
+            if self.copies is None
             else (free_bytes(torch.device("cpu")) / 2 if host is None else host),
         }
         self.used = {"device": 0, "host": 0, "file": 0}
@@ -97,13 +121,14 @@ class Store:
         path = self._write(tensor) if level == "file" else None
         self.used[level] += tensor.nbytes
         self.peak[level] = max(self.peak[level], self.used[level])
-        if level == "host":
-            tensor = to_host(tensor, wait=False)  # `get` copies it back in the order of the work
-        elif level == "file":
+        written = None
+        if level == "file":
             tensor = torch.empty_like(tensor, device="meta")  # shape and dtype, to read it back
         elif copy:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        return Kept(self, tensor, level, path)
+        if level == "host" and self.copies is not None:
+            tensor, written = self.copies.take(tensor)
+        return Kept(self, tensor, level, path, written)
 
     def _find_room(self, nbytes: int) -> str:
         """The first of device, host and file that has room for so many more bytes."""
@@ -135,7 +160,9 @@ class Store:
         return path
 
     def close(self) -> None:
-        """Remove the folder with the files."""
+        """Remove the folder with the files, and let go of what is on its way to the host."""
+        if self.copies is not None:
+            self.copies.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None

@@ -42,7 +42,7 @@ def run_dense_blocks(layer: LayerPass, batch: int, block: Block) -> Tensor:
     earlier, later = layer.finder.around(block)
     zero = {other: torch.zeros_like(other.dense[batch].get()) for other in later}
     dense = {other: other.dense[batch].get() for other in (*earlier, block)}
-    return layer.run(batch, {**zero, **dense}, layer.dense[batch])
+    return layer.run(batch, {**zero, **dense}, dense=True)
 
 
 def is_added(layer: LayerPass, block: Block) -> bool:
@@ -55,8 +55,8 @@ def is_added(layer: LayerPass, block: Block) -> bool:
     own = block.dense[0].get()
     rest = {other: other.dense[0].get() for other in earlier}
     rest |= {other: torch.zeros_like(other.dense[0].get()) for other in later}
-    given = layer.run(0, {**rest, block: own}, layer.dense[0])
-    without = layer.run(0, {**rest, block: torch.zeros_like(own)}, layer.dense[0])
+    given = layer.run(0, {**rest, block: own}, dense=True)
+    without = layer.run(0, {**rest, block: torch.zeros_like(own)}, dense=True)
     parts = [own, *(other.dense[0].get() for other in earlier), layer.dense[0].get()]
     parts = [part.reshape(given.shape) for part in parts if part.numel() == given.numel()]
     holds = is_sum = False
