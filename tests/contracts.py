@@ -7,7 +7,11 @@ from prunekit import config as cfg
 
 LAYERS_ONLY = ("alternate", "similarity")
 EXPERTS_ONLY = ("reap",)
-WHOLE = (*LAYERS_ONLY, *EXPERTS_ONLY, "ablation")  # units are scored as one structure
+LEARNED = {
+    "straight_through": {"steps": 2, "reach": 0},
+    "hard_concrete": {"steps": 20, "reach": 0, "learning_rate": 0.5},
+}
+WHOLE = (*LAYERS_ONLY, *EXPERTS_ONLY, *LEARNED, "ablation")  # a unit is scored as one structure
 IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))
 POLICIES = sorted(path.stem for path in (cfg.config_dir() / "policy").glob("*.yaml"))
 SCOPES = sorted(path.stem for path in (cfg.config_dir() / "scope").glob("*.yaml"))
@@ -28,6 +32,8 @@ def overrides(importance, aggregation, policy, scope):
         f"scope={scope}",
         *VALUES.get(policy, ()),
     ]
+    for key, value in LEARNED.get(importance, {}).items():
+        chosen.append(f"importance.train.{key}={value}")
     if importance not in WHOLE:
         chosen.append(f"importance.aggregation={aggregation}")
     return chosen

@@ -25,6 +25,7 @@ from families import build_deep
 from prunekit import config as cfg
 from prunekit.graph import trace
 from prunekit.importance import ScoreImportance
+from prunekit.importance.base import Measured
 from prunekit.pipeline import allocate
 from prunekit.schedules.method import Method
 from prunekit.surgery import apply_plan
@@ -131,15 +132,19 @@ def configure(importance, aggregation, policy, scope):
 def score_once(monkeypatch, importance):
     """Hand the scores of the dense model, computed once, to every policy and scope."""
     known = {}
-    compute = importance.structures
+    compute = importance.measure
 
-    def remember(self, model, graph, groups, batches):
+    def remember(self, model, graph, groups, batches, bounds=None):
         names = tuple(group.name for group in groups)
         if names not in known:
-            known[names] = compute(self, model, graph, groups, batches)
-        return {name: structures.clone() for name, structures in known[names].items()}
+            known[names] = compute(self, model, graph, groups, batches, bounds).structures
+        return Measured(structures={n: own.clone() for n, own in known[names].items()})
 
-    monkeypatch.setattr(importance, "structures", remember)
+    def structures(*args):
+        return remember(*args).structures
+
+    monkeypatch.setattr(importance, "measure", remember)
+    monkeypatch.setattr(importance, "structures", structures)
 
 
 @pytest.mark.parametrize("importance", BLOCK_IMPORTANCES)

@@ -27,7 +27,18 @@ STOREYS = {
     "obs": {"errors"},
     "calibration": {"data", "errors", "graph", "model", "obs", "runtime"},
     "allocation": {"config", "data", "errors", "graph", "model", "plan", "runtime", "surgery"},
-    "importance": {"calibration", "data", "errors", "graph", "model", "obs", "runtime", "surgery"},
+    "gates": {"calibration", "data", "errors", "graph", "model", "runtime", "surgery"},
+    "importance": {
+        "calibration",
+        "data",
+        "errors",
+        "gates",
+        "graph",
+        "model",
+        "obs",
+        "runtime",
+        "surgery",
+    },
     "policies": {
         "allocation",
         "calibration",
@@ -48,6 +59,7 @@ STOREYS = {
         "config",
         "data",
         "errors",
+        "gates",
         "graph",
         "importance",
         "plan",
@@ -122,7 +134,7 @@ STOREYS = {
 }
 # What backends of one kind share; beside these a backend imports no other one.
 SHARED = {
-    "importance": {"aggregation", "base", "seeds", "structures"},
+    "importance": {"aggregation", "base", "learned", "seeds", "structures"},
     "policies": {"base", "knapsack"},
     "compensation": {"base"},
     "allocation/costs": {"base", "curves", "forward", "terms", "timing", "weights"},

@@ -99,6 +99,15 @@ class Budget:
         return {name: cost for name, cost in costs.items() if cost > 0}
 
     @cached_property
+    def prices(self) -> dict[str, float]:
+        """Group → the cost that one of its units saves, while the other groups are whole."""
+        return {
+            group.name: (self.cost({}) - self.cost({group.name: group.num_units})) / group.num_units
+            for slot in self.slots
+            for group in slot.groups
+        }
+
+    @cached_property
     def last_steps(self) -> Steps:
         """Slot → its last step."""
         return {slot.name: len(slot.removed) - 1 for slot in self.slots}

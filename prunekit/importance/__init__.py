@@ -4,12 +4,15 @@ from prunekit.importance.ablation import Ablation
 from prunekit.importance.alternate import Alternate
 from prunekit.importance.base import Importance, LayerImportance, ScoreImportance
 from prunekit.importance.fluctuation import Fluctuation
+from prunekit.importance.hard_concrete import HardConcrete
+from prunekit.importance.learned import LearnedImportance
 from prunekit.importance.lora import LoraGradient
 from prunekit.importance.magnitude import Magnitude
 from prunekit.importance.obs import Obs
 from prunekit.importance.random import Random
 from prunekit.importance.reap import Reap
 from prunekit.importance.similarity import Similarity
+from prunekit.importance.straight_through import StraightThrough
 from prunekit.importance.taylor import TaylorFirst, TaylorMixed, TaylorSecond, TaylorVector
 from prunekit.importance.wanda import Wanda
 
@@ -17,8 +20,10 @@ __all__ = [
     "Ablation",
     "Alternate",
     "Fluctuation",
+    "HardConcrete",
     "Importance",
     "LayerImportance",
+    "LearnedImportance",
     "LoraGradient",
     "Magnitude",
     "Obs",
@@ -26,6 +31,7 @@ __all__ = [
     "Reap",
     "ScoreImportance",
     "Similarity",
+    "StraightThrough",
     "TaylorFirst",
     "TaylorMixed",
     "TaylorSecond",

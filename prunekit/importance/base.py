@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import get_args
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunekit.calibration.weighting import EQUAL, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import expect_one_of
+from prunekit.gates.bounds import Bounds
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.aggregation import Aggregation, Normalisation, aggregate, normalise
 from prunekit.obs.inverse import Problem
@@ -57,6 +58,20 @@ class Importance(ABC):  # noqa: B024 - each of its two kinds below has an abstra
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What an importance found.
+
+    Attributes:
+        structures: group name → float64 [structures, num_units], as `ScoreImportance.structures`.
+        scales: group name → float64 [num_units]: what the consumers of a unit that stays are to be
+            multiplied by; empty where they stay as they are.
+    """
+
+    structures: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreImportance(Importance, ABC):
     """Scores every unit on the model as it is; low scores go first.
 
@@ -90,6 +105,17 @@ class ScoreImportance(Importance, ABC):
             Group name → float64 [structures ≥ 1, num_units] on the CPU, in execution order; scores
             are ≥ 0 where there are several structures.
         """
+
+    def measure(
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        groups: Sequence[Group],
+        batches: Sequence[Batch],
+        bounds: Bounds | None,
+    ) -> Measured:
+        """As `structures`, for a choice within bounds, which most importances don't look at."""
+        return Measured(structures=self.structures(model, graph, groups, batches))
 
     def score(
         self,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunekit.allocation.budget import pick_lowest
+from prunekit.allocation.costs.smooth import SmoothCost
 from prunekit.errors import ConfigError, DataError
+from prunekit.gates import Bounds, fold
 from prunekit.importance.base import ScoreImportance
 from prunekit.runtime.console import say
 from prunekit.schedules.base import Assignment
@@ -19,9 +23,8 @@ from prunekit.surgery.masking import masked
 def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict[str, list[int]]:
     """Choose the units with the lowest scores; group name → the units that go.
 
-    In each of the assignment's rounds the model is scored with the units chosen so far masked, and
-    a part of the units is chosen that grows in equal steps. With `independent` every matrix
-    loses other units, and its slices are moved (`scatter`).
+    Where units that stay have learned a factor, it goes into their consumers' weights; not under a
+    compensation, which computes these weights anew.
 
     Raises:
         ConfigError: matrices with units of their own under a compensation.
@@ -32,20 +35,71 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
             "groups=independent: expected compensation=none: where every matrix loses other units, "
             "no consumer can be repaired"
         )
+    chosen = assignment.remember("chosen", lambda: _choose(assignment, importance))
+    scales = chosen["scales"] if assignment.compensation is None else {}
+    groups = [group for group in assignment.groups if group.name in scales]
+    if assignment.snapshot is not None:
+        assignment.snapshot.keep(groups)
+    for group in groups:
+        factors = torch.tensor(scales[group.name], dtype=torch.float64)
+        fold(assignment.model, assignment.graph, group, factors)
+    removed: dict[str, list[int]] = chosen["removed"]
+    return removed
+
+
+def _choose(assignment: Assignment, importance: ScoreImportance) -> dict[str, Any]:
+    """The units that go, and the factors of all units, as JSON.
+
+    In each of the assignment's rounds the model is scored with the units chosen so far masked, and
+    a part of the units is chosen that grows in equal steps. With `independent` every matrix
+    loses other units, and its slices are moved (`scatter`).
+    """
     removed: dict[str, list[int]] = {}
     for r in range(1, assignment.rounds + 1):
         with masked(assignment.model, assignment.graph, removed):
-            structures = importance.structures(
-                assignment.model, assignment.graph, assignment.groups, assignment.batches
+            measured = importance.measure(
+                assignment.model,
+                assignment.graph,
+                assignment.groups,
+                assignment.batches,
+                _set_bounds(assignment, removed, r),
             )
-        scores = combine_scores(assignment, importance, structures, removed)
+        scores = combine_scores(assignment, importance, measured.structures, removed)
         counts = assignment.budget.solve(scores, r / assignment.rounds)
         removed = pick_lowest(assignment.groups, scores, counts)
         if assignment.rounds > 1:
             say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
     if assignment.independent:
-        scatter(assignment.model, assignment.graph, structures, removed)
-    return removed
+        scatter(assignment.model, assignment.graph, measured.structures, removed)
+    scales = {name: factors.tolist() for name, factors in measured.scales.items()}
+    return {"removed": removed, "scales": scales}
+
+
+def _set_bounds(assignment: Assignment, removed: Mapping[str, list[int]], number: int) -> Bounds:
+    """What the choice of a round must keep to, given the units that are gone already."""
+    budget, pinned = assignment.budget, dict[str, dict[int, float]]()
+    for group in assignment.groups:
+        pinned[group.name] = dict.fromkeys(removed.get(group.name, ()), -math.inf)
+        pinned[group.name] |= dict.fromkeys(assignment.protected.get(group.name, ()), math.inf)
+
+    def solve(scores: Mapping[str, Tensor], progress: float) -> dict[str, int]:
+        return budget.solve(scores, (number - 1 + progress) / assignment.rounds)
+
+    share, names = None, [group.name for group in assignment.groups]
+    if budget.ranking == "model":
+        share = SmoothCost(budget.cost, names, next(assignment.model.parameters()).device)
+    dense = budget.cost({})
+    part = number / assignment.rounds
+    return Bounds(
+        solve=solve,
+        competing=budget.ranking != "local",
+        prices=budget.prices,
+        pinned=pinned,
+        share=share,
+        target=1 - part * (1 - budget.limit / dense),
+        name=f"gates-{number}",
+        keeper=None if assignment.independent else assignment.state,
+    )
 
 
 def combine_scores(

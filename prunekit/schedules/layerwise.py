@@ -42,7 +42,7 @@ class Layerwise(Schedule):
         else:
             importance = assignment.importance.at_once
             assert importance is not None
-            chosen = assignment.remember("chosen", lambda: choose_by_score(assignment, importance))
+            chosen = choose_by_score(assignment, importance)
             removed = cut_groups(assignment, self.damping, chosen=chosen)
         return PruningPlan(removed, assignment.graph.fingerprint)
 

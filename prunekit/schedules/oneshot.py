@@ -28,7 +28,7 @@ class OneShot(Schedule):
         if importance is None:
             name = assignment.importance.name
             raise ConfigError(f"importance={name} works layer by layer: use schedule=layerwise")
-        chosen = assignment.remember("chosen", lambda: choose_by_score(assignment, importance))
+        chosen = choose_by_score(assignment, importance)
         if assignment.compensation is not None:
             cut_groups(assignment, self.damping, chosen=chosen)
         return PruningPlan(chosen, assignment.graph.fingerprint)

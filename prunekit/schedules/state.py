@@ -94,9 +94,10 @@ class State:
     def drop_if_empty(self) -> None:
         """Remove the folder of a run that was broken off before it had finished anything dear.
 
-        That is a group, or a part of a policy's search.
+        That is a group, a part of a policy's search, or of the training of gates.
         """
-        kept = [*self.folder.glob("*.safetensors"), *self.folder.glob("search-*")]
+        patterns = ("*.safetensors", "search-*", "gates-*")
+        kept = [path for pattern in patterns for path in self.folder.glob(pattern)]
         if not rank() and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -40,7 +40,7 @@ def masked(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with ExitStack() as stack:
         for name, units in removed.items():
-            for member in _members_to_zero(graph[name], graph):
+            for member in members_to_zero(graph[name], graph):
                 tensor = tensors[member.parameter].data
                 positions = member.index[units].flatten().to(tensor.device)
                 slices = tensor.index_select(member.dim, positions)
@@ -50,7 +50,7 @@ def masked(
         yield
 
 
-def _members_to_zero(group: Group, graph: CouplingGraph) -> tuple[Member, ...]:
+def members_to_zero(group: Group, graph: CouplingGraph) -> tuple[Member, ...]:
     """The members whose slices mask a unit."""
     if group.consumers and group.kind != "head_dim":
         return group.consumers

@@ -40,7 +40,7 @@ def mean_loss(model: nn.Module, batch: Batch, *, by_sample: bool = False) -> Los
     """
     outputs = model(**without_cache(model, batch))
     if is_language_model(model, outputs, batch):
-        return _next_token_loss(outputs.logits, batch, by_sample)
+        return next_token_loss(outputs.logits, batch, by_sample)
     value: Any = (
         outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
     )
@@ -76,7 +76,7 @@ def is_language_model(model: Any, outputs: Any, batch: Batch) -> bool:
     return logits.ndim == 3 and logits.shape[:2] == ids.shape
 
 
-def _next_token_loss(logits: Tensor, batch: Batch, by_sample: bool) -> Loss:
+def next_token_loss(logits: Tensor, batch: Batch, by_sample: bool = False) -> Loss:
     """The loss of predicting each token from those before it, given logits [B, T, V].
 
     Padding is no target and predicts none. The last position gets a target that doesn't count:

@@ -1,0 +1,91 @@
+"""Straight-through gates: forward the exact choice of the budget, backward a sigmoid.
+
+z_u = 1 where the logit θ_u is among those that the budget keeps, else 0; ∂z_u/∂θ_u is taken to be
+σ'(θ_u / τ) / τ. Of the gradient, the part along the gradient of the cost is left out: a step along
+it would raise or lower all logits that compete by their prices, which changes nothing in a choice
+whose cost is given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekit.gates.bounds import Bounds
+from prunekit.gates.layout import Layout
+from prunekit.gates.rule import Learned, Rule, pins_of, spread_order
+
+
+class StraightThroughRule(Rule):
+    """Gates that are 0 or 1 in every forward pass, as the budget's exact choice of logits says.
+
+    Args:
+        layout: as for every rule.
+        bounds: as for every rule.
+        first: as for every rule.
+        temperature: τ > 0 of the sigmoid.
+        scale: learn a factor for each unit that stays, beside the choice.
+    """
+
+    def __init__(
+        self, layout: Layout, bounds: Bounds, first: Tensor, *, temperature: float, scale: bool
+    ) -> None:
+        super().__init__(layout, bounds, first)
+        self.temperature = temperature
+        self.logits = spread_order(layout, bounds, first).requires_grad_()
+        self.scale = torch.ones_like(first).requires_grad_(scale)
+        self.parameters = {"logits": self.logits} | ({"scale": self.scale} if scale else {})
+        self.prices = layout.join(bounds.prices)
+        self.pins = pins_of(layout, bounds)
+        self.mask = torch.ones_like(first)
+        self.removed = dict.fromkeys(layout.names, 0)
+
+    def aim(self, progress: float) -> None:
+        """Settle how many units of each group go; the device is waited for once."""
+        scores = {
+            name: own.double() for name, own in self.layout.split(self._scores().cpu()).items()
+        }
+        self.removed = dict.fromkeys(self.layout.names, 0)
+        if progress > 0:
+            self.removed |= self.bounds.solve(scores, progress)
+
+    def _scores(self) -> Tensor:
+        return self.logits.detach() + self.pins
+
+    def _choose(self) -> Tensor:
+        return self.layout.keep_highest(self._scores(), self.removed)
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """The exact choice; its value is not changed by what leads gradients to the logits."""
+        self.mask = self._choose()
+        soft = torch.sigmoid(self.logits / self.temperature)
+        return (self.mask + (soft - soft.detach())) * self._factors()
+
+    def _factors(self) -> Tensor:
+        """The factor of each unit: 1 where weights can't take one."""
+        return torch.where(self.layout.foldable, self.scale, torch.ones_like(self.scale))
+
+    def penalty(self) -> None:
+        """None: the choice keeps to the budget by itself."""
+
+    def correct_gradients(self) -> None:
+        """Project the logits' gradient onto the choices of equal cost."""
+        gradient = self.logits.grad
+        assert gradient is not None
+        if self.bounds.competing:
+            along = (gradient * self.prices).sum() / self.prices.square().sum()
+            gradient.sub_(along * self.prices)
+        else:
+            gradient.sub_(self.layout.mean(gradient))
+
+    def settled(self) -> Tensor:
+        """The exact choice, with the scales of what stays."""
+        return self._choose() * self._factors().detach()
+
+    def learned(self) -> Learned:
+        """Scores are logits; scales are those that were learned."""
+        scores = self.layout.split(self.logits.detach().double().cpu())
+        if "scale" not in self.parameters:
+            return Learned(scores=scores, scales={})
+        scales = self.layout.split(self._factors().detach().double().cpu())
+        return Learned(scores=scores, scales=scales)

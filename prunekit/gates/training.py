@@ -1,0 +1,306 @@
+"""Train gates: the weights stay as they are, only the gates of units are learned."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration.gradients.loss import mean_loss
+from prunekit.calibration.gradients.state import recomputing, should_recompute
+from prunekit.data.batches import Batch
+from prunekit.errors import ConfigError, DataError, expect_one_of
+from prunekit.gates.bounds import Bounds
+from prunekit.gates.folding import is_foldable
+from prunekit.gates.layout import Layout
+from prunekit.gates.loss import Dense, gated_loss
+from prunekit.gates.places import Gate, find_places, gated
+from prunekit.gates.rule import Learned, Rule
+from prunekit.graph import CouplingGraph, Group
+from prunekit.runtime.console import say, track
+from prunekit.runtime.modes import undisturbed
+
+Ramp = Literal["cubic", "linear"]
+MakeRule = Callable[[Layout, Bounds, Tensor], Rule]
+_AIMS = 50  # how often the budget is solved anew while gates are trained
+_SAVED_EVERY = 5  # of these times, for a run that may be broken off
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How gates are trained.
+
+    Args:
+        steps: updates, of one batch each.
+        learning_rate: of Adam.
+        ramp: how the share to remove rises: linear, or cubic, 1 − (1 − t)³ (fast at first).
+        reach: the share of the steps after which the target is asked for.
+        plain: weight of the next-token loss.
+        kl: weight of KL(dense ‖ gated) on the logits.
+        holdout: the share of the batches that gates are judged on and not trained with; at least
+            one batch, where there are several.
+        evaluations: how often they are judged once the target is asked for; the best are taken.
+        patience: stop after so many evaluations without a better one; None: never.
+        checkpointing: recompute layers in the backward pass instead of keeping their activations.
+            None: where memory is short.
+        seed: of the order of batches, and of what is drawn.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.05
+    ramp: Ramp = "cubic"
+    reach: float = 0.5
+    plain: float = 0.0
+    kl: float = 1.0
+    holdout: float = 0.125
+    evaluations: int = 10
+    patience: int | None = None
+    checkpointing: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        expect_one_of("importance.train.ramp", self.ramp, get_args(Ramp))
+        counts = {"steps": self.steps, "evaluations": self.evaluations, "patience": self.patience}
+        for key, value in counts.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(
+                    f"importance.train.{key}: expected a whole number ≥ 1, got {value!r}"
+                )
+        numbers = {"learning_rate": self.learning_rate, "plain": self.plain, "kl": self.kl}
+        for key, number in numbers.items():
+            if isinstance(number, str) or not 0 <= number < math.inf:
+                raise ConfigError(f"importance.train.{key}: expected a number ≥ 0, got {number!r}")
+        if not self.learning_rate or not self.plain + self.kl:
+            raise ConfigError(
+                "importance.train: expected learning_rate > 0, and plain or kl > 0, got "
+                f"{self.learning_rate:g}, {self.plain:g} and {self.kl:g}"
+            )
+        for key, share in (("reach", self.reach), ("holdout", self.holdout)):
+            if isinstance(share, str) or not 0 <= share < 1:
+                raise ConfigError(f"importance.train.{key}: expected a share < 1, got {share!r}")
+
+    def progress(self, step: int) -> float:
+        """The share in (0, 1] of the way to the target that is asked for at a step from 0."""
+        done = min((step + 1) / max(self.reach * self.steps, 1), 1.0)
+        return done if self.ramp == "linear" else 1 - (1 - done) ** 3
+
+    @property
+    def first_judged(self) -> int:
+        """The first step at which the whole target is asked for."""
+        return next(step for step in range(self.steps) if self.progress(step) == 1)
+
+
+def learn(
+    model: nn.Module,
+    graph: CouplingGraph,
+    groups: Sequence[Group],
+    batches: Sequence[Batch],
+    bounds: Bounds,
+    make_rule: MakeRule,
+    training: Training,
+) -> Learned:
+    """Learn the gates of all units of these groups; the model is left as it was.
+
+    Args:
+        model: the model, in memory.
+        graph: its coupling graph.
+        groups: the groups whose units get gates.
+        batches: the texts, keyword arguments of forward calls.
+        bounds: what the choice must keep to.
+        make_rule: makes the rule from a layout, the bounds and first importances.
+        training: how.
+
+    Raises:
+        ConfigError: a group that gates can't be put on.
+        DataError: no text; a model without the loss that is asked for; a loss that is not finite.
+    """
+    if not batches:
+        raise DataError("calibration: expected texts to train gates with, got none")
+    gates, saved = find_places(model, graph, groups), _load_saved(bounds)
+    foldable = [group.name for group in groups if is_foldable(group, graph)]
+    layout = Layout(groups, next(model.parameters()).device, foldable)
+    with undisturbed(model):
+        recompute = training.checkpointing
+        if recompute is None:
+            ones = layout.join(dict.fromkeys(layout.names, 1.0)).requires_grad_()
+            with gated(gates, layout.split(ones)):
+                recompute = should_recompute(model, batches)
+        with recomputing(model, recompute):
+            if saved:  # the parameters are there, and need no importances to begin with
+                first = layout.join(dict.fromkeys(layout.names, 1.0))
+            else:
+                first = _measure_first(model, gates, layout, batches)
+            trainer = _Trainer(model, gates, batches, make_rule(layout, bounds, first), training)
+            rule = trainer.run(saved)
+    return rule.learned()
+
+
+def _load_saved(bounds: Bounds) -> dict[str, Tensor]:
+    """What a run kept before it was broken off; empty where it kept nothing."""
+    keeper, name = bounds.keeper, f"{bounds.name}/training"
+    return keeper.load_tensors(name) if keeper and keeper.has_tensors(name) else {}
+
+
+def _measure_first(
+    model: nn.Module, gates: Sequence[Gate], layout: Layout, batches: Sequence[Batch]
+) -> Tensor:
+    """Σ over batches of (∂L/∂z)² at gates of 1 [U]: a coarse Fisher information of each gate."""
+    total = layout.join(dict.fromkeys(layout.names, 0.0))
+    for batch in track(batches, "first importances of gates", len(batches)):
+        values = torch.ones_like(total, requires_grad=True)
+        with gated(gates, layout.split(values)):
+            mean_loss(model, batch).value.backward()
+        assert values.grad is not None
+        total += values.grad.square()
+    if not total.isfinite().all():
+        raise DataError("calibration: the gradients of gates hold NaN or infinity")
+    return total
+
+
+@dataclass(eq=False)
+class _Trainer:
+    """The loop: its state is the rule's parameters, the optimizer, and the best gates so far."""
+
+    model: nn.Module
+    gates: Sequence[Gate]
+    batches: Sequence[Batch]
+    rule: Rule
+    training: Training
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_loss: float = math.inf
+    stale: int = 0
+
+    def __post_init__(self) -> None:
+        held = max(round(self.training.holdout * len(self.batches)), len(self.batches) > 1)
+        held = held if self.training.holdout else 0
+        self.train = range(len(self.batches) - held)
+        self.held = range(len(self.batches) - held, len(self.batches)) or self.train
+        self.dense = Dense(self.model, self.batches)
+        self.optimizer = torch.optim.Adam(
+            self.rule.parameters.values(), lr=self.training.learning_rate
+        )
+
+    def run(self, saved: Mapping[str, Tensor]) -> Rule:
+        """Train, from the beginning or from what was saved; the rule with the best parameters."""
+        training, start = self.training, self._restore(saved) if saved else 0
+        aims = max(training.steps // _AIMS, 1)
+        judged = self._judged_steps()
+        for step in track(range(start, training.steps), "training gates", training.steps - start):
+            if step % aims == 0 or step == training.first_judged:
+                self.rule.aim(training.progress(step))
+            self._update(step)
+            if step in judged:
+                self.rule.aim(1.0)
+                self._judge(step)
+                if training.patience is not None and self.stale >= training.patience:
+                    say(f"gates: step {step + 1} is the last, no better for {self.stale} times")
+                    break
+            # Only before steps that settle the aim anew, so that a resumed run does the same.
+            if (step + 1) % (_SAVED_EVERY * aims) == 0:
+                self._save(step + 1)
+        self.rule.check()
+        with torch.no_grad():
+            for name, value in self.best.items():
+                self.rule.parameters[name].copy_(value)
+        self.rule.aim(1.0)
+        return self.rule
+
+    def _save(self, step: int) -> None:
+        """Keep what the steps from this one on depend on, where the run keeps a state."""
+        bounds = self.rule.bounds
+        if bounds.keeper is None:
+            return
+        tensors = {"counts": torch.tensor([step, self.stale])}
+        tensors["best_loss"] = torch.tensor(self.best_loss, dtype=torch.float64)
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"extra.{name}": value for name, value in self.rule.extras.items()}
+        for name, parameter in self.rule.parameters.items():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adam.{name}.{key}"] = value
+        copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        bounds.keeper.save_tensors(f"{bounds.name}/training", copies)
+
+    @torch.no_grad()
+    def _restore(self, saved: Mapping[str, Tensor]) -> int:
+        """Take up what was saved; the step to go on with."""
+        step, self.stale = saved["counts"].tolist()
+        self.best_loss = float(saved["best_loss"])
+        for name, parameter in self.rule.parameters.items():
+            parameter.copy_(saved[f"parameter.{name}"])
+            keys = {key.rpartition(".")[2]: key for key in saved if key.startswith(f"adam.{name}.")}
+            self.optimizer.state[parameter] = {
+                own: saved[key] if own == "step" else saved[key].to(parameter)
+                for own, key in keys.items()
+            }
+            if f"best.{name}" in saved:
+                self.best[name] = saved[f"best.{name}"].to(parameter)
+        for name, value in self.rule.extras.items():
+            value.copy_(saved[f"extra.{name}"])
+        say(f"gates: going on with step {step + 1}")
+        return int(step)
+
+    def _judged_steps(self) -> set[int]:
+        """The steps after which gates are judged, evenly spread; the last one always."""
+        first, last = self.training.first_judged, self.training.steps - 1
+        count = self.training.evaluations
+        return {last - round(i * (last - first) / count) for i in range(count)}
+
+    def _update(self, step: int) -> None:
+        """One step of the optimizer on one batch."""
+        number = self._order(step)
+        generator = torch.Generator().manual_seed(_number_of(self.training.seed, "draw", step))
+        some = next(iter(self.rule.parameters.values()))
+        uniform = torch.rand(some.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(some.device)
+        self.optimizer.zero_grad()
+        dense = self._dense_logits(number)
+        with gated(self.gates, self.rule.layout.split(self.rule.sample(uniform))):
+            loss, penalty = self._loss(number, dense), self.rule.penalty()
+            (loss if penalty is None else loss + penalty.to(loss.device)).backward()
+        self.rule.correct_gradients()
+        self.optimizer.step()
+
+    def _order(self, step: int) -> int:
+        """The number of the batch of a step: each pass goes through them in an order of its own."""
+        epoch, place = divmod(step, len(self.train))
+        generator = torch.Generator().manual_seed(_number_of(self.training.seed, "order", epoch))
+        return int(torch.randperm(len(self.train), generator=generator)[place])
+
+    def _dense_logits(self, number: int) -> Tensor | None:
+        """What the dense model says of a batch, where the loss needs it: no gates may be on."""
+        return self.dense.logits(number) if self.training.kl else None
+
+    def _loss(self, number: int, dense: Tensor | None) -> Tensor:
+        training = self.training
+        return gated_loss(self.model, self.batches[number], dense, training.plain, training.kl)
+
+    @torch.no_grad()
+    def _judge(self, step: int) -> None:
+        """Compare the gates, as the cut would leave them, with the best so far."""
+        values, losses = self.rule.layout.split(self.rule.settled()), []
+        for number in self.held:
+            dense = self._dense_logits(number)
+            with gated(self.gates, values):
+                losses.append(self._loss(number, dense))
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise DataError(f"gates: the loss at step {step + 1} is {loss}")
+        say(f"gates: step {step + 1}, held-out loss {loss:.4f}")
+        self.stale += 1
+        if loss < self.best_loss:
+            self.best_loss, self.stale = loss, 0
+            self.best = {n: p.detach().clone() for n, p in self.rule.parameters.items()}
+
+
+def _number_of(*parts: object) -> int:
+    """A seed that depends on all of these."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -1,0 +1,50 @@
+"""Hard-concrete gates (L0): drawn in training, led to the budget by a Lagrangian."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prunekit.errors import ConfigError
+from prunekit.gates import Bounds, HardConcreteRule, Layout
+from prunekit.importance.learned import LearnedImportance
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardConcrete(LearnedImportance):
+    """The log α of hard-concrete gates (`prunekit.gates.hard_concrete`).
+
+    Args:
+        temperature: β of the gates.
+        pressure: how fast the multipliers of the budget rise.
+        scale: whether units that stay keep the value of their gate, as a factor in the weights.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+
+    temperature: float = 2 / 3
+    pressure: float = 1.0
+    scale: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        numbers = {"temperature": self.temperature, "pressure": self.pressure}
+        for key, number in numbers.items():
+            if isinstance(number, str) or not 0 < number < math.inf:
+                raise ConfigError(f"importance.{key}: expected a number > 0, got {number!r}")
+        if not isinstance(self.scale, bool):
+            raise ConfigError(f"importance.scale: expected true or false, got {self.scale!r}")
+
+    def make_rule(self, layout: Layout, bounds: Bounds, first: Tensor) -> HardConcreteRule:
+        """Hard-concrete gates with these options."""
+        return HardConcreteRule(
+            layout,
+            bounds,
+            first,
+            temperature=self.temperature,
+            pressure=self.pressure,
+            scale=self.scale,
+        )

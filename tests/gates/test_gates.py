@@ -1,0 +1,288 @@
+"""Gates on the masked model, by finite differences, against brute force; the budget, resuming."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import example, tiny_llama, token_ids
+from families import build, values_of
+
+import prunekit
+from prunekit.errors import ConfigError, DataError
+from prunekit.gates import Layout, Training, find_places, fold, gated
+from prunekit.gates.loss import divergence
+from prunekit.gates.training import learn
+from prunekit.graph import trace
+from prunekit.importance import StraightThrough
+from prunekit.surgery.masking import masked
+
+IDS = token_ids(2, 7)
+
+
+def logits(model, ids=IDS):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def half_of(group):
+    """Every other unit, at least one."""
+    return list(range(0, group.num_units, 2))[: max(group.num_units // 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("llama", ("attention", "mlp", "query_head")),
+        ("llama", ("head_dim",)),
+        ("llama", ("layer",)),
+        ("mixtral", ("expert", "mlp")),
+        ("gpt2", ("attention", "mlp")),
+    ],
+)
+def test_gates_of_zero_make_the_masked_model(family, kinds):
+    model = tiny_llama(kv_heads=2) if family == "llama" else build(family, values_of(family))
+    graph = trace(model, {"input_ids": IDS, "use_cache": False})
+    groups = [g for g in (*graph.groups, *graph.stacks) if g.kind in kinds and g.num_units > 1]
+    assert {group.kind for group in groups} == set(kinds)
+    removed = {group.name: half_of(group) for group in groups}
+    values = {group.name: torch.ones(group.num_units) for group in groups}
+    for name, units in removed.items():
+        values[name][units] = 0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        with gated(find_places(model, graph, groups), values):
+            own = logits(model)
+        with masked(model, graph, removed):
+            expected = logits(model)
+        dense = logits(model)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    assert (own - dense).abs().max() > 1e-2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kinds", [("attention", "mlp"), ("layer",)])
+def test_gradients_of_gates_are_those_of_finite_differences(kinds):
+    model = build("gpt2", values_of("gpt2")).double()  # its norms compute in float64, too
+    graph = trace(model, example())
+    groups = [g for g in (*graph.groups, *graph.stacks) if g.kind in kinds]
+    layout, gates = Layout(groups, torch.device("cpu")), find_places(model, graph, groups)
+    generator = torch.Generator().manual_seed(3)
+    total = sum(layout.sizes)
+    point = 0.3 + torch.rand(total, generator=generator, dtype=torch.float64)
+    dense = logits(model).detach()
+
+    def loss(flat):
+        with gated(gates, layout.split(flat)):
+            return divergence(logits(model), dense, {"input_ids": IDS})
+
+    flat = point.clone().requires_grad_()
+    with gated(gates, layout.split(flat)):
+        divergence(logits(model), dense, {"input_ids": IDS}).backward()
+    for unit in range(0, total, max(total // 5, 1)):
+        step = torch.zeros_like(point)
+        step[unit] = 1e-5
+        with torch.no_grad():
+            expected = (loss(point + step) - loss(point - step)) / 2e-5
+        assert float(flat.grad[unit]) == pytest.approx(float(expected), rel=1e-5, abs=1e-9)
+
+
+def test_what_stays_is_what_the_budget_would_keep_of_these_scores():
+    graph = trace(tiny_llama(), example())
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    layout = Layout(groups, torch.device("cpu"))
+    scores = torch.randint(0, 5, (sum(layout.sizes),)).float()  # many are equal
+    removed = {group.name: group.num_units // 3 for group in groups}
+    kept = layout.split(layout.keep_highest(scores, removed))
+    for name, own in layout.split(scores).items():
+        order = sorted(range(len(own)), key=lambda unit, own=own: (own[unit], unit))
+        gone = order[: removed[name]]
+        assert [unit for unit in range(len(own)) if not kept[name][unit]] == sorted(gone)
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "layer"])
+def test_every_step_keeps_exactly_to_the_budget(scope, monkeypatch):
+    model, seen = tiny_llama(kv_heads=2), []
+    graph = trace(model, example())
+    cost = graph.num_parameters
+    from prunekit.gates import StraightThroughRule
+
+    sample = StraightThroughRule.sample
+
+    def note(rule, uniform):
+        values = sample(rule, uniform)
+        counts = {n: int((own == 0).sum()) for n, own in rule.layout.split(values.detach()).items()}
+        assert set(values.detach().unique().tolist()) <= {0.0, 1.0}
+        seen.append(counts)
+        return values
+
+    monkeypatch.setattr(StraightThroughRule, "sample", note)
+    importance = StraightThrough(train=Training(steps=6, reach=0.5, ramp="linear"))
+    result = prune(model, importance, scope, ratio=0.3)
+    cheapest = min(g.parameters_per_unit for g in graph.groups if g.kind == "mlp")
+    for step, counts in enumerate(seen):
+        removed = {name: list(range(count)) for name, count in counts.items()}
+        share = min((step + 1) / 3, 1.0)
+        off = graph.removed_parameters(removed) - 0.3 * share * cost()
+        assert abs(off) <= cheapest / 2 + 1e-6
+    assert len(seen) == 6
+    assert result.report["ratio"]["achieved"] == pytest.approx(0.3, abs=cheapest / cost())
+
+
+def prune(model, importance, scope="local", ratio=0.2, **kwargs):
+    overrides = [f"scope={scope}", "shapes=free", "data.calibration.batch_size=2"]
+    overrides += kwargs.pop("overrides", [])
+    return prunekit.prune(
+        model,
+        ratio=ratio,
+        method="llm_pruner",
+        policy="uniform",
+        importance=importance,
+        calibration=token_ids(8, 9),
+        overrides=overrides,
+        **kwargs,
+    )
+
+
+def toy(seed):
+    """One layer, whose four heads and eight channels differ in what they are worth."""
+    model = tiny_llama(layers=1, heads=4, ffn=8, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        worth = torch.rand(4, generator=generator).repeat_interleave(6) * 2
+        layer.self_attn.o_proj.weight.mul_(worth)
+        layer.mlp.down_proj.weight.mul_(torch.rand(8, generator=generator) * 4)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_training_finds_the_best_mask_that_brute_force_knows(seed):
+    model, ids = toy(seed), token_ids(8, 9, seed=seed)
+    graph = trace(model, example())
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    gates, layout = find_places(model, graph, groups), Layout(groups, torch.device("cpu"))
+    batch = {"input_ids": ids, "use_cache": False}
+    with torch.no_grad():
+        dense = logits(model, ids)
+        losses = {}
+        for heads in itertools.combinations(range(4), 2):
+            for channels in itertools.combinations(range(8), 4):
+                flat = torch.ones(12)
+                flat[[*heads, *(4 + c for c in channels)]] = 0
+                with gated(gates, layout.split(flat)):
+                    losses[heads, channels] = float(divergence(logits(model, ids), dense, batch))
+    best = min(losses, key=losses.get)
+    importance = StraightThrough(train=Training(steps=80, learning_rate=0.1, holdout=0, seed=seed))
+    scores = importance.score(model, graph, groups, [batch])
+    lowest = [scores[group.name].argsort()[: group.num_units // 2] for group in groups]
+    found = tuple(tuple(sorted(units.tolist())) for units in lowest)
+    assert found == best, (losses[found], losses[best])
+
+
+def test_learned_factors_go_into_the_weights_exactly():
+    model = tiny_llama(kv_heads=2).double()
+    graph = trace(model, example())
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    generator = torch.Generator().manual_seed(1)
+    values = {
+        g.name: torch.rand(g.num_units, generator=generator, dtype=torch.float64) for g in groups
+    }
+    with torch.no_grad():
+        with gated(find_places(model, graph, groups), values):
+            expected = logits(model)
+        for group in groups:
+            fold(model, graph, group, values[group.name])
+        torch.testing.assert_close(logits(model), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_with_factors_equals_the_gated_model():
+    """What is cut is what the gates, as they were judged last, leave of the dense model."""
+    settled = {}
+    from prunekit.gates import StraightThroughRule
+
+    class Noting(StraightThroughRule):
+        def learned(self):
+            settled.update(self.layout.split(self.settled()))
+            return super().learned()
+
+    class Importance(StraightThrough):
+        def make_rule(self, layout, bounds, first):
+            return Noting(layout, bounds, first, temperature=1.0, scale=True)
+
+    train = Training(steps=8, learning_rate=0.1)
+    result = prune(tiny_llama(kv_heads=2), Importance(train=train, scale=True), "global", 0.3)
+    dense = tiny_llama(kv_heads=2)
+    groups = [result.graph[name] for name in settled]
+    with torch.no_grad(), gated(find_places(dense, result.graph, groups), settled):
+        expected = logits(dense)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(result.model), expected, rtol=1e-4, atol=1e-5)
+    assert any(((own != 0) & (own != 1)).any() for own in settled.values())
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    train = Training(steps=40, learning_rate=0.1, evaluations=4)
+    importance, calls = StraightThrough(train=train, scale=True), [0]
+    whole = prune(tiny_llama(), importance, "global")
+    from prunekit.gates import training
+
+    update = training._Trainer._update
+
+    def count(self, step):
+        calls[0] += 1
+        if calls[0] == 33:
+            raise Killed
+        update(self, step)
+
+    monkeypatch.setattr(training._Trainer, "_update", count)
+    state = tmp_path / "state"
+    with pytest.raises(Killed):
+        prune(tiny_llama(), importance, "global", state=state)
+    calls[0] = 100
+    again = prune(tiny_llama(), importance, "global", state=state, overrides=["resume=true"])
+    assert calls[0] == 100 + 10, "the steps from the last state on"
+    assert again.plan == whole.plan
+    expected = whole.model.state_dict()
+    assert all(torch.equal(own, expected[n]) for n, own in again.model.state_dict().items())
+
+
+def test_training_stops_where_nothing_gets_better(monkeypatch):
+    from prunekit.gates import training
+
+    steps, update = [], training._Trainer._update
+
+    def note(self, step):
+        steps.append(step)
+        update(self, step)
+
+    monkeypatch.setattr(training._Trainer, "_update", note)
+    # Steps so long that gates change for the worse.
+    train = Training(steps=40, reach=0, evaluations=40, patience=3, learning_rate=1e-9)
+    prune(tiny_llama(), StraightThrough(train=train))
+    assert len(steps) == 4
+
+
+def test_bad_input_is_one_line():
+    for options, expected in [
+        ({"steps": 0}, "importance.train.steps: expected a whole number"),
+        ({"ramp": "square"}, "importance.train.ramp: .*linear"),
+        ({"reach": 1.0}, "importance.train.reach: expected a share"),
+        ({"kl": 0.0}, "plain or kl > 0"),
+        ({"learning_rate": 0}, "learning_rate > 0"),
+    ]:
+        with pytest.raises(ConfigError, match=expected):
+            Training(**options)
+    with pytest.raises(ConfigError, match=r"importance\.temperature: expected a number > 0"):
+        StraightThrough(temperature=0)
+    model = tiny_llama(kv_heads=1)
+    graph = trace(model, example())
+    groups = [g for g in graph.groups if g.kind == "attention"]
+    batch = {"input_ids": IDS, "use_cache": False}
+    with pytest.raises(ConfigError, match="expected two units or more"):
+        StraightThrough().score(model, graph, groups, [batch])
+    with pytest.raises(DataError, match="expected texts to train gates with"):
+        learn(model, graph, groups, [], None, None, Training())
