@@ -95,7 +95,7 @@ class HardConcreteRule(Rule):
             gone = torch.tensor([float(self.removed[name]) for name in self.layout.names])
             self.target.copy_(1 - gone.to(self.sizes) / self.sizes)
 
-    def sample(self, uniform: Tensor) -> Tensor:
+    def sample(self, uniform: Tensor, heat: float) -> Tensor:
         """Gates drawn anew; units that are gone or must stay have theirs."""
         drawn = draw(self.log_alpha, uniform, self.temperature)
         return torch.where(self.pins == 0, drawn, (self.pins > 0).to(drawn))

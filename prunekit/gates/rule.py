@@ -51,8 +51,11 @@ class Rule(ABC):
         """Ask for a share in [0, 1] of the way from the dense model to the target from now on."""
 
     @abstractmethod
-    def sample(self, uniform: Tensor) -> Tensor:
-        """The gates of a training step, differentiable; `uniform` is drawn from (0, 1)."""
+    def sample(self, uniform: Tensor, heat: float) -> Tensor:
+        """The gates of a training step, differentiable.
+
+        `uniform` is drawn from (0, 1) anew; `heat` falls from 1 at the first step to 0 at the last.
+        """
 
     @abstractmethod
     def penalty(self) -> Tensor | None:

@@ -3,7 +3,8 @@
 z_u = 1 where the logit θ_u is among those that the budget keeps, else 0; ∂z_u/∂θ_u is taken to be
 σ'(θ_u / τ) / τ. Of the gradient, the part along the gradient of the cost is left out: a step along
 it would raise or lower all logits that compete by their prices, which changes nothing in a choice
-whose cost is given.
+whose cost is given. With noise, the choice of a training step is that of θ_u + ε ln(v / (1 − v)), v
+uniform in (0, 1) and ε falling to 0: it looks at what is beside the best choice so far.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ class StraightThroughRule(Rule):
         bounds: as for every rule.
         first: as for every rule.
         temperature: τ > 0 of the sigmoid.
+        noise: of the choice, times a logistic number; it cools down to 0.
         scale: learn a factor for each unit that stays, beside the choice.
     """
 
     def __init__(
-        self, layout: Layout, bounds: Bounds, first: Tensor, *, temperature: float, scale: bool
+        self,
+        layout: Layout,
+        bounds: Bounds,
+        first: Tensor,
+        *,
+        temperature: float,
+        noise: float,
+        scale: bool,
     ) -> None:
         super().__init__(layout, bounds, first)
-        self.temperature = temperature
+        self.temperature, self.noise = temperature, noise
         self.logits = spread_order(layout, bounds, first).requires_grad_()
         self.scale = torch.ones_like(first).requires_grad_(scale)
         self.parameters = {"logits": self.logits} | ({"scale": self.scale} if scale else {})
@@ -52,12 +61,12 @@ class StraightThroughRule(Rule):
     def _scores(self) -> Tensor:
         return self.logits.detach() + self.pins
 
-    def _choose(self) -> Tensor:
-        return self.layout.keep_highest(self._scores(), self.removed)
+    def _choose(self, noise: Tensor | float = 0.0) -> Tensor:
+        return self.layout.keep_highest(self._scores() + noise, self.removed)
 
-    def sample(self, uniform: Tensor) -> Tensor:
+    def sample(self, uniform: Tensor, heat: float) -> Tensor:
         """The exact choice; its value is not changed by what leads gradients to the logits."""
-        self.mask = self._choose()
+        self.mask = self._choose(self.noise * heat * torch.logit(uniform) if self.noise else 0.0)
         soft = torch.sigmoid(self.logits / self.temperature)
         return (self.mask + (soft - soft.detach())) * self._factors()
 

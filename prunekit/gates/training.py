@@ -260,9 +260,10 @@ class _Trainer:
         generator = torch.Generator().manual_seed(_number_of(self.training.seed, "draw", step))
         some = next(iter(self.rule.parameters.values()))
         uniform = torch.rand(some.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(some.device)
+        heat = 1 - step / max(self.training.steps - 1, 1)
         self.optimizer.zero_grad()
         dense = self._dense_logits(number)
-        with gated(self.gates, self.rule.layout.split(self.rule.sample(uniform))):
+        with gated(self.gates, self.rule.layout.split(self.rule.sample(uniform, heat))):
             loss, penalty = self._loss(number, dense), self.rule.penalty()
             (loss if penalty is None else loss + penalty.to(loss.device)).backward()
         self.rule.correct_gradients()

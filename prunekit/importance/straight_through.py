@@ -18,6 +18,7 @@ class StraightThrough(LearnedImportance):
 
     Args:
         temperature: of the sigmoid that leads gradients to the logits.
+        noise: of the choice in training, beside logits that begin in [-1, 1]; it falls to 0.
         scale: whether each unit that stays also learns a factor.
 
     Raises:
@@ -25,6 +26,7 @@ class StraightThrough(LearnedImportance):
     """
 
     temperature: float = 1.0
+    noise: float = 0.3
     scale: bool = False
 
     def __post_init__(self) -> None:
@@ -33,11 +35,18 @@ class StraightThrough(LearnedImportance):
             raise ConfigError(
                 f"importance.temperature: expected a number > 0, got {self.temperature!r}"
             )
+        if isinstance(self.noise, str) or not 0 <= self.noise < math.inf:
+            raise ConfigError(f"importance.noise: expected a number ≥ 0, got {self.noise!r}")
         if not isinstance(self.scale, bool):
             raise ConfigError(f"importance.scale: expected true or false, got {self.scale!r}")
 
     def make_rule(self, layout: Layout, bounds: Bounds, first: Tensor) -> StraightThroughRule:
         """Straight-through gates with these options."""
         return StraightThroughRule(
-            layout, bounds, first, temperature=self.temperature, scale=self.scale
+            layout,
+            bounds,
+            first,
+            temperature=self.temperature,
+            noise=self.noise,
+            scale=self.scale,
         )

@@ -108,8 +108,8 @@ def test_every_step_keeps_exactly_to_the_budget(scope, monkeypatch):
 
     sample = StraightThroughRule.sample
 
-    def note(rule, uniform):
-        values = sample(rule, uniform)
+    def note(rule, uniform, heat):
+        values = sample(rule, uniform, heat)
         counts = {n: int((own == 0).sum()) for n, own in rule.layout.split(values.detach()).items()}
         assert set(values.detach().unique().tolist()) <= {0.0, 1.0}
         seen.append(counts)
@@ -207,7 +207,7 @@ def test_a_run_with_factors_equals_the_gated_model():
 
     class Importance(StraightThrough):
         def make_rule(self, layout, bounds, first):
-            return Noting(layout, bounds, first, temperature=1.0, scale=True)
+            return Noting(layout, bounds, first, temperature=1.0, noise=0.1, scale=True)
 
     train = Training(steps=8, learning_rate=0.1)
     result = prune(tiny_llama(kv_heads=2), Importance(train=train, scale=True), "global", 0.3)
