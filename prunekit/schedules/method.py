@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import PurePath
 from types import EllipsisType, MemberDescriptorType
 from typing import Any, TypeVar
@@ -177,6 +177,8 @@ def _describe(value: object, key: str) -> object:
         # An empty mapping would vanish from the flat facts of a state.
         parts = {str(name): _describe(part, f"{key}.{name}") for name, part in value.items()}
         return parts or "{}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return _describe({own.name: getattr(value, own.name) for own in fields(value)}, key)
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:

@@ -30,7 +30,7 @@ def test_the_expected_share_and_its_gradient_are_those_of_monte_carlo(temperatur
     closed.sum().backward()
     step = 0.1
     slope = (share(log_alpha.detach() + step) - share(log_alpha.detach() - step)) / (2 * step)
-    torch.testing.assert_close(slope, log_alpha.grad, rtol=0, atol=4e-3)
+    torch.testing.assert_close(slope, log_alpha.grad, rtol=0, atol=6e-3)
 
 
 def test_a_gate_is_a_number_in_0_to_1_and_at_both_ends_with_a_probability():
@@ -60,7 +60,7 @@ def test_the_smooth_cost_is_the_cost_and_has_its_gradient():
         return cost(dict(zip(names, at.tolist(), strict=True))) / cost({})
 
     left = smooth(removed)
-    assert float(left) == pytest.approx(exact(removed.detach()), rel=1e-12)
+    assert left.item() == pytest.approx(exact(removed.detach()), rel=1e-12)
     left.backward()
     for i in range(0, len(names), 2):
         step = torch.zeros_like(removed)
