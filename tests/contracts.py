@@ -8,8 +8,11 @@ from prunekit import config as cfg
 LAYERS_ONLY = ("alternate", "similarity")
 EXPERTS_ONLY = ("reap",)
 LEARNED = {
-    "straight_through": {"steps": 2, "reach": 0},
-    "hard_concrete": {"steps": 20, "reach": 0, "learning_rate": 0.5},
+    "straight_through": {"train.steps": 2, "train.reach": 0},
+    "hard_concrete": {
+        **{"train.steps": 12, "train.reach": 0, "train.learning_rate": 1},
+        **{"pressure": 20, "scale": "false"},
+    },
 }
 WHOLE = (*LAYERS_ONLY, *EXPERTS_ONLY, *LEARNED, "ablation")  # a unit is scored as one structure
 IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))
@@ -33,7 +36,7 @@ def overrides(importance, aggregation, policy, scope):
         *VALUES.get(policy, ()),
     ]
     for key, value in LEARNED.get(importance, {}).items():
-        chosen.append(f"importance.train.{key}={value}")
+        chosen.append(f"importance.{key}={value}")
     if importance not in WHOLE:
         chosen.append(f"importance.aggregation={aggregation}")
     return chosen
