@@ -10,7 +10,7 @@ EXPERTS_ONLY = ("reap",)
 LEARNED = {
     "straight_through": {"train.steps": 2, "train.reach": 0},
     "hard_concrete": {
-        **{"train.steps": 12, "train.reach": 0, "train.learning_rate": 1},
+        **{"train.steps": 8, "train.reach": 0, "train.learning_rate": 1},
         **{"pressure": 20, "scale": "false"},
     },
 }

@@ -23,7 +23,8 @@ from prunekit.gates.rule import Learned, Rule, pins_of, spread_order
 
 LOW, HIGH = -0.1, 1.1  # γ and ζ, what s is stretched to
 _START = 2.0  # log α of a unit of middle importance: it stays with a probability of 0.97
-_REACHED = 0.1  # of the way to the target may be missing: the solver goes the rest
+# Of the way to the target, and of all, so much may be missing: the solver goes the rest.
+_MISSING_WAY, _MISSING = 0.1, 0.02
 
 
 def draw(log_alpha: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -134,7 +135,7 @@ class HardConcreteRule(Rule):
     def check(self) -> None:
         """Raise ConfigError where the gates have not come near their target."""
         left, target = self.shares().detach().mean().item(), self.target.mean().item()
-        if left - target > _REACHED * (1 - target):
+        if left - target > _MISSING_WAY * (1 - target) + _MISSING:
             raise ConfigError(
                 f"importance=hard_concrete: gates came down to {left:.1%} of what they may leave "
                 f"at most {target:.1%} of: raise importance.pressure, importance.train.steps or "

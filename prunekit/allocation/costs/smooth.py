@@ -23,15 +23,17 @@ class SmoothCost:
         place = {name: i for i, name in enumerate(names)}
         self.dense = cost({})
         factors: list[float] = []
-        owners: list[int] = []  # the term of each factor
+        rows: list[list[int]] = []  # the factors of each term
         cuts: list[tuple[int, int, int]] = []  # (factor, group, width)
-        for number, term in enumerate(cost.terms):
+        for term in cost.terms:
             cuts += [(len(factors) + i, place[n], w) for n, i, w in term.cuts if n in place]
+            rows.append(list(range(len(factors), len(factors) + len(term.sizes))))
             factors += term.sizes
-            owners += [number] * len(term.sizes)
         self.coefficients = _vector([term.coefficient for term in cost.terms], device)
         self.factors = _vector(factors, device)
-        self.owners = torch.tensor(owners, dtype=torch.long, device=device)
+        longest = max(map(len, rows), default=0)
+        padded = [row + [len(factors)] * (longest - len(row)) for row in rows]
+        self.rows = torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), longest)
         parts = torch.tensor(cuts, dtype=torch.long).view(-1, 3).to(device)
         self.cut, self.group, self.width = parts.unbind(1)
         # Tables of groups that are not among the names add what they cost whole.
@@ -43,9 +45,8 @@ class SmoothCost:
         """The share [] that is left once so many units [groups] go, in float64."""
         gone = removed.double()
         kept = self.factors.index_add(0, self.cut, -self.width * gone[self.group])
-        products = torch.ones_like(self.coefficients)
-        products = products.index_reduce(0, self.owners, kept, "prod")
-        total = (self.coefficients * products).sum() + self.rest
+        kept = torch.cat([kept, kept.new_ones(1)])  # what shorter rows are filled up with
+        total = (self.coefficients * kept[self.rows].prod(1)).sum() + self.rest
         for i, table in self.tabled:
             total = total + _interpolate(table, len(table) - 1 - gone[i])
         return total / self.dense
