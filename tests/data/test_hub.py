@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from processes import run_python
 
 from prunekit import config as cfg
 from prunekit.data import corpora
@@ -147,3 +149,66 @@ def test_a_missing_field_is_named(known):
     wrong = {"ptb": known["ptb"] | {"field": "text"}}
     with pytest.raises(DataError, match="expected a text field 'text', found sentence"):
         load_corpus("ptb", "eval", wrong)
+
+
+READ = """
+import json, sys, time
+from pathlib import Path
+
+def resident(key):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if key in l)
+    return int(line.split()[1]) * 1024
+
+start = resident("VmRSS")
+from prunekit.data.corpora import load_corpus, open_corpus
+from prunekit.data.windows import draw_windows
+
+name, known = sys.argv[1], json.loads(Path("known.json").read_text())
+class Characters:
+    chat_template = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(c) for c in text]}
+
+documents = open_corpus(name, "calibration", known, seed=0)
+drawn = draw_windows(documents, Characters(), samples=64, length=2048, seed=0)
+evaluated = load_corpus(name, "eval", known, characters=100_000)
+print(len(drawn.ids), len(evaluated), resident("VmHWM") - start)
+"""
+
+
+def write_large_c4(folder):
+    """A shard of 1.6 GB of text, as the hub compresses it."""
+    rows = [{"text": f"{n} {text} " * 100} for n, text in enumerate(SENTENCES * 20)]
+    part = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    for name in ("train.00000-of-01024", "validation.00000-of-00008"):
+        path = folder / "en" / f"c4-{name}.json.gz"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(gzip.compress(part, 1) * (1_600_000_000 // len(part)))
+
+
+def write_large_bookcorpus(folder):
+    """Two files of 1.7 GB of text in all."""
+    path = folder / "plain_text" / "train" / "0000.parquet"
+    path.parent.mkdir(parents=True)
+    rows = pyarrow.table({"text": [f"{text} " * 20 for text in SENTENCES] * 333})
+    for number in range(2):
+        file = path.with_name(f"000{number}.parquet")
+        with pyarrow.parquet.ParquetWriter(file, rows.schema) as writer:
+            for _ in range(12):
+                writer.write_table(rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of memory")
+@pytest.mark.parametrize("name", ["c4", "bookcorpus"])
+def test_a_corpus_larger_than_a_gigabyte_takes_less_than_one(name, known, tmp_path):
+    write = {"c4": write_large_c4, "bookcorpus": write_large_bookcorpus}[name]
+    write(tmp_path / name)
+    (tmp_path / "known.json").write_text(
+        json.dumps({name: known[name] | {"hub": str(tmp_path / name)}})
+    )
+    done = run_python(READ, name, cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    samples, documents, grown = map(int, done.stdout.split())
+    assert (samples, documents > 1) == (64, True)
+    assert grown < 1e9

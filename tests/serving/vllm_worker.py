@@ -24,9 +24,8 @@ def answer(case):
     from vllm import LLM, SamplingParams
 
     engine = LLM(case["folder"], **{**ENGINE, **case["engine"]})
-    length = case["length"]
     greedy = SamplingParams(
-        temperature=0, max_tokens=length, min_tokens=length, ignore_eos=True, detokenize=False
+        temperature=0, max_tokens=case["length"], ignore_eos=True, detokenize=False
     )
     prompts = [{"prompt_token_ids": ids} for ids in case["prompts"]]
     outputs = engine.generate(prompts, greedy, use_tqdm=False)
