@@ -240,28 +240,35 @@ def test_weights_kept_on_the_host_are_cut_too():
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is missing")
-def test_layers_on_several_devices():
+def dispatched(model, other):
+    """The model with its second layer on another device, all else on the first GPU."""
     from accelerate import dispatch_model
 
+    places = {name: 0 for name, _ in model.model.named_children() if name != "layers"}
+    places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": 0}
+    places |= {f"model.layers.{i}": other if i == 1 else 0 for i in range(3)}
+    return dispatch_model(model, places, main_device=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are missing")
+def test_layers_on_several_devices():
     model = tiny_llama()
     graph = trace(model, example())
     masked = zero_units(copy.deepcopy(model), graph, PLAN)
-    places = {
-        "model.embed_tokens": 0,
-        "model.rotary_emb": 0,
-        "model.layers.0": 0,
-        "model.layers.1": "cpu",
-        "model.layers.2": 0,
-        "model.norm": 0,
-        "lm_head": 0,
-    }
-    model = dispatch_model(model, places, main_device=0)
+    model = dispatched(model, 1)
     apply_plan(model, graph, PruningPlan(PLAN))
     ids = token_ids(3, 9, seed=5)
     torch.testing.assert_close(
         model(input_ids=ids).logits.cpu(), masked(input_ids=ids).logits, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is missing")
+def test_layers_that_a_gpu_brings_from_the_host_are_refused():
+    model = tiny_llama()
+    graph = trace(model, example())
+    with pytest.raises(SurgeryError, match="some weights are on the meta device"):
+        apply_plan(dispatched(model, "cpu"), graph, PruningPlan(PLAN))
 
 
 class Scaled(nn.Module):
