@@ -4,6 +4,7 @@
 what a gate is: `straight_through`.
 """
 
+from prunekit.gates.adapters import merge
 from prunekit.gates.bounds import Bounds, Keeper, halve
 from prunekit.gates.folding import fold
 from prunekit.gates.hard_concrete import HardConcreteRule
@@ -27,4 +28,5 @@ __all__ = [
     "gated",
     "halve",
     "learn",
+    "merge",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ class Learned:
         scores: group → float64 [num_units] on the CPU; low ones go.
         scales: group → float64 [num_units] on the CPU: what the consumers of a unit that stays are
             multiplied by; empty where gates are 0 or 1.
+        updates: name of a weight → U [out, r] and V [r, in] on the CPU: W + U V was trained in
+            place of it; empty where weights were frozen.
     """
 
     scores: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
+    updates: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Rule(ABC):

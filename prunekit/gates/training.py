@@ -1,11 +1,11 @@
-"""Train gates: the weights stay as they are, only the gates of units are learned."""
+"""Train gates: of the weights frozen, or beside low-rank updates of them."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -15,12 +15,14 @@ from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.state import recomputing, should_recompute
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError, expect_one_of
+from prunekit.gates.adapters import Adapters
 from prunekit.gates.bounds import Bounds
 from prunekit.gates.folding import is_foldable
 from prunekit.gates.layout import Layout
 from prunekit.gates.loss import Dense, gated_loss
 from prunekit.gates.places import Gate, find_places, gated
 from prunekit.gates.rule import Learned, Rule
+from prunekit.gates.seeds import seed_of
 from prunekit.graph import CouplingGraph, Group
 from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import undisturbed
@@ -48,6 +50,8 @@ class Training:
         patience: stop after so many evaluations without a better one; None: never.
         checkpointing: recompute layers in the backward pass instead of keeping their activations.
             None: where memory is short.
+        rank: of updates of the weights, trained beside the gates; 0: the weights are frozen.
+        update_rate: Adam's learning rate of these updates.
         seed: of the order of batches, and of what is drawn.
 
     Raises:
@@ -64,6 +68,8 @@ class Training:
     evaluations: int = 10
     patience: int | None = None
     checkpointing: bool | None = None
+    rank: int = 0
+    update_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +80,12 @@ class Training:
                 raise ConfigError(
                     f"importance.train.{key}: expected a whole number ≥ 1, got {value!r}"
                 )
+        if type(self.rank) is not int or self.rank < 0:
+            raise ConfigError(
+                f"importance.train.rank: expected a whole number ≥ 0, got {self.rank!r}"
+            )
         numbers = {"learning_rate": self.learning_rate, "plain": self.plain, "kl": self.kl}
+        numbers["update_rate"] = self.update_rate
         for key, number in numbers.items():
             if isinstance(number, str) or not 0 <= number < math.inf:
                 raise ConfigError(f"importance.train.{key}: expected a number ≥ 0, got {number!r}")
@@ -139,8 +150,7 @@ def learn(
             else:
                 first = _measure_first(model, gates, layout, batches)
             trainer = _Trainer(model, gates, batches, make_rule(layout, bounds, first), training)
-            rule = trainer.run(saved)
-    return rule.learned()
+            return trainer.run(saved)
 
 
 def _load_saved(bounds: Bounds) -> dict[str, Tensor]:
@@ -184,12 +194,16 @@ class _Trainer:
         self.train = range(len(self.batches) - held)
         self.held = range(len(self.batches) - held, len(self.batches)) or self.train
         self.dense = Dense(self.model, self.batches)
-        self.optimizer = torch.optim.Adam(
-            self.rule.parameters.values(), lr=self.training.learning_rate
-        )
+        self.adapters = Adapters(self.model, self.training.rank, self.training.seed)
+        self.parameters = self.rule.parameters | self.adapters.parameters
+        groups = [
+            {"params": list(self.rule.parameters.values()), "lr": self.training.learning_rate},
+            {"params": list(self.adapters.parameters.values()), "lr": self.training.update_rate},
+        ]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
 
-    def run(self, saved: Mapping[str, Tensor]) -> Rule:
-        """Train, from the beginning or from what was saved; the rule with the best parameters."""
+    def run(self, saved: Mapping[str, Tensor]) -> Learned:
+        """Train, from the beginning or from what was saved; the best that was learned."""
         training, start = self.training, self._restore(saved) if saved else 0
         aims = max(training.steps // _AIMS, 1)
         judged = self._judged_steps()
@@ -209,9 +223,9 @@ class _Trainer:
         self.rule.check()
         with torch.no_grad():
             for name, value in self.best.items():
-                self.rule.parameters[name].copy_(value)
+                self.parameters[name].copy_(value)
         self.rule.aim(1.0)
-        return self.rule
+        return replace(self.rule.learned(), updates=self.adapters.updates())
 
     def _save(self, step: int) -> None:
         """Keep what the steps from this one on depend on, where the run keeps a state."""
@@ -222,7 +236,7 @@ class _Trainer:
         tensors["best_loss"] = torch.tensor(self.best_loss, dtype=torch.float64)
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"extra.{name}": value for name, value in self.rule.extras.items()}
-        for name, parameter in self.rule.parameters.items():
+        for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
@@ -234,7 +248,7 @@ class _Trainer:
         """Take up what was saved; the step to go on with."""
         step, self.stale = saved["counts"].tolist()
         self.best_loss = float(saved["best_loss"])
-        for name, parameter in self.rule.parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.copy_(saved[f"parameter.{name}"])
             keys = {key.rpartition(".")[2]: key for key in saved if key.startswith(f"adam.{name}.")}
             self.optimizer.state[parameter] = {
@@ -257,13 +271,13 @@ class _Trainer:
     def _update(self, step: int) -> None:
         """One step of the optimizer on one batch."""
         number = self._order(step)
-        generator = torch.Generator().manual_seed(_number_of(self.training.seed, "draw", step))
+        generator = torch.Generator().manual_seed(seed_of(self.training.seed, "draw", step))
         some = next(iter(self.rule.parameters.values()))
         uniform = torch.rand(some.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(some.device)
         heat = 1 - step / max(self.training.steps - 1, 1)
         self.optimizer.zero_grad()
         dense = self._dense_logits(number)
-        with gated(self.gates, self.rule.layout.split(self.rule.sample(uniform, heat))):
+        with self._open(self.rule.sample(uniform, heat)):
             loss, penalty = self._loss(number, dense), self.rule.penalty()
             (loss if penalty is None else loss + penalty.to(loss.device)).backward()
         self.rule.correct_gradients()
@@ -272,8 +286,14 @@ class _Trainer:
     def _order(self, step: int) -> int:
         """The number of the batch of a step: each pass goes through them in an order of its own."""
         epoch, place = divmod(step, len(self.train))
-        generator = torch.Generator().manual_seed(_number_of(self.training.seed, "order", epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.training.seed, "order", epoch))
         return int(torch.randperm(len(self.train), generator=generator)[place])
+
+    @contextmanager
+    def _open(self, values: Tensor) -> Iterator[None]:
+        """The model with these gates [U], and with the updates of its weights."""
+        with gated(self.gates, self.rule.layout.split(values)), self.adapters.attached():
+            yield
 
     def _dense_logits(self, number: int) -> Tensor | None:
         """What the dense model says of a batch, where the loss needs it: no gates may be on."""
@@ -286,10 +306,10 @@ class _Trainer:
     @torch.no_grad()
     def _judge(self, step: int) -> None:
         """Compare the gates, as the cut would leave them, with the best so far."""
-        values, losses = self.rule.layout.split(self.rule.settled()), []
+        values, losses = self.rule.settled(), []
         for number in self.held:
             dense = self._dense_logits(number)
-            with gated(self.gates, values):
+            with self._open(values):
                 losses.append(self._loss(number, dense))
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
@@ -298,10 +318,4 @@ class _Trainer:
         self.stale += 1
         if loss < self.best_loss:
             self.best_loss, self.stale = loss, 0
-            self.best = {n: p.detach().clone() for n, p in self.rule.parameters.items()}
-
-
-def _number_of(*parts: object) -> int:
-    """A seed that depends on all of these."""
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+            self.best = {n: p.detach().clone() for n, p in self.parameters.items()}

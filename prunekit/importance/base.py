@@ -65,10 +65,12 @@ class Measured:
         structures: group name → float64 [structures, num_units], as `ScoreImportance.structures`.
         scales: group name → float64 [num_units]: what the consumers of a unit that stays are to be
             multiplied by; empty where they stay as they are.
+        updates: name of a weight → U [out, r] and V [r, in]: U V is to be added to it.
     """
 
     structures: Mapping[str, Tensor]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,11 @@ class ScoreImportance(Importance, ABC):
     def __post_init__(self) -> None:
         expect_one_of("importance.aggregation", self.aggregation, get_args(Aggregation))
         expect_one_of("importance.normalisation", self.normalisation, get_args(Normalisation))
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether `measure` may ask for updates of weights."""
+        return False
 
     @abstractmethod
     def structures(

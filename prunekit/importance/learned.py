@@ -40,6 +40,11 @@ class LearnedImportance(ScoreImportance):
         """True: gates learn what a unit is worth for its price."""
         return True
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights are trained beside the gates."""
+        return self.train.rank > 0
+
     @abstractmethod
     def make_rule(self, layout: Layout, bounds: Bounds, first: Tensor) -> Rule:
         """What a gate is: see `prunekit.gates.Rule`."""
@@ -57,7 +62,7 @@ class LearnedImportance(ScoreImportance):
             model, graph, groups, batches, bounds or halve(groups), self.make_rule, self.train
         )
         structures = {name: scores[None] for name, scores in learned.scores.items()}
-        return Measured(structures=structures, scales=learned.scales)
+        return Measured(structures=structures, scales=learned.scales, updates=learned.updates)
 
     def structures(
         self,

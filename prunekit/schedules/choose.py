@@ -12,22 +12,24 @@ from torch import Tensor
 from prunekit.allocation.budget import pick_lowest
 from prunekit.allocation.costs.smooth import SmoothCost
 from prunekit.errors import ConfigError, DataError
-from prunekit.gates import Bounds, fold
+from prunekit.gates import Bounds, fold, merge
 from prunekit.importance.base import ScoreImportance
 from prunekit.runtime.console import say
 from prunekit.schedules.base import Assignment
 from prunekit.schedules.independent import scatter
 from prunekit.surgery.masking import masked
 
+_UPDATES = "gates-updates/weights"  # in the state, the updates of weights that were learned
+
 
 def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict[str, list[int]]:
     """Choose the units with the lowest scores; group name → the units that go.
 
     Where units that stay have learned a factor, it goes into their consumers' weights; not under a
-    compensation, which computes these weights anew.
+    compensation, which computes these weights anew. What weights have learned is added to them.
 
     Raises:
-        ConfigError: matrices with units of their own under a compensation.
+        ConfigError: matrices with units of their own, or trained ones, under a compensation.
         DataError: a score is NaN.
     """
     if assignment.independent and assignment.compensation is not None:
@@ -35,20 +37,48 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
             "groups=independent: expected compensation=none: where every matrix loses other units, "
             "no consumer can be repaired"
         )
-    chosen = assignment.remember("chosen", lambda: _choose(assignment, importance))
-    scales = chosen["scales"] if assignment.compensation is None else {}
-    groups = [group for group in assignment.groups if group.name in scales]
-    if assignment.snapshot is not None:
-        assignment.snapshot.keep(groups)
-    for group in groups:
-        factors = torch.tensor(scales[group.name], dtype=torch.float64)
-        fold(assignment.model, assignment.graph, group, factors)
+    if importance.changes_weights and assignment.compensation is not None:
+        raise ConfigError(
+            f"importance={importance.name}: expected compensation=none where weights are trained "
+            "beside the gates (importance.train.rank > 0): a repair would lead them back"
+        )
+    updates: dict[str, Tensor] = {}
+    state = None if assignment.independent else assignment.state
+
+    def compute() -> dict[str, Any]:
+        content = _choose(assignment, importance, updates)
+        if state is not None and updates:
+            state.save_tensors(_UPDATES, updates)
+        return content
+
+    chosen = assignment.remember("chosen", compute)
+    if state is not None and not updates and state.has_tensors(_UPDATES):
+        updates = state.load_tensors(_UPDATES)
+    _change_weights(assignment, chosen["scales"], updates)
     removed: dict[str, list[int]] = chosen["removed"]
     return removed
 
 
-def _choose(assignment: Assignment, importance: ScoreImportance) -> dict[str, Any]:
-    """The units that go, and the factors of all units, as JSON.
+def _change_weights(
+    assignment: Assignment, scales: Mapping[str, list[float]], updates: Mapping[str, Tensor]
+) -> None:
+    """Add the updates of weights, then fold the factors of units, unless these are repaired."""
+    groups = [group for group in assignment.groups if group.name in scales]
+    groups = groups if assignment.compensation is None else []
+    names = {name.rpartition(".")[0] for name in updates}
+    if assignment.snapshot is not None:
+        assignment.snapshot.keep(groups)
+        assignment.snapshot.keep_parameters(names)
+    merge(assignment.model, {n: (updates[f"{n}.up"], updates[f"{n}.down"]) for n in sorted(names)})
+    for group in groups:
+        factors = torch.tensor(scales[group.name], dtype=torch.float64)
+        fold(assignment.model, assignment.graph, group, factors)
+
+
+def _choose(
+    assignment: Assignment, importance: ScoreImportance, updates: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The units that go, and the factors of all units, as JSON; `updates` takes those of weights.
 
     In each of the assignment's rounds the model is scored with the units chosen so far masked, and
     a part of the units is chosen that grows in equal steps. With `independent` every matrix
@@ -71,6 +101,8 @@ def _choose(assignment: Assignment, importance: ScoreImportance) -> dict[str, An
             say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
     if assignment.independent:
         scatter(assignment.model, assignment.graph, measured.structures, removed)
+    for name, (up, down) in measured.updates.items():
+        updates |= {f"{name}.up": up, f"{name}.down": down}
     scales = {name: factors.tolist() for name, factors in measured.scales.items()}
     return {"removed": removed, "scales": scales}
 

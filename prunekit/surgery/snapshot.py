@@ -39,6 +39,12 @@ class Snapshot:
                 self._keep(module, attribute)
                 self._keep(module, "bias")
 
+    def keep_parameters(self, names: Iterable[str]) -> None:
+        """Copy parameters that may change, by their names; what is copied already stays."""
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            self._keep(self.model.get_submodule(path), attribute)
+
     def _keep(self, module: nn.Module, attribute: str) -> None:
         """Copy a parameter; None for a bias that its module lacks."""
         if attribute not in module._parameters or (module, attribute) in self._kept:

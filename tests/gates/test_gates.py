@@ -228,7 +228,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    train = Training(steps=40, learning_rate=0.1, evaluations=4)
+    train = Training(steps=40, learning_rate=0.1, evaluations=4, rank=2)
     importance, calls = StraightThrough(train=train, scale=True), [0]
     whole = prune(tiny_llama(), importance, "global")
     from prunekit.gates import training
@@ -289,3 +289,33 @@ def test_bad_input_is_one_line():
         StraightThrough().score(model, graph, groups, [batch])
     with pytest.raises(DataError, match="expected texts to train gates with"):
         learn(model, graph, groups, [], None, None, Training())
+
+
+def test_updates_of_weights_are_merged_as_they_were_trained():
+    """The cut model is the gated one with its adapters, by a forward pass of the trainer."""
+    from prunekit.gates import training
+
+    left = {}
+
+    class Noting(training._Trainer):
+        def run(self, saved):
+            learned = super().run(saved)
+            settled = self.rule.settled()
+            with torch.no_grad(), self._open(settled):
+                left["logits"] = logits(self.model)
+            left["gone"] = int((settled == 0).sum())
+            return learned
+
+    train = Training(steps=12, learning_rate=0.1, rank=3, update_rate=0.05)
+    importance = StraightThrough(train=train, scale=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_Trainer", Noting)
+        result = prune(tiny_llama(kv_heads=2), importance, "global", 0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(result.model), left["logits"], rtol=1e-4, atol=1e-5)
+    assert left["gone"] == sum(map(len, result.plan.removed.values()))
+    frozen = StraightThrough(train=Training(steps=12, learning_rate=0.1), scale=True)
+    other = prune(tiny_llama(kv_heads=2), frozen, "global", 0.3)
+    assert (logits(other.model) - left["logits"]).abs().max() > 1e-2
+    with pytest.raises(ConfigError, match="expected compensation=none where weights are trained"):
+        prune(tiny_llama(kv_heads=2), importance, compensation="obs")
