@@ -188,7 +188,7 @@ def write_large_c4(folder):
 
 
 def write_large_bookcorpus(folder):
-    """Two files of 1.7 GB of text in all."""
+    """Two files of 1.7 GB of text in all, in groups of 1,000 rows, as the hub converts it."""
     path = folder / "plain_text" / "train" / "0000.parquet"
     path.parent.mkdir(parents=True)
     rows = pyarrow.table({"text": [f"{text} " * 20 for text in SENTENCES] * 333})
@@ -196,7 +196,7 @@ def write_large_bookcorpus(folder):
         file = path.with_name(f"000{number}.parquet")
         with pyarrow.parquet.ParquetWriter(file, rows.schema) as writer:
             for _ in range(12):
-                writer.write_table(rows)
+                writer.write_table(rows, row_group_size=1000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of memory")
