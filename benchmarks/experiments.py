@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from page import HERE, environment, write
 
 NOTES = {
@@ -56,14 +57,15 @@ NOTES = {
     "fifth is evaluated). At 20 % the search takes its best seed, uniform, since its winner "
     "doesn't lead beyond doubt; at 33 % it does so in one draw of two.",
 }
-HIDDEN = ("eval.", "ratio=", "data.calibration.seed=")
+HIDDEN = ("eval.", "ratio=", "data.calibration.seed=", "data.calibration.path=", "experiment=")
 BY_LAYER = "policy=log_increase"  # whose ratios by layer are kept: SlimGPT's figure 4
 
 
 def runs(folder: Path) -> list[dict]:
     reports = sorted(folder.glob("*/report.json"))
     parts = [
-        [p for p in path.parent.name.split(",") if not p.startswith(HIDDEN)] for path in reports
+        [p for p in yaml.safe_load(path.read_text()) if not p.startswith(HIDDEN)]
+        for path in (report.parent / ".hydra" / "overrides.yaml" for report in reports)
     ]
     common = set(parts[0]).intersection(*parts) if parts else set()
     draws = defaultdict(list)

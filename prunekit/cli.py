@@ -37,8 +37,7 @@ def main() -> None:
     """Run; exit with 0, with 2 after an error in one line, or with 130 after Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in _COMPLAINERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _quieten()
     _failures.clear()
     forget()
     try:
@@ -86,6 +85,7 @@ def _run_in_sweep(config: DictConfig) -> float | tuple[float, ...] | None:
     Returns:
         What a sweeper that searches is told; None where the sweeper takes all combinations.
     """
+    _quieten()  # a launcher may have started this process
     join_processes(HydraConfig.get())
     run = SweepRun(HydraConfig.get())
     searches = "BasicSweeper" not in HydraConfig.get().sweeper._target_
@@ -101,6 +101,12 @@ def _run_in_sweep(config: DictConfig) -> float | tuple[float, ...] | None:
         if searches:
             raise  # it learns so that there is no figure
     return None
+
+
+def _quieten() -> None:
+    """Hold back what packages say of themselves when they are imported."""
+    for name in _COMPLAINERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _attempt(config: DictConfig) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.runtime.files import digest
+from prunekit.runtime.processes import from_first
 
 T = TypeVar("T")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "datasets")
@@ -42,6 +43,8 @@ class Cache:
             kept.
         known: values that the process holds, of any types; it is filled here, and asked before the
             files are. None: only files are asked.
+        shared: all processes remember the same values at the same time: the first one looks, and
+            all compute what it doesn't find.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Cache:
         folder: Path | None = None,
         model: str | None = None,
         known: MutableMapping[str, Any] | None = None,
+        shared: bool = False,
     ) -> None:
         self.folder = folder if model else None
         self.model = model
         self.known = known if model else None
+        self.shared = shared
 
     def get(self, key: str) -> object:
         """The value under the key; None where there is none, or its file is damaged."""
@@ -84,7 +89,7 @@ class Cache:
 
     def remember(self, key: str, compute: Callable[[], T]) -> T:
         """The value under the key, computed and kept where there is none."""
-        kept = self.get(key)
+        kept = from_first(self.get(key)) if self.shared else self.get(key)
         if kept is not None:
             self._hold(key, kept)
             return kept  # type: ignore[return-value]  # of JSON's types, as it was put

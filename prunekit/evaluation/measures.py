@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from prunekit.evaluation.task_scores import TaskScore
 from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
 from prunekit.model.inputs import check_length, longest
 from prunekit.runtime.files import digest
-from prunekit.runtime.processes import rank
+from prunekit.runtime.processes import rank, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,11 +118,12 @@ class Measures:
             self.settings.stride,
         )
 
-    def perplexity(self, model: nn.Module, corpus: str) -> float:
-        """The perplexity of a model on one corpus."""
+    def perplexity(self, model: nn.Module, corpus: str, shared: bool = False) -> float:
+        """The perplexity of a model on one corpus; `shared` as in the function of this name."""
         size, stride = self.settings.batch_size, self.settings.stride
         batch = None if size == "auto" else size
-        return perplexity(model, self.windows[corpus], batch, corpus, self.device, stride)
+        windows = self.windows[corpus]
+        return perplexity(model, windows, batch, corpus, self.device, stride, shared)
 
     def of(
         self,
@@ -131,8 +133,9 @@ class Measures:
     ) -> Evaluation:
         """Everything that is measured on one model.
 
-        Figures of an equal model come from the cache. Only the first of several processes measures;
-        the others return the model's size alone.
+        Figures of an equal model come from the cache. Several processes share perplexities and
+        tasks, where each holds the model; all else the first one measures, and the others return
+        without it.
 
         Args:
             model: ready to run.
@@ -142,30 +145,47 @@ class Measures:
                 is added to; nothing of it is used where `eval.cache` turns the cache off.
         """
         size = measure_size(model, self.stored)
-        if rank():
-            return Evaluation(parameters=size.parameters, weight_bytes=size.weight_bytes)
-        uses_cache = self._cache_folder and (
-            self.windows or self.settings.tasks or known is not None
+        shared = world_size() > 1 and not any(weight.is_meta for weight in model.parameters())
+        first = Evaluation(parameters=size.parameters, weight_bytes=size.weight_bytes)
+        if rank() and not shared:
+            return first
+        cache = self._open_cache(model, key, known, shared)
+        first = replace(
+            first, perplexity=self._perplexities(model, cache), tasks=self._tasks(model, cache)
         )
-        content = (key() if key else model_key(model)) if uses_cache else None
-        cache = Cache(self._cache_folder, content, known)
-        return Evaluation(
-            parameters=size.parameters,
-            weight_bytes=size.weight_bytes,
-            perplexity=self._perplexities(model, cache),
-            tasks=self._tasks(model, cache),
+        if rank():
+            return first
+        return replace(
+            first,
             macs=cache.hold("macs", self.macs_tokens, partial(self._macs, model)),
             samples=cache.hold("samples", self._how_samples(), partial(self._samples, model)),
             outputs=cache.hold("outputs", self._how_outputs(), partial(self._outputs, model)),
             odd_widths={side: odd_widths(model, side) for side in TENSOR_CORES},
         )
 
+    def _open_cache(
+        self,
+        model: PreTrainedModel,
+        key: Callable[[], str | None] | None,
+        known: MutableMapping[str, Any] | None,
+        shared: bool,
+    ) -> Cache:
+        """The cache of a model; the first process alone looks into it and fills it."""
+        if rank():
+            return Cache(shared=shared)
+        uses_cache = self._cache_folder and (
+            self.windows or self.settings.tasks or known is not None
+        )
+        content = (key() if key else model_key(model)) if uses_cache else None
+        return Cache(self._cache_folder, content, known, shared)
+
     def _perplexities(self, model: nn.Module, cache: Cache) -> dict[str, float]:
         values: dict[str, float] = {}
         for corpus, windows in self.windows.items():
             text = _content_of(windows)
             how = f"perplexity {text} {self.settings.stride} {self.settings.batch_size}"
-            values[corpus] = cache.remember(how, partial(self.perplexity, model, corpus))
+            measure = partial(self.perplexity, model, corpus, cache.shared)
+            values[corpus] = cache.remember(how, measure)
         return values
 
     def _tasks(self, model: PreTrainedModel, cache: Cache) -> dict[str, TaskScore]:

@@ -8,6 +8,9 @@ The losses are computed in float32 and added up in float64; N counts the predict
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +23,7 @@ from prunekit.runtime.console import say, track
 from prunekit.runtime.memory import run_within_memory
 from prunekit.runtime.modes import evaluating
 from prunekit.runtime.numbers import at_least_float32
+from prunekit.runtime.processes import gather_all, in_order, own_part, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +40,7 @@ def perplexity(
     name: str = "eval",
     device: torch.device | str | None = None,
     stride: int | None = None,
+    shared: bool = False,
 ) -> float:
     """Perplexity of a causal language model on token windows, int64 [N, T].
 
@@ -50,6 +55,8 @@ def perplexity(
         name: the text's name in messages.
         device: where inputs go; by default where the model wants them.
         stride: tokens from the beginning of one window to that of the next; T by default.
+        shared: all processes call this at the same time, with the same model; each runs a part of
+            the windows, and all return what one alone would.
 
     Raises:
         DataError: the loss is not finite.
@@ -65,13 +72,20 @@ def perplexity(
             ) from error
         return size // 2
 
-    with evaluating(model):
-        total = run_within_memory(
-            lambda size: _sum_losses(model, windows, size, name, device, stride),
+    parts = list(enumerate(windows.split(batch_size or BATCH)))
+    with together() if shared else nullcontext(), evaluating(model):
+        losses = run_within_memory(
+            lambda size: _list_losses(
+                model, own_part(parts) if shared else parts, size, name, device, stride
+            ),
             batch_size or BATCH,
             shrink,
             lambda _, size: say(f"out of memory: {size} windows at a time now"),
         )
+    if shared:
+        losses = in_order(gather_all(losses))
+    # Added up in the order of the windows, so that processes that share them get the same sum.
+    total = sum(chain.from_iterable(losses))
     mean = total / count_predicted(windows, stride)
     if not math.isfinite(mean):
         raise DataError(
@@ -81,33 +95,55 @@ def perplexity(
 
 
 @torch.inference_mode()
-def _sum_losses(
+def _list_losses(
     model: nn.Module,
-    windows: Tensor,
+    parts: Sequence[tuple[int, Tensor]],
     size: int,
     name: str,
     device: torch.device | str,
     stride: int | None,
-) -> float:
-    """The losses of all predicted tokens, `size` windows in a forward pass."""
-    losses: list[Tensor] = []
-    chunks = windows.split(size)
-    for number, chunk in enumerate(track(chunks, f"perplexity on {name}", len(chunks))):
-        ids = chunk.to(device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        targets = ids[:, 1:].to(logits.device, copy=True)
-        if stride is not None and stride < ids.shape[1]:
-            overlapping = targets if number else targets[1:]  # nothing is before the first window
-            overlapping[:, :-stride] = _IGNORED
-        losses.append(
-            F.cross_entropy(
-                at_least_float32(logits[:, :-1]).flatten(0, 1),
-                targets.flatten(),
-                reduction="sum",
-            )
-        )
+) -> list[list[float]]:
+    """The losses of all predicted tokens of each part, `size` windows in a forward pass.
+
+    Args:
+        model: a causal language model.
+        parts: the number of each part of the text, and its windows [N, T].
+        size: windows in a forward pass.
+        name: the text's name in messages.
+        device: where inputs go.
+        stride: tokens from the beginning of one window to that of the next; None: T.
+    """
+    chunks = [
+        (chunk, number == 0 and place == 0)
+        for number, part in parts
+        for place, chunk in enumerate(part.split(size))
+    ]
+    losses = [
+        _loss_of(model, chunk.to(device), begins, stride)
+        for chunk, begins in track(chunks, f"perplexity on {name}", len(chunks))
+    ]
     # Fetched once: fetching each loss in the loop would wait for the GPU in every pass.
-    return float(sum(torch.stack(losses).tolist()))
+    fetched = iter(torch.stack(losses).tolist() if losses else [])
+    return [list(islice(fetched, -(-len(part) // size))) for _, part in parts]
+
+
+def _loss_of(model: nn.Module, ids: Tensor, begins: bool, stride: int | None) -> Tensor:
+    """The sum of the losses of the tokens that windows [N, T] predict.
+
+    Args:
+        model: a causal language model.
+        ids: the windows, int64 [N, T].
+        begins: whether the first of them begins the text.
+        stride: tokens from the beginning of one window to that of the next; None: T.
+    """
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    targets = ids[:, 1:].to(logits.device, copy=True)
+    if stride is not None and stride < ids.shape[1]:
+        overlapping = targets[1:] if begins else targets  # nothing is before the first window
+        overlapping[:, :-stride] = _IGNORED
+    return F.cross_entropy(
+        at_least_float32(logits[:, :-1]).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
 
 
 def count_predicted(windows: Tensor, stride: int | None = None) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from prunekit.evaluation.task_loading import LoadedTask, passing_on_errors
 from prunekit.evaluation.task_messages import say_once
 from prunekit.evaluation.task_scores import Metrics
 from prunekit.runtime.console import quiet, say
-from prunekit.runtime.memory import free_bytes, run_within_memory
+from prunekit.runtime.memory import free_bytes, out_of_memory, run_within_memory
 from prunekit.runtime.modes import evaluating, keep_attributes, restoring
+from prunekit.runtime.processes import from_first, gather_all, in_order, own_part, together
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -37,6 +38,7 @@ class Runner:
         batch_size: requests at once, or "auto": halved until they fit in memory.
         device: where inputs go; None: `model.device`.
         seed: of what tasks draw.
+        shared: all processes run the same tasks at the same time, each on a part of the requests.
 
     Raises:
         ConfigError: a batch size that is neither a positive number nor "auto".
@@ -49,6 +51,7 @@ class Runner:
         batch_size: int | str,
         device: torch.device | str | None,
         seed: int,
+        shared: bool = False,
     ) -> None:
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
             raise ConfigError(
@@ -56,6 +59,7 @@ class Runner:
             )
         self.model, self.tokenizer = model, copy.deepcopy(tokenizer)
         self.batch_size, self.device, self.seed = batch_size, device, seed
+        self.shared = shared
 
     def run(self, loaded: LoadedTask, limit: int | None) -> Metrics:
         """The metrics of one task by lm-eval's names ("acc,none"), and `sample_len`.
@@ -68,6 +72,10 @@ class Runner:
             DataError: memory that does not suffice, a window that the task's answers don't fit in,
                 rows that the task's metric can't score.
         """
+        with together() if self.shared else contextlib.nullcontext():
+            return self._run(loaded, limit)
+
+    def _run(self, loaded: LoadedTask, limit: int | None) -> Metrics:
         name, window, longest = loaded.member.name, self._window(), self._longest(loaded)
         too_long = longest > window
         if too_long:
@@ -80,7 +88,7 @@ class Runner:
             try:
                 return run_within_memory(
                     lambda size: self._attempt(loaded, size, limit),
-                    size if isinstance(size, int) else self._first_size(min(longest, window)),
+                    size if isinstance(size, int) else self._choose_size(min(longest, window)),
                     partial(self._shrink, name),
                     lambda _, size: say(f"{name}: out of memory, again with batch size {size}"),
                 )
@@ -138,6 +146,9 @@ class Runner:
             )
         if self.device is not None:
             wrapped._device = torch.device(self.device)
+        if self.shared:
+            for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(wrapped, kind, partial(answer_together, getattr(wrapped, kind)))
         return wrapped
 
     def _window(self) -> int:
@@ -152,6 +163,11 @@ class Runner:
         )
         return len(self.tokenizer(max(texts, key=len))["input_ids"])
 
+    def _choose_size(self, length: int) -> int:
+        """How many requests to try at once; the same number in all processes that share them."""
+        size = self._first_size(length)
+        return from_first(size) if self.shared else size
+
     def _first_size(self, length: int) -> int:
         """How many requests to try at once.
 
@@ -161,6 +177,33 @@ class Runner:
         device = torch.device(self.device or self.model.device)
         free = free_bytes(device) / 2 if device.type == "cuda" else 1 << 30
         return max(1, min(_LARGEST_BATCH, int(free) // (12 * length * len(self.tokenizer))))
+
+
+def answer_together(
+    answer: Callable[..., list[Any]], requests: Sequence[Any], **options: Any
+) -> list[Any]:
+    """Answer requests that all processes have: each a part of them; all return all answers.
+
+    Args:
+        answer: the method of lm-eval's wrapper.
+        requests: the same ones in all processes.
+        options: further arguments of the method.
+
+    Raises:
+        OutOfMemoryError: memory ran out in any process, so that all try again.
+        DataError: what else went wrong in another process.
+    """
+    own, answers, failed = own_part(requests), list[Any](), None
+    try:
+        answers = answer(own, **options) if own else []
+    except Exception as error:  # all must know, lest they wait for ever
+        failed = error
+    told = gather_all(None if failed is None else (out_of_memory(failed), str(failed)))
+    if failed is not None:
+        raise failed
+    for memory, text in filter(None, told):
+        raise torch.OutOfMemoryError(text) if memory else DataError(text)
+    return in_order(gather_all(answers))
 
 
 @contextlib.contextmanager

@@ -75,6 +75,8 @@ def evaluate_tasks(
         batch_size: requests at once, or "auto": what should fit, halved when memory runs out.
         seed: of the few-shot examples, and of what a task draws.
         cache: known results of this model, which are not computed again; new ones are put there.
+            Where it is shared, all processes call this at the same time, with the same model: each
+            answers a part of the requests.
         device: where inputs go, `model.device` by default.
 
     Returns:
@@ -88,7 +90,7 @@ def evaluate_tasks(
     metrics: dict[str, Metrics] = {}
     cache = cache or Cache()
     with without_chatter(), leaving_unchanged(model):
-        runner = Runner(model, tokenizer, batch_size, device, seed)
+        runner = Runner(model, tokenizer, batch_size, device, seed, cache.shared)
         loaded = load_tasks(names, tasks_dir, fewshot, seed)
         for one in track(loaded, "lm-eval tasks", len(loaded)):
             with passing_on_errors(one.member, one.splits):

@@ -23,7 +23,7 @@ from prunekit.model.weights import round_weights
 from prunekit.recovery import Recovery, RecoveryResult, prepare, recover
 from prunekit.recovery.data import Data
 from prunekit.runtime.files import write_text
-from prunekit.runtime.processes import add_up, rank, together
+from prunekit.runtime.processes import rank, together, world_size
 
 TRAINING = ".training"  # what an unfinished recovery leaves in its output folder
 
@@ -144,10 +144,8 @@ def modules_by_kind(model: nn.Module, graph: CouplingGraph) -> dict[str, set[str
 
 
 def _measure(measures: Measures, corpus: str, model: nn.Module) -> float:
-    """The perplexity that the first process measures: all processes must stop at the same step."""
-    with together():
-        value = 0.0 if rank() else measures.perplexity(model, corpus)
-    return add_up(torch.tensor(value, dtype=torch.float64, device=measures.device)).item()
+    """The perplexity, which all processes measure together: they must stop at the same step."""
+    return measures.perplexity(model, corpus, shared=world_size() > 1)
 
 
 def _claim(folder: Path, facts: Mapping[str, Any], resume: bool) -> None:

@@ -41,6 +41,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if count_launched() < 2 or world_size() > 1:
         yield
         return
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where collectives of objects put their bytes
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
@@ -67,6 +69,24 @@ def gather_all(item: T) -> list[T]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def from_first(item: T) -> T:
+    """What the first process has, in all of them."""
+    items = [item]
+    if world_size() > 1:
+        dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
+def in_order(parts: Sequence[Sequence[T]]) -> list[T]:
+    """The items that all processes got from `own_part`, in the order that they had before.
+
+    Args:
+        parts: what `gather_all` returned of a list that each process made of its items.
+    """
+    count = sum(map(len, parts))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
 def hold_everywhere(holds: bool, device: torch.device) -> bool:
