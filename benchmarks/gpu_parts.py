@@ -303,7 +303,7 @@ def scoring(bench: Bench) -> None:
     """Score the units of the whole shape in several ways; seconds of choosing, and the peak."""
     rows, length = 10, min(128, bench.sizes.length)
     ids = draw_tokens(bench, rows, length)
-    warm = ["importance=taylor_second", f"data.calibration.batch_size={rows}"]
+    warm = ["importance=taylor_second", "policy=uniform", f"data.calibration.batch_size={rows}"]
     few = make_model(bench, 1)  # kernels are loaded before anything is timed
     prunekit.prune(few, ratio=0.2, method="llm_pruner", calibration=ids, overrides=warm)
     del few
