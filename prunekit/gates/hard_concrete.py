@@ -82,19 +82,18 @@ class HardConcreteRule(Rule):
         self.target = torch.ones(count, device=layout.device)
         self.extras = {"linear": torch.zeros_like(self.target)}
         self.extras["square"] = torch.zeros_like(self.target)
-        self.removed = dict.fromkeys(layout.names, 0)
+        self.gone = torch.zeros_like(first)
 
     def aim(self, progress: float) -> None:
         """Ask for a share; the device is waited for once, where groups have their own."""
         scores = self.layout.split((self.log_alpha.detach() + self.pins).double().cpu())
-        self.removed = dict.fromkeys(self.layout.names, 0)
-        if progress > 0:
-            self.removed |= self.bounds.solve(scores, progress)
+        removed = self.bounds.solve(scores, progress) if progress > 0 else {}
+        counts = {name: float(removed.get(name, 0)) for name in self.layout.names}
+        self.gone = self.layout.join(counts)
         if self.bounds.share is not None:
             self.target.fill_(1 - progress * (1 - self.bounds.target))
         else:
-            gone = torch.tensor([float(self.removed[name]) for name in self.layout.names])
-            self.target.copy_(1 - gone.to(self.sizes) / self.sizes)
+            self.target.copy_(1 - torch.tensor(list(counts.values())).to(self.sizes) / self.sizes)
 
     def sample(self, uniform: Tensor, heat: float) -> Tensor:
         """Gates drawn anew; units that are gone or must stay have theirs."""
@@ -124,7 +123,7 @@ class HardConcreteRule(Rule):
 
     def settled(self) -> Tensor:
         """The exact choice by log α, with the values of what stays."""
-        chosen = self.layout.keep_highest(self.log_alpha.detach() + self.pins, self.removed)
+        chosen = self.layout.keep_highest(self.log_alpha.detach() + self.pins, self.gone)
         return chosen * self._factors()
 
     def _factors(self) -> Tensor:

@@ -70,7 +70,9 @@ class Layout:
         places = torch.arange(order.shape[1], device=order.device).expand_as(order)
         return ranks.scatter(1, order, places)[self._padded]
 
-    def keep_highest(self, flat: Tensor, removed: Mapping[str, int]) -> Tensor:
-        """1 for units that stay, 0 for the lowest of each group, as many as `removed` says [U]."""
-        gone = self.join({name: float(removed[name]) for name in self.names})
+    def keep_highest(self, flat: Tensor, gone: Tensor) -> Tensor:
+        """1 for units that stay, 0 for the lowest of each group [U].
+
+        `gone` [U] is how many go of the group of each unit.
+        """
         return (self.ranks(flat) >= gone).to(flat.dtype)

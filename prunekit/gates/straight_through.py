@@ -47,22 +47,21 @@ class StraightThroughRule(Rule):
         self.prices = layout.join(bounds.prices)
         self.pins = pins_of(layout, bounds)
         self.mask = torch.ones_like(first)
-        self.removed = dict.fromkeys(layout.names, 0)
+        self.gone = torch.zeros_like(first)
 
     def aim(self, progress: float) -> None:
         """Settle how many units of each group go; the device is waited for once."""
         scores = {
             name: own.double() for name, own in self.layout.split(self._scores().cpu()).items()
         }
-        self.removed = dict.fromkeys(self.layout.names, 0)
-        if progress > 0:
-            self.removed |= self.bounds.solve(scores, progress)
+        removed = self.bounds.solve(scores, progress) if progress > 0 else {}
+        self.gone = self.layout.join({n: float(removed.get(n, 0)) for n in self.layout.names})
 
     def _scores(self) -> Tensor:
         return self.logits.detach() + self.pins
 
     def _choose(self, noise: Tensor | float = 0.0) -> Tensor:
-        return self.layout.keep_highest(self._scores() + noise, self.removed)
+        return self.layout.keep_highest(self._scores() + noise, self.gone)
 
     def sample(self, uniform: Tensor, heat: float) -> Tensor:
         """The exact choice; its value is not changed by what leads gradients to the logits."""

@@ -26,6 +26,7 @@ from prunekit.gates.seeds import seed_of
 from prunekit.graph import CouplingGraph, Group
 from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import undisturbed
+from prunekit.runtime.processes import add_up, own_part, rank, world_size
 
 Ramp = Literal["cubic", "linear"]
 MakeRule = Callable[[Layout, Bounds, Tensor], Rule]
@@ -38,7 +39,7 @@ class Training:
     """How gates are trained.
 
     Args:
-        steps: updates, of one batch each.
+        steps: updates, of one batch each; of one for each process, where there are several.
         learning_rate: of Adam.
         ramp: how the share to remove rises: linear, or cubic, 1 − (1 − t)³ (fast at first).
         reach: the share of the steps after which the target is asked for.
@@ -163,13 +164,14 @@ def _measure_first(
     model: nn.Module, gates: Sequence[Gate], layout: Layout, batches: Sequence[Batch]
 ) -> Tensor:
     """Σ over batches of (∂L/∂z)² at gates of 1 [U]: a coarse Fisher information of each gate."""
-    total = layout.join(dict.fromkeys(layout.names, 0.0))
-    for batch in track(batches, "first importances of gates", len(batches)):
+    total, own = layout.join(dict.fromkeys(layout.names, 0.0)), own_part(batches)
+    for batch in track(own, "first importances of gates", len(own)):
         values = torch.ones_like(total, requires_grad=True)
         with gated(gates, layout.split(values)):
             mean_loss(model, batch).value.backward()
         assert values.grad is not None
         total += values.grad.square()
+    add_up(total)
     if not total.isfinite().all():
         raise DataError("calibration: the gradients of gates hold NaN or infinity")
     return total
@@ -280,12 +282,18 @@ class _Trainer:
         with self._open(self.rule.sample(uniform, heat)):
             loss, penalty = self._loss(number, dense), self.rule.penalty()
             (loss if penalty is None else loss + penalty.to(loss.device)).backward()
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                add_up(parameter.grad.div_(world_size()))
         self.rule.correct_gradients()
         self.optimizer.step()
 
     def _order(self, step: int) -> int:
-        """The number of the batch of a step: each pass goes through them in an order of its own."""
-        epoch, place = divmod(step, len(self.train))
+        """The number of the batch of a step: each pass goes through them in an order of its own.
+
+        Of several processes, each takes the next one.
+        """
+        epoch, place = divmod(step * world_size() + rank(), len(self.train))
         generator = torch.Generator().manual_seed(seed_of(self.training.seed, "order", epoch))
         return int(torch.randperm(len(self.train), generator=generator)[place])
 
@@ -306,12 +314,12 @@ class _Trainer:
     @torch.no_grad()
     def _judge(self, step: int) -> None:
         """Compare the gates, as the cut would leave them, with the best so far."""
-        values, losses = self.rule.settled(), []
-        for number in self.held:
+        values, losses = self.rule.settled(), [torch.zeros((), device=self.rule.layout.device)]
+        for number in own_part(self.held):
             dense = self._dense_logits(number)
             with self._open(values):
-                losses.append(self._loss(number, dense))
-        loss = float(torch.stack(losses).mean())
+                losses.append(self._loss(number, dense).to(losses[0]))
+        loss = float(add_up(torch.stack(losses).sum())) / len(self.held)
         if not math.isfinite(loss):
             raise DataError(f"gates: the loss at step {step + 1} is {loss}")
         say(f"gates: step {step + 1}, held-out loss {loss:.4f}")

@@ -1,12 +1,14 @@
 """Gates on the masked model, by finite differences, against brute force; the budget, resuming."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import example, tiny_llama, token_ids
 from families import build, values_of
+from processes import run_python, run_together
 
 import prunekit
 from prunekit.errors import ConfigError, DataError
@@ -93,7 +95,7 @@ def test_what_stays_is_what_the_budget_would_keep_of_these_scores():
     layout = Layout(groups, torch.device("cpu"))
     scores = torch.randint(0, 5, (sum(layout.sizes),)).float()  # many are equal
     removed = {group.name: group.num_units // 3 for group in groups}
-    kept = layout.split(layout.keep_highest(scores, removed))
+    kept = layout.split(layout.keep_highest(scores, layout.join(removed)))
     for name, own in layout.split(scores).items():
         order = sorted(range(len(own)), key=lambda unit, own=own: (own[unit], unit))
         gone = order[: removed[name]]
@@ -251,6 +253,36 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path, monkeypat
     assert again.plan == whole.plan
     expected = whole.model.state_dict()
     assert all(torch.equal(own, expected[n]) for n, own in again.model.state_dict().items())
+
+
+_SHARED = """
+import json, torch
+from conftest import example, tiny_llama, token_ids
+from prunekit.gates import Training, training
+from prunekit.graph import trace
+from prunekit.importance import StraightThrough
+from prunekit.runtime.processes import process_group
+
+def scores(rows):
+    model = tiny_llama(layers=1, ffn=16)
+    graph = trace(model, example())
+    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
+    batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(8, 9).split(rows)]
+    training._measure_first = lambda *_: torch.arange(sum(g.num_units for g in groups)).float()
+    own = StraightThrough(train=Training(steps=8, holdout=0, rank=2))
+    found = own.score(model, graph, groups, batches)
+    return {name: values.tolist() for name, values in found.items()}
+"""
+
+
+def test_several_processes_train_as_one_with_all_their_batches(tmp_path):
+    code = _SHARED + "with process_group(torch.device('cpu')): print(json.dumps(scores(4)))"
+    both = [json.loads(done.stdout) for done in run_together(code, cwd=tmp_path)]
+    alone = json.loads(run_python(_SHARED + "print(json.dumps(scores(8)))", cwd=tmp_path).stdout)
+    assert both[0] == both[1]
+    for name, values in alone.items():
+        assert both[0][name] == pytest.approx(values, rel=1e-3, abs=1e-3)
+    assert alone != {name: sorted(values) for name, values in alone.items()}
 
 
 def test_training_stops_where_nothing_gets_better(monkeypatch):
