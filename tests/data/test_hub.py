@@ -94,6 +94,12 @@ WRITERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """datasets sleeps five seconds after parquet files that were not read to their end."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
     """The named corpora as they are configured, each with a local folder for its repository."""

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import command_line, tiny_llama
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -357,6 +357,14 @@ def test_names_and_folders_that_are_not_there(tmp_path, model, characters):
         ConfigError, match="eval.batch_size: expected a positive number or auto, got 0"
     ):
         evaluate_tasks(model, characters, ["piqa"], tasks_dir=tmp_path, batch_size=0)
+
+
+def test_an_unknown_task_is_one_line_on_the_command_line(tmp_path):
+    failed = command_line("eval.tasks=[picqa]", "output_dir=out", cwd=tmp_path)
+    assert failed.returncode == 2, failed.stdout
+    (line,) = failed.stderr.strip().splitlines()
+    assert "eval.tasks: unknown task 'picqa'" in line and "the nearest: piqa" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_longbench_generates_and_names_its_metric(tmp_path, model, characters, monkeypatch):

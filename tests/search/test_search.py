@@ -1,18 +1,15 @@
 """The policy as a whole: against every candidate, repeated, resumed, in several processes."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import example, tiny_llama, token_ids
+from processes import run_together
 
 import prunekit
 from prunekit.allocation.costs.weights import weights_cost
@@ -367,17 +364,7 @@ def prune_in_double():
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    (tmp_path / "job.py").write_text(_JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "job.py"]
-    paths = [str(Path(__file__).parent), *sys.path]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
-    assert done.returncode == 0, done.stderr
+    for done in run_together(_JOB, cwd=tmp_path):
+        assert done.returncode == 0, done.stderr
     plan = prune_in_double().plan.to_json()
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [plan, plan]
