@@ -63,10 +63,7 @@ def test_scores_have_the_right_shape_are_finite_and_repeat(importance):
     groups = [g for g in groups if g.kind in kinds]
     batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(4, 8).split(2)]
     backends = [
-        cfg.build(
-            cfg.check(cfg.compose(overrides(importance, how, "uniform", "local"))).importance,
-            "importance",
-        )
+        cfg.build(configure(importance, how, "uniform", "local").importance, "importance")
         for how in (AGGREGATIONS if importance not in WHOLE else ("sum",))
     ]
     structures = backends[0].structures(model, graph, groups, batches)
