@@ -139,7 +139,15 @@ def test_a_target_in_the_way_is_left_alone(export, model, tokenizer, tmp_path, w
         export.write(model, tokenizer, tmp_path / "other" / "folder")
 
 
-def test_a_folder_with_other_files_is_no_obstacle(export, model, tokenizer, tmp_path):
+def test_a_folder_with_other_files_is_no_obstacle(
+    export, model, tokenizer, tmp_path, monkeypatch
+):
+    def write_little(self, path, *_):
+        path.write_bytes(b"all of it")
+        return Written(file=path, about="a stand-in")
+
+    monkeypatch.setattr(type(export), "create", write_little)
     (tmp_path / "report.json").write_text("{}")
     export.write(model, tokenizer, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", export.target}
+    assert (tmp_path / "report.json").read_text() == "{}"
