@@ -16,10 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import sharing
 import torch
+import yaml
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sharing.share_traces()
+if yaml.__with_libyaml__:  # the parser in C: Hydra reads some twenty files for each configuration
+    yaml.SafeLoader = yaml.CSafeLoader
 torch.set_num_threads(1)
 # A collection of garbage would look at all that was imported, at each of its turns; what tests make
 # is collected less often.
@@ -147,11 +150,15 @@ def interrupt_run(monkeypatch, at):
     monkeypatch.setattr("prunekit.surgery.check.run_example", run)
 
 
-def command_line(*arguments, cwd):
+_SVG = "prunekit.report.pictures.Picture.svg"
+_EMPTY_PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" role="img"></svg>'
+
+
+def command_line(*arguments, cwd, draws=False):
     """`python -m prunekit …` in this process, which saves its start.
 
-    Hydra would compose the configuration once more to look up `hydra.mode`, which nothing sets.
-    Returns what `subprocess.run` returns.
+    Hydra would compose the configuration once more to look up `hydra.mode`, which nothing sets. The
+    pictures of a report are empty unless it `draws` them. Returns what `subprocess.run` returns.
     """
     from prunekit import cli
     from prunekit.runtime import console
@@ -164,6 +171,7 @@ def command_line(*arguments, cwd):
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             patch("hydra._internal.hydra.Hydra.get_mode", return_value=None),
+            contextlib.nullcontext() if draws else patch(_SVG, return_value=_EMPTY_PICTURE),
         ):
             cli.main()
     except SystemExit as end:

@@ -174,6 +174,7 @@ def test_a_sweep_runs_every_combination(short_model, tmp_path):
         *QUICK,
         "hydra.sweep.dir=sweep",
         cwd=tmp_path,
+        draws=True,
     )
     assert done.returncode == 0, done.stderr
     reports = [read_report(path.parent) for path in (tmp_path / "sweep").rglob("report.json")]

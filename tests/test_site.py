@@ -1,13 +1,12 @@
 """Every code block and shell line of the site runs, on a small model, with small numbers.
 
 ONNX alone is not written again, which takes longest: `tests/exports/test_onnx.py` does so from the
-command line. The pictures of a report are drawn for the tutorial alone.
+command line.
 
 The blocks of a page run in their order, in one folder and one namespace. A block with a title is a
 file, which is written. Blocks of text are not code; a page says where its commands were not run.
 """
 
-import importlib
 import json
 import re
 import shlex
@@ -54,8 +53,6 @@ SEARCH = ["rounds=1", "sweeps=1", "generations=1", "children=2", "seeds=[uniform
 NEEDS_TEXT = re.compile(r"data=(?!embedded)|data\.calibration\.path=")
 PARTS = ("method", "importance", "policy", "scope", "compensation", "schedule", "cost", "data")
 PARTS += ("recovery", "export", "eval")
-PICTURES = importlib.import_module("prunekit.report.pictures")
-EMPTY_PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" role="img"></svg>'
 # Launchers and sweepers have a test of their own, `tests/sweeps/test_launchers.py`.
 ELSEWHERE = re.compile(r"hydra[/.](launcher|sweeper)[.=]")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,9 +161,7 @@ def place(tmp_path, monkeypatch, short_model):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
-def test_every_block_of_a_page_runs(page, place, short_model, monkeypatch):
-    if page.stem != "tutorial":
-        monkeypatch.setattr(PICTURES, "to_svg", lambda *_: EMPTY_PICTURE)
+def test_every_block_of_a_page_runs(page, place, short_model):
     names = {"__name__": "__main__"}
     for language, title, text in blocks_of(page):
         assert language in LANGUAGES, f"{page.name}: a block of {language or 'no language'}"
