@@ -3,9 +3,6 @@ isn't there, or is.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +71,10 @@ for folder in sys.argv[1:]:
     found["cached"] = model.generate(ids[:1], **greedy)
     found["batch"] = model.generate(ids, attention_mask=mask, **greedy)
     found["backend"] = model.is_backend_compatible()
+    with torch.no_grad():
+        body = load(folder, AutoModel)(input_ids=ids).last_hidden_state
+        found["body"] = torch.equal(body, model.base_model(input_ids=ids).last_hidden_state)
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     found["eager"] = logits(model)
     configs = [m.config for m in model.modules() if "config" in m.__dict__]
@@ -81,12 +82,9 @@ for folder in sys.argv[1:]:
     found["half"] = logits(load(folder, dtype=torch.bfloat16))
     placed = load(folder, device_map="auto", attn_implementation="eager")
     found["placed"] = logits(placed)
-    with torch.no_grad():
-        body = load(folder, AutoModel)(input_ids=ids).last_hidden_state
-        found["body"] = torch.equal(body, load(folder).base_model(input_ids=ids).last_hidden_state)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        stock = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        shapes = {n: p.shape for n, p in stock.named_parameters()}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    stock = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    shapes = {n: p.shape for n, p in stock.named_parameters()}
     found["built"] = shapes == {n: p.shape for n, p in model.named_parameters()}
     # As an inference engine does it that reads the heads of each layer from the config.
     with torch.device("meta"):
@@ -98,7 +96,7 @@ for folder in sys.argv[1:]:
         for m in attentions
     )
     found["stock"] = hasattr(transformers, config.architectures[0])
-    placed.set_attn_implementation(load(folder).config._attn_implementation)
+    placed.set_attn_implementation(implementation)
     placed.save_pretrained(f"{folder}-again", max_shard_size="20KB")
     found["again"] = logits(load(f"{folder}-again"))
     found["class"] = type(model).__name__
@@ -178,14 +176,7 @@ def found(tmp_path_factory):
         }
         mine["half"] = logits(prunekit.from_pretrained(folder / family, dtype=torch.bfloat16), ids)
         here[family] = mine
-    env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, *FAMILIES, *CUTS],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    run = run_python(RUN, *FAMILIES, *CUTS, cwd=folder)
     assert not run.returncode, run.stderr[-3000:]
     return folder, ids, here
 
