@@ -207,19 +207,19 @@ class Custom(HighestFirst):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, short_model):
     """A folder that `prune_checkpoint` wrote."""
     out = tmp_path_factory.mktemp("api") / "out"
     report = prunekit.prune_checkpoint(
-        DEMO_MODEL, out, ratio=0.3, method="magnitude", overrides=[*QUICK, *CALIBRATION]
+        short_model, out, ratio=0.3, method="magnitude", overrides=[*QUICK, *CALIBRATION]
     )
     return out, report
 
 
-def test_prune_checkpoint_is_the_task_of_the_command_line(run, tmp_path):
+def test_prune_checkpoint_is_the_task_of_the_command_line(run, short_model, tmp_path):
     out, report = run
     done = command_line(
-        f"model.path={DEMO_MODEL}",
+        f"model.path={short_model}",
         "ratio=0.3",
         "method=magnitude",
         *QUICK,
@@ -235,19 +235,19 @@ def test_prune_checkpoint_is_the_task_of_the_command_line(run, tmp_path):
     assert json.loads((out / "report.json").read_text())["perplexity"] == other["perplexity"]
     assert "magnitude" in (out / ".hydra" / "config.yaml").read_text()
     with pytest.raises(prunekit.PrunekitError, match="exists and is not empty"):
-        prunekit.prune_checkpoint(DEMO_MODEL, out)
+        prunekit.prune_checkpoint(short_model, out)
     with pytest.raises(ConfigError, match="the folder of the run is the second argument"):
-        prunekit.prune_checkpoint(DEMO_MODEL, tmp_path / "no", overrides=["output_dir=x"])
+        prunekit.prune_checkpoint(short_model, tmp_path / "no", overrides=["output_dir=x"])
 
 
-def test_prune_checkpoint_streams_with_objects(tmp_path, monkeypatch):
+def test_prune_checkpoint_streams_with_objects(short_model, tmp_path, monkeypatch):
     from prunekit.calibration.example import ExampleStates
     from prunekit.importance import Obs
 
     options = {"ratio": 0.2, "importance": Obs(heads="diagonal")}
     for name, stream in (("whole", "false"), ("streamed", "true")):
         prunekit.prune_checkpoint(
-            DEMO_MODEL,
+            short_model,
             tmp_path / name,
             **options,
             overrides=[*CALIBRATION, "eval=none", f"memory.stream={stream}"],
@@ -256,7 +256,7 @@ def test_prune_checkpoint_streams_with_objects(tmp_path, monkeypatch):
     assert one.read_text() == two.read_text()
     with pytest.raises(ConfigError, match="memory.stream: can't go with an importance that"):
         prunekit.prune_checkpoint(
-            DEMO_MODEL,
+            short_model,
             tmp_path / "no",
             importance=Magnitude(),
             overrides=[*CALIBRATION, "memory.stream=true"],
@@ -264,13 +264,13 @@ def test_prune_checkpoint_streams_with_objects(tmp_path, monkeypatch):
     monkeypatch.setattr(ExampleStates, "record", lambda *_: None)  # none of transformers' does so
     with pytest.raises(CheckpointError, match="layers: the layers can't be run one by one; mem"):
         prunekit.prune_checkpoint(
-            DEMO_MODEL, tmp_path / "no", overrides=[*CALIBRATION, "memory.stream=true"]
+            short_model, tmp_path / "no", overrides=[*CALIBRATION, "memory.stream=true"]
         )
 
 
-def test_evaluate_a_folder_and_a_model_in_memory(run, tmp_path):
+def test_evaluate_a_folder_and_a_model_in_memory(run, short_model, tmp_path):
     out, before = run
-    report = prunekit.evaluate(out, baseline=DEMO_MODEL, out=tmp_path / "e", overrides=QUICK)
+    report = prunekit.evaluate(out, baseline=short_model, out=tmp_path / "e", overrides=QUICK)
     assert report["models"] == ["dense", "model"]
     figures = report["perplexity"]["embedded"]
     expected = before["perplexity"]["embedded"]
@@ -294,7 +294,7 @@ def test_evaluate_a_folder_and_a_model_in_memory(run, tmp_path):
         assert torch.equal(weight, weights[name])
 
 
-def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
+def test_recover_a_model_in_memory_and_a_folder(run, short_model, tmp_path):
     out, _ = run
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"import module_{n}\nprint({n})" for n in range(400)))
@@ -317,7 +317,7 @@ def test_recover_a_model_in_memory_and_a_folder(run, tmp_path):
     assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
     options = [f"recovery.{key}={value}" for key, value in settings.items()]
     written = prunekit.recover(
-        out, recovery="lora", dense=DEMO_MODEL, out=tmp_path / "r", overrides=[*QUICK, *options]
+        out, recovery="lora", dense=short_model, out=tmp_path / "r", overrides=[*QUICK, *options]
     )
     assert written.report["models"] == ["dense", "pruned", "recovered"]
     assert written.report["layers"] == run[1]["layers"]
