@@ -139,9 +139,7 @@ def test_a_target_in_the_way_is_left_alone(export, model, tokenizer, tmp_path, w
         export.write(model, tokenizer, tmp_path / "other" / "folder")
 
 
-def test_a_folder_with_other_files_is_no_obstacle(
-    export, model, tokenizer, tmp_path, monkeypatch
-):
+def test_a_folder_with_other_files_is_no_obstacle(export, model, tokenizer, tmp_path, monkeypatch):
     def write_little(self, path, *_):
         path.write_bytes(b"all of it")
         return Written(file=path, about="a stand-in")
