@@ -35,7 +35,8 @@ def suggest(name: str, available: list[str]) -> str:
     """The tail of an unknown-name message: the nearest names, then all of them."""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, available, n=2, cutoff=0.5)
+    named = {known.lower(): known for known in available}
+    near = [named[known] for known in get_close_matches(name.lower(), named, n=2, cutoff=0.5)]
     did_you_mean = f"did you mean {' or '.join(near)}? " if near else ""
     shown = sorted(available)
     more = f", … ({len(shown) - 24} more)" if len(shown) > 24 else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from prunekit.config.sections import RunConfig
 from prunekit.errors import ConfigError, first_line, suggest
@@ -38,6 +40,13 @@ BUILT: Mapping[str, tuple[str, ...]] = {
     "recovery": (),
     "export": ("remote_code", "push_to_hub", "private", "tensor_parallel"),
 }
+# What Hydra and OmegaConf say of some mistakes, and what of the types that they name.
+_SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'")
+_MISSING = re.compile(r"Could not override '(.*)'")
+_TYPE = re.compile(
+    r"Value ('.*') (?:of type '\w+' could not be converted to (\w+)|is not a valid (\w+))"
+)
+_EXPECTED = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
 _FOLDERS = ("--config-dir", "-cd")  # flags of Hydra that add a folder to its search path
 
 
@@ -76,7 +85,11 @@ def check_choices(overrides: Sequence[str], folder: Path) -> None:
         available = sorted(path.stem for path in (folder / key).glob("*.yaml"))
         for choice in (part.strip() for part in value.strip("\"'").split(",")):
             if choice == "null" or not elsewhere and choice not in available:
-                raise ConfigError(f"{key}: unknown choice {choice!r}: {suggest(choice, available)}")
+                path = f"a model's folder or name on the hub is model.path={choice}; "
+                hint = path if key == "model" and "/" in choice else ""
+                raise ConfigError(
+                    f"{key}: unknown choice {choice!r}: {hint}{suggest(choice, available)}"
+                )
 
 
 def _check_search_path(overrides: Sequence[str]) -> None:
@@ -151,14 +164,37 @@ def check_acted_on(
 
 def one_line(error: BaseException) -> str:
     """The message of an error of Hydra or OmegaConf, in one line."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}: unknown choice {choice!r}: {suggest(choice, list(error.options))}"
+    if isinstance(error, OverrideParseException):
+        key, equals, _ = error.override.partition("=")
+        if not equals:
+            return f"expected KEY=VALUE, got {key!r}; --help says more"
+        return f"{key}: can't read {error.override!r}; the value may need quotes: \"{key}='…'\""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if told := _told_better(error, lines[0] if lines else ""):
+        return told
     cause = error.__cause__ if error.__cause__ is not error else None
     text = "; ".join(lines[:2]).replace("Could not override", "can't set")
     if cause and str(cause) and str(cause) not in text:
         return f"{text}: {first_line(cause)}"
     return text
+
+
+def _told_better(error: BaseException, line: str) -> str | None:
+    """Some mistakes by key, what was expected and what came; None: any other one."""
+    if found := _SEVERAL.match(line):
+        key = found[1].partition("=")[0]
+        return f"{found[1]}: expected one value; with -m each is a run, and {key}=[…] is a list"
+    cause = error.__cause__
+    if (found := _MISSING.match(line)) and isinstance(cause, OmegaConfBaseException):
+        beside = [str(key) for key in cause.parent_node or ()]
+        return f"unknown key {found[1]!r}: {suggest(str(cause.key), beside)}" if beside else None
+    found = _TYPE.match(line)
+    if found and isinstance(error, OmegaConfBaseException) and error.full_key:
+        named = found[2] or found[3]
+        return f"{error.full_key}: expected {_EXPECTED.get(named, named)}, got {found[1]}"
+    return None

@@ -125,7 +125,17 @@ def test_seed_and_values_reach_their_places():
         ("groups=heads", "groups: unknown choice"),
         ("eval.window=1", "eval.window: expected a whole number ≥ 2, got 1"),
         ("data.calibration.samples=0", "data.calibration.samples: expected a whole number ≥ 1"),
-        ("data.calibration.samples=many", "many"),
+        ("data.calibration.samples=many", "samples: expected a whole number, got 'many'"),
+        ("ratio=20%", "^ratio: expected a number, got '20%'"),
+        ("eval.speed=maybe", "^eval.speed: expected true or false, got 'maybe'"),
+        ("ratio", "^expected KEY=VALUE, got 'ratio'; --help says more"),
+        ("eval.prompts=Hello, world!", "^eval.prompts: can't read .*may need quotes: "),
+        ("method=slimgpt,random", "expected one value; with -m each is a run, and method=.* list"),
+        ("scope.min_unit=3", "^unknown key 'scope.min_unit': did you mean min_units"),
+        ("eval.latency.nwe=3", "^unknown key 'eval.latency.nwe': did you mean new"),
+        ("hydra.swep.dir=x", "^unknown key 'hydra.swep.dir': did you mean sweep"),
+        ("method=SlimGPT", "^method: unknown choice 'SlimGPT': did you mean slimgpt"),
+        ("model=meta-llama/Llama-2-7b", "hub is model.path=meta-llama/Llama-2-7b; "),
     ],
 )
 def test_mistakes_are_one_clear_line(override, match):
