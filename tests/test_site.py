@@ -76,6 +76,8 @@ def small_arguments(arguments):
         small = [*small, "data.calibration.path=text.txt"]
     if any(re.match(r"recovery=(?!none)", argument) for argument in arguments):
         small = [*small, *(f"recovery.{line}" for line in TRAINING)]
+    if any(argument in ("method=gates", "importance=straight_through") for argument in arguments):
+        small = [*small, "importance.train.steps=2", "importance.train.reach=0"]
     if any(argument == "policy=search" for argument in arguments):
         small = [*small, *(f"policy.{line}" for line in SEARCH), "data.calibration.samples=8"]
     return [*arguments, *small]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.state import recomputing, should_recompute
-from prunekit.data.batches import Batch
+from prunekit.data.batches import Batch, count_positions, take_rows
 from prunekit.errors import ConfigError, DataError, expect_one_of
 from prunekit.gates.adapters import Adapters
 from prunekit.gates.bounds import Bounds
@@ -40,6 +40,7 @@ class Training:
 
     Args:
         steps: updates, of one batch each; of one for each process, where there are several.
+        batch_size: rows of a step at most; larger calibration batches are split.
         learning_rate: of Adam.
         ramp: how the share to remove rises: linear, or cubic, 1 − (1 − t)³ (fast at first).
         reach: the share of the steps after which the target is asked for.
@@ -60,7 +61,8 @@ class Training:
     """
 
     steps: int = 200
-    learning_rate: float = 0.05
+    batch_size: int = 4
+    learning_rate: float = 0.1
     ramp: Ramp = "cubic"
     reach: float = 0.5
     plain: float = 0.0
@@ -75,7 +77,8 @@ class Training:
 
     def __post_init__(self) -> None:
         expect_one_of("importance.train.ramp", self.ramp, get_args(Ramp))
-        counts = {"steps": self.steps, "evaluations": self.evaluations, "patience": self.patience}
+        counts: dict[str, int | None] = {"steps": self.steps, "batch_size": self.batch_size}
+        counts |= {"evaluations": self.evaluations, "patience": self.patience}
         for key, value in counts.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(
@@ -136,6 +139,7 @@ def learn(
     """
     if not batches:
         raise DataError("calibration: expected texts to train gates with, got none")
+    batches = [part for batch in batches for part in _split(batch, training.batch_size)]
     gates, saved = find_places(model, graph, groups), _load_saved(bounds)
     foldable = [group.name for group in groups if is_foldable(group, graph)]
     layout = Layout(groups, next(model.parameters()).device, foldable)
@@ -152,6 +156,14 @@ def learn(
                 first = _measure_first(model, gates, layout, batches)
             trainer = _Trainer(model, gates, batches, make_rule(layout, bounds, first), training)
             return trainer.run(saved)
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of at most so many rows."""
+    rows, _ = count_positions(batch)
+    if rows <= size:
+        return [batch]
+    return [take_rows(batch, range(i, min(i + size, rows))) for i in range(0, rows, size)]
 
 
 def _load_saved(bounds: Bounds) -> dict[str, Tensor]:
