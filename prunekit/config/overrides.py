@@ -191,10 +191,25 @@ def _told_better(error: BaseException, line: str) -> str | None:
         return f"{found[1]}: expected one value; with -m each is a run, and {key}=[…] is a list"
     cause = error.__cause__
     if (found := _MISSING.match(line)) and isinstance(cause, OmegaConfBaseException):
-        beside = [str(key) for key in cause.parent_node or ()]
-        return f"unknown key {found[1]!r}: {suggest(str(cause.key), beside)}" if beside else None
+        return _unknown_key(found[1], str(cause.key), [str(key) for key in cause.parent_node or ()])
     found = _TYPE.match(line)
     if found and isinstance(error, OmegaConfBaseException) and error.full_key:
         named = found[2] or found[3]
         return f"{error.full_key}: expected {_EXPECTED.get(named, named)}, got {found[1]}"
     return None
+
+
+def _unknown_key(key: str, last: str, beside: Sequence[str]) -> str | None:
+    """What to say of a key that the composed configuration lacks; None where it has no section.
+
+    Args:
+        key: the dotted key.
+        last: the part of it that is unknown.
+        beside: the keys that are there in its place.
+    """
+    if not beside:
+        return None
+    own = [name for name in beside if name != "_target_"]
+    chosen = f" of the chosen {key.partition('.')[0]}" if len(own) < len(beside) else ""
+    advice = suggest(last, own) if own else "it has no options"
+    return f"unknown key {key!r}{chosen}: {advice}"

@@ -131,7 +131,11 @@ def test_seed_and_values_reach_their_places():
         ("ratio", "^expected KEY=VALUE, got 'ratio'; --help says more"),
         ("eval.prompts=Hello, world!", "^eval.prompts: can't read .*may need quotes: "),
         ("method=slimgpt,random", "expected one value; with -m each is a run, and method=.* list"),
-        ("scope.min_unit=3", "^unknown key 'scope.min_unit': did you mean min_units"),
+        ("scope.min_unit=3", "^unknown key 'scope.min_unit' of the chosen scope: did you mean min"),
+        (
+            "recovery.epochs=2",
+            "^unknown key 'recovery.epochs' of the chosen recovery: it has no",
+        ),
         ("eval.latency.nwe=3", "^unknown key 'eval.latency.nwe': did you mean new"),
         ("hydra.swep.dir=x", "^unknown key 'hydra.swep.dir': did you mean sweep"),
         ("method=SlimGPT", "^method: unknown choice 'SlimGPT': did you mean slimgpt"),
