@@ -6,6 +6,7 @@ uses (an embedding that is tied to the head is looked up), whose inputs say noth
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -67,6 +68,14 @@ class Consumer:
             return False
         matrices = [p for p in self.module.parameters() if p.ndim > 1]
         return is_stock(self.module) or (self.is_repairable and len(matrices) == 1)
+
+    @property
+    def takes_inputs_alone(self) -> bool:
+        """Whether the module can be called with the inputs of the product, and with nothing else."""
+        arguments = inspect.signature(self.module.forward).parameters.values()
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [a for a in arguments if a.default is a.empty and a.kind not in several]
+        return len(needed) == 1
 
     @property
     def _stored(self) -> Tensor:

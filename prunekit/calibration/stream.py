@@ -160,6 +160,7 @@ class Stream:
             consumer
             for consumer in lone
             if consumer.expert is None
+            and consumer.takes_inputs_alone
             and sum(consumer.module is other.module for other in lone) == 1
         ]
         return LayerPass(

@@ -17,7 +17,7 @@ from prunekit.errors import CheckpointError, first_line
 from prunekit.model.attributes import fit_to_weight, resize
 from prunekit.model.classes import find_class
 from prunekit.model.compat import make_config
-from prunekit.model.modeling_prunekit import as_dense, fit, reads_layers
+from prunekit.model.modeling_prunekit import as_dense, fit, has_own_layers
 from prunekit.model.names import synonyms
 from prunekit.model.per_layer import Overrides, layer_sizes, set_per_layer
 from prunekit.model.record import RECORD, has_our_code, is_ours
@@ -32,7 +32,7 @@ def needs_prunekit(config: Mapping[str, Any]) -> bool:
     """Whether a folder's config has sizes that transformers' own loader can't or won't build."""
     from transformers import AutoConfig
 
-    per_layer = config.get("per_layer_config") and not _has_layers_of_its_own(config)
+    per_layer = config.get("per_layer_config") and not has_own_layers(config)
     if per_layer or config.get("extra_biases") or is_ours(config):
         return True
     hidden, heads = (
@@ -50,27 +50,23 @@ def needs_prunekit(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _has_layers_of_its_own(config: Mapping[str, Any]) -> bool:
-    """Whether `per_layer_config` is what the dense model's own class builds its layers by."""
-    model_type, dense = config.get("model_type"), config.get("dense_sizes")
-    is_cut = is_ours(config) or (isinstance(dense, dict) and "per_layer_config" in dense)
-    return not is_cut and isinstance(model_type, str) and reads_layers(model_type)
-
-
 def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Make the config of a pruned folder's dense model: without the values of single layers.
 
-    transformers' classes can't be built with these. Entries about the folder instead of the model
-    are left out as well. A hidden size that the number of heads doesn't divide is no mistake here:
-    channels were cut.
+    transformers' classes can't be built with these, but for those that the dense model had. Entries
+    about the folder instead of the model are left out as well. A hidden size that the number of
+    heads doesn't divide is no mistake here: channels were cut.
 
     Raises:
         CheckpointError: an unknown model type, or values that its class can't take.
     """
     left_out = ["model_type", RECORD]
-    if not _has_layers_of_its_own(config):
+    if not has_own_layers(config):
         left_out.append("per_layer_config")
     values = {key: value for key, value in config.items() if key not in left_out}
+    dense = config.get("dense_sizes")
+    if isinstance(dense, Mapping) and dense.get("per_layer_config"):
+        values["per_layer_config"] = dense["per_layer_config"]
     try:
         if has_our_code(values):
             del values["auto_map"]
@@ -118,7 +114,7 @@ def build_pruned(
 
 
 def _read_overrides(config: Mapping[str, Any]) -> Overrides:
-    stated = {} if _has_layers_of_its_own(config) else config.get("per_layer_config") or {}
+    stated = {} if has_own_layers(config) else config.get("per_layer_config") or {}
     try:
         return {int(layer): dict(values) for layer, values in stated.items()}
     except (AttributeError, TypeError, ValueError) as error:

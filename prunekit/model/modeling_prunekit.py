@@ -98,16 +98,31 @@ def reads_layers(model_type: str) -> bool:
         return False
 
 
+def has_own_layers(config: Any) -> bool:
+    """Whether a config's `per_layer_config` is what the dense model's class builds its layers by.
+
+    It isn't where prunekit has cut the model: the dense sizes are stated elsewhere then.
+
+    Args:
+        config: a config, or what its file holds.
+    """
+    values = config if isinstance(config, Mapping) else vars(config)
+    sizes = values.get("dense_sizes")
+    sizes = sizes if isinstance(sizes, Mapping) else {}
+    is_cut = isinstance(values.get("pruned_sizes"), Mapping) or "per_layer_config" in sizes
+    model_type = getattr(config, "model_type", values.get("model_type"))
+    return not is_cut and isinstance(model_type, str) and reads_layers(model_type)
+
+
 @contextmanager
 def as_dense(config: Any) -> Iterator[None]:
     """Let a config state, during a `with` block, the sizes that its class builds the dense model
     from.
     """
     overrides, sizes = per_layer_overrides(config), {**(getattr(config, "dense_sizes", None) or {})}
-    own = sizes.pop("per_layer_config", None)
-    stated = own is not None or getattr(config, "pruned_sizes", None)
-    if stated or not reads_layers(config.model_type):
-        config.per_layer_config = own or None
+    dense = sizes.pop("per_layer_config", None)
+    if not has_own_layers(config):
+        config.per_layer_config = dense or None
     pruned = {name: getattr(config, name) for name in sizes}
     try:
         _set(config, sizes)

@@ -15,9 +15,9 @@ from prunekit.model.depth import drop_layers
 from prunekit.model.modeling_prunekit import (
     as_dense,
     give_views,
+    has_own_layers,
     layer_of,
     per_layer_overrides,
-    reads_layers,
 )
 from prunekit.model.names import SYNONYMS, config_name, head_dim_of, num_layers, quantity_of
 
@@ -136,8 +136,7 @@ def set_per_layer(model: nn.Module, overrides: Overrides, setter: Setter = setat
         setter: sets an attribute of a module.
     """
     config: Any = model.config
-    own = getattr(config, "pruned_sizes", None) is None and reads_layers(config.model_type)
-    if own and "per_layer_config" not in (read(config, "dense_sizes") or {}):
+    if has_own_layers(config):
         keep_dense(config, "per_layer_config", per_layer_overrides(config))
     config.__dict__.pop("pruned_sizes", None)  # the record is of the folder that was loaded
     keep_head_dim(config)

@@ -37,6 +37,7 @@ class Changes:
     model: nn.Module
     guesses: list[Guess] = field(default_factory=list)
     _ways_back: list[Callable[[], None]] = field(default_factory=list)
+    _settled: set[tuple[int, str]] = field(default_factory=set)
 
     def undo(self) -> None:
         """Put everything back, the latest change first; a second call does nothing."""
@@ -47,10 +48,16 @@ class Changes:
         """Change an attribute."""
         before = getattr(target, name)
         self._ways_back.append(lambda: setattr(target, name, before))
+        self._settled.add((id(target), name))
         setattr(target, name, value)
 
     def guess(self, target: nn.Module, name: str, value: int) -> None:
-        """Change an attribute only because its value is a size that the cut changes (`Guess`)."""
+        """Change an attribute only because its value is a size that the cut changes (`Guess`).
+
+        One that has changed already is left as it is: its value is no old size any more.
+        """
+        if (id(target), name) in self._settled:
+            return
         old = getattr(target, name)
         self.set(target, name, value)
         self.guesses.append(Guess(target=target, attribute=name, old=old, new=value))

@@ -7,6 +7,7 @@ a model cut a copy of it first, which has no weights and runs in an instant.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -38,7 +39,12 @@ _Removed = Mapping[str, list[int]]
 
 
 def rehearse(
-    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], *, saved: bool = False
+    model: nn.Module,
+    graph: CouplingGraph,
+    groups: Sequence[Group],
+    *,
+    saved: bool = False,
+    uneven: bool = False,
 ) -> CouplingGraph:
     """Find which of these groups the model can't lose units of; no number is computed.
 
@@ -51,6 +57,7 @@ def rehearse(
         graph: its graph.
         groups: the groups that are to be cut, all prunable.
         saved: whether the model is to be saved, which its class may refuse after a cut.
+        uneven: whether layers may lose different numbers of units, which a cache may not take.
 
     Returns:
         The graph; groups that can't be cut are not prunable any more and have the reason, others
@@ -60,6 +67,9 @@ def rehearse(
         SurgeryError: each group can be cut, but not all of them together, and it isn't one kind of
             them that is in the way.
     """
+    if uneven:
+        graph = _change(graph, dict(_judge_cache(model, graph, groups)))
+        groups = [graph[group.name] for group in groups if graph[group.name].prunable]
     stage = _Stage.build(model, graph, saved)
     if stage.find_fault(_smallest_cuts(model, groups)) is None:
         return graph
@@ -87,15 +97,51 @@ def _change(graph: CouplingGraph, verdicts: Mapping[str, dict[str, Any]]) -> Cou
     )
 
 
+def _judge_cache(
+    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield groups of which all layers must have as many units, and what is to be changed of them.
+
+    A model that keeps no key-value cache may keep one tensor for the states of all layers (RWKV).
+    """
+    inputs, layers = graph.example_inputs, {group.layer for group in groups} - {None}
+    if not isinstance(inputs, Mapping) or inputs.get("use_cache") is not False or len(layers) < 2:
+        return
+    if "past_key_values" in inspect.signature(model.forward).parameters:
+        return
+    with_cache = replace(graph, example_inputs={**inputs, "use_cache": True})
+    stage = replace(_Stage.build(model, with_cache, saved=False), compares=False)
+    if stage.outputs is None:
+        return
+    first = min(layer for layer in layers if layer is not None)
+    for one in (group for group in groups if group.layer == first):
+        if fault := stage.find_fault(_smallest_cuts(model, [one])):
+            reason = f"all layers must lose as many for its cache: {fault}; shapes=uniform does so"
+            for group in groups:
+                if _key(group) == _key(one):
+                    yield group.name, {"prunable": False, "exact": False, "reason": reason}
+
+
 def _find_in_the_way(
     model: nn.Module, stage: _Stage, groups: Sequence[Group]
 ) -> list[Group] | None:
-    """The first groups, alike in all layers, without which the others can be cut together."""
-    for alike in sort_by_likeness(groups).values():
+    """The first groups, alike in all layers, without which the others can be cut together.
+
+    Of several groups of heads in a layer one is tried before all.
+    """
+    apart: dict[Hashable, list[Group]] = defaultdict(list)
+    for group in groups:
+        apart[_key(group)].append(group)
+    for alike in [*apart.values(), *sort_by_likeness(groups).values()]:
         rest = [group for group in groups if group not in alike]
         if rest and stage.find_fault(_smallest_cuts(model, rest)) is None:
             return alike
     return None
+
+
+def _key(group: Group) -> Hashable:
+    """The likeness of a group, and of heads which of several groups in their layer they are."""
+    return group.likeness, group.name.rpartition(".")[2] if group.kind in HEADS else ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,12 +154,14 @@ class _Stage:
         outputs: the output tensors of the uncut copy; None where meta can't run it: then it is
             traced to see whether it runs.
         saved: whether its class must hold the cut model.
+        compares: whether the outputs must keep their shapes; else it must run.
     """
 
     copy: nn.Module
     graph: CouplingGraph
     outputs: Sequence[Tensor] | None
     saved: bool
+    compares: bool = True
 
     @classmethod
     def build(cls, model: nn.Module, graph: CouplingGraph, saved: bool) -> _Stage:
@@ -147,7 +195,8 @@ class _Stage:
     def _check(self, removed: _Removed) -> Fault | None:
         if self.outputs is None:
             return count_units(self.copy, self.graph, removed)
-        return compare_shapes(self.outputs, _run(self.copy, self.graph))
+        outputs = _run(self.copy, self.graph)
+        return compare_shapes(self.outputs, outputs) if self.compares else None
 
 
 def _run(copy: nn.Module, graph: CouplingGraph) -> list[Tensor]:
@@ -164,7 +213,7 @@ def _judge(
     structures = _structures_around(model, groups)
     for bundle in _bundle(groups):
         first = bundle[0]
-        key = (first.likeness, structures.get(first.name, first.name))
+        key = (_key(first), structures.get(first.name, first.name))
         if key not in verdicts:
             verdicts[key] = _try(model, stage, bundle)
         reason, multiple = verdicts[key]

@@ -95,6 +95,41 @@ def test_names_are_tried_one_by_one_where_all_equal_values_are_too_many(tried):
     assert tried == ["KnownNames", "NotedSizes", "EqualValues", "EqualValuesOfOneName"]
 
 
+class Split(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.num_heads, self.proj = heads, nn.Linear(12, heads * 4)
+
+    def forward(self, x):
+        return self.proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Grouped(nn.Module):
+    """Eight query heads on four keys and values, all of them counted under one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.taps, self.q = 8, 4, nn.Linear(12, 32)
+        self.k, self.v, self.out = Split(4), Split(4), nn.Linear(32, 5)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys, values = (part(x).repeat_interleave(2, 1) for part in (self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, keys, values, scale=self.taps / 8)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_what_has_followed_is_no_old_size_for_a_guess(tried):
+    """Half of the query heads are as many as all keys were."""
+    torch.manual_seed(0)
+    model = Grouped()
+    graph = trace(model, (torch.randn(2, 3, 12),))
+    (group,) = (group for group in graph.groups if group.kind == "attention")
+    apply_plan(model, graph, PruningPlan({group.name: [0, 2]}))
+    assert (model.num_heads, model.k.num_heads, model.v.num_heads, model.taps) == (4, 2, 2, 4)
+    assert tried[-1] == "EqualValuesOfOneName"
+
+
 def test_everything_is_put_back_where_no_strategy_helps(tried):
     torch.manual_seed(0)
     model = Attention(gain=lambda self: self.q.out_features)

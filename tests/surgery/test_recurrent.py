@@ -45,6 +45,17 @@ MODELS = {
         "mamba_d_state": 12,
         "mamba_chunk_size": 16,
     },
+    "nemotron_h": HYBRID
+    | {
+        "head_dim": 6,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "mlp", "mamba", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 6,
+        "ssm_state_size": 12,
+        "n_groups": 2,
+        "expand": 1,
+    },
     "qwen3_next": HYBRID
     | {
         "head_dim": 8,
@@ -64,6 +75,7 @@ MIXERS = {  # the group of the first layer's mixer: its kind, its units, whether
     "mamba2": ("layers.0.mixer", "attention", 3, True),
     "bamba": ("layers.0.mamba", "attention", 6, False),
     "falcon_h1": ("layers.0.mamba", "attention", 6, True),
+    "nemotron_h": ("layers.0.mixer", "attention", 2, True),
     "qwen3_next": ("layers.0.linear_attn", "attention", 3, True),
 }
 IDS = token_ids(3, 19, seed=2)  # longer than a chunk

@@ -179,9 +179,9 @@ def test_groups_that_can_not_be_cut_together(monkeypatch):
 
 
 def test_what_is_in_the_way_of_the_others_stays_whole():
-    """CodeGen's projection holds four parts, which its code counts, with heads in each."""
+    """CodeGen's projection holds four parts, which its code counts, with as many heads in each."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "n_positions": 32, "n_embd": 128, "n_head": 32, "rotary_dim": 4}
+    sizes = {"vocab_size": 97, "n_positions": 32, "n_embd": 64, "n_head": 16, "rotary_dim": 4}
     config = AutoConfig.for_model(
         "codegen", n_layer=2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
     )
@@ -198,6 +198,30 @@ def test_what_is_in_the_way_of_the_others_stays_whole():
     assert [(row["groups"], row["count"]) for row in result.report["left_out"]] == [
         ("h.*.attn.attention.0", 2)
     ]
+
+
+def test_a_cache_of_one_width_keeps_layers_alike():
+    """RWKV's states lie in one tensor: its mixers lose units where all lose as many."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "context_length": 32, "hidden_size": 32, "num_hidden_layers": 2}
+    dense = randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)))
+    ids = token_ids(4, 12)
+    graph = trace(dense.eval(), {"input_ids": ids[:2, :8], "use_cache": False})
+    groups = [group for group in graph.groups if group.kind == "mlp"]
+    mixers = ["blocks.0.attention", "blocks.1.attention"]
+    uneven = rehearse(dense, graph, groups, uneven=True)
+    assert [
+        group.name for group in uneven.groups if "for its cache" in (group.reason or "")
+    ] == mixers
+    assert rehearse(dense, graph, groups) is graph
+    model = copy.deepcopy(dense)
+    apply_plan(model, graph, PruningPlan({mixers[0]: [0, 1], mixers[1]: [3, 8]}))
+    with torch.no_grad():
+        cached = model(ids, use_cache=True).logits
+        torch.testing.assert_close(cached, model(ids, use_cache=False).logits)
+    apply_plan(dense, graph, PruningPlan({mixers[0]: [0, 1]}))
+    with pytest.raises(RuntimeError):
+        dense(ids, use_cache=True)
 
 
 def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
