@@ -251,7 +251,7 @@ def rehearse_cut(
     if matrices:
         graph = _leave_whole(graph, _find_misfits(model, groups))
         groups = [group for group in groups if graph[group.name].prunable]
-    graph = rehearse(model, graph, groups, saved=saved, uneven=config.shapes != "uniform")
+    graph = rehearse(model, graph, groups, saved=saved)
     for line in tell_left_out(list_left_out(model, graph, config, scope)):
         say(line)
     return graph

@@ -71,7 +71,7 @@ class Consumer:
 
     @property
     def takes_inputs_alone(self) -> bool:
-        """Whether the module can be called with the inputs of the product, and with nothing else."""
+        """Whether the module can be called with the inputs of the product and with nothing else."""
         arguments = inspect.signature(self.module.forward).parameters.values()
         several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         needed = [a for a in arguments if a.default is a.empty and a.kind not in several]

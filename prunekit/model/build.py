@@ -65,7 +65,9 @@ def make_dense_config(config: Mapping[str, Any]) -> PretrainedConfig:
         left_out.append("per_layer_config")
     values = {key: value for key, value in config.items() if key not in left_out}
     dense = config.get("dense_sizes")
-    if isinstance(dense, Mapping) and dense.get("per_layer_config"):
+    if (
+        isinstance(dense, Mapping) and "per_layer_config" in dense
+    ):  # empty: not what it is by default
         values["per_layer_config"] = dense["per_layer_config"]
     try:
         if has_our_code(values):

@@ -44,7 +44,6 @@ def rehearse(
     groups: Sequence[Group],
     *,
     saved: bool = False,
-    uneven: bool = False,
 ) -> CouplingGraph:
     """Find which of these groups the model can't lose units of; no number is computed.
 
@@ -57,7 +56,6 @@ def rehearse(
         graph: its graph.
         groups: the groups that are to be cut, all prunable.
         saved: whether the model is to be saved, which its class may refuse after a cut.
-        uneven: whether layers may lose different numbers of units, which a cache may not take.
 
     Returns:
         The graph; groups that can't be cut are not prunable any more and have the reason, others
@@ -67,9 +65,9 @@ def rehearse(
         SurgeryError: each group can be cut, but not all of them together, and it isn't one kind of
             them that is in the way.
     """
-    if uneven:
-        graph = _change(graph, dict(_judge_cache(model, graph, groups)))
-        groups = [graph[group.name] for group in groups if graph[group.name].prunable]
+    if verdicts := dict(_judge_cache(model, graph, groups)):
+        graph = _change(graph, verdicts)
+        groups = [group for group in groups if group.name not in verdicts]
     stage = _Stage.build(model, graph, saved)
     if stage.find_fault(_smallest_cuts(model, groups)) is None:
         return graph
@@ -100,12 +98,13 @@ def _change(graph: CouplingGraph, verdicts: Mapping[str, dict[str, Any]]) -> Cou
 def _judge_cache(
     model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield groups of which all layers must have as many units, and what is to be changed of them.
+    """Yield groups whose cut a model's own kind of cache can't follow, and what is to be changed.
 
-    A model that keeps no key-value cache may keep one tensor for the states of all layers (RWKV).
+    A model without key-value cache may keep one tensor for the states of all layers, which is as
+    wide as its config says (RWKV).
     """
-    inputs, layers = graph.example_inputs, {group.layer for group in groups} - {None}
-    if not isinstance(inputs, Mapping) or inputs.get("use_cache") is not False or len(layers) < 2:
+    inputs = graph.example_inputs
+    if not isinstance(inputs, Mapping) or inputs.get("use_cache") is not False:
         return
     if "past_key_values" in inspect.signature(model.forward).parameters:
         return
@@ -113,13 +112,15 @@ def _judge_cache(
     stage = replace(_Stage.build(model, with_cache, saved=False), compares=False)
     if stage.outputs is None:
         return
-    first = min(layer for layer in layers if layer is not None)
-    for one in (group for group in groups if group.layer == first):
-        if fault := stage.find_fault(_smallest_cuts(model, [one])):
-            reason = f"all layers must lose as many for its cache: {fault}; shapes=uniform does so"
-            for group in groups:
-                if _key(group) == _key(one):
-                    yield group.name, {"prunable": False, "exact": False, "reason": reason}
+    alike: dict[Hashable, list[Group]] = defaultdict(list)
+    for group in groups:
+        if group.layer is not None:
+            alike[_key(group)].append(group)
+    for own in alike.values():
+        if fault := stage.find_fault(_smallest_cuts(model, own)):
+            reason = f"the model can't run with its cache then: {fault}"
+            for group in own:
+                yield group.name, {"prunable": False, "exact": False, "reason": reason}
 
 
 def _find_in_the_way(

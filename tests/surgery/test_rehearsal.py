@@ -200,28 +200,22 @@ def test_what_is_in_the_way_of_the_others_stays_whole():
     ]
 
 
-def test_a_cache_of_one_width_keeps_layers_alike():
-    """RWKV's states lie in one tensor: its mixers lose units where all lose as many."""
+def test_what_a_cache_can_not_follow_stays_whole():
+    """RWKV's states lie in one tensor, as wide as the config says."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "context_length": 32, "hidden_size": 32, "num_hidden_layers": 2}
-    dense = randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)))
-    ids = token_ids(4, 12)
-    graph = trace(dense.eval(), {"input_ids": ids[:2, :8], "use_cache": False})
+    model = randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)))
+    ids, mixers = token_ids(4, 12), ["blocks.0.attention", "blocks.1.attention"]
+    graph = trace(model.eval(), {"input_ids": ids[:2, :8], "use_cache": False})
     groups = [group for group in graph.groups if group.kind == "mlp"]
-    mixers = ["blocks.0.attention", "blocks.1.attention"]
-    uneven = rehearse(dense, graph, groups, uneven=True)
-    assert [
-        group.name for group in uneven.groups if "for its cache" in (group.reason or "")
-    ] == mixers
-    assert rehearse(dense, graph, groups) is graph
-    model = copy.deepcopy(dense)
-    apply_plan(model, graph, PruningPlan({mixers[0]: [0, 1], mixers[1]: [3, 8]}))
+    after = rehearse(model, graph, groups)
+    assert [group.name for group in groups if not after[group.name].prunable] == mixers
+    assert "can't run with its cache then" in after[mixers[0]].reason
+    removed = {group.name: [0, 5] for group in groups if group.name not in mixers}
+    apply_plan(model, after, PruningPlan(removed))
     with torch.no_grad():
-        cached = model(ids, use_cache=True).logits
-        torch.testing.assert_close(cached, model(ids, use_cache=False).logits)
-    apply_plan(dense, graph, PruningPlan({mixers[0]: [0, 1]}))
-    with pytest.raises(RuntimeError):
-        dense(ids, use_cache=True)
+        cached, plain = (model(ids, use_cache=use).logits for use in (True, False))
+    torch.testing.assert_close(cached, plain)
 
 
 def test_defaults_cut_what_can_be_cut_and_tell_what_can_not():
