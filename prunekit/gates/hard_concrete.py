@@ -131,6 +131,11 @@ class HardConcreteRule(Rule):
             return torch.ones_like(self.pins)
         return torch.where(self.layout.foldable, value(self.log_alpha.detach()), 1.0)
 
+    def describe(self) -> str:
+        """The share that stays on average, and the one that is asked for."""
+        left, target = self.shares().detach().mean().item(), self.target.mean().item()
+        return f", {left:.1%} left on average, {target:.1%} asked for"
+
     def check(self) -> None:
         """Raise ConfigError where the gates have not come near their target."""
         left, target = self.shares().detach().mean().item(), self.target.mean().item()

@@ -72,6 +72,10 @@ class Rule(ABC):
     def settled(self) -> Tensor:
         """The gates as the cut would leave them: exactly 0 where units go."""
 
+    def describe(self) -> str:
+        """Where the budget stands, in a few words for the progress; empty where it is met."""
+        return ""
+
     def check(self) -> None:  # noqa: B027
         """Raise ConfigError where the last step is too far from the target."""
 

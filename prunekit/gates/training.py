@@ -334,7 +334,7 @@ class _Trainer:
         loss = float(add_up(torch.stack(losses).sum())) / len(self.held)
         if not math.isfinite(loss):
             raise DataError(f"gates: the loss at step {step + 1} is {loss}")
-        say(f"gates: step {step + 1}, held-out loss {loss:.4f}")
+        say(f"gates: step {step + 1}, held-out loss {loss:.4f}{self.rule.describe()}")
         self.stale += 1
         if loss < self.best_loss:
             self.best_loss, self.stale = loss, 0

@@ -287,6 +287,20 @@ def test_several_processes_train_as_one_with_all_their_batches(tmp_path):
     assert alone != {name: sorted(values) for name, values in alone.items()}
 
 
+def test_layers_that_are_computed_again_give_the_same_gates():
+    model = tiny_llama(layers=2).requires_grad_(False)  # a frozen model learns gates, too
+    graph = trace(model, example())
+    groups = [g for g in (*graph.groups, *graph.stacks) if g.kind in ("attention", "mlp", "layer")]
+    batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(8, 9).split(4)]
+    plain, again = (
+        StraightThrough(train=Training(steps=4, checkpointing=on, rank=2)).score(
+            model, graph, groups, batches
+        )
+        for on in (False, True)
+    )
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def test_training_stops_where_nothing_gets_better(monkeypatch):
     steps, update = [], training._Trainer._update
 
