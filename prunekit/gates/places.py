@@ -120,12 +120,12 @@ def find_places(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group])
         ConfigError: a group with a single unit, of which nothing can be learned.
     """
     gates: list[Gate] = []
+    if single := [group.name for group in groups if group.num_units < 2]:
+        raise ConfigError(
+            f"{single[0]}: expected two units or more, between which gates choose, got one; "
+            f"scope.exclude=[{','.join(single)}] leaves such groups whole"
+        )
     for group in groups:
-        if group.num_units < 2:
-            raise ConfigError(
-                f"{group.name}: expected two units or more, between which gates choose, got "
-                f"{group.num_units}; scope.exclude=[{group.name}] leaves it whole"
-            )
         if isinstance(group, LayerStack):
             layers = model.get_submodule(group.module)
             gates += [
