@@ -1,6 +1,6 @@
 """Which token weights and which choice cut best: one JSON line a run, from parallel processes.
 
-    python benchmarks/tokens.py --model demo --variants equal relative
+    python benchmarks/tokens.py --model demo --variants equal relative full
     python benchmarks/tokens.py --model smollm2:FOLDER:C4.jsonl:wiki.test.raw,C4.jsonl \
         --ratios 0.2 0.5 --groups mlp block --seeds 0 1 2 --lengths 128 1024 \
         --workers 12 --device cuda --out tokens.jsonl
@@ -55,6 +55,16 @@ VARIANTS = {
         "clipped", "importance.clip_quantile=0.9", "compensation.clip_quantile=0.9"
     ),
     "without 4": both("without_first", "importance.first_tokens=4", "compensation.first_tokens=4"),
+    "diagonal": ("importance.outputs=diagonal",),
+    "full": ("importance.outputs=full",),
+    "full relative": ("importance.outputs=full", "importance.tokens=relative"),
+    "full gradient": ("importance.outputs=full", "importance.tokens=gradient"),
+    "full relative both": both("relative", "importance.outputs=full"),
+    "full uniform": ("importance.outputs=full", "policy=uniform"),
+    "full global": ("importance.outputs=full", "scope=global"),
+    "full layer": ("importance.outputs=full", "scope=layer"),
+    "peak_to_peak": ("importance=peak_to_peak",),
+    "mixed": ("importance=mixed",),
     "wanda": ("importance=wanda", "importance.aggregation=last"),
     "fluctuation": ("importance=fluctuation",),
     "uniform": ("policy=uniform",),

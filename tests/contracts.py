@@ -14,7 +14,8 @@ LEARNED = {
         **{"pressure": 20, "scale": "false"},
     },
 }
-WHOLE = (*LAYERS_ONLY, *EXPERTS_ONLY, *LEARNED, "ablation")  # a unit is scored as one structure
+# Units are scored as one structure.
+WHOLE = (*LAYERS_ONLY, *EXPERTS_ONLY, *LEARNED, "ablation", "mixed", "peak_to_peak")
 IMPORTANCES = sorted(path.stem for path in (cfg.config_dir() / "importance").glob("*.yaml"))
 POLICIES = sorted(path.stem for path in (cfg.config_dir() / "policy").glob("*.yaml"))
 SCOPES = sorted(path.stem for path in (cfg.config_dir() / "scope").glob("*.yaml"))
@@ -26,6 +27,8 @@ VALUES = {
     "single": ["policy.layer=1"],
     "search": [f"policy.{key}={value}" for key, value in SEARCH.items()],
 }
+# The ranks of a group's only two units may be equal in the mean.
+MORE = {"mixed": ["importance.weights=[2,1]"]}
 
 
 def overrides(importance, aggregation, policy, scope):
@@ -34,6 +37,7 @@ def overrides(importance, aggregation, policy, scope):
         f"policy={policy}",
         f"scope={scope}",
         *VALUES.get(policy, ()),
+        *MORE.get(importance, ()),
     ]
     for key, value in LEARNED.get(importance, {}).items():
         chosen.append(f"importance.{key}={value}")

@@ -31,13 +31,15 @@ class Site:
 
     `held`: the moments of the held-out samples, which are not in `moments`; None without a target.
     `choosing`: the moments of all samples by which units are chosen, where tokens are weighed
-    otherwise for that; None where they are the others'.
+    otherwise for that; None where they are the others'. `metric` [d, d] or [d]: how errors of the
+    outputs are weighed for choosing units, as Σ δ δᵀ or Σ δ² of their gradients; None: all alike.
     """
 
     consumers: list[Consumer]
     moments: Moments
     held: Moments | None = None
     choosing: Moments | None = None
+    metric: Tensor | None = None
 
     def parts(self) -> list[Moments]:
         """All moments of the site."""
@@ -67,13 +69,14 @@ class Observation:
 
     `targeted`: whether the consumers have a target; samples are then held out, and the errors of
     the outputs are gathered with the inputs. `weighting`: of the moments; `choosing`: of those by
-    which units are chosen, if that is another one.
+    which units are chosen, if that is another one; `metric`: see `Site`.
     """
 
     consumers: Sequence[Consumer]
     targeted: bool = False
     weighting: Weighting = EQUAL
     choosing: Weighting | None = None
+    metric: Tensor | None = None
     sites: dict[Consumer, Site] = field(default_factory=dict)
     regrouped: bool = False  # whether tokens came in other places than they have in the batch
 
@@ -165,6 +168,7 @@ class Observation:
             open_moments(self.weighting, outputs),
             open_moments(self.weighting, outputs) if self.targeted else None,
             None if self.choosing is None else open_moments(self.choosing, None),
+            self.metric,
         )
         return self.sites[consumer]
 

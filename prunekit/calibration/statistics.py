@@ -15,8 +15,9 @@ from torch import Tensor
 
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Site
-from prunekit.obs.inverse import Inverse, Problem, invert
+from prunekit.obs.inverse import Inverse, Problem, cholesky, invert
 
+_RIDGE = 1e-6  # of the mean square of an output's gradient, so that G can be factorised
 _MIXED = 1024  # random sums of outputs that stand for all of them
 
 
@@ -110,7 +111,27 @@ def pose_problem(site: Site, weight: Tensor, inverse: Inverse) -> Problem:
     """The problem of choosing units by W [d, n] and A; weights on dead inputs cost nothing."""
     index = site.consumers[0].member.index.to(weight.device)
     alive = weight.masked_fill(inverse.dead, 0) if inverse.dead.any() else weight
+    if site.metric is not None:
+        alive = weigh_outputs(alive, site.metric)
     return Problem(weight=alive, inverse=inverse.matrix, index=index)
+
+
+def weigh_outputs(weight: Tensor, metric: Tensor) -> Tensor:
+    """W' [d, n] with ‖W' x‖² = (W x)ᵀ G W x / mean(diag G), given G [d, d], or its diagonal [d].
+
+    Choosing by W' weighs the errors of the outputs y by G; with G = E[δ δᵀ], δ = ∂L/∂y, that is the
+    Fisher information of the outputs (K-FAC, Martens and Grosse 2015). No repair depends on G:
+    least squares is solved for each output alone.
+    """
+    own = metric.to(weight.device, torch.float64)
+    diagonal = own if own.ndim == 1 else own.diagonal()
+    mean = diagonal.mean()
+    if not mean > 0:
+        return weight
+    if own.ndim == 1:
+        return weight * (own / mean).sqrt().to(weight)[:, None]
+    factor = cholesky(own / mean + _RIDGE * torch.eye(len(own), device=own.device))
+    return factor.T.to(weight) @ weight
 
 
 def measure_share(moments: Moments, held: Moments, damping: float, *, centred: bool) -> float:

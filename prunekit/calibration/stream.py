@@ -208,6 +208,7 @@ class Stream:
             targeted=target != "pruned",
             weighting=self.weigher.weighting,
             choosing=self.weigher.choosing,
+            metric=self.weigher.metric_of(group.name),
         )
         weights = self.weigher.weigh(group.name, partial(self._find_norms, layer, group))
         self._feed(layer, group, observation, target, weights)

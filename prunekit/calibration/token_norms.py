@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from prunekit.calibration.gradients.state import recomputing, should_recompute
 from prunekit.calibration.gradients.taps import tap
 from prunekit.calibration.layer_pass import LayerPass
 from prunekit.calibration.targets import is_added, run_dense_blocks
+from prunekit.calibration.weighting import Outputs
 from prunekit.data.batches import Batch, copy_batch
 from prunekit.errors import DataError
 from prunekit.runtime.console import track
@@ -66,20 +68,42 @@ def output_norms(
     return {key: norms for key, norms in found.items() if len(norms) == len(batches)}
 
 
-def gradient_norms(
-    model: nn.Module, consumers: Mapping[str, Consumer], batches: Sequence[Batch]
-) -> dict[str, Norms]:
-    """‖∂L/∂y‖² of the output y of each consumer, by its key; L is the loss summed over targets.
+@dataclass
+class OutputGradients:
+    """What is kept of δ = ∂L/∂y of a consumer's output y; L is the loss summed over targets.
 
-    The model is left as it was.
+    `norms`: ‖δ‖² of each batch. `products`: Σ δ δᵀ [d, d] over all tokens, or the squares Σ δ² [d],
+    where they are asked for.
+    """
+
+    norms: Norms = field(default_factory=list)
+    products: Tensor | None = None
+
+    def add(self, delta: Tensor, outputs: Outputs) -> None:
+        """Take in δ [B, T, d] of a batch."""
+        self.norms.append(_squared(delta))
+        if outputs == "equal":
+            return
+        rows = at_least_float32(delta.detach()).flatten(0, -2)
+        own = rows.square().sum(0) if outputs == "diagonal" else rows.T @ rows
+        self.products = own if self.products is None else self.products.add_(own)
+
+
+def gather_gradients(
+    model: nn.Module,
+    consumers: Mapping[str, Consumer],
+    batches: Sequence[Batch],
+    outputs: Outputs = "equal",
+) -> dict[str, OutputGradients]:
+    """The gradients of each consumer's output, by its key; the model is left as it was.
 
     Raises:
         DataError: the model has no loss, or no gradient reaches its consumers.
     """
-    found: dict[str, Norms] = {key: [] for key in consumers}
+    found = {key: OutputGradients() for key in consumers}
 
     def receive(key: str, _: Tensor, delta: Tensor) -> None:
-        found[key].append(_squared(delta))
+        found[key].add(delta, outputs)
 
     with undisturbed(model), ExitStack() as stack:
         for key, consumer in consumers.items():
@@ -89,11 +113,11 @@ def gradient_norms(
                 loss = mean_loss(model, copy_batch(batch))
                 if loss.value.requires_grad:
                     (loss.value * sum(loss.counts)).backward()
-    fed = {key: norms for key, norms in found.items() if len(norms) == len(batches)}
+    fed = {key: own for key, own in found.items() if len(own.norms) == len(batches)}
     if consumers and not fed:
         raise DataError(
-            f"tokens=gradient: expected a model through which gradients flow, none reaches "
-            f"{next(iter(consumers))} of {type(model).__name__}"
+            "tokens=gradient or outputs: expected a model through which gradients flow, none "
+            f"reaches {next(iter(consumers))} of {type(model).__name__}"
         )
     return fed
 

@@ -27,7 +27,7 @@ from prunekit.calibration.store import Store
 from prunekit.calibration.stream import Stream, Visit
 from prunekit.calibration.token_norms import Norms, output_norms
 from prunekit.calibration.weigher import OWN_NORM, Weigher, lone
-from prunekit.calibration.weighting import EQUAL, Weighting
+from prunekit.calibration.weighting import EQUAL, Outputs, Weighting
 from prunekit.data.batches import (
     Batch,
     Numbered,
@@ -55,7 +55,7 @@ class Walk:
     a target needs to know those beside its own.
     `done`: the names of groups that are finished; nothing is measured there.
     `weighting`: how tokens are weighed in the moments; `choosing`: how in the moments by which
-    units are chosen, None: alike.
+    units are chosen, None: alike; `outputs`: how errors in the outputs are weighed there.
     `store`: keeps activations between two layers.
     `layers`: reads the weights of the layers; None where all are in memory.
     """
@@ -70,6 +70,7 @@ class Walk:
     layers: Layers | None = None
     weighting: Weighting = EQUAL
     choosing: Weighting | None = None
+    outputs: Outputs = "equal"
 
     def __iter__(self) -> Iterator[Visit]:
         """Yield (group, sites) in execution order; the caller may change consumers in between.
@@ -120,12 +121,17 @@ class Walk:
         self, consumers: Mapping[str, list[Consumer]], batches: Sequence[Numbered]
     ) -> Weigher:
         """The token weights of all groups."""
-        if self.layers and "gradient" in (self.weighting.tokens, (self.choosing or EQUAL).tokens):
+        tokens = (self.weighting.tokens, (self.choosing or EQUAL).tokens)
+        if self.layers and ("gradient" in tokens or self.outputs != "equal"):
+            option = "tokens=gradient" if "gradient" in tokens else f"outputs={self.outputs}"
             raise ConfigError(
-                "tokens=gradient: expected the whole model in memory (memory.stream=false), whose "
-                "gradients take all layers at once; relative does without"
+                f"{option}: expected the whole model in memory (memory.stream=false), whose "
+                "gradients take all layers at once; "
+                "tokens=relative and outputs=equal do without"
             )
-        return Weigher.open(self.model, consumers, batches, self.weighting, self.choosing)
+        return Weigher.open(
+            self.model, consumers, batches, self.weighting, self.choosing, self.outputs
+        )
 
     def _visit_with_whole_passes(
         self,
@@ -153,7 +159,10 @@ class Walk:
             else:
                 weights = weigher.weigh(group.name, partial(norms.get, group.name))
                 observation = Observation(
-                    consumers[group.name], weighting=weigher.weighting, choosing=weigher.choosing
+                    consumers[group.name],
+                    weighting=weigher.weighting,
+                    choosing=weigher.choosing,
+                    metric=weigher.metric_of(group.name),
                 )
                 yield group, observe_whole_model(self.model, observation, batches, weights)
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.observe import TokenWeights
-from prunekit.calibration.token_norms import Norms, gradient_norms
-from prunekit.calibration.weighting import EQUAL, Weighting
+from prunekit.calibration.token_norms import Norms, OutputGradients, gather_gradients
+from prunekit.calibration.weighting import EQUAL, Outputs, Weighting
 from prunekit.data.batches import Numbered, Padding, count_positions, find_padding
 from prunekit.runtime.console import say
-from prunekit.runtime.processes import together
+from prunekit.runtime.processes import add_up, together
 
 OWN_NORM = (
     "there is no residual stream with norms behind the block: the norm of its own output is taken "
@@ -27,14 +27,14 @@ class Weigher:
     """Gives each group the weights of all tokens.
 
     `weighting`: of the moments; `choosing`: of those by which units are chosen, if that is another
-    one. `gradients`: group name → ‖∂L/∂y‖² of each batch, where a weighting asks for them.
+    one. `gradients`: group name → those of its consumer's output, where they are asked for.
     """
 
     weighting: Weighting = EQUAL
     choosing: Weighting | None = None
     batches: Sequence[Numbered] = ()
     padding: Sequence[Padding | None] = ()
-    gradients: Mapping[str, Norms] = field(default_factory=dict)
+    gradients: Mapping[str, OutputGradients] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
     @classmethod
@@ -45,15 +45,21 @@ class Weigher:
         batches: Sequence[Numbered],
         weighting: Weighting,
         choosing: Weighting | None,
+        outputs: Outputs = "equal",
     ) -> Weigher:
-        """Take the gradients of the dense model, where a weighting asks for them."""
+        """Take the gradients of the dense model, where a weighting, or `outputs`, asks for them."""
         weighting = weighting.settled()
         choosing = None if choosing is None else choosing.settled()
         choosing = None if choosing == weighting else choosing
-        gradients: dict[str, Norms] = {}
+        gradients: dict[str, OutputGradients] = {}
+        asked = any(one and one.tokens == "gradient" for one in (weighting, choosing))
         with together():
-            if any(one and one.tokens == "gradient" for one in (weighting, choosing)):
-                gradients = gradient_norms(model, lone(consumers), [b for _, b in batches])
+            if asked or outputs != "equal":
+                own = [batch for _, batch in batches]
+                gradients = gather_gradients(model, lone(consumers), own, outputs)
+        for gradient in gradients.values():
+            if gradient.products is not None:
+                add_up(gradient.products)
         padding = find_padding([batch for _, batch in batches])
         return cls(
             weighting=weighting,
@@ -86,7 +92,9 @@ class Weigher:
             device = next(v.device for v in batches[0].values() if isinstance(v, torch.Tensor))
             shapes = [count_positions(batch) for batch in batches]
             return weighting.of_positions(shapes, self.padding, device)
-        squares = self.gradients.get(name) if weighting.tokens == "gradient" else norms
+        squares = norms
+        if weighting.tokens == "gradient":
+            squares = self.gradients[name].norms if name in self.gradients else None
         if weighting.tokens == "equal":
             return [None] * len(self.batches)
         if squares is None:
@@ -95,6 +103,10 @@ class Weigher:
         if weighting.tokens == "gradient":
             return squares
         return weighting.of_norms(squares, self.padding)
+
+    def metric_of(self, name: str) -> Tensor | None:
+        """Σ δ δᵀ [d, d] or Σ δ² [d] of the outputs of a group's consumer; None: all are alike."""
+        return self.gradients[name].products if name in self.gradients else None
 
     def say_once(self, name: str, what: str) -> None:
         """Say of the first group for which it holds, and of others like it."""

@@ -20,6 +20,9 @@ from prunekit.errors import ConfigError, DataError, expect_one_of
 from prunekit.runtime.processes import gather_all, world_size
 
 Tokens = Literal["equal", "relative", "clipped", "without_first", "gradient"]
+# How errors in the outputs of a consumer are weighed where units are chosen: all alike, or by the
+# Fisher information of the outputs, E[δ²] of each output or E[δ δᵀ], with δ = ∂L/∂y.
+Outputs = Literal["equal", "diagonal", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)

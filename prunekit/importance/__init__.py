@@ -8,7 +8,9 @@ from prunekit.importance.hard_concrete import HardConcrete
 from prunekit.importance.learned import LearnedImportance
 from prunekit.importance.lora import LoraGradient
 from prunekit.importance.magnitude import Magnitude
+from prunekit.importance.mixed import Mixed
 from prunekit.importance.obs import Obs
+from prunekit.importance.peak_to_peak import PeakToPeak
 from prunekit.importance.random import Random
 from prunekit.importance.reap import Reap
 from prunekit.importance.similarity import Similarity
@@ -26,7 +28,9 @@ __all__ = [
     "LearnedImportance",
     "LoraGradient",
     "Magnitude",
+    "Mixed",
     "Obs",
+    "PeakToPeak",
     "Random",
     "Reap",
     "ScoreImportance",

@@ -15,7 +15,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from prunekit.calibration.weighting import EQUAL, Weighting
+from prunekit.calibration.weighting import EQUAL, Outputs, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import expect_one_of
 from prunekit.gates.bounds import Bounds
@@ -39,7 +39,7 @@ class Importance(ABC):  # noqa: B024 - each of its two kinds below has an abstra
     @property
     def name(self) -> str:
         """What messages call it: the name of its class in snake case."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        return spell(type(self))
 
     @property
     def at_once(self) -> ScoreImportance | None:
@@ -55,6 +55,11 @@ class Importance(ABC):  # noqa: B024 - each of its two kinds below has an abstra
     def comparable(self) -> bool:
         """Whether scores of different groups compare as they are, instead of per unit of cost."""
         return self.at_once is not None and self.at_once.normalisation != "none"
+
+
+def spell(kind: type) -> str:
+    """The name of a class in snake case, as in the configuration."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +165,11 @@ class LayerImportance(Importance, ABC):
     def weighting(self) -> Weighting:
         """How tokens are weighed in the moments that units are chosen by: all alike."""
         return EQUAL
+
+    @property
+    def output_weights(self) -> Outputs:
+        """How errors in the outputs are weighed where units are chosen: all alike."""
+        return "equal"
 
     @abstractmethod
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
-from prunekit.calibration.weighting import Tokens, Weighting
+from prunekit.calibration.weighting import Outputs, Tokens, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, expect_one_of
 from prunekit.graph import CouplingGraph, Group
@@ -44,6 +44,8 @@ class Obs(ScoreImportance, LayerImportance):
             gradient (`prunekit.calibration.weighting.Weighting`).
         clip_quantile: for clipped, the quantile of the tokens' norms.
         first_tokens: for without_first, how many tokens of each sample are left out.
+        outputs: how much errors in each output count: equal; or by the Fisher information of the
+            outputs, the squares of the loss's gradients (diagonal) or all their products (full).
     """
 
     heads: HeadScore = "exact"
@@ -53,6 +55,7 @@ class Obs(ScoreImportance, LayerImportance):
     tokens: Tokens = "equal"
     clip_quantile: float = 0.99
     first_tokens: int = 1
+    outputs: Outputs = "equal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +65,7 @@ class Obs(ScoreImportance, LayerImportance):
         if isinstance(self.damping, str) or not 0 <= self.damping < math.inf:
             raise ConfigError(f"importance.damping: expected a number ≥ 0, got {self.damping}")
         self.weighting.check("importance")
+        expect_one_of("importance.outputs", self.outputs, get_args(Outputs))
 
     @property
     def weighting(self) -> Weighting:
@@ -69,6 +73,11 @@ class Obs(ScoreImportance, LayerImportance):
         return Weighting(
             tokens=self.tokens, clip_quantile=self.clip_quantile, first_tokens=self.first_tokens
         )
+
+    @property
+    def output_weights(self) -> Outputs:
+        """How errors in the outputs are weighed where units are chosen."""
+        return self.outputs
 
     @property
     def nested(self) -> bool:
@@ -98,6 +107,7 @@ class Obs(ScoreImportance, LayerImportance):
             batches=batches,
             around=graph.groups,
             weighting=self.weighting,
+            outputs=self.outputs,
         )
         for group, sites in walk:
             errors = []

@@ -139,6 +139,7 @@ def _measure_obs_errors(setting: Setting, counts: Counts) -> dict[str, list[floa
         groups=setting.groups,
         batches=setting.batches,
         weighting=importance.weighting,
+        outputs=importance.output_weights,
     )
     for group, sites in walk:
         problems = [

@@ -82,6 +82,7 @@ def walk_through(
         layers=assignment.layers,
         weighting=(choosing or EQUAL) if compensation is None else compensation.weighting,
         choosing=choosing,
+        outputs="equal" if chooser is None else chooser.output_weights,
     )
 
 

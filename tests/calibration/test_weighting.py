@@ -14,7 +14,7 @@ from torch import nn
 import prunekit
 from prunekit.calibration import walk as walking
 from prunekit.calibration.moments import Moments
-from prunekit.calibration.statistics import invert_moments
+from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.calibration.weighting import Weighting
 from prunekit.compensation import Obs as Repair
@@ -122,7 +122,7 @@ def watch(model, batch):
 
 
 def gradients(model, batch):
-    """By group, ‖∂L/∂y‖² of the consumer's output y, by autograd on the summed loss."""
+    """By group, ∂L/∂y [B, T, d] of the consumer's output y, by autograd on the summed loss."""
     outputs, handles = {}, []
     for i, layer in enumerate(model.model.layers):
         for kind, module in (("self_attn", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
@@ -138,14 +138,15 @@ def gradients(model, batch):
     (losses * (mask[:, 1:] & mask[:, :-1]).flatten()).sum().backward()
     for handle in handles:
         handle.remove()
-    return {name: output.grad.square().sum(-1) for name, output in outputs.items()}
+    return {name: output.grad for name, output in outputs.items()}
 
 
 def expected_weights(weighting, model, batch, watched):
     """By group, the weights [B, T], computed from all tokens at once."""
     mask = batch["attention_mask"].bool()
     if weighting.tokens == "gradient":
-        return gradients(copy.deepcopy(model), batch)
+        found = gradients(copy.deepcopy(model), batch)
+        return {name: delta.square().sum(-1) for name, delta in found.items()}
     if weighting.tokens == "without_first":
         rows = torch.zeros(mask.shape, dtype=torch.float64)
         for row, own in zip(rows, mask, strict=True):
@@ -195,6 +196,36 @@ def test_every_site_has_the_weighted_moments_of_the_dense_model(weighting, targe
             site.merge_held_out()
             torch.testing.assert_close(site.moments.hessian, x.T @ x / len(x))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("outputs", ["diagonal", "full"])
+def test_a_choice_by_fisher_information_is_that_of_the_weighted_outputs(outputs):
+    """By hand: G = Σ δ δᵀ by autograd, and the loop over channels that tries each of them."""
+    model, batch = tiny_llama(layers=1, ffn=12).double(), padded(12)
+    (group,) = (group for group in blocks(model) if group.kind == "mlp")
+    delta = gradients(copy.deepcopy(model), batch)[group.name].flatten(0, 1)
+    metric = delta.T @ delta
+    if outputs == "diagonal":
+        metric = metric.diagonal().diag()
+    x = watch(model, batch)[group.name][0][batch["attention_mask"].bool()]
+    weight = model.model.layers[0].mlp.down_proj.weight.detach()
+    hessian, removed, alive = x.T @ x, [], list(range(12))
+    for _ in range(5):
+        errors = []
+        for unit in alive:
+            kept = [i for i in alive if i != unit]
+            solved = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.T).T
+            lost = weight.clone()
+            lost[:, kept] -= solved
+            errors.append(((metric @ lost) * (lost @ hessian)).sum())
+        removed.append(alive.pop(int(torch.stack(errors).argmin())))
+    walk = Walk(model=model, groups=[group], batches=split(batch, 5), outputs=outputs)
+    ((_, (site,)),) = walk
+    problem = pose_problem(site, site.weight(), invert_moments(site.moments, 0.0))
+    assert Obs().choose([problem], 5) == removed
+    site.metric = None
+    problem = pose_problem(site, site.weight(), invert_moments(site.moments, 0.0))
+    assert Obs().choose([problem], 5) != removed
 
 
 def test_the_choice_and_the_repair_go_by_weights_of_their_own():
