@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import prunekit
 from prunekit.checkpoint import load_tokenizer
+from prunekit.data.corpora import load_corpus
 from prunekit.demo import DEMO_MODEL
 from prunekit.exports.gguf import Gguf
 
@@ -33,7 +34,7 @@ CASES = {
 def prune(case):
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).float()
     tokenizer = load_tokenizer(DEMO_MODEL)
-    text = DEMO_MODEL.parent.joinpath("README.md").read_text()
+    text = "\n\n".join(load_corpus("embedded", "calibration", {}, characters=20_000))
     ids = torch.tensor(tokenizer(text)["input_ids"])
     calibration = ids[: 16 * 32].view(16, 32)
     prunekit.prune(model, ratio=0.2, calibration=calibration, overrides=CASES[case])
