@@ -18,7 +18,7 @@ from prunekit.config.overrides import (
     one_line,
     split_overrides,
 )
-from prunekit.config.sections import RunConfig
+from prunekit.config.sections import RunConfig, kinds_of
 from prunekit.errors import ConfigError, expect_one_of, suggest
 
 
@@ -118,6 +118,11 @@ def check(config: DictConfig) -> RunConfig:
         raise ConfigError(
             f"eval.baseline={run.eval.baseline}: task={run.task} does not act on it; only "
             "task=evaluate and task=recover measure another model beside"
+        )
+    if run.vocabulary.corpora and "vocabulary" not in kinds_of(run.groups):
+        raise ConfigError(
+            f"vocabulary.corpora={run.vocabulary.corpora}: groups={run.groups} does not act on it; "
+            "expected groups=vocabulary, or a list with it"
         )
     return run
 

@@ -136,6 +136,7 @@ def test_seed_and_values_reach_their_places():
             "recovery.epochs=2",
             "^unknown key 'recovery.epochs' of the chosen recovery: it has no",
         ),
+        ("vocabulary.corpora=a.txt", "groups=block does not act on it; expected groups=vocab"),
         ("eval.latency.nwe=3", "^unknown key 'eval.latency.nwe': did you mean new"),
         ("hydra.swep.dir=x", "^unknown key 'hydra.swep.dir': did you mean sweep"),
         ("method=SlimGPT", "^method: unknown choice 'SlimGPT': did you mean slimgpt"),
