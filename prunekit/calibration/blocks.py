@@ -159,7 +159,7 @@ class Sighting:
         Raises:
             Stop: `stop` says that nothing behind this module is of interest.
         """
-        if module is self.consumer.module:
+        if module is self.consumer.module and isinstance(output, Tensor):
             self.own.append((output, output.clone()))
         self.around.append((module, output))
         if stop:
@@ -168,7 +168,7 @@ class Sighting:
     def find_block(self) -> Block | None:
         """The outermost module that returned the consumer's output and no other tensor.
 
-        None where the consumer ran more than once, or not at all.
+        None where the consumer ran more than once, or not at all, or its module returns more.
         """
         if len(self.own) != 1:
             return None

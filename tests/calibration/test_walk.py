@@ -13,7 +13,8 @@ from torch import nn
 
 import prunekit
 from prunekit.calibration import walk as walking
-from prunekit.calibration.consumers import find_consumers
+from prunekit.calibration.blocks import Finder
+from prunekit.calibration.consumers import Consumer, find_consumers
 from prunekit.calibration.store import Store
 from prunekit.errors import DataError
 from prunekit.graph import trace
@@ -452,3 +453,24 @@ def test_activations_on_the_device_stay_within_the_budget(target, tmp_path):
         alive.append(count_bytes())
     assert budget / 2 < max(alive) <= budget
     assert store.peak["device"] <= budget and store.peak["file"] > 0
+
+
+class Pair(nn.Module):
+    """A product, and what is computed of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y, y.mean()
+
+
+def test_a_module_that_returns_more_than_a_product_is_no_block():
+    layer = nn.Sequential(nn.Linear(4, 4), Pair())
+    lone = [Consumer(module=layer[i], member=None, name=str(i)) for i in range(2)]
+    finder = Finder(layer, lone, True)
+    with finder.looking():
+        layer(torch.randn(2, 4))
+    assert finder.block_of(lone[:1]) is not None and finder.block_of(lone[1:]) is None
