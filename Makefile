@@ -7,7 +7,7 @@ SERVING := .venv-serving
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-serving lint format bench docs docs-serve clean
+.PHONY: help demo test test-serving lint format bench papers docs docs-serve clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench: $(DONE)  ## time what takes time; benchmarks/RESULTS.md is generated from
 	$(BIN)/python benchmarks/importance.py
 	$(BIN)/python benchmarks/layerwise.py
 	$(BIN)/python benchmarks/streamed.py
+
+papers: $(DONE)  ## both papers' tables, with SMALL=1 on the embedded model; docs/paper-tables.md
+	$(BIN)/python benchmarks/papers.py $(if $(SMALL),--small)
 
 docs: $(DONE)  ## build the site into site/; a dead link or a missing docstring fails it
 	$(BIN)/python docs/make.py

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_options() -> None:
-    """Write `docs/options.md` from the configuration: every option, its default, its comment."""
+    """Write `docs/options.md` from the configuration: every option, its default, its comment.
+
+    The papers' tables have a page of their own.
+    """
+    choices = [p for p in (ROOT / "conf").glob("*/*.yaml") if not p.stem.startswith("paper_")]
     lines = [
         "# Options",
         "",
@@ -25,7 +29,7 @@ def write_options() -> None:
     ]
     for path in [
         ROOT / "conf" / "config.yaml",
-        *sorted((ROOT / "conf").glob("*/*.yaml")),
+        *sorted(choices),
         ROOT / "conf" / "corpora.yaml",
     ]:
         text = path.read_text().split("\nhydra:")[0].rstrip()

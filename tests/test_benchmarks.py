@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from prunekit.errors import TraceError
 
@@ -174,3 +175,36 @@ def test_the_page_names_the_part_that_measures_each_row(gpu):
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     named = {row[1].strip().strip("`") for row in rows} - {"part"}
     assert named == set(gpu.PARTS)
+
+
+@pytest.fixture
+def papers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import papers
+
+    return papers
+
+
+def test_the_papers_figures_are_those_of_runs_that_their_experiments_make(papers):
+    names = papers.experiments()
+    assert len(names) == 31
+    for name in names:
+        text = (papers.FOLDER / f"paper_{name}.yaml").read_text()
+        params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+        values = {key: str(each).split(",") for key, each in params.items()}
+        about, figure, rows = papers.read_experiment(name)
+        assert about.startswith(("LLM-Pruner, ", "SlimGPT, "))
+        assert bool(figure) == bool(rows), name
+        for choice, value in rows:
+            assert float(value) > 0
+            for part in choice.removeprefix("dense").split():
+                key, _, chosen = part.partition("=")
+                assert chosen in values[key], f"{name}: {part}"
+
+
+def test_the_page_of_the_papers_is_up_to_date(papers, monkeypatch, tmp_path):
+    monkeypatch.setattr(papers, "PAGE", tmp_path / "page.md")
+    papers.write_page(json.loads((BENCHMARKS / "papers.json").read_text()))
+    page = BENCHMARKS.parent / "docs" / "paper-tables.md"
+    assert (tmp_path / "page.md").read_text() == page.read_text()
+    assert page.read_text().count("\n## ") == 31

@@ -76,7 +76,10 @@ def swept():
             for key, values in OmegaConf.load(path).hydra.sweeper.params.items()
             if "(" not in str(values)
         ]
-        for overrides in itertools.zip_longest(*sweeps):
+        combinations = [*itertools.zip_longest(*sweeps)]
+        if path.stem.startswith("paper_"):  # the others sweep over the same choices
+            combinations = combinations[:1]
+        for overrides in combinations:
             yield path.stem, [override for override in overrides if override]
 
 
