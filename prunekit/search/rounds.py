@@ -98,14 +98,15 @@ def run_round(
     starts += [fit(space, space.nearest(counts), set(), rng) for counts in start.others]
     packed = None
     if start.packs:
-        packed = fit(space, pack(space, price_levels(arena, few)), set(), rng)
+        prices = price_levels(arena, arena.raise_parent(starts[0]), few)
+        packed = fit(space, pack(space, prices), set(), rng)
         starts.append(packed)
     values = arena.measure_at_limit(starts, many)
     best = starts[values.index(min(values))]
     parent, curve = climb(arena, best, (few, many), effort.sweeps, rng)
     winner, more = evolve(arena, parent, effort.stages, effort.children, effort.generations, rng)
     curve += more
-    prices = _price_alone(arena, winner, few)
+    alone = _price_alone(arena, winner, few)
     figures = SearchRound(
         step=start.step,
         database_bytes=bench.database.nbytes,
@@ -117,7 +118,7 @@ def run_round(
     return Result(
         winner=_check(bench, shelf, "winner", space.counts(winner)),
         packed=None if packed is None else _check(bench, shelf, "packed", space.counts(packed)),
-        prices=prices,
+        prices=alone,
         figures=figures,
     )
 

@@ -1,25 +1,35 @@
-"""Seeds: what the search begins with, and what its winner must beat."""
+"""The knapsack over prices of levels: a cut that a search begins with, and must beat."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from prunekit.policies.knapsack import Point, spread_saving
-from prunekit.search.arena import Arena
+from prunekit.search.arena import Arena, Parent
 from prunekit.search.levels import Candidate, Space
 
-Prices = Mapping[int, Mapping[int, float]]  # slot → step → KL(dense ‖ model with it alone)
+Prices = Mapping[int, Mapping[int, float]]  # slot → step → KL, less that with the slot whole
 _PRICED = 4  # levels of each slot that are priced, spread evenly; between them prices are linear
 
 
-def price_levels(arena: Arena, batches: int) -> dict[int, dict[int, float]]:
-    """The price of some levels of every slot: the KL of replacing the slot alone."""
-    space, dense = arena.space, (0,) * len(arena.space.slots)
-    places = [(i, step) for i, levels in enumerate(space.levels) for step in _pick(levels[1:])]
-    alone = [(*dense[:i], step, *dense[i + 1 :]) for i, step in places]
-    prices: dict[int, dict[int, float]] = {i: {0: 0.0} for i in range(len(dense))}
-    for (i, step), price in zip(places, arena.measure(alone, batches), strict=True):
-        prices[i][step] = price
+def price_levels(arena: Arena, parent: Parent, batches: int) -> dict[int, dict[int, float]]:
+    """The prices of some levels of every slot, where all other slots are as in the parent.
+
+    There the levels are repaired for the inputs that they get; in the dense model they are not, and
+    levels that depend on each other are priced far from where they are going to be.
+    """
+    space, own = arena.space, parent.candidate
+    places = [
+        (i, step)
+        for i, levels in enumerate(space.levels)
+        for step in sorted({0, own[i], *_pick(levels[1:])})
+    ]
+    children = [(*own[:i], step, *own[i + 1 :]) for i, step in places]
+    values = arena.measure(children, batches, [parent] * len(children))
+    found = dict(zip(places, values, strict=True))
+    prices: dict[int, dict[int, float]] = {i: {} for i in range(len(own))}
+    for (i, step), value in found.items():
+        prices[i][step] = value - found[i, 0]
     return prices
 
 

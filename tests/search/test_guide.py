@@ -12,6 +12,7 @@ from prunekit.policies import Uniform
 from prunekit.search.bench import Bench, make_budget
 from prunekit.search.guide import Move, combine, probe
 from prunekit.search.samples import split_samples
+from prunekit.search.seeds import price_levels
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,24 @@ def test_a_price_is_worse_than_measured_by_its_standard_error(arena, bench):
         saved = space.cost(own) - space.cost(after)
         worse = (differences.mean() + error) / saved
         assert move.price == pytest.approx(float(worse), rel=1e-3)
+
+
+def test_levels_are_priced_beside_those_of_the_other_slots(arena, bench):
+    """By runs of the whole model, on one batch of two."""
+    space = arena.space
+    own = tuple(levels[1 + i % 2] for i, levels in enumerate(space.levels))
+
+    def divergence(slot, step):
+        arena.database.place(space.counts((*own[:slot], step, *own[slot + 1 :])))
+        return bench.judge.measure(0).mean
+
+    prices = price_levels(arena, arena.raise_parent(own), 1)
+    for slot, levels in enumerate(space.levels):
+        assert prices[slot].keys() == set(levels)  # few enough to price all of them
+        for step, price in prices[slot].items():
+            expected = divergence(slot, step) - divergence(slot, 0)
+            assert price == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert prices[slot][levels[-1]] > 0
 
 
 def test_half_of_the_moves_is_priced_on_many_samples(arena, bench):
