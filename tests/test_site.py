@@ -50,6 +50,7 @@ SMALL = [
 TRAINING = ["path=text.txt", "samples=8", "length=32", "batch_size=4", "evaluations=1"]
 TRAINING += ["holdout=2"]
 SEARCH = ["rounds=1", "sweeps=1", "generations=1", "children=2", "seeds=[uniform]"]
+GATES = ["train.steps=20", "train.reach=0", "train.learning_rate=1", "pressure=20"]
 NEEDS_TEXT = re.compile(r"data=(?!embedded)|data\.calibration\.path=")
 PARTS = ("method", "importance", "policy", "scope", "compensation", "schedule", "cost", "data")
 PARTS += ("recovery", "export", "eval")
@@ -76,8 +77,8 @@ def small_arguments(arguments):
         small = [*small, "data.calibration.path=text.txt"]
     if any(re.match(r"recovery=(?!none)", argument) for argument in arguments):
         small = [*small, *(f"recovery.{line}" for line in TRAINING)]
-    if any(argument in ("method=gates", "importance=straight_through") for argument in arguments):
-        small = [*small, "importance.train.steps=2", "importance.train.reach=0"]
+    if "method=gates" in arguments:
+        small = [*small, *(f"importance.{line}" for line in GATES)]
     if any(argument == "policy=search" for argument in arguments):
         small = [*small, *(f"policy.{line}" for line in SEARCH), "data.calibration.samples=8"]
     return [*arguments, *small]

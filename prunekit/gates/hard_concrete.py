@@ -6,7 +6,8 @@ so that a gate is 0 or 1 with a probability above zero and has a gradient in bet
     P(z ≠ 0) = σ(log α − β log(−γ / ζ)),    without noise z = min(1, max(0, σ(log α) (ζ − γ) + γ)).
 
 To the loss of a step comes λ₁ (c − t) + λ₂ (c − t)², c the expected cost that the gates leave as a
-share of the dense cost, t the share that is asked for; both λ rise by gradient ascent.
+share of the dense cost, t the share that is asked for. Both λ rise by gradient ascent while c > t;
+where the target is met, λ₁ halves in each step, or else it would press on for as long as it rose.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from prunekit.gates.layout import Layout
 from prunekit.gates.rule import Learned, Rule, pins_of, spread_order
 
 LOW, HIGH = -0.1, 1.1  # γ and ζ, what s is stretched to
+_RELEASE = 0.5  # what is left of λ₁ after a step in which the target was met
 _START = 2.0  # log α of a unit of middle importance: it stays with a probability of 0.97
 # Of the way to the target, and of all, so much may be missing: the solver goes the rest.
 _MISSING_WAY, _MISSING = 0.1, 0.02
@@ -110,11 +112,12 @@ class HardConcreteRule(Rule):
         return kept / self.sizes
 
     def penalty(self) -> Tensor:
-        """λ₁ (c − t) + λ₂ (c − t)², summed over the constraints; λ₁ and λ₂ rise afterwards."""
+        """λ₁ (c − t) + λ₂ (c − t)², summed over the constraints; λ₁ and λ₂ move afterwards."""
         over = self.shares() - self.target
         linear, square = self.extras["linear"].clone(), self.extras["square"].clone()
         with torch.no_grad():
-            self.extras["linear"].add_(self.pressure * over.detach())
+            risen = linear + self.pressure * over.detach()
+            self.extras["linear"].copy_(torch.where(over > 0, risen, _RELEASE * linear))
             self.extras["square"].add_(self.pressure * over.detach().square())
         return (linear * over + square * over.square()).sum()
 

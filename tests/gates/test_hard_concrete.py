@@ -8,7 +8,7 @@ import prunekit
 from prunekit.allocation.costs import Cost, CostSetting, Parameters, Term
 from prunekit.allocation.costs.smooth import SmoothCost
 from prunekit.errors import ConfigError
-from prunekit.gates import Training
+from prunekit.gates import HardConcreteRule, Training
 from prunekit.gates.hard_concrete import draw, expected, value
 from prunekit.graph import trace
 from prunekit.importance import HardConcrete
@@ -79,6 +79,18 @@ def prune(train, scope="global", ratio=0.3, **options):
         calibration=token_ids(8, 9),
         overrides=[f"scope={scope}", "shapes=free", "data.calibration.batch_size=4"],
     )
+
+
+def test_the_multiplier_does_not_press_on_once_the_target_is_met(monkeypatch):
+    left = {}
+
+    def note(rule):
+        left["share"], left["target"] = float(rule.shares().detach()), float(rule.target)
+
+    monkeypatch.setattr(HardConcreteRule, "check", note)
+    prune(Training(steps=80, reach=0.4), ratio=0.4)
+    assert left["target"] == pytest.approx(0.6, abs=1e-6)
+    assert 0.38 < left["share"] < 0.65  # 0.24 where the multiplier stays
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
