@@ -13,6 +13,7 @@ from prunekit.calibration.activations import gather_input_statistics
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group, Member
+from prunekit.importance.aggregation import Normalisation
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import sum_by_structure
 from prunekit.runtime.numbers import along, at_least_float32
@@ -20,7 +21,12 @@ from prunekit.runtime.numbers import along, at_least_float32
 
 @dataclass(frozen=True, kw_only=True)
 class Fluctuation(ScoreImportance):
-    """Var(x_j) ‖W_:j‖² over the columns that a unit owns in the linear modules that read it."""
+    """Var(x_j) ‖W_:j‖² over the columns that a unit owns in the linear modules that read it.
+
+    Where groups compete, scores over the mean of their group do, by default.
+    """
+
+    normalisation: Normalisation = "mean"
 
     def structures(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunekit.calibration.activations import gather_input_statistics
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group, Member
+from prunekit.importance.aggregation import Aggregation
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import scale_by_inputs, sum_by_structure
 from prunekit.runtime.numbers import along
@@ -20,8 +21,11 @@ from prunekit.runtime.numbers import along
 class Wanda(ScoreImportance):
     """Weights of linear modules by the norm of what they are multiplied with.
 
-    Other parameters do not count.
+    Other parameters do not count. By default neither do the structures before the last one, which
+    reads the units (`o_proj`, `down_proj`): so Wanda-sp of FLAP's authors scores units.
     """
+
+    aggregation: Aggregation = "last"
 
     def structures(
         self,

@@ -23,7 +23,7 @@ def test_wanda_by_a_plain_loop(kv_heads):
     graph = trace(model, example())
     for name, modules in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         group = graph[f"layers.1.{name}"]
-        scores = Wanda().score(model, graph, [group], BATCHES)[group.name]
+        scores = Wanda(aggregation="sum").score(model, graph, [group], BATCHES)[group.name]
         expected = torch.zeros(group.num_units, dtype=torch.float64)
         for short in modules:
             path = f"model.layers.1.{name}.{short}_proj"
@@ -45,7 +45,7 @@ def test_fluctuation_by_a_plain_loop():
     columns = x.var(0, unbiased=False) * weight.square().sum(0)
     expected = columns[group.consumers[0].index].sum(1)
     torch.testing.assert_close(
-        Fluctuation().score(model, graph, [group], BATCHES)[group.name],
+        Fluctuation(normalisation="none").score(model, graph, [group], BATCHES)[group.name],
         expected,
         rtol=1e-4,
         atol=1e-8,
