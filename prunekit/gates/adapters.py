@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.taps import is_stock, is_transposed
-from prunekit.gates.seeds import seed_of
 from prunekit.model.stack import all_layers
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.numbers import at_least_float32
+from prunekit.runtime.seeds import make_generator
 
 _SCALE = 2.0  # s: alpha / rank, as the recovery's default 16 / 8
 
@@ -50,7 +50,7 @@ class Adapters:
             self.modules[name] = module
             weight = at_least_float32(model.get_parameter(name).detach())
             outputs, inputs = weight.T.shape if is_transposed(module) else weight.shape
-            generator = torch.Generator().manual_seed(seed_of(seed, name))
+            generator = make_generator(seed, name)
             drawn = torch.rand(min(rank, inputs), inputs, generator=generator) * 2 - 1
             self.parameters[f"{name}.down"] = (drawn / math.sqrt(inputs)).to(weight)
             self.parameters[f"{name}.up"] = weight.new_zeros(outputs, len(drawn))

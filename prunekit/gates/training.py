@@ -22,11 +22,11 @@ from prunekit.gates.layout import Layout
 from prunekit.gates.loss import Dense, gated_loss
 from prunekit.gates.places import Gate, find_places, gated
 from prunekit.gates.rule import Learned, Rule
-from prunekit.gates.seeds import seed_of
 from prunekit.graph import CouplingGraph, Group
 from prunekit.runtime.console import say, track
 from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.processes import add_up, own_part, rank, world_size
+from prunekit.runtime.seeds import make_generator
 
 Ramp = Literal["cubic", "linear"]
 MakeRule = Callable[[Layout, Bounds, Tensor], Rule]
@@ -285,7 +285,7 @@ class _Trainer:
     def _update(self, step: int) -> None:
         """One step of the optimizer on one batch."""
         number = self._order(step)
-        generator = torch.Generator().manual_seed(seed_of(self.training.seed, "draw", step))
+        generator = make_generator(self.training.seed, f"draw {step}")
         some = next(iter(self.rule.parameters.values()))
         uniform = torch.rand(some.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(some.device)
         heat = 1 - step / max(self.training.steps - 1, 1)
@@ -306,7 +306,7 @@ class _Trainer:
         Of several processes, each takes the next one.
         """
         epoch, place = divmod(step * world_size() + rank(), len(self.train))
-        generator = torch.Generator().manual_seed(seed_of(self.training.seed, "order", epoch))
+        generator = make_generator(self.training.seed, f"order {epoch}")
         return int(torch.randperm(len(self.train), generator=generator)[place])
 
     @contextmanager

@@ -26,12 +26,12 @@ from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
-from prunekit.importance.seeds import make_generator
 from prunekit.importance.structures import sum_by_structure
 from prunekit.model.ties import Place, tensor_places
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import along, at_least_float32, first_false
+from prunekit.runtime.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
-from prunekit.importance.seeds import make_generator
+from prunekit.runtime.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,6 @@ from torch import Generator
 
 
 def make_generator(seed: int, name: str) -> Generator:
-    """A generator on the CPU for this seed and the name of a group or a parameter."""
+    """A generator on the CPU for this seed and the name of what is drawn for."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
