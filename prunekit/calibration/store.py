@@ -52,6 +52,7 @@ class Kept:
         if self._path is not None:
             mapped = torch.from_file(str(self._path), size=tensor.numel(), dtype=tensor.dtype)
             return mapped.view(tensor.shape).to(self._store.device, copy=True)
+        tensor = tensor.to(self._store.device, non_blocking=True)  # a layer may lie elsewhere
         return tensor.clone() if copy else tensor
 
     def _arrive(self) -> Tensor | None:
@@ -127,7 +128,7 @@ class Store:
         elif copy:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         if level == "host" and self.copies is not None:
-            tensor, written = self.copies.take(tensor)
+            tensor, written = self.copies.take(tensor.to(self.device))
         return Kept(self, tensor, level, path, written)
 
     def _find_room(self, nbytes: int) -> str:
