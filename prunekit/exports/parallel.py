@@ -22,7 +22,7 @@ _SHARED = {
 }
 
 
-def check_tensor_parallel(model: PreTrainedModel, devices: int) -> None:
+def check_tensor_parallel(model: PreTrainedModel, devices: int, dense: bool = False) -> None:
     """Raise ExportError where a layer can't be shared out evenly.
 
     Key-value heads may be fewer than the devices: each head then lies on several.
@@ -30,14 +30,23 @@ def check_tensor_parallel(model: PreTrainedModel, devices: int) -> None:
     Args:
         model: a causal language model of transformers, dense or pruned.
         devices: how many share each layer.
+        dense: whether the model is to be pruned first: what a cut can mend passes.
     """
     for layer, name, size in _sizes(text_config(model)):
         repeated = name == "key-value heads" and size and devices % size == 0
-        if size % devices and not repeated:
+        if size % devices == 0 or repeated:
+            continue
+        here = f"got {size} {name} in layer {layer}"
+        if 0 < size < devices:
             raise ExportError(
-                f"export.tensor_parallel={devices}: expected a multiple of {devices}, got {size} "
-                f"{name} in layer {layer}; prune with export.tensor_parallel={devices}, which "
-                "keeps such numbers, or ask for fewer devices"
+                f"export.tensor_parallel={devices}: expected at least {devices}, {here}; "
+                "ask for fewer devices"
+            )
+        if not dense:
+            raise ExportError(
+                f"export.tensor_parallel={devices}: expected a multiple of {devices}, {here}; "
+                f"prune with export.tensor_parallel={devices}, which keeps such numbers, or ask "
+                "for fewer devices"
             )
 
 

@@ -90,7 +90,9 @@ class ExportSettings:
         return bool(self.writer or self.remote_code or self.push_to_hub)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ExportError where the format can't express such models, whatever their sizes."""
+        """Raise ExportError where no cut of a model can be exported as it is asked for."""
+        if self.tensor_parallel > 1:
+            check_tensor_parallel(model, self.tensor_parallel, dense=True)
         if self.writer is not None:
             self.writer.check_model(model)
 

@@ -147,7 +147,7 @@ def test_a_finished_model_is_pushed_as_it_is(run, hub):
         ),
         (
             ["export.remote_code=true", "export.tensor_parallel=64"],
-            "export.tensor_parallel=64: expected a multiple of 64, got",
+            "export.tensor_parallel=64: expected at least 64, got",
         ),
         (["export=gguff"], "export: unknown choice 'gguff': did you mean gguf"),
         (["export.push_to_hub=me/small"], "export.push_to_hub: me/small: no way"),
@@ -180,6 +180,10 @@ def test_devices_can_share_the_layers_of_a_run(tmp_path):
     sizes = {name: {layer[name] for layer in layers} for name in names}
     assert min(len(each) for each in sizes.values()) > 1
     assert not any(size % 2 for each in sizes.values() for size in each)
+    early = command_line(*QUICK, "export.tensor_parallel=16", "output_dir=early", cwd=tmp_path)
+    assert early.returncode == 2
+    assert "expected at least 16, got" in early.stderr
+    assert not (tmp_path / "early").exists()
     options = ["task=export", "model.path=out", "export.remote_code=true"]
     for devices, status in ((2, 0), (16, 2)):
         asked = [f"export.tensor_parallel={devices}", f"output_dir=for-{devices}"]
