@@ -8,11 +8,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunekit.errors import ConfigError, DataError, suggest
-from prunekit.report import Report
 from prunekit.runtime.files import write_text
 from prunekit.sweeps.record import DONE, FOLDER, Record, Records
+
+if TYPE_CHECKING:
+    from prunekit.report import Report
 
 Figures = dict[str, float]
 PERPLEXITY = "perplexity"  # the geometric mean of all `perplexity.<corpus>`
@@ -55,6 +58,8 @@ def write_index(sweep: Path) -> list[Record]:
 
 def read_line(sweep: Path, record: Record) -> Line:
     """A run and the figures of its report, if it has one."""
+    from prunekit.report import Report
+
     path = sweep / record.folder / "report.json"
     if record.status != DONE or not path.is_file():
         return Line(record=record, figures={}, dense={})
@@ -109,6 +114,8 @@ def objective_of(folder: Path, names: str | Sequence[str]) -> float | tuple[floa
     Raises:
         ConfigError: a figure that the run's report does not have.
     """
+    from prunekit.report import Report
+
     path = folder / "report.json"
     report = Report.from_json(path.read_text(encoding="utf-8")) if path.is_file() else Report()
     figures = figures_of(report)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from prunekit.errors import CheckpointError
 from prunekit.runtime.files import write_text
 
 FOLDER = ".sweep"
@@ -52,7 +53,11 @@ class Records:
         self._folder = sweep / FOLDER
 
     def all(self) -> list[Record]:
-        """The records of all runs that began, by their numbers."""
+        """The records of all runs that began, by their numbers.
+
+        Raises:
+            CheckpointError: a damaged record.
+        """
         found = [_read(path) for path in self._folder.glob("*.json")]
         return sorted(found, key=lambda record: (record.number, record.folder))
 
@@ -69,5 +74,12 @@ class Records:
 
 
 def _read(path: Path) -> Record:
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    return Record(**{**plain, "overrides": tuple(plain["overrides"])})
+    """The record in a file. Raises CheckpointError where it is damaged."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{**plain, "overrides": tuple(plain["overrides"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: expected the record of a run of a sweep, got a damaged file "
+            f"({type(error).__name__}); remove it, and its run begins anew"
+        ) from error

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_helpers import only_report, report_of, rows_of, sweep
 
-from prunekit.errors import ConfigError
+from prunekit.errors import CheckpointError, ConfigError
 from prunekit.sweeps import Record, figures_of, objective_of
 from prunekit.sweeps.index import Line, to_csv
 from prunekit.sweeps.naming import folder_name, swept_keys, values_of
@@ -150,4 +150,8 @@ def test_a_record_that_was_written_is_read_again(tmp_path):
     assert records.all() == [kept]
     assert records.find(()) == kept
     assert records.find(("ratio=0.5",)) is None
-    assert json.loads(next((tmp_path / ".sweep").glob("*.json")).read_text())["error"] == "e"
+    (file,) = (tmp_path / ".sweep").glob("*.json")
+    assert json.loads(file.read_text())["error"] == "e"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(CheckpointError, match=f"{file.name}: expected the record of a run"):
+        records.all()
