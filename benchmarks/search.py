@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from page import HERE, environment, write
-from workers import Job, spread
+from workers import Job, make_rows, read_rows
 
 POLICIES = ["search", "sensitivity", "owl", "uniform", "log_increase", "linear_increase"]
 KEY = ("model", "ratio", "policy", "seed")
@@ -85,38 +85,10 @@ def run(job: Job) -> dict[str, Any]:
     return row
 
 
-def hide_folders(option: str) -> str:
-    """An override without the folders of this machine: the name of a file is left of its path."""
-    key, _, value = option.partition("=")
-    if "/" not in value:
-        return option
-    return f"{key}={Path(value.strip('[]')).name}"
-
-
-def read(path: Path) -> dict[tuple, dict[str, Any]]:
-    """The runs of a file that did not fail, by what they are known by."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {tuple(row[key] for key in KEY): row for row in rows if "error" not in row}
-
-
-def make(jobs: list[Job], path: Path, processes: int) -> bool:
-    """Make the runs; a line each in the file. Whether all of them succeeded."""
-    revision, sound = environment("search")["revision"], True
-    for job, result in spread(jobs, run, processes):
-        options = [hide_folders(option) for option in job["options"]]
-        line = json.dumps({**job, **result, "options": options, "revision": revision})
-        with path.open("a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
-        sound = sound and "error" not in result
-    return sound
-
-
 def gather(path: Path) -> None:
     """Put the runs of a file into search.json, and bring the page up to date."""
     known = json.loads((HERE / "search.json").read_text())["rows"]
-    merged = {tuple(row[key] for key in KEY): row for row in known} | read(path)
+    merged = {tuple(row[key] for key in KEY): row for row in known} | read_rows(path, KEY)
     write(
         "search",
         {**environment("search"), "repeats": 1, "note": NOTE, "rows": list(merged.values())},
@@ -135,6 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="stop after so long; runs so far are kept")
     parser.add_argument("overrides", nargs="*", help="of the command line, behind --")
     args = parser.parse_args()
     if args.gather:
@@ -146,13 +119,13 @@ def main() -> None:
         for policy in args.policies  # what takes longest first
         for seed in args.seeds
     ]
-    done = read(args.runs)
+    done, revision = read_rows(args.runs, KEY), environment("search")["revision"]
     jobs = [
-        {**job, "options": args.overrides}
+        {**job, "options": args.overrides, "revision": revision}
         for job in jobs
         if tuple(job[key] for key in KEY) not in done
     ]
-    sys.exit(not make(jobs, args.runs, args.processes))
+    sys.exit(not make_rows(jobs, run, args.runs, args.processes, args.seconds))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,81 @@
-"""Processes that do jobs side by side; one that dies costs no more than the job it was at."""
+"""Processes that do jobs side by side, and the file that their results go to, a line each.
 
+A process that dies costs no more than the job it was at, and a run that is broken off no more than
+the jobs that were not done yet.
+"""
+
+import json
 import multiprocessing
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
 Work = Callable[[Job], Job]  # a function of a module, which a new process can import
 
 
-def spread(jobs: Sequence[Job], work: Work, processes: int) -> Iterator[tuple[Job, Job]]:
+def spread(
+    jobs: Sequence[Job], work: Work, processes: int, seconds: float | None = None
+) -> Iterator[tuple[Job, Job]]:
     """Yield (job, result) in the order in which jobs end; `{"error": …}` where one fails.
 
     Jobs are begun in the order given. A process does one after another, so that what it holds
     serves them all; after a failure a new one takes its place, because a GPU may be lost to it.
+    After so many `seconds` the processes end, whatever they are at: unfinished jobs have no result.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[Job, Job]] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
+    before = set(multiprocessing.active_children())
     for _ in range(min(processes, len(jobs))):
         threading.Thread(target=_look_after, args=(work, waiting, done), daemon=True).start()
     for _ in jobs:
-        yield done.get()
+        try:
+            yield done.get(timeout=None if end is None else max(end - time.monotonic(), 0))
+        except queue.Empty:
+            break
+    while not waiting.empty():  # or else new processes would take up what is left
+        waiting.get()
+    for process in set(multiprocessing.active_children()) - before:
+        process.terminate()
+
+
+def make_rows(
+    jobs: Sequence[Job], work: Work, path: Path, processes: int, seconds: float | None = None
+) -> bool:
+    """Do jobs, and append a line for each to a file as it ends; whether none of them failed.
+
+    A line is the job with its result, without the folders of this machine in its `options`.
+    """
+    sound = True
+    for job, result in spread(jobs, work, processes, seconds):
+        row = {**job, **result, "options": [hide_folders(option) for option in job["options"]]}
+        line = json.dumps(row)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+        sound = sound and "error" not in result
+    return sound
+
+
+def read_rows(path: Path, key: Sequence[str]) -> dict[tuple, Job]:
+    """The rows of a file that did not fail, by the values of these keys; none without the file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {tuple(row[name] for name in key): row for row in rows if "error" not in row}
+
+
+def hide_folders(option: str) -> str:
+    """An override without the folders of this machine: the name of a file is left of its path."""
+    key, equals, value = option.partition("=")
+    names = [Path(part).name for part in value.strip("[]").split(",")]
+    return f"{key}{equals}{','.join(names)}" if "/" in value else option
 
 
 def _look_after(work: Work, waiting: queue.SimpleQueue, done: queue.SimpleQueue) -> None:

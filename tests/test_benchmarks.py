@@ -144,6 +144,24 @@ def test_a_job_that_fails_or_kills_its_process_costs_no_other_one(monkeypatch, t
     assert results["3"]["by"] == results["4"]["by"] != results["2"]["by"] != results["1"]["by"]
 
 
+def test_rows_are_kept_as_they_end_and_a_run_stops_in_time(monkeypatch, tmp_path):
+    body = "import time\n\ndef work(job):\n    return {'is': eval(job['do'])}\n"
+    (tmp_path / "timed.py").write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from timed import work
+    from workers import make_rows, read_rows
+
+    texts = ("1", "time.sleep(60)", "2")
+    jobs = [{"do": text, "options": ["a=[/folder/one,/folder/two]", "b=1"]} for text in texts]
+    began = time.monotonic()
+    assert make_rows(jobs, work, tmp_path / "rows", 1, seconds=3.0)
+    assert time.monotonic() - began < 20
+    assert len((tmp_path / "rows").read_text().splitlines()) == 1
+    expected = {"do": "1", "is": 1, "options": ["a=one,two", "b=1"]}
+    assert read_rows(tmp_path / "rows", ["do"]) == {("1",): expected}
+
+
 def test_types_of_models_are_tried(monkeypatch):
     """One that holds entirely, and one that can't be traced."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
