@@ -28,7 +28,8 @@ class Block:
 
     `leaves`, `spec`: the flattened structure, with the consumer's output at `place` left out.
     `first`: the consumer's output on the batch that the block was found with, until it is taken or
-    turns out to be of no use. `ends_sum`: the stream behind the block is known to be the layer's
+    turns out to be of no use. `added`: whether its output is simply added to the residual stream,
+    None until somebody asks. `ends_sum`: the stream behind the block is known to be the layer's
     input plus the outputs of its blocks up to this one. By batch: `inputs` of the consumer until it
     is repaired, its `outputs` from then on, and its `dense` outputs where a target needs them.
     """
@@ -39,6 +40,7 @@ class Block:
     spec: Any
     place: int
     first: Tensor | None
+    added: bool | None = None
     ends_sum: bool = False
     inputs: dict[int, Kept] = field(default_factory=dict)
     outputs: dict[int, Kept] = field(default_factory=dict)

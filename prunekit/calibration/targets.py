@@ -40,6 +40,11 @@ def compute_target(layer: LayerPass, batch: int, block: Block, target: str) -> T
 def run_dense_blocks(layer: LayerPass, batch: int, block: Block) -> Tensor:
     """The dense residual stream [B, T, d] up to and with a block; those behind it give zero."""
     earlier, later = layer.finder.around(block)
+    if block.ends_sum:
+        stream = at_least_float32(layer.dense[batch].get()).clone()
+        for other in (*earlier, block):
+            stream += other.dense[batch].get().reshape(stream.shape)
+        return stream
     zero = {other: torch.zeros_like(other.dense[batch].get()) for other in later}
     dense = {other: other.dense[batch].get() for other in (*earlier, block)}
     return layer.run(batch, {**zero, **dense}, dense=True)
@@ -48,9 +53,11 @@ def run_dense_blocks(layer: LayerPass, batch: int, block: Block) -> Tensor:
 def is_added(layer: LayerPass, block: Block) -> bool:
     """Whether the block's output is simply added to the residual stream, in all processes.
 
-    Tried on the dense states of the first batch, with the blocks behind this one giving zero. Notes
-    in the block whether the stream is nothing but a sum of blocks: streams are not run then.
+    Tried once, on the dense states of the first batch, with the blocks behind this one giving zero.
+    Notes in the block whether the stream is nothing but a sum of blocks: streams are not run then.
     """
+    if block.added is not None:
+        return block.added
     earlier, later = layer.finder.around(block)
     own = block.dense[0].get()
     rest = {other: other.dense[0].get() for other in earlier}
@@ -65,7 +72,8 @@ def is_added(layer: LayerPass, block: Block) -> bool:
         holds, is_sum = torch.stack(looks).tolist()  # the device is waited for once
     is_sum &= len(parts) == len(earlier) + 2  # none has another size
     block.ends_sum = hold_everywhere(holds and is_sum, layer.store.device)
-    return hold_everywhere(holds, layer.store.device)
+    block.added = hold_everywhere(holds, layer.store.device)
+    return block.added
 
 
 def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> Tensor:
