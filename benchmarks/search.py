@@ -1,11 +1,18 @@
 """`policy=search` beside the formulas: perplexity, the time it takes, and what it evaluated.
 
-python benchmarks/search.py --runs FILE --model SmolLM2-135M --processes 12 -- model.path=FOLDER
-python benchmarks/search.py --runs FILE --gather
+    python benchmarks/search.py --runs demo.jsonl --processes 2 --seconds 3600
+    python benchmarks/search.py --runs smollm2.jsonl --model SmolLM2-135M --processes 8 \
+        --effort policy.tokens=[2048,16384] --also "search importance.outputs=full" -- \
+        model.path=FOLDER data.calibration.path=c4.jsonl eval.corpora=[wiki.test.raw]
+    python benchmarks/search.py --runs stories.jsonl --model stories260K --split stories.jsonl \
+        -- model.path=FOLDER
+    python benchmarks/search.py --runs smollm2.jsonl --gather
 
 Every run leaves a line in the file as soon as it is done; a run that is there is not made again,
-one that failed is. Several processes share a GPU, or the processor's cores. Gathered rows take the
-place of those of the same model, ratio, policy and seed in search.json; the others stay.
+one that failed is. What says most comes first: the first two ratios, the search and the formulas
+over the depth, with the first seed; then what is tried beside them, then other seeds. Several
+processes share a GPU, or the processor's cores, with one thread each. Gathered rows take the place
+of those of the same model, ratio, policy and seed in search.json; the others stay.
 """
 
 import argparse
@@ -15,16 +22,23 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
 from page import HERE, environment, write
 from workers import Job, make_rows, read_rows
 
 POLICIES = ["search", "sensitivity", "owl", "uniform", "log_increase", "linear_increase"]
+LATER = ["sensitivity", "owl"]  # which measure, and have not been the best yet
+LEADING = 2  # ratios that come first
+DETAILS = ("settings", "rounds", "shares", "stages")  # of the runs' files alone
 KEY = ("model", "ratio", "policy", "seed")
 NOTE = (
     "What limits it, measured on SmolLM2-135M at 33 % on 4,096 tokens of C4 that the search did "
@@ -56,6 +70,7 @@ def run(job: Job) -> dict[str, Any]:
     """A row: one run as the command line makes it, and what its report says."""
     from prunekit import config as cfg
     from prunekit import jobs
+    from prunekit.runtime.devices import pick_device
 
     policy, *own = job["policy"].split()
     options = [f"ratio={job['ratio']}", f"policy={policy}", "eval=figures", "eval.cache=null"]
@@ -63,10 +78,12 @@ def run(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
         started = time.perf_counter()
-        config = cfg.check(cfg.compose([*options, f"output_dir={output}"]))
+        composed = cfg.compose([*options, f"output_dir={output}"])
+        config = cfg.check(composed)
         jobs.run(config, output, kept=kept())
         seconds = time.perf_counter() - started
         report = json.loads((output / "report.json").read_text())
+    device = pick_device(config.device)
     perplexity = next(iter(report["perplexity"].values()))
     row = {
         "achieved": report["ratio"]["achieved"],
@@ -74,10 +91,14 @@ def run(job: Job) -> dict[str, Any]:
         "pruned": perplexity["pruned"],
         "prune_seconds": report["seconds"]["prune"],
         "seconds": seconds,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "stages": report["seconds"],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": settings(composed),
     }
     if search := report["policy"].get("search"):
         row |= {name: search[name] for name in ("taken", "verdict", "evaluations", "passes")}
+        row["rounds"], row["shares"] = search["rounds"], search["cuts"][search["taken"]]["shares"]
         row["cuts"] = {
             name: {key: cut[key] for key in ("fitness", "held_out", "lead", "lead_error")}
             for name, cut in search["cuts"].items()
@@ -85,10 +106,64 @@ def run(job: Job) -> dict[str, Any]:
     return row
 
 
+def settings(composed: DictConfig) -> dict[str, Any]:
+    """Key → value of all that a run was asked for; of a path, the name of the file."""
+    plain: Any = OmegaConf.to_container(composed, resolve=True)
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}.", value)
+            else:
+                named = [value] if isinstance(value, str) else value
+                if isinstance(named, list) and any("/" in str(item) for item in named):
+                    value = [Path(str(item)).name for item in named]
+                flat[f"{prefix}{key}"] = value
+
+    add("", {key: value for key, value in plain.items() if key not in ("hydra", "output_dir")})
+    return flat
+
+
+def split(corpus: Path, folder: Path) -> list[str]:
+    """Overrides that calibrate on four fifths of a corpus's documents and evaluate on the rest."""
+    lines = corpus.read_text().splitlines(keepends=True)
+    border = len(lines) - len(lines) // 5
+    calibration, evaluation = (folder / f"{corpus.stem}_{part}.jsonl" for part in ("calib", "eval"))
+    calibration.write_text("".join(lines[:border]))
+    evaluation.write_text("".join(lines[border:]))
+    return [f"data.calibration.path={calibration}", f"eval.corpora=[{evaluation}]"]
+
+
+def plan(
+    model: str,
+    ratios: Sequence[float],
+    policies: Sequence[str],
+    also: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Job]:
+    """The runs, those first that say most; `also`: policies of the leading ratios and one seed."""
+    jobs = []
+    for ratio, policy, seed in product(ratios, [*policies, *also], seeds):
+        leads = ratio in ratios[:LEADING]
+        first = seed == seeds[0]
+        if policy in policies:
+            later = policy in LATER
+            rank = 4 * later + (0 if leads and first else 2 if leads else 3)
+        elif leads and first:
+            rank = 1
+        else:
+            continue
+        jobs.append((rank, {"model": model, "ratio": ratio, "policy": policy, "seed": seed}))
+    return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]
+
+
 def gather(path: Path) -> None:
     """Put the runs of a file into search.json, and bring the page up to date."""
     known = json.loads((HERE / "search.json").read_text())["rows"]
-    merged = {tuple(row[key] for key in KEY): row for row in known} | read_rows(path, KEY)
+    merged = {tuple(row[key] for key in KEY): row for row in known}
+    for key, row in read_rows(path, KEY).items():
+        merged[key] = {name: value for name, value in row.items() if name not in DETAILS}
     write(
         "search",
         {**environment("search"), "repeats": 1, "note": NOTE, "rows": list(merged.values())},
@@ -105,7 +180,12 @@ def main() -> None:
     parser.add_argument(
         "--policies", nargs="+", default=POLICIES, help='also as "search policy.rounds=1"'
     )
+    parser.add_argument(
+        "--also", nargs="*", default=[], help="more of them, at the first ratios and seed alone"
+    )
+    parser.add_argument("--effort", nargs="*", default=[], help="overrides of all searches")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", type=Path, help="a file of JSON lines: calibrates, evaluates")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="stop after so long; runs so far are kept")
     parser.add_argument("overrides", nargs="*", help="of the command line, behind --")
@@ -113,19 +193,17 @@ def main() -> None:
     if args.gather:
         gather(args.runs)
         return
-    jobs = [
-        {"model": args.model, "ratio": ratio, "policy": policy, "seed": seed}
-        for ratio in args.ratios
-        for policy in args.policies  # what takes longest first
-        for seed in args.seeds
-    ]
     done, revision = read_rows(args.runs, KEY), environment("search")["revision"]
-    jobs = [
-        {**job, "options": args.overrides, "revision": revision}
-        for job in jobs
-        if tuple(job[key] for key in KEY) not in done
-    ]
-    sys.exit(not make_rows(jobs, run, args.runs, args.processes, args.seconds))
+    with tempfile.TemporaryDirectory() as folder:
+        own = args.overrides + (split(args.split, Path(folder)) if args.split else [])
+        same = {"revision": revision, "processes": args.processes}
+        jobs = [
+            {**job, **same, "options": own + args.effort * job["policy"].startswith("search")}
+            for job in plan(args.model, args.ratios, args.policies, args.also, args.seeds)
+            if tuple(job[key] for key in KEY) not in done
+        ]
+        sound = make_rows(jobs, run, args.runs, args.processes, args.seconds)
+    sys.exit(not sound)
 
 
 if __name__ == "__main__":

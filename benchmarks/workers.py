@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def spread(
             yield done.get(timeout=None if end is None else max(end - time.monotonic(), 0))
         except queue.Empty:
             break
-    while not waiting.empty():  # or else new processes would take up what is left
-        waiting.get()
+    with suppress(queue.Empty):  # or else new processes would take up what is left
+        while True:
+            waiting.get_nowait()
     for process in set(multiprocessing.active_children()) - before:
         process.terminate()
 
@@ -54,6 +56,8 @@ def make_rows(
     A line is the job with its result, without the folders of this machine in its `options`.
     """
     sound = True
+    if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
+        path.write_text(text + "\n", encoding="utf-8")  # a line was cut off
     for job, result in spread(jobs, work, processes, seconds):
         row = {**job, **result, "options": [hide_folders(option) for option in job["options"]]}
         line = json.dumps(row)
@@ -66,8 +70,10 @@ def make_rows(
 
 def read_rows(path: Path, key: Sequence[str]) -> dict[tuple, Job]:
     """The rows of a file that did not fail, by the values of these keys; none without the file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):  # a line that was cut off when its writer was killed
+            rows.append(json.loads(line))
     return {tuple(row[name] for name in key): row for row in rows if "error" not in row}
 
 

@@ -144,6 +144,34 @@ def test_a_job_that_fails_or_kills_its_process_costs_no_other_one(monkeypatch, t
     assert results["3"]["by"] == results["4"]["by"] != results["2"]["by"] != results["1"]["by"]
 
 
+def test_runs_of_the_search_come_by_what_they_say_and_their_file_survives(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import search
+    import workers
+
+    runs = search.plan("m", [0.2, 0.33, 0.5], search.POLICIES, ["search x=1"], [0, 1])
+    keys = [tuple(run[key] for key in search.KEY) for run in runs]
+    assert len(set(keys)) == len(keys) == 3 * 6 * 2 + 2
+    names = [f"{run['policy']} {run['ratio']} {run['seed']}" for run in runs]
+    assert names[:4] == [f"{p} 0.2 0" for p in ("search", "uniform", "log_increase")] + [
+        "linear_increase 0.2 0"
+    ]
+    assert names[8:10] == ["search x=1 0.2 0", "search x=1 0.33 0"]
+    assert names[10] == "search 0.2 1" and names[-1] == "owl 0.5 1"
+
+    def spread(jobs, *how):
+        for job in jobs[:2]:
+            yield job, {"error": "x"} if job is jobs[1] else {"pruned": 2.0}
+
+    monkeypatch.setattr(workers, "spread", spread)
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"model": "m", "rat')  # of a process that was killed
+    runs = [{**run, "options": ["model.path=/somewhere/m"]} for run in runs]
+    assert not workers.make_rows(runs, search.run, path, 1)
+    rows = workers.read_rows(path, search.KEY)
+    assert list(rows) == [keys[0]] and rows[keys[0]]["options"] == ["model.path=m"]
+
+
 def test_rows_are_kept_as_they_end_and_a_run_stops_in_time(monkeypatch, tmp_path):
     body = "import time\n\ndef work(job):\n    return {'is': eval(job['do'])}\n"
     (tmp_path / "timed.py").write_text(body)
