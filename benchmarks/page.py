@@ -523,11 +523,9 @@ def _search_row(name: str, rows: list[dict], others: list[float]) -> list[str]:
     searched = name.startswith("search")
     against = f"{_increase(rows) / min(others) - 1:+.0%}" if searched and others else ""
     taken = Counter(row["taken"] for row in rows if searched)
-    pruned = [row["pruned"] for row in rows]
-    spread = f" ± {statistics.stdev(pruned):.2f}" if len(pruned) > 1 else ""
     return [
         name,
-        f"{statistics.mean(pruned):.2f}{spread}",
+        _mean_and_spread([row["pruned"] for row in rows]),
         f"{_increase(rows):.2f}",
         against,
         f"{_mean_of('prune_seconds', rows):,.0f}",
@@ -539,6 +537,62 @@ def _search_row(name: str, rows: list[dict], others: list[float]) -> list[str]:
 
 def _mean_of(key: str, rows: list[dict]) -> float:
     return statistics.mean(row[key] for row in rows)
+
+
+def gates(result: dict) -> list[str]:
+    lines = head("Learned gates beside the solver and the search", "gates", result)
+    lines += [
+        "Perplexity, mean and spread over draws and seeds: as pruned; after the same LoRA; after "
+        "one that is longer by what the pruning cost less than training the gates. Tokens: through "
+        "all layers, forward alone and forward with backward, of the pruning; rows of 128 tokens "
+        f"of the longer recovery. Seconds of the pruning. {result['note']}",
+        "",
+    ]
+    runs: dict[tuple[str, float], dict[str, list[dict]]] = {}
+    for row in result["rows"]:
+        methods = runs.setdefault((row["model"], row["ratio"]), {})
+        methods.setdefault(row["method"], []).append(row)
+    for (model, ratio), methods in sorted(runs.items()):
+        first = next(iter(methods.values()))[0]
+        dense = ", ".join(f"{value:.2f} {text}" for text, value in first["dense"].items())
+        lines += [
+            f"## Gates on {model}: {ratio:.0%} of all parameters",
+            "",
+            f"Dense: {dense}. Trained on {first['train']}, {first['steps']} steps of "
+            f"{first['batch_rows']} × {first['length']} tokens; calibrated on {first['samples']} "
+            f"windows; recovery of {first['recovery']} rows at {first['recovery_rate']:g}; "
+            f"{first['device_name']}, {first['processes']} process(es).",
+            "",
+        ]
+        for text in first["dense"]:
+            lines += table(
+                f"{text} | >runs | >pruned | >recovered | >at equal compute | >forward | "
+                ">forward and backward | >rows then | >seconds",
+                [_gates_row(name, rows, text) for name, rows in methods.items()],
+            )
+            lines.append("")
+    return lines[:-1]
+
+
+def _gates_row(name: str, rows: list[dict], text: str) -> list[str]:
+    stages = ("pruned", "recovered", "equal")
+    perplexities = [[row[stage]["perplexity"][text] for row in rows] for stage in stages]
+    return [
+        name,
+        f"{len(rows)}",
+        *map(_mean_and_spread, perplexities),
+        *(
+            f"{_mean_of(key, [row['pruned'] for row in rows]):,.0f}"
+            for key in ("forward", "trained")
+        ),
+        f"{_mean_of('rows', [row['equal'] for row in rows]):,.0f}",
+        f"{_mean_of('seconds', [row['pruned'] for row in rows]):,.0f}",
+    ]
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 SECTIONS = {
@@ -553,5 +607,6 @@ SECTIONS = {
     "recovery": recovery,
     "quantize": quantize,
     "search": search,
+    "gates": gates,
     "families": families,
 }

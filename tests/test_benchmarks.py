@@ -190,6 +190,27 @@ def test_rows_are_kept_as_they_end_and_a_run_stops_in_time(monkeypatch, tmp_path
     assert read_rows(tmp_path / "rows", ["do"]) == {("1",): expected}
 
 
+def test_the_most_important_runs_of_gates_come_first_and_all_are_in_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gates
+    import page
+
+    monkeypatch.setattr(gates, "environment", lambda _: {"revision": "none"})
+    jobs = gates.list_jobs(gates.parse(["--runs", "rows"]), {("demo", 0.5, "slimgpt", 0)})
+    assert len(jobs) == 2 * 3 * len(gates.METHODS) - 1
+    assert [job["seed"] for job in jobs[: 2 * len(gates.METHODS) - 1]] == [0] * 13
+    assert {job["method"] for job in jobs[-8:]} == {"search", "compresso"}
+    compute = {"perplexity": {"held out": 20.0}, "seconds": 1.0, "forward": 5, "trained": 10}
+    stages = {name: {**compute, "rows": 7} for name in ("pruned", "recovered", "equal")}
+    rows = [{**job, **stages, "dense": {"held out": 10.0}, "device_name": "CPU"} for job in jobs]
+    text = "\n".join(
+        page.gates({**page.environment("gates"), "note": "", "repeats": 1, "rows": rows})
+    )
+    assert "| search | 3 | 20.00 ± 0.00 |" in text and text.count("| slimgpt |") == 2
+    # Training gates costs 2 × 16,384 + 3 × 102,400 tokens; a row of recovery 256.
+    assert gates.spare(jobs[0], {"forward": 20_480, "trained": 0}) == 1248
+
+
 def test_types_of_models_are_tried(monkeypatch):
     """One that holds entirely, and one that can't be traced."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
