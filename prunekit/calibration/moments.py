@@ -85,11 +85,12 @@ class Moments:
         the device, but for the number of tokens where there is a mask and it is not given.
         """
         x = _zero_padding(inputs.detach(), mask)
-        root = None
+        root = peak = None
         if self.weight is not None:
             given = x.new_ones(inputs.shape[:-1]) if weights is None else weights
             root = _zero_padding(given.to(x.device, self.dtype)[..., None], mask).sqrt()
-            x = x.to(self.dtype) * root
+            peak = root.amax() if _multiplies_half(x) else None
+            x = _weigh_rows(x, root, peak, x.dtype)
         if mask is None:
             tokens = len(x)
         elif tokens is None:
@@ -100,17 +101,17 @@ class Moments:
         old, share = self.tokens / new, 1 / new
         for start in range(0, len(self.hessian), _PANEL):
             panel = self.hessian[start:, start : start + _PANEL]
-            _add_product(panel, x[:, start:], x[:, start : start + _PANEL], old, share)
+            _add_product(panel, x[:, start:], x[:, start : start + _PANEL], old, share, peak)
         self._taken.append(_Taken.of(self.hessian, inputs, samples))
-        self.mean.mul_(old).add_(_sum_rows(x, root, self.dtype), alpha=share)
+        self.mean.mul_(old).add_(_sum_rows(x, root, peak, self.dtype), alpha=share)
         if self.weight is not None and root is not None:
             self.weight.mul_(old).add_(root.square().sum(), alpha=share)
         if self.cross is not None and self.error is not None:
             assert error is not None
             e = _zero_padding(error.detach(), mask)
-            e = e if root is None else e.to(self.dtype) * root
-            _add_product(self.cross, e, x, old, share)
-            self.error.mul_(old).add_(_sum_rows(e, root, self.dtype), alpha=share)
+            e = e if root is None else _weigh_rows(e, root, peak, self.dtype)
+            _add_product(self.cross, e, x, old, share, peak)
+            self.error.mul_(old).add_(_sum_rows(e, root, peak, self.dtype), alpha=share)
         self.tokens = new
 
     def of_errors(self) -> tuple[Tensor, Tensor]:
@@ -202,22 +203,56 @@ def _tiny(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny
 
 
-def _sum_rows(rows: Tensor, root: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Σ_t x_t [n] of rows x_t [N, n]; of rows √w_t x_t, given √w_t [N, 1], Σ_t w_t x_t."""
-    return rows.sum(0, dtype=dtype) if root is None else (root.T @ rows)[0]
+def _multiplies_half(rows: Tensor) -> bool:
+    """Whether rows are multiplied in half precision, which only a GPU sums up in float32."""
+    return rows.is_cuda and is_half(rows.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, old: float, share: float) -> None:
-    """Total ← old · total + share · leftᵀ right, in place.
+def _weigh_rows(rows: Tensor, root: Tensor, peak: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """√w_t x_t of rows x_t [N, n], given √w_t [N, 1], in float32 at least.
+
+    Where products are taken in half precision, √w_t is divided by its `peak` [], so that no row
+    leaves the range of half precision, and the result has the given dtype.
+    """
+    wide = rows.to(root.dtype)
+    return wide * root if peak is None else (wide * (root / _at_least(peak))).to(dtype)
+
+
+def _at_least(peak: Tensor) -> Tensor:
+    """The largest √w_t, or a tiny number where all are zero."""
+    return peak.clamp_min(_tiny(peak.dtype))
+
+
+def _sum_rows(rows: Tensor, root: Tensor | None, peak: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Σ_t x_t [n] of rows x_t [N, n]; of rows √w_t x_t (`_weigh_rows`) Σ_t w_t x_t."""
+    if root is None:
+        return rows.sum(0, dtype=dtype)
+    total = (root.T @ rows.to(root.dtype))[0]
+    return total if peak is None else total * _at_least(peak)
+
+
+def _add_product(
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    old: float,
+    share: float,
+    peak: Tensor | None = None,
+) -> None:
+    """Total ← old · total + share · leftᵀ right, in place; times peak² where rows lack √w_t.
 
     On a GPU half precision is multiplied as it is: the products are exact and summed in float32.
     Errors in float32 are rounded to it; they are differences of outputs that were rounded to it.
     """
-    if not (right.is_cuda and is_half(right.dtype)):
+    if not _multiplies_half(right):
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=old, alpha=share)
         return
     if left.dtype != right.dtype:
         left, share = (left / _ROOM).to(right.dtype), share * _ROOM
+    if peak is not None:
+        product = torch.mm(left.T, right, out_dtype=total.dtype)
+        total.mul_(old).addcmul_(product, _at_least(peak).square(), value=share)
+        return
     torch.addmm(total, left.T, right, out_dtype=total.dtype, beta=old, alpha=share, out=total)
 
 

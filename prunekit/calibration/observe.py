@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prunekit.calibration.activations import InputSums
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.weighting import EQUAL, Weighting
@@ -52,14 +53,25 @@ class Site:
             self.moments.hessian.device
         )
 
+    def sum_inputs(self) -> InputSums:
+        """The sums of the inputs over all samples that units are chosen by, while there are H."""
+        parts = [self.choosing] if self.choosing else [self.moments, self.held]
+        sums = InputSums()
+        for part in parts:
+            if part is not None:
+                sums.tokens += part.tokens
+                sums.total = sums.total + part.mean.double() * part.tokens
+                sums.squares = sums.squares + part.hessian.diagonal().double() * part.tokens
+        return sums
+
     def merge_held_out(self) -> None:
         """Merge the held-out moments into `moments`; the matrices of both parts are let go of."""
         if self.held is not None:
             self.moments, self.held = Moments.together([self.moments, self.held]), None
 
-    def energy(self) -> float:
-        """E‖W x‖²: the error that removing all columns would leave."""
-        weight = self.weight()
+    def energy(self, weight: Tensor | None = None) -> float:
+        """E‖W x‖²: the error that removing all columns would leave; of another W if it is given."""
+        weight = self.weight() if weight is None else weight
         return float(((weight @ self.moments.hessian.to(weight)) * weight).sum())
 
 

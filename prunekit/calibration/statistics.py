@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Site
+from prunekit.errors import ConfigError
 from prunekit.obs.inverse import Inverse, Problem, cholesky, invert
 
 _RIDGE = 1e-6  # of the mean square of an output's gradient, so that G can be factorised
@@ -132,6 +133,21 @@ def weigh_outputs(weight: Tensor, metric: Tensor) -> Tensor:
         return weight * (own / mean).sqrt().to(weight)[:, None]
     factor = cholesky(own / mean + _RIDGE * torch.eye(len(own), device=own.device))
     return factor.T.to(weight) @ weight
+
+
+def scale_of_loss(site: Site) -> float:
+    """What errors by W' (`weigh_outputs`) are multiplied by to be those by G as it is.
+
+    Raises:
+        ConfigError: the outputs of the site have no gradients.
+    """
+    if site.metric is None:
+        raise ConfigError(
+            f"{site.moments.name}: expected one consumer for each group, whose outputs' gradients "
+            "tell how the loss rises (importance.compete=loss)"
+        )
+    diagonal = site.metric if site.metric.ndim == 1 else site.metric.diagonal()
+    return float(diagonal.double().mean())
 
 
 def measure_share(moments: Moments, held: Moments, damping: float, *, centred: bool) -> float:

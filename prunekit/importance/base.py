@@ -15,6 +15,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from prunekit.calibration.activations import InputSums
 from prunekit.calibration.weighting import EQUAL, Outputs, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import expect_one_of
@@ -52,6 +53,16 @@ class Importance(ABC):  # noqa: B024 - each of its two kinds below has an abstra
         return self if isinstance(self, LayerImportance) else None
 
     @property
+    def weighting(self) -> Weighting:
+        """How tokens are weighed in the moments that units are chosen by: all alike."""
+        return EQUAL
+
+    @property
+    def output_weights(self) -> Outputs:
+        """How errors in the outputs are weighed where units are chosen: all alike."""
+        return "equal"
+
+    @property
     def comparable(self) -> bool:
         """Whether scores of different groups compare as they are, instead of per unit of cost."""
         return self.at_once is not None and self.at_once.normalisation != "none"
@@ -79,6 +90,27 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What is known of a group in a layer-wise run, once the groups before it are cut.
+
+    Attributes:
+        model: as it is now; the columns of units that are gone are zero.
+        graph: its coupling graph.
+        group: the group that is about to be cut.
+        batches: the calibration set.
+        inputs: name of a consumer's weight → statistics of what it is fed now.
+        problems: for each site that reads the group: W and A = (H + λI)⁻¹ of its inputs.
+    """
+
+    model: nn.Module
+    graph: CouplingGraph
+    group: Group
+    batches: Sequence[Batch]
+    inputs: Mapping[str, InputSums]
+    problems: Sequence[Problem]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreImportance(Importance, ABC):
     """Scores every unit on the model as it is; low scores go first.
 
@@ -102,6 +134,11 @@ class ScoreImportance(Importance, ABC):
     def changes_weights(self) -> bool:
         """Whether `measure` may ask for updates of weights."""
         return False
+
+    @property
+    def rescores(self) -> bool:
+        """Whether the units of one group can be scored alone, while the others are being cut."""
+        return True
 
     @abstractmethod
     def structures(
@@ -140,6 +177,14 @@ class ScoreImportance(Importance, ABC):
         structures = self.structures(model, graph, groups, batches)
         return {group.name: self.combine(group, structures[group.name]) for group in groups}
 
+    def rescore(self, sight: Sight) -> Tensor:
+        """The scores of a group's units [num_units] as the model is now, float64 on the CPU.
+
+        Unless a backend knows them from what a layer-wise run has measured, they take passes over
+        the calibration set.
+        """
+        return self.score(sight.model, sight.graph, [sight.group], sight.batches)[sight.group.name]
+
     def combine(self, group: Group, structures: Tensor) -> Tensor:
         """Scores of structures [structures, num_units] → scores of units [num_units], a new one."""
         combined = aggregate(structures, self.aggregation).clone()
@@ -161,16 +206,6 @@ class LayerImportance(Importance, ABC):
         """Whether `choose` takes units one after another, each for good."""
         return False
 
-    @property
-    def weighting(self) -> Weighting:
-        """How tokens are weighed in the moments that units are chosen by: all alike."""
-        return EQUAL
-
-    @property
-    def output_weights(self) -> Outputs:
-        """How errors in the outputs are weighed where units are chosen: all alike."""
-        return "equal"
-
     @abstractmethod
     def choose(self, problems: Sequence[Problem], count: int) -> list[int]:
         """Choose `count` units of one group, given a problem for each site that reads them.
@@ -178,3 +213,10 @@ class LayerImportance(Importance, ABC):
         A problem holds the consumers' W [d, n], A = (H + λI)⁻¹ [n, n] of their inputs, and the
         columns that each unit owns, int64 [num_units, width].
         """
+
+    def choose_levels(self, problems: Sequence[Problem], counts: Sequence[int]) -> list[list[int]]:
+        """The units that go at each of these rising counts."""
+        if not self.nested:
+            return [self.choose(problems, count) for count in counts]
+        order = self.choose(problems, counts[-1])
+        return [order[:count] for count in counts]

@@ -4,17 +4,17 @@ I_u = Σ_{j ∈ u} Var(x_j) ‖W_:j‖² (its metric WIFV): what replacing the i
 their means changes in what reads them. `compensation=bias` puts these means into the biases.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from prunekit.calibration.activations import gather_input_statistics
+from prunekit.calibration.activations import InputSums, gather_input_statistics
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.aggregation import Normalisation
-from prunekit.importance.base import ScoreImportance
+from prunekit.importance.base import ScoreImportance, Sight
 from prunekit.importance.structures import sum_by_structure
 from prunekit.runtime.numbers import along, at_least_float32
 
@@ -38,11 +38,25 @@ class Fluctuation(ScoreImportance):
         """One forward pass over the calibration set; padding does not count."""
         names = {member.parameter for group in groups for member in group.consumers}
         inputs = gather_input_statistics(model, names, batches)
-        for group in groups:
-            if not any(member.parameter in inputs for member in group.consumers):
-                raise ConfigError(
-                    f"{group.name}: fluctuation scores what linear modules read, and none reads it"
-                )
+        return {group.name: self._score(model, graph, group, inputs) for group in groups}
+
+    def rescore(self, sight: Sight) -> Tensor:
+        """By the inputs of the consumers as they are now; without another pass."""
+        scores = self._score(sight.model, sight.graph, sight.group, sight.inputs)
+        return self.combine(sight.group, scores)
+
+    def _score(
+        self,
+        model: nn.Module,
+        graph: CouplingGraph,
+        group: Group,
+        inputs: Mapping[str, InputSums],
+    ) -> Tensor:
+        """The structures of a group [structures, num_units], given the inputs of its consumers."""
+        if not any(member.parameter in inputs for member in group.consumers):
+            raise ConfigError(
+                f"{group.name}: fluctuation scores what linear modules read, and none reads it"
+            )
 
         def positions(member: Member) -> Tensor | None:
             if member.role == "producer" or member.parameter not in inputs:
@@ -50,4 +64,4 @@ class Fluctuation(ScoreImportance):
             weight = at_least_float32(model.get_parameter(member.parameter).detach())
             return along(weight.square(), member.dim) * inputs[member.parameter].variance()
 
-        return {group.name: sum_by_structure(graph, group, positions) for group in groups}
+        return sum_by_structure(graph, group, positions)

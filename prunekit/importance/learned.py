@@ -45,6 +45,11 @@ class LearnedImportance(ScoreImportance):
         """Whether weights are trained beside the gates."""
         return self.train.rank > 0
 
+    @property
+    def rescores(self) -> bool:
+        """False: the gates of all groups are trained together."""
+        return False
+
     @abstractmethod
     def make_rule(self, layout: Layout, bounds: Bounds, first: Tensor) -> Rule:
         """What a gate is: see `prunekit.gates.Rule`."""

@@ -1,40 +1,43 @@
 """Mixed: the weighted mean of several importances' ranks, or of their normalised scores."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from inspect import isabstract
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.calibration.weighting import EQUAL, Outputs, Weighting
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, expect_one_of
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.aggregation import normalise
-from prunekit.importance.base import ScoreImportance, spell
+from prunekit.importance.base import ScoreImportance, Sight, spell
 
 By = Literal["rank", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed(ScoreImportance):
-    """Units by several importances at once, each with its default options.
+    """Units by several importances at once.
 
     Args:
         parts: the names of importances that score units.
         weights: how much each of them counts, numbers ≥ 0.
+        options: name of a part → its options that are not at their defaults.
         by: rank: a unit's place in the order of its group, in [0, 1); score: its score over the
             mean of its group.
 
     Raises:
-        ConfigError: an unknown part, or weights that don't fit them.
+        ConfigError: an unknown part, options that it hasn't, or weights that don't fit the parts.
     """
 
     parts: Sequence[str] = ("obs", "peak_to_peak")
     weights: Sequence[float] = (1.0, 1.0)
     by: By = "rank"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +56,27 @@ class Mixed(ScoreImportance):
             )
         if not any(numbers):
             raise ConfigError("importance.weights: expected one that is not 0, all are")
+        for part, own in self.options.items():
+            expect_one_of("importance.options", part, list(self.parts))
+            for key in own:
+                known_keys = [option.name for option in fields(_known()[part])]
+                expect_one_of(f"importance.options.{part}", key, known_keys)
+        self._build()
+
+    def _build(self) -> list[ScoreImportance]:
+        """The importances that the parts name."""
+        return [_known()[part](**self.options.get(part, {})) for part in self.parts]
+
+    @property
+    def weighting(self) -> Weighting:
+        """That of the first part which weighs tokens."""
+        return next((p.weighting for p in self._build() if p.weighting != EQUAL), EQUAL)
+
+    @property
+    def output_weights(self) -> Outputs:
+        """That of the first part which weighs outputs."""
+        weights = [part.output_weights for part in self._build()]
+        return next((own for own in weights if own != "equal"), "equal")
 
     def structures(
         self,
@@ -62,12 +86,19 @@ class Mixed(ScoreImportance):
         batches: Sequence[Batch],
     ) -> dict[str, Tensor]:
         """One row a group: the mean over the parts."""
-        totals = {g.name: torch.zeros(g.num_units, dtype=torch.float64) for g in groups}
-        for part, weight in zip(self.parts, self.weights, strict=True):
-            scores = _known()[part]().score(model, graph, groups, batches)
-            for name, total in totals.items():
-                total += weight / sum(self.weights) * self._comparable(scores[name])
-        return {name: total[None] for name, total in totals.items()}
+        parts = [part.score(model, graph, groups, batches) for part in self._build()]
+        return {g.name: self._mix([scores[g.name] for scores in parts])[None] for g in groups}
+
+    def rescore(self, sight: Sight) -> Tensor:
+        """The mean over the parts, each of which scores the model as it is now."""
+        return self._mix([part.rescore(sight) for part in self._build()])
+
+    def _mix(self, parts: Sequence[Tensor]) -> Tensor:
+        """The weighted mean of the parts' scores [num_units] of a group, made comparable."""
+        total = torch.zeros_like(parts[0], dtype=torch.float64)
+        for scores, weight in zip(parts, self.weights, strict=True):
+            total += weight / sum(self.weights) * self._comparable(scores)
+        return total
 
     def _comparable(self, scores: Tensor) -> Tensor:
         if self.by == "score":

@@ -3,16 +3,16 @@
 ‖x_j‖₂ is the norm of input feature j over all tokens of the calibration set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from prunekit.calibration.activations import gather_input_statistics
+from prunekit.calibration.activations import InputSums, gather_input_statistics
 from prunekit.data.batches import Batch
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.aggregation import Aggregation
-from prunekit.importance.base import ScoreImportance
+from prunekit.importance.base import ScoreImportance, Sight
 from prunekit.importance.structures import scale_by_inputs, sum_by_structure
 from prunekit.runtime.numbers import along
 
@@ -38,10 +38,25 @@ class Wanda(ScoreImportance):
         names = {m.parameter for g in groups for m in g.scored_members(graph)}
         inputs = gather_input_statistics(model, names, batches)
 
-        def positions(member: Member) -> Tensor | None:
-            if member.parameter not in inputs:
-                return None
-            norm = inputs[member.parameter].norm()
-            return along(scale_by_inputs(model, member.parameter, norm), member.dim)
+        return {group.name: _score(model, graph, group, inputs) for group in groups}
 
-        return {group.name: sum_by_structure(graph, group, positions) for group in groups}
+    def rescore(self, sight: Sight) -> Tensor:
+        """By the inputs of the consumers as they are now, where no other structure counts."""
+        if self.aggregation != "last":
+            return super().rescore(sight)
+        scores = _score(sight.model, sight.graph, sight.group, sight.inputs)
+        return self.combine(sight.group, scores)
+
+
+def _score(
+    model: nn.Module, graph: CouplingGraph, group: Group, inputs: Mapping[str, InputSums]
+) -> Tensor:
+    """The structures of a group [structures, num_units], of matrices whose inputs are known."""
+
+    def positions(member: Member) -> Tensor | None:
+        if member.parameter not in inputs:
+            return None
+        norm = inputs[member.parameter].norm()
+        return along(scale_by_inputs(model, member.parameter, norm), member.dim)
+
+    return sum_by_structure(graph, group, positions)

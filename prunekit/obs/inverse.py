@@ -150,14 +150,23 @@ def remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
 
 def removal_error(problem: Problem, units: Sequence[int]) -> Tensor:
     """E(S) in float64, where S are the columns of all `units`, removed together."""
-    columns = problem.index[
-        torch.as_tensor(units, dtype=torch.long, device=problem.index.device)
-    ].flatten()
+    return added_errors(problem, units).sum()
+
+
+def added_errors(problem: Problem, units: Sequence[int]) -> Tensor:
+    """What each unit adds to the error when all go in this order, float64 [units].
+
+    E(S_k) − E(S_{k−1}), S_k the columns of the first k units. With the columns in this order and
+    A_SS = L Lᵀ these are the squared norms of the rows of L⁻¹ W_Sᵀ, summed over a unit's columns:
+    a leading block of L belongs to the first units alone.
+    """
+    index = torch.as_tensor(units, dtype=torch.long, device=problem.index.device)
+    columns = problem.index[index].flatten()
     factor = cholesky(problem.inverse[columns[:, None], columns])
     half = torch.linalg.solve_triangular(
         factor, problem.weight[:, columns].to(factor).T, upper=False
     )
-    return half.square().sum(dtype=torch.float64)
+    return half.square().sum(1, dtype=torch.float64).view(len(index), -1).sum(1)
 
 
 def unit_errors(

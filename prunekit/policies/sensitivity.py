@@ -14,6 +14,7 @@ from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.errors import ConfigError, expect_one_of
 from prunekit.graph import Group
+from prunekit.importance import Obs
 from prunekit.obs.inverse import removal_error
 from prunekit.policies.base import Policy, Setting, is_number
 from prunekit.policies.knapsack import Point, spread_saving
@@ -37,7 +38,7 @@ class Sensitivity(Policy):
         ratios: shares of a part's units, in (0, 1), that it is tried at.
         measure: the error: what the calibration loss rises by with the least important units masked
             (loss); or what Optimal Brain Surgeon leaves in the consumers, relative to their outputs
-            (obs).
+            (obs), whatever will choose the units.
         by: what is cut alone: all groups of a layer, or each group.
     """
 
@@ -127,11 +128,8 @@ def _measure_losses(setting: Setting, counts: Counts) -> dict[str, list[float]]:
 
 def _measure_obs_errors(setting: Setting, counts: Counts) -> dict[str, list[float]]:
     """Part → for each ratio Σ over its groups of the error left after repair over E‖W x‖²."""
-    importance = setting.importance.by_layer
-    if importance is None:
-        raise ConfigError(
-            "policy.measure=obs: expected importance=obs, which chooses by that error"
-        )
+    chooser = setting.importance
+    importance = chooser.by_layer or Obs(outputs=chooser.output_weights)
     parts = {name: key for key, tried in counts.items() for name in tried[0]}
     errors = {key: [0.0] * len(tried) for key, tried in counts.items()}
     walk = Walk(
@@ -148,8 +146,8 @@ def _measure_obs_errors(setting: Setting, counts: Counts) -> dict[str, list[floa
         ]
         energy = sum(site.energy() for site in sites)
         key = parts[group.name]
-        for i, removed in enumerate(counts[key]):
-            units = importance.choose(problems, removed[group.name])
+        levels = [removed[group.name] for removed in counts[key]]
+        for i, units in enumerate(importance.choose_levels(problems, levels)):
             error = sum(removal_error(problem, units).item() for problem in problems)
             errors[key][i] += error / max(energy, 1e-300)
     return errors

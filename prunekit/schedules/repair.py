@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import torch
 
+from prunekit.allocation.budget import pick_lowest
+from prunekit.calibration.activations import InputSums
 from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.observe import Site
 from prunekit.calibration.statistics import SiteWork, invert_moments, prepare_site
 from prunekit.calibration.walk import Walk
 from prunekit.calibration.weighting import EQUAL
 from prunekit.compensation.base import Compensation
+from prunekit.errors import DataError
 from prunekit.graph import Group
-from prunekit.importance.base import LayerImportance
+from prunekit.importance.base import Importance, Sight
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
 from prunekit.schedules.state import Finished
@@ -30,13 +33,13 @@ def cut_groups(
     """Cut the groups in execution order; group name → the units removed.
 
     The units are `chosen` already, or each group loses `counts` units that the importance chooses
-    from the moments of the consumers' inputs. Groups that an earlier run has finished get their
-    weights back from the state.
+    from the moments of the consumers' inputs, or by scores of the model as it is then. Groups that
+    an earlier run has finished get their weights back from the state.
     """
     removed = {name: list(units) for name, units in (chosen or {}).items()}
     counts = counts or {}
     groups = [g for g in assignment.groups if counts.get(g.name) or removed.get(g.name)]
-    chooser = assignment.importance.by_layer if chosen is None else None
+    chooser = assignment.importance if chosen is None else None
     walk = walk_through(assignment, groups, chooser)
     for group, sites in track(walk, "pruning layer by layer", len(groups)):
         if assignment.snapshot is not None:
@@ -57,7 +60,7 @@ def cut_groups(
 def walk_through(
     assignment: Assignment,
     groups: Sequence[Group],
-    chooser: LayerImportance | None,
+    chooser: Importance | None,
     done: Container[str] = (),
 ) -> Walk:
     """The walk that shows these groups with the moments of their consumers' inputs.
@@ -113,11 +116,10 @@ def cut_group(
     units are zero in all consumers of the group, and the other columns are repaired.
     """
     compensation = assignment.compensation
+    inputs = sum_inputs(sites) if units is None else {}
     work = prepare_sites(group, sites, compensation, damping, choosing=units is None)
     if units is None:
-        importance = assignment.importance.by_layer
-        assert importance is not None
-        units = importance.choose([part.pose_problem() for part in work], count)
+        units = choose_group(assignment, group, work, inputs, count)
     for part in work:
         repair_site(part, compensation, units)
     in_float64 = sum(part.statistics.took_float64 for part in work)
@@ -126,6 +128,45 @@ def cut_group(
         finished = Finished(removed=units, float64=in_float64)
         assignment.state.record(group.name, finished, find_consumers(assignment.model, group))
     return units
+
+
+def choose_group(
+    assignment: Assignment,
+    group: Group,
+    work: Sequence[SiteWork],
+    inputs: Mapping[str, InputSums],
+    count: int,
+) -> list[int]:
+    """Choose `count` units of a group by what is known of it now."""
+    problems = [part.pose_problem() for part in work]
+    importance = assignment.importance
+    if importance.by_layer is not None:
+        return importance.by_layer.choose(problems, count)
+    assert importance.at_once is not None
+    sight = Sight(
+        model=assignment.model,
+        graph=assignment.graph,
+        group=group,
+        batches=assignment.batches,
+        inputs=inputs,
+        problems=problems,
+    )
+    scores = importance.at_once.rescore(sight)
+    if scores.isnan().any():
+        raise DataError(f"{group.name}: its scores hold NaN")
+    scores[assignment.protected.get(group.name, [])] = torch.inf
+    return pick_lowest([group], {group.name: scores}, {group.name: count})[group.name]
+
+
+def sum_inputs(sites: Sequence[Site]) -> dict[str, InputSums]:
+    """Name of a consumer's weight → the sums of its inputs; stacked experts are left out."""
+    return {
+        consumer.member.parameter: sums
+        for site in sites
+        for sums in [site.sum_inputs()]
+        for consumer in site.consumers
+        if consumer.expert is None
+    }
 
 
 def prepare_sites(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from prunekit.calibration.observe import Site
 from prunekit.graph import Group
 from prunekit.importance.base import LayerImportance
-from prunekit.obs.inverse import Problem
 from prunekit.runtime.console import say, track
 from prunekit.schedules.base import Assignment
 from prunekit.schedules.repair import cut_groups, prepare_sites, repair_site, walk_through
@@ -97,7 +96,7 @@ class Builder:
         work = prepare_sites(group, sites, compensation, self.damping, choosing=chooses)
         if chooser is not None:
             problems = [part.pose_problem() for part in work]
-            choices = choose_levels(chooser, problems, counts)
+            choices = chooser.choose_levels(problems, counts)
             del problems
         else:
             assert self.orders is not None
@@ -111,13 +110,3 @@ class Builder:
                 repair_site(part, compensation, units)
             database.note(group.name, units)
         database.reset(group.name)
-
-
-def choose_levels(
-    chooser: LayerImportance, problems: Sequence[Problem], counts: Sequence[int]
-) -> list[list[int]]:
-    """The units that go at each of these rising counts."""
-    if not chooser.nested:
-        return [chooser.choose(problems, count) for count in counts]
-    order = chooser.choose(problems, counts[-1])
-    return [order[:count] for count in counts]

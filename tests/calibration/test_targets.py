@@ -292,3 +292,24 @@ def test_half_precision_is_multiplied_on_a_gpu_and_summed_in_float32(dtype, size
     cross = lost.T @ wide / len(wide)
     assert (moments.hessian - hessian).norm() < 1e-4 * hessian.norm()
     assert (moments.cross - cross).norm() < 5e-3 * cross.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is missing")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-9, 1.0])
+def test_weighted_rows_are_multiplied_in_half_precision_on_a_gpu(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 700, 1100, generator=generator).to("cuda", dtype)
+    errors = torch.randn(5, 700, 90, generator=generator).cuda()
+    weights = (size * torch.rand(5, 700, generator=generator).square()).cuda()
+    moments = Moments(1100, "a", "cuda", dtype, 90, weighted=True)
+    for part in range(5):
+        rows = slice(part, part + 1)
+        moments.add(x[rows], None, errors[rows], weights=weights[rows])
+    moments.finish()
+    wide, lost = x.flatten(0, 1).double(), errors.flatten(0, 1).double()
+    share = (weights.double() / weights.double().sum()).flatten()[:, None]
+    hessian, cross = wide.T @ (share * wide), lost.T @ (share * wide)
+    assert (moments.hessian - hessian).norm() < 5e-3 * hessian.norm()
+    assert (moments.cross - cross).norm() < 5e-3 * cross.norm()
+    torch.testing.assert_close(moments.mean.double(), (share * wide).sum(0), rtol=1e-2, atol=1e-3)

@@ -228,6 +228,33 @@ def test_a_choice_by_fisher_information_is_that_of_the_weighted_outputs(outputs)
     assert Obs().choose([problem], 5) != removed
 
 
+@pytest.mark.parametrize("compete", ["relative", "loss"])
+def test_units_compete_by_what_they_add_to_the_error_of_their_group(compete):
+    """By hand: the least squares without the first units of the order, by autograd's G or none."""
+    model, batch = tiny_llama(layers=1, ffn=12).double(), padded(12)
+    outputs = "full" if compete == "loss" else "equal"
+    importance = Obs(compete=compete, outputs=outputs, damping=0.0)
+    groups, mask = blocks(model), batch["attention_mask"].bool()
+    graph = trace(model, {"input_ids": token_ids(2, 7), "use_cache": False})
+    scores = importance.score(model, graph, groups, split(batch, 5))
+    deltas = gradients(copy.deepcopy(model), batch)
+    for group in groups:
+        (member,) = group.consumers
+        x, delta = watch(model, batch)[group.name][0][mask], deltas[group.name].flatten(0, 1)
+        weight = model.get_parameter(member.parameter).detach()
+        metric = delta.T @ delta if compete == "loss" else torch.eye(len(weight)).double()
+        unit = 1 / len(x) if compete == "loss" else 1 / (x @ weight.T).square().sum()
+        order = scores[group.name].argsort().tolist()
+        for k in range(1, len(order)):
+            kept = member.index[order[k:]].flatten().tolist()
+            solved = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution
+            lost = x @ weight.T - x[:, kept] @ solved
+            error = ((lost @ metric) * lost).sum() * unit
+            torch.testing.assert_close(
+                scores[group.name][order[:k]].sum(), error, rtol=1e-3, atol=1e-9
+            )
+
+
 def test_the_choice_and_the_repair_go_by_weights_of_their_own():
     """On one layer, whose inputs no cut changes: the choice of one run, the repair of another."""
     ids = token_ids(24, 12)

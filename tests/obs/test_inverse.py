@@ -8,6 +8,7 @@ from prunekit.calibration.moments import Moments
 from prunekit.errors import DataError
 from prunekit.obs.inverse import (
     Problem,
+    added_errors,
     cholesky,
     invert,
     removal_error,
@@ -51,6 +52,18 @@ def test_exact_unit_errors_are_the_optimal_errors(width):
         assert errors[unit].item() == pytest.approx(error(x, w, optimum(x, w, kept)), rel=1e-6)
         assert removal_error(problem, [unit]).item() == pytest.approx(errors[unit].item())
     torch.testing.assert_close(unit_errors([problem, problem], "exact"), 2 * errors)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_units_add_what_the_optimal_error_rises_by(width):
+    x, w, h = inputs(12)
+    index = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(-1, width)
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(2)).tolist()
+    added = added_errors(Problem(weight=w, inverse=invert(h).matrix, index=index), order[:3])
+    for k in range(3):
+        gone = index[order[: k + 1]].flatten().tolist()
+        kept = [i for i in range(12) if i not in gone]
+        assert added[: k + 1].sum().item() == pytest.approx(error(x, w, optimum(x, w, kept)))
 
 
 def test_grouped_cholesky_and_diagonal_by_their_definitions():

@@ -9,7 +9,14 @@ import prunekit
 from prunekit.calibration import walk as walking
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
-from prunekit.importance import Importance, Obs
+from prunekit.importance import (
+    Fluctuation,
+    Importance,
+    Obs,
+    PeakToPeak,
+    TaylorFirst,
+    Wanda,
+)
 from prunekit.schedules import State
 
 
@@ -249,3 +256,49 @@ def test_a_resumed_run_knows_which_hessians_took_float64(monkeypatch, tmp_path):
     )
     assert resumed.report["float64"] == whole.report["float64"]
     assert set(names) <= set(resumed.report["float64"])
+
+
+@pytest.mark.parametrize("importance", ["wanda", "fluctuation", "peak_to_peak", "taylor_first"])
+def test_units_are_scored_again_on_the_model_as_it_is_by_then(importance):
+    """Against scores of the whole model, in which the groups before are masked."""
+    from prunekit.surgery.masking import masked
+
+    ids, options = token_ids(6, 9), ["schedule.rescore=true", "policy=uniform", "shapes=free"]
+    model = tiny_llama().double()
+    graph, dense, given = trace(model, example()), copy.deepcopy(model), batches(ids)
+    plan = prunekit.prune(
+        model,
+        ratio=0.3,
+        importance=importance,
+        compensation=None,
+        calibration=ids,
+        overrides=[*options, "schedule=layerwise"],
+    ).plan
+    scorer = {
+        "wanda": Wanda,
+        "fluctuation": Fluctuation,
+        "peak_to_peak": PeakToPeak,
+        "taylor_first": TaylorFirst,
+    }[importance]()
+    gone, stale = {}, 0
+    for group in block(graph):
+        if not (units := plan.removed.get(group.name)):
+            continue
+        with masked(dense, graph, gone):
+            scores = scorer.score(dense, graph, [group], given)[group.name]
+        assert sorted(scores.argsort(stable=True)[: len(units)].tolist()) == sorted(units)
+        first = scorer.score(dense, graph, [group], given)[group.name]
+        stale += sorted(first.argsort(stable=True)[: len(units)].tolist()) != sorted(units)
+        gone[group.name] = units
+    assert stale, "a choice on the dense model would be another one"
+
+
+def test_gates_are_not_scored_again():
+    with pytest.raises(ConfigError, match=r"schedule\.rescore: expected an importance that scores"):
+        prunekit.prune(
+            tiny_llama(),
+            ratio=0.2,
+            importance="hard_concrete",
+            calibration=token_ids(4, 8),
+            overrides=["schedule.rescore=true"],
+        )
