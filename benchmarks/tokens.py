@@ -49,6 +49,9 @@ GROUPS = {"heads": "block", "mlp": "mlp", "queries": "[attention,query_head,mlp]
 KEY = ("model", "ratio", "groups", "seed", "samples", "length", "variant", "tasks")
 
 
+QUERIES = ("equal", "full + everywhere, loss", "full + in layers, loss")  # in the survey
+
+
 def both(tokens: str, *more: str) -> tuple[str, ...]:
     """The options that choose and repair by the same token weights."""
     return (f"importance.tokens={tokens}", f"compensation.tokens={tokens}", *more)
@@ -106,22 +109,31 @@ PARTS = {
 }
 SURVEY = (
     "equal",
-    "full",
-    "peak_to_peak + rescored",
-    "mixed full + rescored",
     "full + everywhere, loss",
+    "peak_to_peak + rescored",
+    "full",
+    "full + everywhere, loss + choose relative",
+    "diagonal + everywhere, loss",
+    "full + in layers, loss",
+    "full + losses",
+    "mixed full + rescored",
+    "full + everywhere, loss + damped 0.01",
     "full + everywhere",
     "full + in layers",
-    "full + in layers, loss",
     "full + curves",
+    "mixed full + rescored + losses",
+    "peak_to_peak + rescored + losses",
+    "full + everywhere, loss + repair relative",
+    "full + everywhere, loss + pruned",
+    "full + everywhere, loss + dense",
+    "full + everywhere, loss + choose gradient",
+    "full + everywhere, loss + choose without_first",
     "peak_to_peak",
     "mixed full + rescored + curves",
     "peak_to_peak + rescored + curves",
     "mixed + rescored",
-    "full + losses",
     "full + choose relative",
     "mixed three + rescored",
-    "mixed full + rescored + losses",
     "mixed taylor",
     "taylor_second",
     "full + damped 0.01",

@@ -80,7 +80,6 @@ STOREYS = {
         "graph",
         "importance",
         "model",
-        "obs",
         "policies",
         "report",
         "runtime",

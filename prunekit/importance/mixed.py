@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from inspect import isabstract
 from typing import Any, Literal, get_args
 
@@ -37,7 +37,7 @@ class Mixed(ScoreImportance):
     parts: Sequence[str] = ("obs", "peak_to_peak")
     weights: Sequence[float] = (1.0, 1.0)
     by: By = "rank"
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class Mixed(ScoreImportance):
             )
         if not any(numbers):
             raise ConfigError("importance.weights: expected one that is not 0, all are")
-        for part, own in self.options.items():
+        for part, own in (self.options or {}).items():
             expect_one_of("importance.options", part, list(self.parts))
             for key in own:
                 known_keys = [option.name for option in fields(_known()[part])]
@@ -65,7 +65,7 @@ class Mixed(ScoreImportance):
 
     def _build(self) -> list[ScoreImportance]:
         """The importances that the parts name."""
-        return [_known()[part](**self.options.get(part, {})) for part in self.parts]
+        return [_known()[part](**(self.options or {}).get(part, {})) for part in self.parts]
 
     @property
     def weighting(self) -> Weighting:

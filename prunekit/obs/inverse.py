@@ -166,7 +166,7 @@ def added_errors(problem: Problem, units: Sequence[int]) -> Tensor:
     half = torch.linalg.solve_triangular(
         factor, problem.weight[:, columns].to(factor).T, upper=False
     )
-    return half.square().sum(1, dtype=torch.float64).view(len(index), -1).sum(1)
+    return half.square().sum(1, dtype=torch.float64).view(-1, problem.index.shape[1]).sum(1)
 
 
 def unit_errors(

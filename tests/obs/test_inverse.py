@@ -60,6 +60,7 @@ def test_units_add_what_the_optimal_error_rises_by(width):
     index = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(-1, width)
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(2)).tolist()
     added = added_errors(Problem(weight=w, inverse=invert(h).matrix, index=index), order[:3])
+    assert removal_error(Problem(weight=w, inverse=invert(h).matrix, index=index), []) == 0
     for k in range(3):
         gone = index[order[: k + 1]].flatten().tolist()
         kept = [i for i in range(12) if i not in gone]
