@@ -2,7 +2,7 @@
 
 python benchmarks/gates.py --runs FILE --model SmolLM2-135M --folder FOLDER --train c4.jsonl \
     --others wiki.test.raw --device cuda --processes 4 --seconds 400 \
-    --steps 150 --batch-rows 16 --samples 512 --recovery 1024
+    --steps 200 --batch-rows 16 --samples 512 --recovery 1024
 python benchmarks/gates.py --runs FILE --model demo --processes 2 --seconds 400
 python benchmarks/gates.py --runs FILE --gather
 
@@ -200,6 +200,8 @@ def run(job: Job) -> Job:
     subject = load(*folders, job["device"], job["eval_tokens"])
     method, *own = METHODS[job["method"]]
     options = [*own, *job["options"], f"data.calibration.batch_size={job['batch_rows']}"]
+    if job["method"] in GATED and not job["method"].startswith("straight"):
+        options.append(f"importance.pressure={job['pressure']}")
     if job["method"] in GATED:
         train = {"steps": job["steps"], "batch_size": job["batch_rows"], "seed": job["seed"]}
         options += [f"importance.train.{name}={value}" for name, value in train.items()]
@@ -254,6 +256,7 @@ def list_jobs(args: argparse.Namespace, done: Any) -> list[Job]:
 SETTINGS = {
     "steps": (200, "updates of the gates"),
     "batch_rows": (4, "rows of a step"),
+    "pressure": (5.0, "of hard-concrete gates: with 1, short trainings don't reach 50 %"),
     "samples": (128, "calibration windows"),
     "length": (128, "tokens of a window"),
     "recovery": (512, "rows of a recovery, of 128 tokens"),
