@@ -37,6 +37,7 @@ from workers import Job, make_rows, read_rows
 
 POLICIES = ["search", "sensitivity", "owl", "uniform", "log_increase", "linear_increase"]
 LATER = ["sensitivity", "owl"]  # which measure, and have not been the best yet
+UNTOLD = ("hydra", "output_dir", "corpora")  # of a configuration
 LEADING = 2  # ratios that come first
 DETAILS = ("settings", "rounds", "shares", "stages")  # of the runs' files alone
 KEY = ("model", "ratio", "policy", "seed")
@@ -121,7 +122,7 @@ def settings(composed: DictConfig) -> dict[str, Any]:
                     value = [Path(str(item)).name for item in named]
                 flat[f"{prefix}{key}"] = value
 
-    add("", {key: value for key, value in plain.items() if key not in ("hydra", "output_dir")})
+    add("", {key: value for key, value in plain.items() if key not in UNTOLD})
     return flat
 
 

@@ -129,6 +129,23 @@ def stamp_of(name: str, known: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{path.resolve()} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
 
 
+def share_text(calibration: str, evaluation: str, known: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a corpus that calibrates and one that is evaluated are one file, or one split.
+
+    Raises:
+        DataError: an entry of `known` that does not say what to load.
+    """
+    if calibration == "embedded" or evaluation == "embedded":
+        return False  # its two parts share no text
+    one, other = known.get(calibration), known.get(evaluation)
+    if one is None or other is None:
+        return one is other and Path(calibration).resolve() == Path(evaluation).resolve()
+    _check_source(calibration, one)
+    _check_source(evaluation, other)
+    same = all(one.get(key) == other.get(key) for key in ("hub", "config", "revision"))
+    return same and one["splits"].get("calibration") == other["splits"].get("eval")
+
+
 def read_file(path: Path, field: str = "text") -> list[str]:
     """The documents of a local file: a text file is one document, a record's is its `field`."""
     return [text_of(record, field, path) for record in read_records(path)]

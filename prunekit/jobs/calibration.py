@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.config import RunConfig
-from prunekit.data.corpora import open_corpus, stamp_of
+from prunekit.data.corpora import open_corpus, share_text, stamp_of
 from prunekit.data.images import ImageSamples, draw_image_samples, read_image_records
 from prunekit.data.windows import Windows, draw_windows, mix_windows
 from prunekit.errors import ConfigError, DataError
@@ -58,9 +58,22 @@ def load_windows(config: RunConfig, subject: Subject) -> Drawn:
         stamps = tuple((stamp_of(name, config.corpora), n) for name, n in samples.items())
         how = ("calibration", stamps, text.sequence_length, text.seed)
         windows = subject.kept.windows(how, load)
-    if windows.warning:
-        say(f"warning: {windows.warning}")
+    for warning in warnings_of(config, windows):
+        say(f"warning: {warning}")
     return windows
+
+
+def warnings_of(config: RunConfig, windows: Drawn) -> list[str]:
+    """What is wrong with the calibration samples, and with what is evaluated beside them."""
+    warnings = [windows.warning] if windows.warning else []
+    for name in config.data.calibration.samples_by_corpus():
+        if any(share_text(name, measured, config.corpora) for measured in config.eval.corpora):
+            shown = Path(name).name
+            warnings.append(
+                f"eval.corpora: {shown} calibrates too: its perplexity is of text that was seen; "
+                "give a text of its own"
+            )
+    return warnings
 
 
 def _records_with_images(config: RunConfig) -> list[dict[str, Any]]:

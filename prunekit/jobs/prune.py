@@ -13,7 +13,13 @@ from prunekit.data.windows import Windows
 from prunekit.evaluation.cost import measure_size
 from prunekit.evaluation.evaluation import Evaluation
 from prunekit.graph import CouplingGraph
-from prunekit.jobs.calibration import Drawn, describe_calibration, load_windows, rows_of_batch
+from prunekit.jobs.calibration import (
+    Drawn,
+    describe_calibration,
+    load_windows,
+    rows_of_batch,
+    warnings_of,
+)
 from prunekit.jobs.finetune import FineTuning
 from prunekit.jobs.job import Finished, Job, Outcome, Subject
 from prunekit.jobs.sources import base_of, identity_of
@@ -128,7 +134,7 @@ def _cut(
         plan, graph = result.plan, result.graph
         calibration = describe_calibration(job.config, windows)
         figures = result.report.merge(figures).merge(Report(calibration=calibration))
-        warnings += [windows.warning] if windows.warning else []
+        warnings += warnings_of(job.config, windows)
     return _Cut(
         plan=plan, graph=graph, figures=figures, warnings=tuple(warnings), reduction=reduction
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunekit.allocation.groups import refuse_vocabulary
 from prunekit.errors import ConfigError
-from prunekit.jobs.calibration import describe_calibration, load_windows
+from prunekit.jobs.calibration import describe_calibration, load_windows, warnings_of
 from prunekit.jobs.job import Job, Outcome
 from prunekit.jobs.prune import folders_of, make_calibration
 from prunekit.jobs.sources import base_of
@@ -59,6 +59,6 @@ def run_search(job: Job) -> Outcome:
         base=base_of(config),
         calibration=describe_calibration(config, windows),
     )
-    if windows.warning:
-        figures = figures.merge(Report(warnings=(windows.warning,)))
+    if warnings := warnings_of(config, windows):
+        figures = figures.merge(Report(warnings=tuple(warnings)))
     return Outcome(figures=figures)

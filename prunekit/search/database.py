@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.consumers import Consumer, find_consumers
 from prunekit.calibration.store import Kept, Store
+from prunekit.errors import ConfigError
 from prunekit.graph import Group
 from prunekit.graph.groups import kept_positions
 
@@ -48,6 +49,9 @@ class Database:
         store: keeps the weights.
         halves: weights are kept in bfloat16, in which they are judged anyway.
 
+    Raises:
+        ConfigError: two groups own columns of one matrix.
+
     Attributes:
         placed: group → units removed from it in the model as it is by now.
     """
@@ -58,6 +62,7 @@ class Database:
         self.store, self.halves = store, halves
         self.placed = {group.name: 0 for group in groups}
         self._consumers = {group.name: find_consumers(model, group) for group in groups}
+        _expect_own_matrices(self._consumers)
         self._dense = {
             name: [(_copy_weight(consumer), _copy_bias(consumer)) for consumer in consumers]
             for name, consumers in self._consumers.items()
@@ -186,6 +191,19 @@ class Database:
         for levels in self._levels.values():
             for level in levels.values():
                 yield from level.contents
+
+
+def _expect_own_matrices(consumers: Mapping[str, Sequence[Consumer]]) -> None:
+    """Raise ConfigError where two groups own columns of one matrix: a level is a whole matrix."""
+    owners: dict[tuple[int, int | None], str] = {}
+    for name, own in consumers.items():
+        for consumer in own:
+            other = owners.setdefault((id(consumer.parameter), consumer.expert), name)
+            if other != name:
+                raise ConfigError(
+                    f"policy=search: expected groups with matrices of their own, got {other} and "
+                    f"{name}, which both own columns of {consumer.name}; search one of them"
+                )
 
 
 def _copy_weight(consumer: Consumer) -> Tensor:

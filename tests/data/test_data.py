@@ -3,11 +3,14 @@ import json
 import pytest
 import torch
 
+from prunekit.config import check, compose
 from prunekit.data import embedded
 from prunekit.data.batches import count_positions
 from prunekit.data.corpora import load_corpus, read_file
 from prunekit.data.tokens import evaluation_windows
+from prunekit.data.windows import Windows
 from prunekit.errors import DataError
+from prunekit.jobs.calibration import warnings_of
 
 
 class Characters:
@@ -103,3 +106,32 @@ def test_rows_and_tokens_are_not_read_off_a_mask_of_four_dims():
 def test_an_entry_of_corpora_that_is_none_is_refused(source, match):
     with pytest.raises(DataError, match=match):
         load_corpus("x", "calibration", {"x": source})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "shared"),
+    [
+        ("own.txt", "own.txt", True),
+        ("own.txt", "{folder}/own.txt", True),
+        ("own.txt", "other.txt", False),
+        ("embedded", "embedded", False),
+        ("alpaca", "alpaca", True),
+        ("alpaca", "alpaca_raw", False),
+        ("c4", "c4", False),
+        ("own.txt", "c4", False),
+    ],
+)
+def test_a_text_that_calibrates_and_is_evaluated_is_named(
+    calibration, evaluation, shared, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    where = "corpus" if calibration in ("embedded", "alpaca", "c4") else "path"
+    options = [f"data.calibration.{where}={calibration}"]
+    options += [f"eval.corpora=[embedded,{evaluation.format(folder=tmp_path)}]"]
+    config = check(compose(options))
+    windows = Windows(ids=torch.arange(8).view(2, 4), documents=2, available=8)
+    expected = (
+        f"eval.corpora: {calibration} calibrates too: its perplexity is of text that was seen; "
+        "give a text of its own"
+    )
+    assert warnings_of(config, windows) == [expected] * shared

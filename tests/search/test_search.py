@@ -12,6 +12,8 @@ from conftest import example, tiny_llama, token_ids
 from processes import run_together
 
 import prunekit
+from prunekit.allocation.costs import latency
+from prunekit.allocation.costs.latency import Stopwatch
 from prunekit.allocation.costs.weights import weights_cost
 from prunekit.compensation import Obs as Repair
 from prunekit.errors import ConfigError, DataError
@@ -35,6 +37,14 @@ OPTIONS = [
     "policy.children=4",
     "policy.generations=2",
     "policy.sweeps=2",
+]
+
+ONE_STEP = [
+    *OPTIONS[:3],
+    "policy.seeds=[uniform]",
+    "policy.rounds=1",
+    "policy.generations=0",
+    "policy.sweeps=1",
 ]
 
 
@@ -212,15 +222,40 @@ def test_the_budget_is_met_as_exactly_as_with_a_formula():
 
 @pytest.mark.parametrize(("cost", "channel"), [("bytes", 4 * 146), ("flops", 2 * 64 * 3 * 48)])
 def test_other_costs_are_met_as_exactly(cost, channel):
-    few = [*OPTIONS[:3], "policy.rounds=1", "policy.generations=0", "policy.sweeps=1"]
     report = prunekit.prune(
         tiny_llama(kv_heads=2),
         ratio=0.4,
         calibration=token_ids(24, 16),
-        overrides=["policy=search", f"cost={cost}", *few],
+        overrides=["policy=search", f"cost={cost}", *ONE_STEP],
     ).report
     assert report["target"]["limit"] == pytest.approx(0.6 * report["target"]["dense"])
     assert abs(report["target"]["achieved"] - report["target"]["limit"]) <= channel / 2 + 1
+
+
+def test_seconds_are_met_by_the_measured_table(monkeypatch):
+    """A stopwatch by which a key-value head takes 3 seconds, and a channel 0.25."""
+    dense = {"attention": 2, "mlp": 40}
+    each = {"attention": 3.0, "mlp": 0.25}
+    model, total = tiny_llama(kv_heads=2, layers=2), 33.0
+    kinds = {group.name: group.kind for group in trace(model, example()).groups}
+
+    def seconds(watch, place, kept):
+        whole = total if place == "" else 17.0  # one of the two layers, and a second of its own
+        return whole - sum(each[kinds[n]] * (dense[kinds[n]] - k) for n, k in kept.items())
+
+    monkeypatch.setattr(Stopwatch, "seconds", seconds)
+    monkeypatch.setattr(latency, "median_seconds", lambda *a: total)
+    monkeypatch.setattr(latency, "time_model", lambda *a, **b: 0.0)
+    result = prunekit.prune(
+        model,
+        ratio=0.4,
+        calibration=token_ids(24, 16),
+        overrides=["policy=search", "cost=latency", *ONE_STEP],
+    )
+    gone = sum(each[kinds[name]] * len(units) for name, units in result.plan.removed.items())
+    assert abs(gone - 0.4 * total) <= each["mlp"] / 2
+    assert result.report["target"]["achieved"] == pytest.approx(total - gone)
+    assert result.report["policy"]["search"]["cuts"].keys() == {"uniform", "round 1"}
 
 
 @pytest.mark.parametrize(
@@ -252,6 +287,11 @@ def test_a_search_that_can_not_be_sound_is_refused():
         (["scope.rounds=2"], "scope.rounds=2: importance=obs chooses layer by layer"),
         (["groups=independent"], "groups=independent: importance=obs chooses layer by layer"),
         (["groups=channel"], "policy=search: expected groups in one list of layers"),
+        (
+            ["groups=[attention,query_head]"],
+            r"got layers\.0\.self_attn and layers\.0\.self_attn\.query_head, which both own "
+            r"columns of model\.layers\.0\.self_attn\.o_proj",
+        ),
     ],
 )
 def test_what_a_search_can_not_do_is_refused_before_it_begins(options, message, monkeypatch):
