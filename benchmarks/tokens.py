@@ -49,7 +49,12 @@ GROUPS = {"heads": "block", "mlp": "mlp", "queries": "[attention,query_head,mlp]
 KEY = ("model", "ratio", "groups", "seed", "samples", "length", "variant", "tasks")
 
 
-QUERIES = ("equal", "full + everywhere, loss", "full + in layers, loss")  # in the survey
+QUERIES = (
+    "equal",
+    "full + everywhere, loss",
+    "full + expected",
+    "full + in layers, loss",
+)  # in the survey
 
 
 def both(tokens: str, *more: str) -> tuple[str, ...]:
@@ -104,14 +109,24 @@ PARTS = {
     "everywhere": ("scope=global", "policy=uniform", "importance.compete=relative"),
     "everywhere, loss": ("scope=global", "policy=uniform", "importance.compete=loss"),
     "everywhere, alone": ("scope=global", "policy=uniform"),
+    "expected": ("policy=expected_loss",),
     "curves": curves("obs"),
     "losses": curves("loss"),
 }
 SURVEY = (
     "equal",
     "full + everywhere, loss",
+    "full + expected",
+    "equal + expected",
+    "peak_to_peak + rescored + expected",
+    "mixed full + rescored + expected",
     "peak_to_peak + rescored",
     "full",
+    "full + choose relative + expected",
+    "full + damped 0.01 + expected",
+    "full + expected + dense",
+    "full + expected + pruned",
+    "full + expected + repair relative",
     "full + everywhere, loss + choose relative",
     "diagonal + everywhere, loss",
     "full + in layers, loss",

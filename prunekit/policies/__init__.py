@@ -1,6 +1,7 @@
 """Policies: how much is cut where. One backend a file; `base` says what one is."""
 
 from prunekit.policies.base import DepthPolicy, Policy, Setting
+from prunekit.policies.expected_loss import ExpectedLoss
 from prunekit.policies.manual import Manual
 from prunekit.policies.owl import Owl
 from prunekit.policies.ramp import LinearDecrease, LinearIncrease, LogDecrease, LogIncrease
@@ -11,6 +12,7 @@ from prunekit.policies.window import Window
 
 __all__ = [
     "DepthPolicy",
+    "ExpectedLoss",
     "LinearDecrease",
     "LinearIncrease",
     "LogDecrease",
