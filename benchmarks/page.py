@@ -1,6 +1,7 @@
 """RESULTS.md, from the JSON files that the other scripts here leave."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -488,8 +489,9 @@ def search(result: dict) -> list[str]:
     lines += [
         "Perplexity of the pruned model, mean and spread over draws of the calibration windows; "
         "its mean increase over the dense one, and how the search's compares with that of the best "
-        "of the other policies. Seconds: of pruning alone, the search within it. Evaluations: "
-        "candidates judged; passes: all of their tokens, in passes over the calibration set. "
+        "of the other policies, on the same draws and with the same other options or none. "
+        "Seconds: of pruning alone, the search within it. Evaluations: candidates judged; passes: "
+        "all of their tokens, in passes over the calibration set. "
         f"{result['note']}",
         "",
     ]
@@ -499,7 +501,6 @@ def search(result: dict) -> list[str]:
         policies.setdefault(row["policy"], []).append(row)
     for (model, ratio), policies in sorted(runs.items()):
         first = next(iter(policies.values()))[0]
-        others = [_increase(r) for name, r in policies.items() if not name.startswith("search")]
         lines += [
             f"## {model}: {ratio:.0%} of all parameters",
             "",
@@ -508,7 +509,7 @@ def search(result: dict) -> list[str]:
             *table(
                 "policy | >perplexity | >increase | >against the best other | >seconds | "
                 ">evaluations | >passes | cuts taken",
-                [_search_row(name, rows, others) for name, rows in policies.items()],
+                [_search_row(name, rows, policies) for name, rows in policies.items()],
             ),
             "",
         ]
@@ -519,9 +520,26 @@ def _increase(rows: list[dict]) -> float:
     return _mean_of("pruned", rows) - _mean_of("dense", rows)
 
 
-def _search_row(name: str, rows: list[dict], others: list[float]) -> list[str]:
+def _increase_of_others(name: str, rows: list[dict], policies: dict[str, list[dict]]) -> float:
+    """The least increase of the other policies on the draws of these rows; infinite without any.
+
+    They have the options that the row has beside those of its policy, or none.
+    """
+    seeds = {row["seed"] for row in rows}
+    shared = [option for option in name.split()[1:] if not option.startswith("policy.")]
+    least = math.inf
+    for other, found in policies.items():
+        same = [row for row in found if row["seed"] in seeds]
+        policy, *options = other.split()
+        if policy != "search" and options in ([], shared) and len(same) == len(seeds):
+            least = min(least, _increase(same))
+    return least
+
+
+def _search_row(name: str, rows: list[dict], policies: dict[str, list[dict]]) -> list[str]:
     searched = name.startswith("search")
-    against = f"{_increase(rows) / min(others) - 1:+.0%}" if searched and others else ""
+    others = _increase_of_others(name, rows, policies)
+    against = f"{_increase(rows) / others - 1:+.0%}" if searched and others < math.inf else ""
     taken = Counter(row["taken"] for row in rows if searched)
     return [
         name,

@@ -172,6 +172,26 @@ def test_runs_of_the_search_come_by_what_they_say_and_their_file_survives(monkey
     assert list(rows) == [keys[0]] and rows[keys[0]]["options"] == ["model.path=m"]
 
 
+def test_a_search_is_compared_on_its_own_draws_and_under_its_own_options(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from page import _increase_of_others
+
+    found = {
+        "search": [(0, 14.0), (1, 15.0)],
+        "search groups=mlp policy.rounds=1": [(0, 13.0)],
+        "uniform": [(0, 20.0), (1, 12.0)],
+        "owl": [(0, 14.5)],
+        "uniform groups=mlp": [(0, 14.0), (1, 11.0)],
+    }
+    runs = {
+        name: [{"seed": seed, "dense": 10.0, "pruned": pruned} for seed, pruned in rows]
+        for name, rows in found.items()
+    }
+    least = {name: _increase_of_others(name, rows, runs) for name, rows in runs.items()}
+    assert least["search"] == 6.0  # of uniform: owl has one of its draws alone
+    assert least["search groups=mlp policy.rounds=1"] == 4.0
+
+
 def test_rows_are_kept_as_they_end_and_a_run_stops_in_time(monkeypatch, tmp_path):
     body = "import time\n\ndef work(job):\n    return {'is': eval(job['do'])}\n"
     (tmp_path / "timed.py").write_text(body)
