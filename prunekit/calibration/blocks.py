@@ -30,8 +30,10 @@ class Block:
     `first`: the consumer's output on the batch that the block was found with, until it is taken or
     turns out to be of no use. `added`: whether its output is simply added to the residual stream,
     None until somebody asks. `ends_sum`: the stream behind the block is known to be the layer's
-    input plus the outputs of its blocks up to this one. By batch: `inputs` of the consumer until it
-    is repaired, its `outputs` from then on, and its `dense` outputs where a target needs them.
+    input plus the outputs of its blocks up to this one. `folded`: the outputs are in the hidden
+    states before the layer by now (`LayerPass.fold`), and the block gives zero. By batch: `inputs`
+    of the consumer until it is repaired, its `outputs` from then on, and its `dense` outputs where
+    a target needs them.
     """
 
     module: nn.Module
@@ -42,6 +44,7 @@ class Block:
     first: Tensor | None
     added: bool | None = None
     ends_sum: bool = False
+    folded: bool = False
     inputs: dict[int, Kept] = field(default_factory=dict)
     outputs: dict[int, Kept] = field(default_factory=dict)
     dense: dict[int, Kept] = field(default_factory=dict)
@@ -52,16 +55,22 @@ class Block:
         return _tree.tree_unflatten(leaves, self.spec)
 
     @torch.no_grad()
-    def output(self, batch: int, store: Store) -> Tensor:
-        """The output of the repaired consumer on the inputs put aside, computed once a batch."""
-        if batch not in self.outputs:
-            inputs = self.inputs[batch].get()
-            if following := self.inputs.get(batch + 1):
-                following.fetch()
-            output = self.consumer.module(inputs)
-            self.outputs[batch] = store.put(output, copy=False)
-            self.inputs.pop(batch).free()
-        return self.outputs[batch].get()
+    def output(self, batch: int, store: Store, *, last: bool = False) -> Tensor:
+        """The output of the repaired consumer on the inputs put aside, computed once a batch.
+
+        `last`: nobody will ask for it again, so that nothing is kept.
+        """
+        by_batch = self.outputs if batch in self.outputs else self.inputs
+        if following := by_batch.get(batch + 1):
+            following.fetch()
+        output = by_batch[batch].get()
+        if by_batch is self.inputs or last:
+            by_batch.pop(batch).free()
+        if by_batch is self.inputs:
+            output = self.consumer.module(output)
+            if not last:
+                self.outputs[batch] = store.put(output, copy=False)
+        return output
 
     def take_first(self) -> Tensor:
         """Hand over the output on the first batch: the block does not keep it."""
@@ -108,10 +117,13 @@ class Finder:
         place = self.blocks.index(block)
         return self.blocks[:place], self.blocks[place + 1 :]
 
-    def answers(self, batch: int, store: Store) -> dict[Block, Tensor]:
-        """The outputs of the blocks whose consumers are finished."""
+    def answers(self, batch: int, store: Store, *, last: bool = False) -> dict[Block, Tensor]:
+        """The outputs that are known of the blocks whose consumers are finished.
+
+        `last`: as for `Block.output`.
+        """
         return {
-            block: block.output(batch, store)
+            block: block.output(batch, store, last=last)
             for block in self.blocks
             if batch in block.inputs or batch in block.outputs
         }

@@ -18,8 +18,9 @@ from prunekit.calibration.store import Kept, Store
 class Feeding:
     """Takes in the inputs of consumers in one pass of a layer on one batch.
 
-    `observation`: takes them in, if given. `aside`: keeps them by batch, if given. `stops`: the
-    pass ends as soon as every consumer has been fed.
+    `observation`: takes them in, if given. `aside`: keeps them by batch, if given, and if they are
+    `needed`; else only where they stay near: a GPU computes them again before they have gone to the
+    host and come back. `stops`: the pass ends as soon as every consumer has been fed.
     """
 
     consumers: Sequence[Consumer]
@@ -28,6 +29,7 @@ class Feeding:
     batch: int
     stops: bool
     aside: dict[int, Kept] | None = None
+    needed: bool = False
 
     def __post_init__(self) -> None:
         self.missing = set(self.consumers)
@@ -40,7 +42,7 @@ class Feeding:
         """
         if self.observation is not None:
             self.observation.see(consumer, inputs)
-        if self.aside is not None:
+        if self.aside is not None and (self.needed or self.store.is_near(inputs.nbytes)):
             self.aside[self.batch] = self.store.put(inputs)
         self.missing.discard(consumer)
         if self.stops and not self.missing:

@@ -17,6 +17,7 @@ from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Numbered
 from prunekit.errors import DataError
 from prunekit.model.stack import hidden_of_output
+from prunekit.runtime.processes import hold_everywhere
 
 
 @dataclass(kw_only=True)
@@ -38,19 +39,30 @@ class LayerPass:
     store: Store
 
     @torch.no_grad()
-    def run(self, batch: int, answers: Mapping[Block, Tensor], *, dense: bool = False) -> Tensor:
+    def run(
+        self,
+        batch: int,
+        answers: Mapping[Block, Tensor],
+        *,
+        dense: bool = False,
+        states: Tensor | None = None,
+    ) -> Tensor:
         """Run the layer on a batch: its output [B, T, size], empty where `Stop` ended the pass.
 
         Args:
             batch: the place of the batch.
             answers: outputs of the consumers of blocks that need not run.
             dense: start from the states of the dense layers, not from those of the pruned ones.
+            states: start from these states, which the layer may write to.
         """
         before = self.dense if dense else self.hidden
-        # A copy, because some layers write to the hidden states that they are given.
-        states = before[batch].get(copy=True)
-        if batch + 1 < len(before):
-            before[batch + 1].fetch()
+        if states is None:
+            # A copy, because some layers write to the hidden states that they are given.
+            states = before[batch].get(copy=True)
+            if batch + 1 < len(before):
+                before[batch + 1].fetch()
+        folded = (block for block in self.finder.blocks if block.folded)
+        answers = {**answers, **{block: torch.zeros_like(states) for block in folded}}
         with ExitStack() as stack:
             for block, output in answers.items():
                 answer = partial(return_always, block.answer(output.clone()))
@@ -62,9 +74,61 @@ class LayerPass:
         assert after is not None
         return after
 
-    def run_pruned(self, batch: int) -> Tensor:
-        """Run the layer as it is by now; the blocks whose consumers are finished need not run."""
-        return self.run(batch, self.finder.answers(batch, self.store))
+    def run_pruned(self, batch: int, *, last: bool = False) -> Tensor:
+        """Run the layer as it is by now; blocks whose outputs are known need not run.
+
+        `last`: the batch is not run through this layer any more.
+        """
+        return self.run(batch, self.finder.answers(batch, self.store, last=last))
+
+    @torch.no_grad()
+    def fold(self, block: Block | None) -> None:
+        """Add the outputs of a finished block to the hidden states, where not all inputs are kept.
+
+        Otherwise the block would have to run in every pass of the layer from now on. Nothing is
+        done where the layer makes another use of them: on the first batch its output must stay
+        the same bit for bit.
+        """
+        whole = range(len(self.batches))
+        known = block is None or all(b in block.inputs or b in block.outputs for b in whole)
+        if not hold_everywhere(not known, self.store.device):
+            return
+        assert block is not None
+        output, states = self._output_of(0, block), self.hidden[0].get()
+        if output.shape == states.shape and output.dtype == states.dtype:
+            plain = self.run(0, {block: output})
+            same = torch.equal(
+                plain, self.run(0, {block: torch.zeros_like(output)}, states=states + output)
+            )
+        else:
+            same = False
+        if hold_everywhere(same, self.store.device):
+            for batch in whole:
+                states = self.hidden[batch].get() + self._output_of(batch, block)
+                self.hidden[batch].free()
+                self.hidden[batch] = self.store.put(states, copy=False)
+            block.folded = True
+            for kept in (block.inputs, block.outputs):
+                for one in kept.values():
+                    one.free()
+                kept.clear()
+
+    def _output_of(self, batch: int, block: Block) -> Tensor:
+        """The output of a block's finished consumer, from its inputs or a pass as far as that."""
+        if batch in block.inputs or batch in block.outputs:
+            return block.output(batch, self.store)
+        found: list[Tensor] = []
+
+        def note(module: nn.Module, args: object, output: Tensor) -> None:
+            found.append(output)
+            raise Stop
+
+        handle = block.consumer.module.register_forward_hook(note)
+        try:
+            self.run_pruned(batch)
+        finally:
+            handle.remove()
+        return found[0]
 
     def run_dense(self) -> list[Kept]:
         """Run the layer on the dense states, before it changes; its outputs by batch.
@@ -81,15 +145,24 @@ class LayerPass:
             block.dense[0] = self.store.put(block.take_first(), copy=False)
         return after
 
+    def _sum_up(self, batch: int) -> Tensor:
+        """The states behind a layer that only adds the outputs of its blocks to them."""
+        states = self.hidden[batch].get()
+        for block in self.finder.blocks:
+            output = block.output(batch, self.store, last=True)
+            states = states + output.reshape(states.shape)
+        return states
+
     def advance(self) -> None:
         """Replace the hidden states of all batches by those behind the layer.
 
         Raises:
             DataError: an output holds NaN or infinity.
         """
-        finite = []
+        finite, blocks = [], self.finder.blocks
+        is_sum = bool(blocks) and blocks[-1].ends_sum
         for batch in range(len(self.batches)):
-            output = self.run_pruned(batch)
+            output = self._sum_up(batch) if is_sum else self.run_pruned(batch, last=True)
             finite.append(torch.isfinite(output.flatten(1)).all(1))
             self.hidden[batch].free()
             self.hidden[batch] = self.store.put(output, copy=False)

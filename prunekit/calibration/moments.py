@@ -248,7 +248,8 @@ def _add_product(
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=old, alpha=share)
         return
     if left.dtype != right.dtype:
-        left, share = (left / _ROOM).to(right.dtype), share * _ROOM
+        room = _ROOM if right.dtype == torch.float16 else 1.0
+        left, share = (left if room == 1 else left / room).to(right.dtype), share * room
     if peak is not None:
         product = torch.mm(left.T, right, out_dtype=total.dtype)
         total.mul_(old).addcmul_(product, _at_least(peak).square(), value=share)

@@ -144,7 +144,7 @@ class Observation:
             site.moments.add(inputs, mask, None, samples, tokens, weights)
             return
         output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
-        error = at_least_float32(self._wanted.reshape(output.shape)) - at_least_float32(output)
+        error = at_least_float32(self._wanted.reshape(output.shape)) - output
         for moments, held in ((site.moments, False), (site.held, True)):
             rows = [i for i, n in enumerate(samples) if (n % HELD_OUT == HELD_OUT - 1) == held]
             part, own, lost, weigh = (

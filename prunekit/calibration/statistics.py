@@ -8,6 +8,7 @@ as few matrices [n, n] alive as possible.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Site
 from prunekit.errors import ConfigError
-from prunekit.obs.inverse import Inverse, Problem, cholesky, invert
+from prunekit.obs.inverse import Inverse, Problem, cholesky, invert, solve
 
 _RIDGE = 1e-6  # of the mean square of an output's gradient, so that G can be factorised
 _MIXED = 1024  # random sums of outputs that stand for all of them
@@ -80,8 +81,8 @@ def prepare_site(site: Site, damping: float, *, centred: bool, inverted: bool) -
     """Take the weights of a site, move them towards their target if any, invert the moments.
 
     Without `inverted` the moments are inverted only where a target needs it. The held-out moments
-    of the site are merged into its others, and let go of, before the second inversion: no more than
-    three matrices [n, n] are alive at once.
+    of the site are merged into its others, and let go of, before the inversion: no more than three
+    matrices [n, n] are alive at once.
     """
     weight, held = site.weight(), site.held
     if held is None or not held.tokens:
@@ -103,9 +104,14 @@ def invert_moments(moments: Moments, damping: float, *, centred: bool = False) -
     `damping` is λ / mean(diag H) to start with; `prunekit.obs.inverse.invert` raises it where the
     factorisation needs more.
     """
+    return invert(_hessian_of(moments, centred), damping)
+
+
+def _hessian_of(moments: Moments, centred: bool) -> Tensor:
+    """H, or the covariance H − E[x] E[x]ᵀ [n, n]."""
     if not centred:
-        return invert(moments.hessian, damping)
-    return invert(moments.hessian - torch.outer(moments.mean, moments.mean), damping)
+        return moments.hessian
+    return moments.hessian - torch.outer(moments.mean, moments.mean)
 
 
 def pose_problem(site: Site, weight: Tensor, inverse: Inverse) -> Problem:
@@ -161,10 +167,14 @@ def measure_share(moments: Moments, held: Moments, damping: float, *, centred: b
     All terms are sums over the outputs. Where there are more than 1,024, as many random sums of
     them take their place (Hutchinson's estimator of a trace).
     """
-    inverse = invert_moments(moments, damping, centred=centred).matrix
     cross, error = _mix_outputs(moments)
-    step, offset = solve_step(cross, error, moments.mean, inverse, centred=centred)
-    del inverse  # [n, n] is let go of before the products below
+    step, offset = solve_step(
+        cross,
+        error,
+        moments.mean,
+        lambda right: solve(_hessian_of(moments, centred), right, damping),
+        centred=centred,
+    )
     cross, error = _mix_outputs(held)
     gain = (step * cross).sum() + offset @ error
     scale = ((step @ held.hessian) * step).sum() + 2 * offset @ (step @ held.mean) + offset @ offset
@@ -177,24 +187,37 @@ def step_towards_target(
 ) -> TargetStep:
     """Move W [d, n] by the `share` of the step that gives the target on these inputs."""
     cross, error = moments.of_errors()
-    step, offset = solve_step(cross, error, moments.mean, inverse.matrix, centred=centred)
+    matrix = inverse.matrix
+    step, offset = solve_step(
+        cross,
+        error,
+        moments.mean,
+        lambda right: (right.to(matrix) @ matrix).to(right),
+        centred=centred,
+    )
     return TargetStep(
         weight=weight + share * step.to(weight), shift=share * offset if centred else None
     )
 
 
 def solve_step(
-    cross: Tensor, error: Tensor, mean: Tensor, inverse: Tensor, *, centred: bool
+    cross: Tensor,
+    error: Tensor,
+    mean: Tensor,
+    times_inverse: Callable[[Tensor], Tensor],
+    *,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """The step Δ [d, n] and the constant c [d] of the least squares for the errors of the outputs.
 
     With errors e = t − W x, their mean `error` [d] and D = E[e xᵀ] in `cross` [d, n],
     ridge-regularised towards W: Δ = D (H + λI)⁻¹ and c = 0. Centred, D and H are covariances, and
-    c = E[e] − Δ E[x] is for the biases, with E[x] the `mean` [n].
+    c = E[e] − Δ E[x] is for the biases, with E[x] the `mean` [n]. `times_inverse` multiplies a
+    matrix [d, n] by (H + λI)⁻¹ from the right.
     """
     if not centred:
-        return (cross.to(inverse) @ inverse).to(cross), torch.zeros_like(error)
-    step = ((cross - torch.outer(error, mean)).to(inverse) @ inverse).to(cross)
+        return times_inverse(cross), torch.zeros_like(error)
+    step = times_inverse(cross - torch.outer(error, mean))
     return step, error - step @ mean
 
 

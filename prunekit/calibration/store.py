@@ -131,6 +131,10 @@ class Store:
             tensor, written = self.copies.take(tensor.to(self.device))
         return Kept(self, tensor, level, path, written)
 
+    def is_near(self, nbytes: int) -> bool:
+        """Whether so many more bytes stay where they need not be brought back from to a GPU."""
+        return self.copies is None or self._find_room(nbytes) == "device"
+
     def _find_room(self, nbytes: int) -> str:
         """The first of device, host and file that has room for so many more bytes."""
         for level, limit in self.limits.items():

@@ -178,7 +178,8 @@ class Stream:
         self, layer: LayerPass, targets: Mapping[str, str], done: Container[str]
     ) -> Iterator[Visit]:
         """Yield the groups of a layer; the caller may change their consumers before going on."""
-        for group in (group for group in self.groups if group.layer == layer.index):
+        groups = [group for group in self.groups if group.layer == layer.index]
+        for group in groups:
             if group.name in self.whole or group.name in done:
                 with together():
                     self._put_inputs_aside(layer, group)
@@ -189,6 +190,10 @@ class Stream:
                     target = targets.get(group.name, "pruned")
                     observation = self._observe(layer, group, target)
                 yield group, observation.finish()
+                block = layer.finder.block_of(self.consumers[group.name])
+                if group is not groups[-1] and not layer.finder.shallow:
+                    with together():
+                        layer.fold(block)
 
     def _leave_layer(self, layer: LayerPass, is_last: bool) -> None:
         """Bring the hidden states behind the layer, then let its weights and blocks go."""
@@ -273,7 +278,9 @@ class Stream:
             wanted = None
             if observation is not None and block is not None and target != "pruned":
                 wanted = compute_target(layer, b, block, target)
-            feeding = Feeding(consumers, observation, self.store, b, stops=not looks)
+            feeding = Feeding(
+                consumers, observation, self.store, b, stops=not looks, needed=finder.shallow
+            )
             if looks or block is not None:
                 feeding.aside = {} if block is None else block.inputs
             observing = (

@@ -63,15 +63,14 @@ def is_added(layer: LayerPass, block: Block) -> bool:
     rest = {other: other.dense[0].get() for other in earlier}
     rest |= {other: torch.zeros_like(other.dense[0].get()) for other in later}
     given = layer.run(0, {**rest, block: own}, dense=True)
-    without = layer.run(0, {**rest, block: torch.zeros_like(own)}, dense=True)
     parts = [own, *(other.dense[0].get() for other in earlier), layer.dense[0].get()]
-    parts = [part.reshape(given.shape) for part in parts if part.numel() == given.numel()]
-    holds = is_sum = False
-    if own.numel() == given.numel():
-        looks = [_is_sum(given, without, parts[0]), _is_sum_of(given, parts)]
-        holds, is_sum = torch.stack(looks).tolist()  # the device is waited for once
-    is_sum &= len(parts) == len(earlier) + 2  # none has another size
-    block.ends_sum = hold_everywhere(holds and is_sum, layer.store.device)
+    fits = all(part.numel() == given.numel() for part in parts)
+    is_sum = fits and bool(_is_sum_of(given, [part.reshape(given.shape) for part in parts]))
+    block.added = block.ends_sum = hold_everywhere(is_sum, layer.store.device)
+    if block.ends_sum:
+        return True
+    without = layer.run(0, {**rest, block: torch.zeros_like(own)}, dense=True)
+    holds = own.numel() == given.numel() and bool(_is_sum(given, without, own.reshape(given.shape)))
     block.added = hold_everywhere(holds, layer.store.device)
     return block.added
 

@@ -20,7 +20,7 @@ from prunekit.calibration.statistics import measure_share, prepare_site
 from prunekit.compensation.obs import Obs
 from prunekit.errors import ConfigError
 from prunekit.graph import Member
-from prunekit.obs.inverse import invert
+from prunekit.obs.inverse import invert, solve
 
 
 def site(x, errors, weight, bias=None):
@@ -97,19 +97,23 @@ def test_the_share_is_the_best_on_what_was_held_out():
     assert place.held.tokens == 20  # nothing is merged or let go of behind the caller's back
 
 
-def test_held_out_moments_are_let_go_of_before_the_second_inversion(monkeypatch):
-    """Peak memory depends on how many matrices [n, n] are alive when moments are inverted."""
+def test_held_out_moments_are_let_go_of_before_the_inversion(monkeypatch):
+    """Peak memory depends on how many matrices [n, n] are alive when moments are factorised."""
     x, weight, _ = drawn(160, n=37)
     place = site(x, torch.zeros(160, len(weight)), weight)
     alive = []
 
-    def count(hessian, damping):
-        gc.collect()
-        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
-        alive.append(sum(tensor.shape == (37, 37) for tensor in tensors))
-        return invert(hessian, damping)
+    def counted(function):
+        def count(hessian, *rest):
+            gc.collect()
+            tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+            alive.append(sum(tensor.shape == (37, 37) for tensor in tensors))
+            return function(hessian, *rest)
 
-    monkeypatch.setattr(statistics, "invert", count)
+        return count
+
+    monkeypatch.setattr(statistics, "solve", counted(solve))
+    monkeypatch.setattr(statistics, "invert", counted(invert))
     take_step(place)
     assert alive == [2, 1]
 

@@ -15,6 +15,7 @@ import prunekit
 from prunekit.calibration import walk as walking
 from prunekit.calibration.blocks import Finder
 from prunekit.calibration.consumers import Consumer, find_consumers
+from prunekit.calibration.layer_pass import LayerPass
 from prunekit.calibration.store import Store
 from prunekit.errors import DataError
 from prunekit.graph import trace
@@ -474,3 +475,33 @@ def test_a_module_that_returns_more_than_a_product_is_no_block():
     with finder.looking():
         layer(torch.randn(2, 4))
     assert finder.block_of(lone[:1]) is not None and finder.block_of(lone[1:]) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_blocks_whose_inputs_have_no_room_near_run_again_or_are_folded_in(family, monkeypatch):
+    """As where a GPU's budget is spent; FFNs beside attention, or behind a norm, are not folded."""
+
+    def prune():
+        model, folded = build(family, FIRST[family], "sdpa", "eager").double(), []
+        fold = LayerPass.fold
+
+        def noted(layer, block):
+            fold(layer, block)
+            folded.append(block is not None and block.folded)
+
+        with monkeypatch.context() as here:
+            here.setattr(LayerPass, "fold", noted)
+            options = ["compensation.target=pruned", "policy=uniform"]
+            options.append("data.calibration.batch_size=3")
+            result = prunekit.prune(model, ratio=0.3, calibration=token_ids(12), overrides=options)
+        return model.state_dict(), result.plan, folded
+
+    near, plan, kept = prune()
+    room = iter([True] * 2 + [False] * 1000)
+    monkeypatch.setattr(Store, "is_near", lambda *_: next(room))
+    again, other, folded = prune()
+    assert plan == other
+    assert not any(kept)
+    assert set(folded) == {family == "llama"}
+    for name, tensor in near.items():
+        torch.testing.assert_close(tensor, again[name], rtol=1e-9, atol=1e-9)
