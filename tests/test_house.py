@@ -106,6 +106,7 @@ STOREYS = {
     "demo": {"data"},
     "jobs": {
         "allocation",
+        "calibration",
         "checkpoint",
         "compensation",
         "config",

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from prunekit.errors import ConfigError, expect_one_of
 
-TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff", "search")
+TASKS = ("prune", "trace", "evaluate", "recover", "export", "diff", "search", "tokens")
 SHAPES = ("aligned", "free", "uniform")
 MEASURES = ("parameters", "bytes", "flops", "latency")
 LIMITS = (*MEASURES, "limit")

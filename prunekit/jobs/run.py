@@ -27,6 +27,7 @@ from prunekit.jobs.prune import run_prune
 from prunekit.jobs.recover import run_recover
 from prunekit.jobs.search import run_search
 from prunekit.jobs.sources import load_as_configured, source_of
+from prunekit.jobs.tokens import run_tokens
 from prunekit.model.inputs import input_device
 from prunekit.model.weights import keep_types
 from prunekit.pipeline import rehearse_cut
@@ -44,6 +45,7 @@ _JOBS: Mapping[str, Callable[[Job], Outcome]] = {
     "evaluate": run_evaluate,
     "recover": run_recover,
     "search": run_search,
+    "tokens": run_tokens,
 }
 
 
@@ -74,7 +76,7 @@ def run_job(
     inputs: GivenObjects | None = None,
     kept: Kept | None = None,
 ) -> Completed:
-    """Do `config.task` (prune, evaluate, recover or search) and write the result.
+    """Do `config.task` (prune, evaluate, recover, search or tokens) and write the result.
 
     Args:
         config: what to do.
@@ -90,7 +92,7 @@ def run_job(
     inputs = inputs or GivenObjects()
     import_modules(config.imports)
     export = ExportSettings.build(config.export)
-    if export.wanted and config.task in ("evaluate", "search"):
+    if export.wanted and config.task in ("evaluate", "search", "tokens"):
         raise ConfigError(
             f"task={config.task}: writes no model that could be exported; expected task=export, or "
             "export=none"

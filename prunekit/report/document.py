@@ -64,7 +64,7 @@ def title(report: Report) -> str:
         return ", ".join(parts) or "prune"
     if not report.ratio:
         parts += (report.models or ())[-1:]
-    return f"{report.task}: {', '.join(parts)}"
+    return ": ".join(filter(None, [report.task, ", ".join(parts)]))
 
 
 def _whole(report: Report) -> str:
@@ -117,6 +117,7 @@ def document(report: Report, drawn: Mapping[str, Picture] | None = None) -> list
             drawn.get("ratio"),
             tables.layers(report),
         ],
+        "Large tokens": [tables.large_tokens(report)],
         "Search": [tell_search(report), drawn.get("search"), *search_tables(report)],
         "Error by layer": [_error_formula(drawn), drawn.get("error"), tables.errors(report)],
         "Recovery": [

@@ -44,6 +44,23 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LargeTokens:
+    """How much of the Hessian's trace the largest tokens own, at what reads a group.
+
+    Attributes:
+        group: the group.
+        permille: the share of Σ ‖x‖² over all calibration tokens that the largest 0.1 % own.
+        percent: the same of the largest 1 %.
+        positions: position in its sample → how many of the largest 0.1 % are there; the five most.
+    """
+
+    group: str
+    permille: float
+    percent: float
+    positions: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchPoint:
     """The best candidate of a search after so many evaluations.
 

@@ -11,6 +11,7 @@ from prunekit.errors import DataError
 from prunekit.report.parts import (
     Calibration,
     Continuations,
+    LargeTokens,
     LayerError,
     LayerKept,
     LeftOut,
@@ -73,6 +74,7 @@ class Report(Mapping[str, Any]):
         layers: what each layer kept.
         left_out: groups of the kinds asked for that can't be cut; left out where there are none.
         calibration: the text that units were chosen by.
+        large_tokens: how much of each Hessian the largest tokens own; of task=tokens only.
         vocabulary: the tokens that went; left out where all stayed.
         float64: group → how many of its Hessians took float64 to invert; left out where none did.
         recovery: how the pruned model was fine-tuned.
@@ -108,6 +110,7 @@ class Report(Mapping[str, Any]):
     layers: tuple[LayerKept, ...] | None = None
     left_out: tuple[LeftOut, ...] | None = None
     calibration: Calibration | None = None
+    large_tokens: tuple[LargeTokens, ...] | None = None
     vocabulary: Vocabulary | None = None
     float64: Mapping[str, int] | None = None
     recovery: RecoveryFigures | None = None

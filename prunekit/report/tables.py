@@ -54,6 +54,26 @@ def left_out(report: Report) -> Table | None:
     )
 
 
+def large_tokens(report: Report) -> Table | None:
+    """How much of each Hessian the largest tokens own, and where these are."""
+    rows = tuple(
+        (
+            entry.group,
+            f"{entry.permille:.1%}",
+            f"{entry.percent:.1%}",
+            ", ".join(f"{place} ({count})" for place, count in entry.positions.items()),
+        )
+        for entry in report.large_tokens or ()
+    )
+    if not rows:
+        return None
+    return Table(
+        caption="The share of the Hessian's trace that the largest tokens own",
+        header=("group", "0.1 % of tokens", "1 % of tokens", "positions of the 0.1 % (how many)"),
+        rows=rows,
+    )
+
+
 def header(report: Report) -> Row:
     """The heads of `rows`: an empty one, the models, and `change` if there are several models."""
     models = report.models or ()

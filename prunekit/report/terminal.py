@@ -7,7 +7,7 @@ from pathlib import Path
 from prunekit.report import words
 from prunekit.report.document import Answers, document, title
 from prunekit.report.record import Report
-from prunekit.report.tables import summary
+from prunekit.report.tables import large_tokens, summary
 
 _FILES = ("model", "plan.json", "shares.csv", "report.json", "report.md", "report.html")
 _SAMPLES = 3
@@ -25,7 +25,7 @@ def print_summary(report: Report, folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    shown = summary(report)
+    shown = large_tokens(report) or summary(report)
     table = Table(title=Text(words.plain(title(report))))
     for i, name in enumerate(shown.header):
         table.add_column(Text(words.plain(name)), justify="right" if i else "left")

@@ -13,6 +13,7 @@ from torch import nn
 
 import prunekit
 from prunekit.calibration import walk as walking
+from prunekit.calibration.concentration import measure_concentration
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
@@ -253,6 +254,22 @@ def test_units_compete_by_what_they_add_to_the_error_of_their_group(compete):
             torch.testing.assert_close(
                 scores[group.name][order[:k]].sum(), error, rtol=1e-3, atol=1e-9
             )
+
+
+def test_the_share_of_the_trace_that_the_largest_tokens_own():
+    model, batch = tiny_llama(layers=2).double(), padded(40, 30)
+    mask, found = batch["attention_mask"].bool(), watch(model, batch)
+    groups = blocks(model)
+    shares = measure_concentration(model, groups, split(batch, 7))
+    assert list(shares) == [group.name for group in groups]
+    count = int(mask.sum())
+    place = (mask.cumsum(1) - 1)[mask]
+    for name, own in shares.items():
+        squares = found[name][0][mask].square().sum(-1)
+        largest = squares.argsort(descending=True)[: round(count / 100)]
+        assert own.percent == pytest.approx(float(squares[largest].sum() / squares.sum()))
+        assert own.permille == pytest.approx(float(squares.max() / squares.sum()))
+        assert own.positions == {int(place[squares.argmax()]): 1}
 
 
 def test_the_choice_and_the_repair_go_by_weights_of_their_own():

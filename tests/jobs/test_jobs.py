@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit
+from prunekit import config as cfg
+from prunekit import jobs
 from prunekit.checkpoint import load_tokenizer
 from prunekit.config.sections import ModelConfig
 from prunekit.demo import DEMO_MODEL
-from prunekit.errors import PrunekitError
+from prunekit.errors import ConfigError, PrunekitError
 from prunekit.evaluation import perplexity as perplexities
 from prunekit.jobs.finetune import modules_by_kind
 
@@ -152,9 +154,18 @@ def test_shares_are_searched_alone_and_taken_by_hand(place):
     )
     assert by_hand["policy"]["shares"] == report["policy"]["shares"]
     assert [row["mlp"] for row in by_hand["layers"]] == [row["mlp"] for row in report["layers"]]
-    finished = command_line(*SMALL, "task=search", "scope=global", "output_dir=no", cwd=place)
-    assert finished.returncode == 2
-    assert "task=search: expected scope=local" in finished.stderr
+    config = cfg.check(cfg.compose(["task=search", "scope=global"]))
+    with pytest.raises(ConfigError, match="task=search: expected scope=local"):
+        jobs.run(config, place / "no")
+
+
+def test_the_share_of_the_largest_tokens_is_told(place):
+    report, printed = done("task=tokens", "model.path=dense", "output_dir=tokens", cwd=place)
+    first = report["large_tokens"][0]
+    assert first["group"] == "layers.0.self_attn"
+    assert 0 < first["permille"] <= first["percent"] < 1
+    assert f"{first['percent']:.1%}" in printed
+    assert "## Large tokens" in (place / "tokens" / "report.md").read_text()
 
 
 def test_shares_of_a_model_that_overflows_are_not_searched(place):
