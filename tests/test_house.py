@@ -135,7 +135,7 @@ STOREYS = {
 # What backends of one kind share; beside these a backend imports no other one.
 SHARED = {
     "importance": {"aggregation", "base", "learned", "seeds", "structures"},
-    "policies": {"base", "knapsack"},
+    "policies": {"base", "knapsack", "ramp"},
     "compensation": {"base"},
     "allocation/costs": {"base", "curves", "forward", "terms", "timing", "weights"},
 }

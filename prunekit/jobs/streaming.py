@@ -75,7 +75,7 @@ def _find_obstacle(config: RunConfig, method: Method, recovery: Recovery | None)
         return "schedule=oneshot; expected layerwise"
     if recovery is not None:
         return "a recovery; expected recovery=none, and task=recover on the result"
-    if method.policy.measures:
+    if method.policy.measures and not method.policy.stands_in:
         return "a policy that measures the model; expected one of shapes over the depth"
     if method.scope.ranking != "local" or method.scope.rounds != 1:
         return "groups that compete; expected scope.ranking=local and one round"

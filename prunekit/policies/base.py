@@ -103,10 +103,12 @@ class Policy(ABC):
 
     Attributes:
         measures: the policy runs the model, so that its weights must be in memory.
+        stands_in: where they are not, the policy has other shares to give.
         empties: the policy may take all units of a group, where `scope.min_units` is not set.
     """
 
     measures: ClassVar[bool] = False
+    stands_in: ClassVar[bool] = False
     empties: ClassVar[bool] = False
 
     @abstractmethod

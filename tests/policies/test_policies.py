@@ -1,17 +1,23 @@
 import pytest
 import torch
+from conftest import example, tiny_llama, token_ids
 from contracts import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunekit.allocation.costs.weights import weights_cost
 from prunekit.errors import ConfigError
+from prunekit.graph import trace
+from prunekit.importance import Magnitude, Obs
 from prunekit.policies import (
+    ExpectedLoss,
     LinearIncrease,
     LogDecrease,
     LogIncrease,
     Manual,
     Owl,
     Sensitivity,
+    Setting,
     Single,
     Window,
 )
@@ -126,6 +132,61 @@ def test_sensitivity_takes_nothing_for_free():
     heads = [name for name in notes["shares"] if "self_attn" in name]
     assert all(notes["sensitivity"]["errors"][name][0] == 0 for name in heads)
     assert all(notes["shares"][name] != pytest.approx(0.05) for name in heads)
+
+
+def test_expected_loss_cuts_where_the_next_unit_raises_the_loss_least():
+    """At the optimum no unit that stays is cheaper for the loss than one that went."""
+    model, ids = tiny_llama(layers=3), token_ids(8, 12)
+    graph, cost = trace(model, example()), weights_cost(trace(model, example()))
+    groups = [group for group in graph.groups if group.kind in ("attention", "mlp")]
+    batches = [{"input_ids": ids, "use_cache": False}]
+    setting = Setting(
+        model=model,
+        graph=graph,
+        groups=groups,
+        batches=batches,
+        importance=Magnitude(),
+        cost=cost,
+        limit=0.8 * cost({}),
+    )
+    shares = ExpectedLoss().group_shares(setting)
+    scores = Obs(compete="loss", outputs="full").score(model, graph, groups, batches)
+    gone, left = [], []
+    for group in groups:
+        prices = scores[group.name].sort().values / (cost({}) - cost({group.name: 1}))
+        count = round(shares[group.name] * group.num_units)
+        gone += prices[:count].tolist()
+        left += prices[count : group.num_units - 1].tolist()
+    lost = {g.name: round(shares[g.name] * g.num_units) for g in groups}
+    assert cost(lost) == pytest.approx(0.8 * cost({}), rel=0.05)
+    assert gone and sum(max(gone) > price for price in left) <= 1, "one is cut in part"
+
+
+@pytest.mark.parametrize("why", ["meta", "no loss", "several matrices"])
+def test_shares_rise_with_the_depth_where_no_loss_is_expected(why, monkeypatch):
+    said = []
+    monkeypatch.setattr("prunekit.policies.expected_loss.say", said.append)
+    model, batch = tiny_llama(layers=3), example()
+    graph = trace(model, batch)
+    kinds = ("attention", "channel") if why == "several matrices" else ("attention", "mlp")
+    groups = [group for group in graph.groups if group.kind in kinds]
+    if why == "meta":
+        model = model.to("meta")
+    if why == "no loss":
+        batch = {"input_ids": batch["input_ids"], "logits_to_keep": 1}
+    cost = weights_cost(graph)
+    setting = Setting(
+        model=model,
+        graph=graph,
+        groups=groups,
+        batches=[batch],
+        importance=Magnitude(),
+        cost=cost,
+        limit=0.8 * cost({}),
+    )
+    assert ExpectedLoss().group_shares(setting) == LogIncrease().group_shares(setting)
+    reason = {"meta": "streamed", "no loss": "scalar `loss`", "several matrices": "single matrix"}
+    assert reason[why] in said[0]
 
 
 def test_unknown_variants_name_the_known_ones():
