@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
 
 _TEXT = {".txt", ".raw", ".tokens", ".md", ".text"}
 RECORDS = {".jsonl", ".json", ".parquet"}
-_BUFFER = 10_000  # rows of the hub that a shuffled one is drawn from: some 20 MB of C4
+# A shuffled row of the hub is drawn from among so many, some 20 MB of C4, or from so many
+# characters, where rows are as long as books.
+_BUFFER, _BUFFERED = 10_000, 50_000_000
+_BATCH, _PAGE = 200, 1 << 20  # rows and bytes of a parquet file that are read at a time
 
 
 def open_corpus(
@@ -81,6 +86,18 @@ def load_corpus(
     return documents
 
 
+def _take(records: Iterable[dict[str, Any]], characters: int | None) -> list[dict[str, Any]]:
+    """Records from the beginning that hold so many characters; None: all."""
+    taken: list[dict[str, Any]] = []
+    count = 0
+    for record in records:
+        taken.append(record)
+        count += len(str(record))
+        if characters is not None and count >= characters:
+            break
+    return taken
+
+
 def _not_empty(texts: Iterable[str], what: str) -> Iterator[str]:
     """The texts that are not blank; DataError where there is none."""
     empty = True
@@ -93,7 +110,11 @@ def _not_empty(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def load_records(
-    name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]
+    name: str,
+    purpose: str,
+    known: Mapping[str, Mapping[str, Any]],
+    seed: int | None = None,
+    characters: int | None = None,
 ) -> list[dict[str, Any]]:
     """The records of a corpus, with all their fields; a document without fields is `{"text": …}`.
 
@@ -102,6 +123,8 @@ def load_records(
         purpose: "calibration", "recovery" (the calibration split where it has none of its own) or
             "eval".
         known: as for `open_corpus`.
+        seed: as for `open_corpus`.
+        characters: records of the hub that hold so many suffice; None: all.
 
     Raises:
         DataError: an unknown name, a file that can't be read.
@@ -110,7 +133,7 @@ def load_records(
         split: embedded.Split = "heldout" if purpose == "eval" else "train"
         return [{"text": text} for _, text in embedded.documents(split)]
     if name in known:
-        return list(_stream_from_hub(name, purpose, known[name]))
+        return _take(_stream_from_hub(name, purpose, known[name], seed), characters)
     if Path(name).exists():
         return read_records(Path(name))
     if "/" in name or Path(name).suffix in _TEXT | RECORDS:
@@ -219,27 +242,73 @@ def _stream_from_hub(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a data set on the hub, read as they are taken; with a seed, shuffled.
 
-    A shuffled row comes from among the next `_BUFFER` ones, and files come in a random order.
+    A shuffled row comes from among the next ones, and files come in a random order.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     _check_source(name, source)
     splits = source["splits"]
     split = splits.get(purpose, splits["calibration"]) if purpose == "recovery" else splits[purpose]
     try:
-        rows = load_dataset(
+        builder = load_dataset_builder(
             source["hub"],
             source.get("config"),
             data_files=source.get("data_files"),
             revision=source.get("revision"),
-            split=split,
-            streaming=True,
         )
-        if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=_BUFFER)
-        yield from rows
+        _read_by_page(builder)
+        rows = builder.as_streaming_dataset(split=split)
+        if seed is None:
+            yield from rows
+        else:  # with a buffer of one row only the files are shuffled
+            yield from _shuffle(rows.shuffle(seed=seed, buffer_size=1), seed)
     except Exception as error:
         message = first_line(error)
         raise DataError(
             f"{purpose} corpus {name}: can't load {source['hub']} from the hub: {message}"
         ) from error
+
+
+def _shuffle(rows: Iterable[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+    """The rows, each drawn from among the next `_BUFFER` ones or `_BUFFERED` characters."""
+    generator = random.Random(seed)
+    held: list[tuple[int, dict[str, Any]]] = []
+    characters = 0
+    for row in rows:
+        held.append((len(str(row)), row))
+        characters += held[-1][0]
+        while len(held) >= _BUFFER or characters >= _BUFFERED:
+            place = generator.randrange(len(held))
+            held[place], held[-1] = held[-1], held[place]
+            size, drawn = held.pop()
+            characters -= size
+            yield drawn
+    generator.shuffle(held)
+    yield from (row for _, row in held)
+
+
+def _read_by_page(builder: Any) -> None:
+    """Let parquet files be read some rows at a time; `datasets` reads a group of rows at once.
+
+    Such a group may be 100,000 rows, of some hundred MB of text. `datasets` asks pyarrow's scanner,
+    which decodes a group as a whole, whatever the size of its batches; a `ParquetFile` does not.
+    """
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if not isinstance(builder, Parquet):
+        return
+    builder._generate_tables = partial(_pages, builder)
+    builder.SLEEP_ON_THREADS_SHUTDOWNS = False  # no thread of the scanner is left to wait for
+
+
+def _pages(builder: Any, files: Sequence[str], **_: Any) -> Iterator[tuple[Any, Any]]:
+    """The rows of parquet files as pyarrow's tables of `_BATCH` ones, each with its number."""
+    import fsspec
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    for number, name in enumerate(files):
+        with fsspec.open(name, "rb") as file:
+            pages = ParquetFile(file, buffer_size=_PAGE).iter_batches(_BATCH, use_threads=False)
+            for part, rows in enumerate(pages):
+                yield f"{number}_{part}", builder._cast_table(pyarrow.Table.from_batches([rows]))

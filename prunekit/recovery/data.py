@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunekit.data.corpora import load_records
+from prunekit.data.tokens import DENSEST
 from prunekit.errors import DataError
 from prunekit.recovery.examples import IGNORED, Example, make_examples
 from prunekit.recovery.settings import Recovery
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = tuple[Example, ...]
+_LEAST = 100_000_000  # characters: more than Alpaca has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,9 @@ def load_data(
             to train on.
     """
     corpus = recovery.path or recovery.corpus
-    records = load_records(corpus, "recovery", known)
+    characters = _enough(recovery)
+    own = None if characters is None else seed
+    records = load_records(corpus, "recovery", known, own, characters)
     field = known.get(corpus, {}).get("field", "text")
     examples = make_examples(records, recovery, tokenizer, corpus, field)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -82,6 +86,17 @@ def load_data(
     rows = pack(training, recovery.length) if recovery.pack else _one_a_row(training)
     rows += [_empty_row(tokenizer)] * (-len(rows) % recovery.batch_size)
     return Data(training=rows, validation=_one_a_row(validation), examples=len(training))
+
+
+def _enough(recovery: Recovery) -> int | None:
+    """Characters of a corpus of the hub that hold all examples that are asked for; None: all of it.
+
+    Of less than `_LEAST` all is read, and the examples are drawn from among all.
+    """
+    if recovery.samples is None:
+        return None
+    examples = recovery.samples + _count_held_out(recovery.holdout, recovery.samples)
+    return max(_LEAST, examples * recovery.length * DENSEST)
 
 
 def _count_held_out(holdout: float, examples: int) -> int:

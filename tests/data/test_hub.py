@@ -15,6 +15,8 @@ from prunekit.data import corpora
 from prunekit.data.corpora import load_corpus, load_records, open_corpus
 from prunekit.data.windows import draw_windows
 from prunekit.errors import DataError
+from prunekit.recovery.data import load_data
+from prunekit.recovery.settings import Recovery
 
 NAMES = ("c4", "wikitext2", "ptb", "bookcorpus", "alpaca", "alpaca_raw")
 SENTENCES = [f"sentence {n} of a corpus , with words" for n in range(300)]
@@ -24,6 +26,7 @@ class Characters:
     """A tokenizer of code points."""
 
     chat_template = None
+    pad_token_id = eos_token_id = 0
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": [ord(c) for c in text]}
@@ -94,12 +97,6 @@ WRITERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    """datasets sleeps five seconds after parquet files that were not read to their end."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
     """The named corpora as they are configured, each with a local folder for its repository."""
@@ -140,6 +137,34 @@ def test_no_more_is_read_than_the_windows_need(known, monkeypatch):
     assert first.strip() == second.strip() != third.strip(), "the order is the seed's"
     assert first.count("sentence") < 20 < 2 * len(SENTENCES)
     assert first.split()[1] != "0" or third.split()[1] != "0"
+
+
+def test_rows_as_long_as_books_are_shuffled_in_less_memory(monkeypatch):
+    monkeypatch.setattr(corpora, "_BUFFERED", 5_000)
+    rows = [{"text": "x" * 1000, "n": n} for n in range(40)]
+    read = []
+    drawn = corpora._shuffle((read.append(row) or row for row in rows), seed=0)
+    for taken, row in enumerate(drawn):
+        assert len(read) - taken <= 5 or len(read) == len(rows)
+        rows[row["n"]] = None
+    assert rows == [None] * 40
+
+
+def test_a_recovery_reads_no_more_than_its_samples_need(known, monkeypatch):
+    monkeypatch.setattr("prunekit.recovery.data._LEAST", 1_000)
+    opened = corpora._stream_from_hub
+    read = []
+
+    def counted(*args):
+        for row in opened(*args):
+            read.append(row)
+            yield row
+
+    monkeypatch.setattr(corpora, "_stream_from_hub", counted)
+    settings = Recovery(corpus="bookcorpus", samples=4, length=8, holdout=2, batch_size=2)
+    data = load_data(settings, Characters(), known, seed=0)
+    assert (data.examples, len(data.validation)) == (4, 2)
+    assert 1_000 / 60 < len(read) < 60 < 2 * len(SENTENCES)
 
 
 def test_evaluation_stops_at_its_characters(known):
@@ -194,7 +219,7 @@ def write_large_c4(folder):
 
 
 def write_large_bookcorpus(folder):
-    """Two files of 1.7 GB of text in all, in groups of 1,000 rows, as the hub converts it."""
+    """Two files of 1.7 GB of text in all, in groups of 100,000 rows."""
     path = folder / "plain_text" / "train" / "0000.parquet"
     path.parent.mkdir(parents=True)
     rows = pyarrow.table({"text": [f"{text} " * 20 for text in SENTENCES] * 333})
@@ -202,7 +227,7 @@ def write_large_bookcorpus(folder):
         file = path.with_name(f"000{number}.parquet")
         with pyarrow.parquet.ParquetWriter(file, rows.schema) as writer:
             for _ in range(12):
-                writer.write_table(rows, row_group_size=1000)
+                writer.write_table(rows, row_group_size=100_000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of memory")

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,9 +140,8 @@ def test_records_come_with_their_fields_and_the_recovery_split(tmp_path, monkeyp
     import datasets
 
     asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **kw: asked.append(kw["split"]) or RECORDS
-    )
+    builder = SimpleNamespace(as_streaming_dataset=lambda split: asked.append(split) or RECORDS)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kw: builder)
     known = {
         "a": {"hub": "x/a", "splits": {"calibration": "train", "eval": "test"}, "field": "text"}
     }

@@ -42,6 +42,14 @@ def test_two_processes_of_submitit_work_on_each_run(tmp_path):
         assert all(f"{name}ratio: expected" in log.read_text() for log in logs)
 
 
+def test_ray_brings_the_rows_of_its_cluster(tmp_path):
+    reason = "ray is missing: pip install hydra-ray-launcher, a large package that `dev` is without"
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason=reason)
+    options = ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]
+    done = sweep("ratio=1.5,1.6", *options, cwd=tmp_path)
+    check_failures(done, tmp_path / "sweep")
+
+
 OPTUNA = ["hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0"]
 
 
