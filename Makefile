@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 SERVING := .venv-serving
+SERVING_ONNX := .venv-serving-onnx
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
@@ -31,8 +32,14 @@ $(SERVING)/.tried: Makefile
 	-$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-serving: $(DONE) $(SERVING)/.tried  ## pruned models in vLLM (an environment of its own) and llama.cpp's server
-	PRUNEKIT_SERVING=$(SERVING)/bin/python $(BIN)/python -m pytest -rs tests/serving/served_by_*.py
+$(SERVING_ONNX)/.tried: Makefile
+	$(PYTHON) -m venv $(SERVING_ONNX)
+	-$(SERVING_ONNX)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 'optimum-onnx[onnxruntime]==0.1.0'
+	@touch $@
+
+test-serving: $(DONE) $(SERVING)/.tried $(SERVING_ONNX)/.tried  ## pruned models in vLLM, onnxruntime-genai, optimum (environments of their own) and llama.cpp's server
+	PRUNEKIT_SERVING=$(SERVING)/bin/python PRUNEKIT_SERVING_ONNX=$(SERVING_ONNX)/bin/python \
+		$(BIN)/python -m pytest -rs tests/serving/served_by_*.py
 
 lint: $(DONE)  ## style, formatting, types
 	$(BIN)/ruff check .
@@ -62,4 +69,4 @@ docs-serve: $(DONE)  ## show the site on http://127.0.0.1:8000 while it is writt
 	$(BIN)/mkdocs serve
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(SERVING) outputs multirun dist build site
+	rm -rf $(VENV) $(SERVING) $(SERVING_ONNX) outputs multirun dist build site

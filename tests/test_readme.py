@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_the_code_runs(capsys):
@@ -14,3 +15,12 @@ def test_the_code_runs(capsys):
         exec(block, names)
     assert names["net"][0].out_features < 64
     assert "PruningPlan" in capsys.readouterr().out
+
+
+def test_what_reads_a_model_stands_beside_the_test_that_ran_it():
+    page = (ROOT / "docs" / "howto" / "serving.md").read_text()
+    (table,) = re.findall(r"\| what reads it \|.*?\n\n", page, re.DOTALL)
+    assert table in README.read_text()
+    for row in table.strip().splitlines()[2:]:
+        tests = re.findall(r"`(tests/[^`]+)`", row)
+        assert tests and all((ROOT / test).is_file() for test in tests), row

@@ -1,20 +1,21 @@
-"""Write a model as an ONNX graph of its prefill: token ids and mask to logits, of any shape."""
+"""Write a model as an ONNX graph: token ids and mask to logits, with or without a cache."""
 
 from __future__ import annotations
 
-import copy
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from prunekit.errors import ExportError, first_line, suggest
 from prunekit.exports.base import Export, Written, require_package
+from prunekit.exports.onnx_graphs import Cached, Graph, Prefill
 from prunekit.model.compat import experts_computed
 from prunekit.runtime.console import quiet
+from prunekit.runtime.files import write_text
 from prunekit.runtime.modes import evaluating
 
 if TYPE_CHECKING:
@@ -34,24 +35,30 @@ class Onnx(Export):
     of its weights.
 
     It takes input_ids [batch, sequence] and attention_mask of the same shape, both int64, and gives
-    logits [batch, sequence, vocabulary]. There is no cache in it: every run computes all positions.
-    Positions count from the first column, padded or not. Needs the packages onnx and onnxscript.
+    logits [batch, sequence, vocabulary]. Every run computes all positions, which count from the
+    first column, padded or not. Needs the packages onnx and onnxscript.
+
+    With a cache (`onnx_graphs.Cached`) it also takes and gives the keys and values of each layer,
+    and the mask is of all tokens so far. Beside it lie `genai_config.json`, by which
+    onnxruntime-genai runs it, and the tokenizer.
 
     Attributes:
         opset: the version of ONNX's operators, 18 to 23.
-        dtype: the type of the weights and the logits, float32 or float16.
+        dtype: the type of the weights, the logits and the cache, float32 or float16.
         attention_mask: whether it is an input; without it nothing is padded.
+        cache: whether keys and values are inputs and outputs.
         check: run the graph with onnxruntime, where that is installed, and compare it with the
             model.
 
     Raises:
-        ExportError: an opset or a dtype that is none of these.
+        ExportError: an opset or a dtype that is none of these; a cache without a mask.
     """
 
     name: ClassVar[str] = "onnx"
     opset: int = 20
     dtype: str = "float32"
     attention_mask: bool = True
+    cache: bool = False
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +68,8 @@ class Onnx(Export):
             raise ExportError(
                 f"export.dtype: {self.dtype!r} is unknown; {suggest(str(self.dtype), list(_TYPES))}"
             )
+        if self.cache and not self.attention_mask:
+            raise ExportError("export.cache=true: expected export.attention_mask=true, got false")
 
     @property
     def target(self) -> str:
@@ -83,19 +92,22 @@ class Onnx(Export):
     def create(
         self, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Written:
-        """Write the folder; the tokenizer is not needed.
+        """Write the folder; without a cache the tokenizer is not needed.
 
         Raises:
             ExportError: torch can't export the model, or onnxruntime computes something else.
         """
-        prefill = _Prefill(model, _TYPES[self.dtype], self.attention_mask)
         path.mkdir()
         file = path / "model.onnx"
-        num_bytes = sum(p.numel() * p.element_size() for p in prefill.parameters())
-        with evaluating(prefill.model):
-            program = _export_program(prefill, self.opset)
+        dtype = _TYPES[self.dtype]
+        with evaluating(model):
+            graph = Cached(model, dtype) if self.cache else Prefill(model, dtype)
+            if not self.attention_mask:
+                graph.names = [name for name in graph.names if name != "attention_mask"]
+            num_bytes = sum(p.numel() * p.element_size() for p in graph.parameters())
+            program = _export_program(graph, self.opset)
             program.save(file, external_data=num_bytes > LARGEST)
-            difference = _measure_difference(file, prefill) if self.check else None
+            difference = _measure_difference(file, graph) if self.check else None
         if difference is None:
             checked = "not run"
         elif difference <= _TOLERANCE[self.dtype]:
@@ -104,50 +116,27 @@ class Onnx(Export):
             raise ExportError(
                 f"export=onnx: onnxruntime's logits are off by {difference:.1e} of the largest"
             )
+        if isinstance(graph, Cached):
+            write_text(path / "genai_config.json", json.dumps(graph.describe(), indent=2) + "\n")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(path)
         return Written(file=file, about=f"opset {self.opset}, {self.dtype}, {checked}")
 
 
-class _Prefill(nn.Module):
-    """A language model without its cache: tensors in, one tensor out."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, masked: bool) -> None:
-        super().__init__()
-        accepted = inspect.signature(model.forward).parameters
-        self.model = model
-        if any(p.dtype != dtype for p in model.parameters()):
-            self.model = copy.deepcopy(model)
-            nn.Module.to(self.model, dtype)
-        self.names = ["input_ids"]
-        if masked and "attention_mask" in accepted:
-            self.names.append("attention_mask")
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True)), use_cache=False).logits
-
-    def example(self, rows: int, length: int) -> tuple[Tensor, ...]:
-        """Inputs [rows, length], int64; with a mask, the first row is padded on the left."""
-        ids = torch.arange(rows * length, device=self.model.device).view(rows, length)
-        ids = ids % self.model.config.vocab_size
-        mask = torch.ones_like(ids)
-        mask[0, : length // 3] = 0
-        return (ids, mask)[: len(self.names)]
-
-
-def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
+def _export_program(graph: Graph, opset: int) -> ONNXProgram:
     """Let torch make a program of the model; ExportError with the first line of its error."""
-    axes = tuple({0: "batch", 1: "sequence"} for _ in prefill.names)
     try:
         # ONNX has no grouped product, and no loop over the experts that are chosen.
-        gathered = experts_computed(prefill.model, "batched_mm")
+        gathered = experts_computed(graph.model, "batched_mm")
         with quiet("torch.onnx"), gathered, torch.no_grad():
             program = torch.onnx.export(
-                prefill,
-                prefill.example(2, 6),
+                graph,
+                graph.example(2, 6, 3),
                 dynamo=True,
-                dynamic_shapes=(axes,),
+                dynamic_shapes=(graph.axes,),
                 opset_version=opset,
-                input_names=prefill.names,
-                output_names=["logits"],
+                input_names=graph.inputs,
+                output_names=graph.outputs,
                 verbose=False,
             )
     except (
@@ -155,7 +144,7 @@ def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
     ) as error:  # torch.export, a decomposition and a translation have no common base
         cause = error.__cause__ or error
         raise ExportError(
-            f"export=onnx: torch can't export {type(prefill.model).__name__}: "
+            f"export=onnx: torch can't export {type(graph.model).__name__}: "
             f"{first_line(cause, named=True)}"
         ) from error
     assert program is not None  # None is returned for dynamo=False only
@@ -163,25 +152,24 @@ def _export_program(prefill: _Prefill, opset: int) -> ONNXProgram:
 
 
 @torch.no_grad()
-def _measure_difference(file: Path, prefill: _Prefill) -> float | None:
+def _measure_difference(file: Path, graph: Graph) -> float | None:
     """How far onnxruntime's logits are off, over the largest logit; None without onnxruntime.
 
-    The batch and the length are others than those that the graph was exported with.
+    The batch and the length are others than those that the graph was exported with. A graph with a
+    cache is run twice, on all tokens but the last one, and on that one.
     """
     try:
         import onnxruntime
     except ImportError:
         return None
-    inputs = prefill.example(3, 9)
-    expected = prefill(*inputs).float().cpu()
-    arrays = [value.cpu().numpy() for value in inputs]
+    values = dict(zip(graph.inputs, graph.example(3, 9, 0), strict=True))
+    expected = graph.compute(values).float().cpu()
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        outputs = session.run(["logits"], dict(zip(prefill.names, arrays, strict=True)))
+        logits = graph.run(session, values).float()
     except Exception as error:  # onnxruntime's own have no common base
         raise ExportError(
             f"export=onnx: onnxruntime can't run the graph: {first_line(error)}"
         ) from error
-    logits = torch.from_numpy(outputs[0]).float()
-    real = slice(inputs[0].shape[1] // 3, None)  # nobody reads the logits of padded positions
+    real = slice(values["input_ids"].shape[1] // 3, None)  # nobody reads logits of padded positions
     return ((logits - expected)[:, real].abs().max() / expected.abs().max()).item()

@@ -1,3 +1,4 @@
+import json
 import sys
 from types import SimpleNamespace
 
@@ -88,12 +89,44 @@ def off(model, file, rows, length):
     return ((found - expected)[real].abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral", "emptied"])
+@torch.no_grad()
+def off_with_cache(model, file):
+    """As `off`, of five tokens, then of two, then of one, with what was kept of those before."""
+    session = onnxruntime.InferenceSession(file)
+    ids, mask = token_ids(3, 8, seed=3), torch.arange(8) >= torch.arange(3)[:, None]
+    given = {"input_ids": ids, "attention_mask": mask.long()}
+    given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(**given, use_cache=False).logits
+    sizes = {entry.name: entry.shape for entry in session.get_inputs()[3:]}
+    kept = {n: torch.zeros(3, heads, 0, width).numpy() for n, (_, heads, _, width) in sizes.items()}
+    names = [entry.name for entry in session.get_outputs()]
+    assert names[1:] == [name.replace("past_key_values", "present") for name in kept]
+    worst = 0.0
+    for begin, end in ((0, 5), (5, 7), (7, 8)):
+        tokens = {name: value[:, begin:end].numpy() for name, value in given.items()}
+        tokens["attention_mask"] = given["attention_mask"][:, :end].numpy()
+        logits, *presents = session.run(None, tokens | kept)
+        kept = dict(zip(kept, presents, strict=True))
+        real, off = mask[:, begin:end], torch.from_numpy(logits) - expected[:, begin:end]
+        worst = max(worst, off[real].abs().max().item())
+    return worst / expected.abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral"])
 def test_onnxruntime_computes_the_same(name, tmp_path):
     model = CASES[name]()
     file = Onnx(check=False).write(model, None, tmp_path / "new")
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
     assert max(off(model, file, rows, length) for rows, length in SHAPES) < 2e-5
+
+
+def test_a_cache_of_layers_with_and_without_attention(tmp_path):
+    model = CASES["emptied"]()
+    file = Onnx(cache=True, check=False).write(model, None, tmp_path)
+    assert off_with_cache(model, file) < 2e-5
+    written = json.loads(file.with_name("genai_config.json").read_text())["model"]["decoder"]
+    assert (written["num_hidden_layers"], written["filename"]) == (3, "model.onnx")
+    assert written["inputs"]["past_value_names"] % 2 == "past_key_values.2.value"
 
 
 def test_weights_beside_the_graph_half_and_no_mask(tmp_path, monkeypatch):
@@ -122,6 +155,11 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeyp
         Onnx(opset=7)
     with pytest.raises(ExportError, match="did you mean float16"):
         Onnx(dtype="bfloat16")
+    with pytest.raises(ExportError, match="expected export.attention_mask=true"):
+        Onnx(cache=True, attention_mask=False)
+    with pytest.raises(ExportError, match="MambaForCausalLM, got nothing"):
+        small = {"hidden_size": 8, "state_size": 4, "num_hidden_layers": 1}
+        Onnx(cache=True).write(build("mamba", **small), None, tmp_path)
     with pytest.raises(ExportError, match="expected a causal language model, got Linear"):
         Onnx().write(nn.Linear(2, 2), None, tmp_path)
     model = Deciding()
@@ -157,13 +195,10 @@ def test_from_the_command_line(tmp_path):
     prunekit.save_pretrained(
         CASES["llama"](), tmp_path / "model", prunekit.checkpoint.load_tokenizer(DEMO_MODEL)
     )
-    run = command_line(
-        "task=export", "export=onnx", "model.path=model", "output_dir=out", cwd=tmp_path
-    )
+    asked = ["task=export", "export=onnx", "export.cache=true", "model.path=model"]
+    run = command_line(*asked, "output_dir=out", cwd=tmp_path)
     assert not run.returncode, run.stderr
     assert "onnxruntime's logits within" in run.stdout + run.stderr
-    model, file = (
-        prunekit.from_pretrained(tmp_path / "model"),
-        tmp_path / "out" / "onnx" / "model.onnx",
-    )
-    assert max(off(model, file, rows, length) for rows, length in SHAPES) < 2e-5
+    file = tmp_path / "out" / "onnx" / "model.onnx"
+    assert off_with_cache(prunekit.from_pretrained(tmp_path / "model"), file) < 2e-5
+    assert file.with_name("tokenizer.json").exists()
