@@ -18,7 +18,7 @@ from prunekit.config.overrides import (
     one_line,
     split_overrides,
 )
-from prunekit.config.sections import RunConfig, kinds_of
+from prunekit.config.sections import LIMITS, RunConfig, kinds_of
 from prunekit.errors import ConfigError, expect_one_of, suggest
 
 
@@ -66,8 +66,17 @@ def _compose(folder: Path, overrides: tuple[str, ...]) -> DictConfig:
 
 def settle(config: DictConfig, overrides: Sequence[str]) -> None:
     """Finish what Hydra composed of these overrides, in place: what no defaults list can say."""
+    _expect_sections(config, _schema())
     drop_presets(config, overrides)
+    _expect_one_target(config, overrides)
     _take_default_data(config, overrides)
+
+
+def _expect_one_target(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError where the user asks for a ratio, and for a target instead of it."""
+    limits = [name for name in LIMITS if OmegaConf.select(config, f"target.{name}") is not None]
+    if limits and any(key == "ratio" for key, _ in split_overrides(overrides)):
+        raise ConfigError(f"expected either ratio or target.{limits[0]}, got both")
 
 
 def _take_default_data(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -125,6 +134,20 @@ def check(config: DictConfig) -> RunConfig:
             "expected groups=vocabulary, or a list with it"
         )
     return run
+
+
+def _expect_sections(found: DictConfig, schema: DictConfig, within: str = "") -> None:
+    """Raise ConfigError where a value stands in the place of a section with options."""
+    sections = dict(schema.items_ex(resolve=False))
+    for key, own in found.items_ex(resolve=False):
+        name, wanted = f"{within}{key!s}", sections.get(key)
+        if not isinstance(wanted, DictConfig) or not wanted:  # one value, or options of any names
+            continue
+        if isinstance(own, DictConfig):
+            _expect_sections(own, wanted, f"{name}.")
+        else:
+            option = str(next(iter(wanted)))
+            raise ConfigError(f"{name}: expected options, such as {name}.{option}=…, got {own!r}")
 
 
 @functools.cache

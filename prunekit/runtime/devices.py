@@ -32,6 +32,11 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # torch lists every kind of device that it knows
+        raise ConfigError(
+            f"device: expected auto, cpu, cuda, cuda:N, mps or another of torch's, got {name!r}"
+        ) from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: {name!r} can't be used here: {first_line(error)}") from error

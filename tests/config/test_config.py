@@ -141,6 +141,11 @@ def test_seed_and_values_reach_their_places():
         ),
         ("vocabulary.corpora=a.txt", "groups=block does not act on it; expected groups=vocab"),
         ("eval.latency.nwe=3", "^unknown key 'eval.latency.nwe': did you mean new"),
+        (
+            "eval.latency=true",
+            "^eval.latency: expected options, such as eval.latency.batch=…, got T",
+        ),
+        ("data.calibration=c4", "^data.calibration: expected options, .* got 'c4'"),
         ("hydra.swep.dir=x", "^unknown key 'hydra.swep.dir': did you mean sweep"),
         ("method=SlimGPT", "^method: unknown choice 'SlimGPT': did you mean slimgpt"),
         ("model=meta-llama/Llama-2-7b", "hub is model.path=meta-llama/Llama-2-7b; "),
@@ -187,3 +192,8 @@ def test_what_is_done_to_a_configuration_does_not_change_the_next_one():
 
 def test_one_corpus_needs_no_brackets():
     assert check(compose(["eval.corpora=/some/file.txt"])).eval.corpora == ["/some/file.txt"]
+
+
+def test_a_ratio_beside_a_target_is_refused():
+    with pytest.raises(ConfigError, match=r"expected either ratio or target\.bytes, got both"):
+        compose(["ratio=0.3", "target.bytes=5e6"])

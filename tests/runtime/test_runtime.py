@@ -221,7 +221,7 @@ def test_digests_tell_parts_from_one_another():
 def test_devices_and_types_by_name():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ConfigError, match="device: 'abacus' can't be used here"):
+    with pytest.raises(ConfigError, match="device: expected auto, cpu, .*, got .abacus"):
         pick_device("abacus")
     with pytest.raises(ConfigError, match="device: expected one that holds numbers, .* 'meta'"):
         pick_device("meta")
