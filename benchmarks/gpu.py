@@ -61,6 +61,7 @@ PARTS = {
     "decode": Part(gpu_parts.decode, 90, "decoding with a static cache under torch.compile"),
     "search": Part(gpu_search.search, 120, "policy=search on a few layers, and the plan for all"),
     "lora": Part(gpu_parts.lora, 60, "recovery=lora, 50 steps"),
+    "start_up": Part(gpu_parts.start_up, 120, "the command line on the embedded model"),
 }
 
 

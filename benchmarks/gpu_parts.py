@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -604,3 +607,25 @@ def lora(bench: Bench) -> None:
     bench.figure("lora.whole_peak", highest_peak(report), "MB", measured)
     bench.figure("lora.before", before, "perplexity", measured)
     bench.figure("lora.after", perplexity(model, held_out), "perplexity", measured)
+
+
+def start_up(bench: Bench) -> None:
+    """Seconds of the command line on the embedded model, twice, and of its stages; small: of help.
+
+    What is outside the stages are imports, the report, and the end of the process.
+    """
+    for turn in ("first", "second"):
+        with tempfile.TemporaryDirectory() as place:
+            run = Path(place, "run")
+            own = ["--help"] if bench.device.type == "cpu" else ["ratio=0.2", f"output_dir={run}"]
+            began = time.perf_counter()
+            command = [sys.executable, "-m", "prunekit", *own]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            took, record = time.perf_counter() - began, run / "report.json"
+            if done.returncode:
+                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            stages = json.loads(record.read_text())["seconds"] if record.exists() else {}
+        measured = f"python -m prunekit {own[0]}, the {turn} time"
+        bench.figure(f"start_up.{turn}", took, "s", measured, aim=12)
+        for stage, seconds in stages.items():
+            bench.figure(f"start_up.{turn}.{stage}", seconds, "s", measured)

@@ -1,6 +1,7 @@
 """The commands a user types; one run, the help and what ends badly as processes of their own."""
 
 import csv
+import gc
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from processes import COMMAND, Python, run_python
 from report_schema import read_report
 
 import prunekit
+from prunekit import cli
 from prunekit.demo import DEMO_MODEL
 
 QUICK = [
@@ -312,3 +314,11 @@ def test_real_checkpoint_from_the_command_line(data, tmp_path):
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path / "out")
     assert report["perplexity"]["stories"]["pruned"] < 12
+
+
+def test_garbage_is_looked_for_again_whatever_happens_while_it_is_not():
+    assert gc.isenabled()
+    with pytest.raises(ImportError), cli._without_collecting():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
