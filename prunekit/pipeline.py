@@ -24,6 +24,7 @@ from prunekit.allocation.groups import (
 from prunekit.allocation.limits import count_added_biases, find_demands
 from prunekit.allocation.objective import Objective, set_objective
 from prunekit.allocation.scope import Scope
+from prunekit.allocation.shape import count_removed
 from prunekit.allocation.slots import gather_steps, make_slots
 from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.store import Store
@@ -101,8 +102,8 @@ def prune(
         model: any module that `torch.export` can capture.
         ratio: the share of what `cost` counts that goes, in (0, 1): of all parameters by default;
             None: 0.2, or what the overrides say.
-        method: slimgpt, best, gates, compresso, llm_pruner, magnitude or random; the next four take
-            the place of its parts.
+        method: slimgpt, best, gates, compresso, sheared, llm_pruner, magnitude or random; the next
+            four take the place of its parts.
         importance: tells which units matter least: a name of `conf/importance`, or an object.
         policy: says how much is cut where: a name of `conf/policy`, or an object.
         compensation: repairs what stays: a name of `conf/compensation`, an object, or None for
@@ -317,17 +318,21 @@ def allocate(
     everything = [*graph.groups, *graph.stacks]
     groups = method.scope.select_groups(choose_groups(model, graph, config.groups), everything)
     costs = CostSetting(model=model, graph=graph, groups=groups, batches=batches, stored=stored)
-    objective = set_objective(method.cost, costs, config)
+    shape = _find_shape(model, graph, config, method, groups)
+    objective = set_objective(method.cost, costs, config, shape)
     if method.needs_matrices:
         _check_repairable(method, model, groups)
     setting = _make_setting(costs, objective, config, method, tools or Tools())
-    shares = _find_shares(setting, config, method)
+    if shape is None:
+        shares = _find_shares(setting, config, method)
+    else:
+        shares = {group.name: shape[group.name] / group.num_units for group in groups}
     cut = [group for group in groups if shares[group.name] > 0] or groups
     assignment = Assignment(
         model=model,
         graph=graph,
         groups=cut,
-        budget=_make_budget(setting, objective, config, method, cut, shares),
+        budget=_make_budget(setting, objective, config, method, cut, shares, shape),
         batches=batches,
         importance=method.importance,
         compensation=method.compensation,
@@ -336,6 +341,20 @@ def allocate(
         independent=independent,
     )
     return Allocation(assignment=assignment, groups=groups, shares=shares, notes=setting.notes)
+
+
+def _find_shape(
+    model: nn.Module,
+    graph: CouplingGraph,
+    config: RunConfig,
+    method: Method,
+    groups: Sequence[Group],
+) -> dict[str, int] | None:
+    """Group → how many of its units go, where `target_shape` says it; else None."""
+    if not config.target_shape.given:
+        return None
+    multiples = find_demands(model, graph, groups, config, method.scope).multiples
+    return count_removed(groups, config.target_shape, multiples)
 
 
 def _make_setting(
@@ -378,8 +397,12 @@ def _make_budget(
     method: Method,
     cut: Sequence[Group],
     shares: Mapping[str, float],
+    shape: Mapping[str, int] | None,
 ) -> Budget:
-    """Make the budget of the groups that are cut, less the cost of biases that a repair adds."""
+    """Make the budget of the groups that are cut, less the cost of biases that a repair adds.
+
+    Where a shape is given, units compete inside of their groups alone.
+    """
     model, graph, limit = setting.model, setting.graph, objective.limit
     repairs = method.compensation
     if repairs is not None and repairs.adds_biases and objective.cost.stored:
@@ -390,11 +413,12 @@ def _make_budget(
         slots=slots,
         cost=objective.cost,
         limit=limit,
-        ranking=method.scope.ranking,
+        ranking="local" if shape else method.scope.ranking,
         comparable=method.importance.comparable,
         key=objective.option,
         hint=_name_limits(config, method, stepped=max(gather_steps(slots).values()) > 1)
         + suggest_channels(graph.groups, setting.groups),
+        asked=None if shape is None else {group.name: shape[group.name] for group in cut},
     )
 
 
@@ -495,7 +519,8 @@ def _report(
     dense, pruned = models
     left = num_parameters(pruned)
     states_target = (
-        bool(config.target.given) or allocation.assignment.budget.cost.name != "parameters"
+        bool(config.target.given or config.target_shape.given)
+        or allocation.assignment.budget.cost.name != "parameters"
     )
     return Report(
         method=config.method_name,

@@ -37,6 +37,7 @@ class Budget:
         comparable: scores of groups compare as they are, instead of per unit of cost.
         key: the option that sets the limit, for messages.
         hint: the options that narrow what can go, for messages.
+        asked: group → how many of its units go, where that is given; the limit then is their cost.
 
     Raises:
         ConfigError: the dense model meets the limit, or nothing that may be cut can meet it.
@@ -49,8 +50,11 @@ class Budget:
     comparable: bool = False
     key: str = "ratio"
     hint: str = ""
+    asked: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.asked is not None:
+            return
         dense, least = self.cost({}), self.cost_of(self.last_steps)
         cheapest = min(self.step_costs.values(), default=0.0)
         unit = self.cost.unit or self.cost.name
@@ -121,6 +125,8 @@ class Budget:
             scores: group → scores of its units [num_units]; needed where groups compete.
             progress: in (0, 1]: go only this share of the way to the limit.
         """
+        if self.asked is not None:
+            return {name: round(count * progress) for name, count in self.asked.items()}
         dense = self.cost({})
         limit = dense - (dense - self.limit) * progress
         slots = [slot for slot in self.slots if slot.name in self.step_costs]

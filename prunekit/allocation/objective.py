@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prunekit.allocation.costs.base import Cost, CostModel, CostSetting
@@ -42,8 +43,15 @@ def select_cost(cost: CostModel, target: TargetConfig) -> CostModel:
     return _BY_MEASURE[measure].for_target(tokens=target.tokens, batch=target.batch)
 
 
-def set_objective(model: CostModel, setting: CostSetting, config: RunConfig) -> Objective:
+def set_objective(
+    model: CostModel,
+    setting: CostSetting,
+    config: RunConfig,
+    shape: Mapping[str, int] | None = None,
+) -> Objective:
     """Measure the cost of the dense model; the limit is given, or a share of the measured cost.
+
+    Where the shape is given, as how many units of each group go, the limit is what it costs.
 
     Raises:
         ConfigError: whole layers are to go, and the cost can't count them.
@@ -55,6 +63,8 @@ def set_objective(model: CostModel, setting: CostSetting, config: RunConfig) -> 
             "cost=parameters or cost=bytes"
         )
     cost = model.measure(setting)
+    if shape is not None:
+        return Objective(cost=cost, limit=cost(shape), option="target_shape")
     for name, limit in config.target.given.items():
         return Objective(cost=cost, limit=limit, option=f"target.{name}")
     return Objective(cost=cost, limit=cost({}) * (1 - config.ratio), option="ratio")

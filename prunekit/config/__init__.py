@@ -21,9 +21,11 @@ from prunekit.config.overrides import (
 )
 from prunekit.config.sections import (
     KINDS,
+    SHAPE_KINDS,
     VOCABULARY,
     EvalConfig,
     RunConfig,
+    ShapeConfig,
     TargetConfig,
     kinds_of,
 )
@@ -41,6 +43,8 @@ __all__ = [
     "GROUPS",
     "KINDS",
     "RunConfig",
+    "SHAPE_KINDS",
+    "ShapeConfig",
     "TargetConfig",
     "VOCABULARY",
     "build",

@@ -14,7 +14,7 @@ from prunekit.errors import ConfigError
 _ALWAYS = frozenset({"seed", "imports", "hydra.searchpath"})
 # The choices that a method is made of.
 _METHOD = frozenset({"importance", "policy", "scope", "cost", "compensation", "schedule"})
-_CUT = _METHOD | {"ratio", "target", "groups", "shapes", "method_name"}
+_CUT = _METHOD | {"ratio", "target", "target_shape", "groups", "shapes", "method_name"}
 # Keys that only say how a model is loaded from a folder or the hub.
 _PLACING = frozenset({"device", "dtype"})
 _TRUST = frozenset({"model.trust_remote_code", "model.dequantize"})

@@ -5,6 +5,7 @@ A value that can't be meant raises a ConfigError of one line, which names the ke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ MEASURES = ("parameters", "bytes", "flops", "latency")
 LIMITS = (*MEASURES, "limit")
 BLOCK = ("attention", "mlp")
 SINGLE = ("attention", "query_head", "mlp", "channel", "expert", "head_dim", "latent", "layer")
+# A number of target_shape → the kind of the units that it counts.
+SHAPE_KINDS = {"layers": "layer", "heads": "attention", "ffn": "mlp", "hidden": "channel"}
 VOCABULARY = "vocabulary"  # tokens, which go by what texts need, before anything else is cut
 # A choice of `groups` → the kinds of groups that it stands for.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -30,7 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _check_least(section: str, values: dict[str, int | None], least: int) -> None:
+def _check_least(section: str, values: Mapping[str, int | None], least: int) -> None:
     """Raise ConfigError for a number below `least`; None is a number that was not given."""
     for name, value in values.items():
         if value is not None and value < least:
@@ -145,6 +148,29 @@ class TargetConfig:
 
 
 @dataclass
+class ShapeConfig:
+    """How many units stay, instead of `ratio`: of the model, of each layer, of the hidden states.
+
+    Heads are KV heads, with their query heads. None: units of this kind stay as they are.
+    """
+
+    layers: int | None = None
+    heads: int | None = None
+    ffn: int | None = None
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number below 1."""
+        _check_least("target_shape", self.given, 1)
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The numbers that are set, by name."""
+        values = {name: getattr(self, name) for name in SHAPE_KINDS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
 class MemoryConfig:
     """Where activations wait between passes, and whether layers come from disk one by one.
 
@@ -229,6 +255,7 @@ class RunConfig:
     plans: list[str] = field(default_factory=list)
     ratio: float = 0.2
     target: TargetConfig = field(default_factory=TargetConfig)
+    target_shape: ShapeConfig = field(default_factory=ShapeConfig)
     groups: Any = "block"
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     shapes: str = "aligned"
@@ -265,6 +292,8 @@ class RunConfig:
             expect_one_of(key, choice, known, "choice ")
         if not 0 < self.ratio < 1:
             raise ConfigError(f"ratio: expected a number in (0, 1), got {self.ratio:g}")
+        if self.target.given and self.target_shape.given:
+            raise ConfigError("target_shape: expected it without target, got both")
 
 
 def kinds_of(groups: str | list[str] | tuple[str, ...]) -> list[str]:

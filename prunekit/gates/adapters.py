@@ -1,93 +1,129 @@
 """Low-rank updates of the weights that are trained beside the gates (Compresso, arXiv 2310.05015).
 
 y = W x + s B A x for the linear modules of all layers, x as the gates leave it; A begins at random,
-B at 0, so that training begins with the dense model. Afterwards W ← W + s B A.
+B at 0, so that training begins with the dense model. Afterwards W ← W + s B A. The layers are those
+of peft, which are in the model while gates are trained; their A and B are float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.calibration.gradients.taps import is_stock, is_transposed
+from prunekit.errors import ConfigError
+from prunekit.gates.places import Adapted, Gate
+from prunekit.gates.updates import Factors, Updates
 from prunekit.model.stack import all_layers
 from prunekit.model.ties import tensor_places
-from prunekit.runtime.numbers import at_least_float32
+from prunekit.runtime.console import quiet
 from prunekit.runtime.seeds import make_generator
 
 _SCALE = 2.0  # s: alpha / rank, as the recovery's default 16 / 8
+_NAME = "default"  # peft's, of the only adapter
 
 
-class Adapters:
+class Adapters(Updates):
     """Low-rank updates of the linear modules in a model's layers, each weight once.
-
-    None of them with a rank of 0.
 
     Args:
         model: the model; its weights are not touched.
-        rank: of the updates.
+        rank: of the updates, at least 1.
         seed: of A.
 
-    Attributes:
-        parameters: the leaves A [r, in] and B [out, r] by name, on the devices of the weights.
+    Raises:
+        ConfigError: no layer has a linear module.
     """
 
     def __init__(self, model: nn.Module, rank: int, seed: int) -> None:
-        inside = {module for layer in all_layers(model) for module in layer.modules()}
-        self.modules: dict[str, nn.Module] = {}
-        self.parameters: dict[str, Tensor] = {}
-        for name, places in tensor_places(model).items() if rank else ():
-            module = places[0].module
-            linear = len(places) == 1 and places[0].attribute == "weight" and is_stock(module)
-            if not linear or module not in inside:
-                continue
-            self.modules[name] = module
-            weight = at_least_float32(model.get_parameter(name).detach())
-            outputs, inputs = weight.T.shape if is_transposed(module) else weight.shape
-            generator = make_generator(seed, name)
-            drawn = torch.rand(min(rank, inputs), inputs, generator=generator) * 2 - 1
-            self.parameters[f"{name}.down"] = (drawn / math.sqrt(inputs)).to(weight)
-            self.parameters[f"{name}.up"] = weight.new_zeros(outputs, len(drawn))
-        for parameter in self.parameters.values():
-            parameter.requires_grad_()
+        self.model, names = model, _find_linears(model)
+        if not names:
+            raise ConfigError(
+                f"importance.train.rank: expected linear modules in the layers, {type(model)} has "
+                "none; rank=0 leaves weights frozen"
+            )
+        bases = {name: model.get_submodule(name) for name in names}
+        _inject(model, names, rank, any(map(is_transposed, bases.values())))
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        self.layers, self.parameters, self._adapted = layers, {}, list[Adapted]()
+        for name, layer in layers.items():
+            down, up = layer.lora_A[_NAME], layer.lora_B[_NAME]
+            generator = make_generator(seed, f"{name}.weight")
+            drawn = torch.rand(down.weight.shape, generator=generator) * 2 - 1
+            down.weight.data = (drawn / math.sqrt(drawn.shape[1])).to(down.weight.device)
+            up.weight.data = up.weight.data.float()
+            self.parameters |= {f"{name}.down": down.weight, f"{name}.up": up.weight}
+            self._adapted.append(Adapted(base=bases[name], around=layer, down=down, up=up))
+            layer.enable_adapters(False)
+
+    def follow(self, gates: Sequence[Gate]) -> list[Gate]:
+        """The gates, on the inputs or the rows and columns of adapters too."""
+        adapted = {own.base: own for own in self._adapted}
+        return [moved for gate in gates for moved in gate.follow(adapted)]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside the `with` block the modules return what their updated weights would."""
-        with ExitStack() as hooks:
-            for name, module in self.modules.items():
-                add = partial(self._add, name)
-                hooks.callback(module.register_forward_hook(add).remove)
+        self._enable(True)
+        try:
             yield
+        finally:
+            self._enable(False)
 
-    def _add(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        down, up = self.parameters[f"{name}.down"], self.parameters[f"{name}.up"]
-        x = args[0]
-        return output + _SCALE * (x @ down.to(x).T) @ up.to(x).T
+    def _enable(self, on: bool) -> None:
+        for layer in self.layers.values():
+            layer.enable_adapters(on)
 
-    def updates(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def remove(self) -> None:
+        """Give the model its own modules back."""
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer.get_base_layer())
+        model: Any = self.model
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+    def learned(self) -> dict[str, Factors]:
         """Name of a weight → s B [out, r] and A [r, in], on the CPU."""
+        parameters = {name: own.detach().cpu() for name, own in self.parameters.items()}
         return {
-            name: (
-                _SCALE * self.parameters[f"{name}.up"].detach().cpu(),
-                self.parameters[f"{name}.down"].detach().cpu().clone(),
+            f"{name}.weight": (
+                _SCALE * parameters[f"{name}.up"],
+                parameters[f"{name}.down"].clone(),
             )
-            for name in self.modules
+            for name in self.layers
         }
 
 
-@torch.no_grad()
-def merge(model: nn.Module, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Add updates s B A to the weights of these names, in place."""
-    for name, (up, down) in updates.items():
-        weight = model.get_parameter(name).data
-        wide = at_least_float32(weight)
-        delta = up.to(wide) @ down.to(wide)
-        transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
-        weight.copy_(wide + (delta.T if transposed else delta))
+def _find_linears(model: nn.Module) -> list[str]:
+    """The names of stock linear modules in all layers whose weights are shared with no other."""
+    inside = {module for layer in all_layers(model) for module in layer.modules()}
+    names = []
+    for name, places in tensor_places(model).items():
+        module = places[0].module
+        linear = len(places) == 1 and places[0].attribute == "weight" and is_stock(module)
+        if linear and module in inside:
+            names.append(name.removesuffix(".weight"))
+    return names
+
+
+def _inject(model: nn.Module, names: Sequence[str], rank: int, transposed: bool) -> None:
+    """Put peft's layers around the modules of exactly these names; no random number is used up."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=_SCALE * rank,  # type: ignore[arg-type]
+        target_modules="|".join(map(re.escape, names)),
+        fan_in_fan_out=transposed,
+    )
+    device = next(model.parameters()).device
+    forked = torch.random.fork_rng(devices=[device]) if device.type == "cuda" else nullcontext()
+    # peft warns where only some linears are a `Conv1D`, and corrects them itself.
+    with torch.random.fork_rng(devices=[]), forked, quiet():
+        inject_adapter_in_model(config, model)

@@ -11,19 +11,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.consumers import find_consumers
+from prunekit.calibration.gradients.taps import is_transposed
 from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CouplingGraph, Group, LayerStack, Member
 from prunekit.model.stack import hidden_of_call, hidden_of_output
 from prunekit.model.ties import Place, parameter_places
 from prunekit.runtime.modes import keep_attributes, restoring
 from prunekit.surgery.masking import members_to_zero
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapted:
+    """A linear module with a low-rank update.
+
+    Attributes:
+        base: the module itself.
+        around: what calls it, and adds the update.
+        down: the linear module of A [r, in].
+        up: the linear module of B [out, r].
+    """
+
+    base: nn.Module
+    around: nn.Module
+    down: nn.Module
+    up: nn.Module
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +56,10 @@ class Gate(ABC):
     @abstractmethod
     def open(self, values: Tensor) -> AbstractContextManager[None]:
         """Put these values [num_units] on the place, for a `with` block."""
+
+    def follow(self, adapted: Mapping[nn.Module, Adapted]) -> list[Gate]:
+        """The places of the same gates once modules have low-rank updates, by the module."""
+        return [self]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +79,12 @@ class _Inputs(Gate):
         handle = self.module.register_forward_pre_hook(multiply)
         with restoring(handle.remove):
             yield
+
+    def follow(self, adapted: Mapping[nn.Module, Adapted]) -> list[Gate]:
+        """On the inputs of what calls the module, so that the update is fed the same."""
+        if self.module not in adapted:
+            return [self]
+        return [replace(self, module=adapted[self.module].around)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +109,16 @@ class _Slices(Gate):
             for place in self.places:
                 vars(place.module)[place.attribute] = product
             yield
+
+    def follow(self, adapted: Mapping[nn.Module, Adapted]) -> list[Gate]:
+        """On the rows of B or the columns of A, too."""
+        own = adapted.get(self.places[0].module)
+        if own is None or self.places[0].attribute != "weight":
+            return [self]
+        inputs = self.dim != is_transposed(own.base)
+        part = own.down if inputs else own.up
+        place = Place(part, "weight", "")
+        return [self, replace(self, places=[place], dim=int(inputs))]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,13 +21,13 @@ class Learned:
         scores: group → float64 [num_units] on the CPU; low ones go.
         scales: group → float64 [num_units] on the CPU: what the consumers of a unit that stays are
             multiplied by; empty where gates are 0 or 1.
-        updates: name of a weight → U [out, r] and V [r, in] on the CPU: W + U V was trained in
-            place of it; empty where weights were frozen.
+        updates: name of a weight → what is to be added to it, on the CPU: U [out, r] and
+            V [r, in], of which it is the product, or itself; empty where weights were frozen.
     """
 
     scores: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
-    updates: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    updates: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 class Rule(ABC):

@@ -1,4 +1,4 @@
-"""Train gates: of the weights frozen, or beside low-rank updates of them."""
+"""Train gates, the weights frozen, beside low-rank updates of the weights, or with all of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from prunekit.gates.layout import Layout
 from prunekit.gates.loss import Dense, gated_loss
 from prunekit.gates.places import Gate, find_places, gated
 from prunekit.gates.rule import Learned, Rule
+from prunekit.gates.updates import Frozen, Updates, Weights
 from prunekit.graph import CouplingGraph, Group
 from prunekit.runtime.console import say, track
-from prunekit.runtime.modes import undisturbed
+from prunekit.runtime.modes import restoring, undisturbed
 from prunekit.runtime.processes import add_up, own_part, rank, world_size
 from prunekit.runtime.seeds import make_generator
 
@@ -53,7 +54,8 @@ class Training:
         checkpointing: recompute layers in the backward pass instead of keeping their activations.
             None: where memory is short.
         rank: of updates of the weights, trained beside the gates; 0: the weights are frozen.
-        update_rate: Adam's learning rate of these updates.
+        all_weights: train the weights themselves beside the gates.
+        update_rate: Adam's learning rate of these updates, or of all weights.
         seed: of the order of batches, and of what is drawn.
 
     Raises:
@@ -72,6 +74,7 @@ class Training:
     patience: int | None = None
     checkpointing: bool | None = None
     rank: int = 0
+    all_weights: bool = False
     update_rate: float = 1e-3
     seed: int = 0
 
@@ -87,6 +90,11 @@ class Training:
         if type(self.rank) is not int or self.rank < 0:
             raise ConfigError(
                 f"importance.train.rank: expected a whole number ≥ 0, got {self.rank!r}"
+            )
+        if not isinstance(self.all_weights, bool) or (self.all_weights and self.rank):
+            raise ConfigError(
+                "importance.train.all_weights: expected true or false, and true only with rank=0, "
+                f"got {self.all_weights!r} with rank={self.rank}"
             )
         numbers = {"learning_rate": self.learning_rate, "plain": self.plain, "kl": self.kl}
         numbers["update_rate"] = self.update_rate
@@ -154,8 +162,17 @@ def learn(
                 first = layout.join(dict.fromkeys(layout.names, 1.0))
             else:
                 first = _measure_first(model, gates, layout, batches)
-            trainer = _Trainer(model, gates, batches, make_rule(layout, bounds, first), training)
-            return trainer.run(saved)
+            rule, updates = make_rule(layout, bounds, first), _start_updates(model, training)
+            with restoring(updates.remove):
+                trainer = _Trainer(model, gates, batches, rule, training, updates)
+                return trainer.run(saved)
+
+
+def _start_updates(model: nn.Module, training: Training) -> Updates:
+    """What is trained beside the gates."""
+    if training.all_weights:
+        return Weights(model)
+    return Adapters(model, training.rank, training.seed) if training.rank else Frozen()
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:
@@ -198,6 +215,7 @@ class _Trainer:
     batches: Sequence[Batch]
     rule: Rule
     training: Training
+    updates: Updates
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = math.inf
     stale: int = 0
@@ -208,11 +226,11 @@ class _Trainer:
         self.train = range(len(self.batches) - held)
         self.held = range(len(self.batches) - held, len(self.batches)) or self.train
         self.dense = Dense(self.model, self.batches)
-        self.adapters = Adapters(self.model, self.training.rank, self.training.seed)
-        self.parameters = self.rule.parameters | self.adapters.parameters
+        self.gates = self.updates.follow(self.gates)
+        self.parameters = self.rule.parameters | self.updates.parameters
         groups = [
             {"params": list(self.rule.parameters.values()), "lr": self.training.learning_rate},
-            {"params": list(self.adapters.parameters.values()), "lr": self.training.update_rate},
+            {"params": list(self.updates.parameters.values()), "lr": self.training.update_rate},
         ]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
 
@@ -239,7 +257,7 @@ class _Trainer:
             for name, value in self.best.items():
                 self.parameters[name].copy_(value)
         self.rule.aim(1.0)
-        return replace(self.rule.learned(), updates=self.adapters.updates())
+        return replace(self.rule.learned(), updates=self.updates.learned())
 
     def _save(self, step: int) -> None:
         """Keep what the steps from this one on depend on, where the run keeps a state."""
@@ -312,7 +330,7 @@ class _Trainer:
     @contextmanager
     def _open(self, values: Tensor) -> Iterator[None]:
         """The model with these gates [U], and with the updates of its weights."""
-        with gated(self.gates, self.rule.layout.split(values)), self.adapters.attached():
+        with self.updates.attached(), gated(self.gates, self.rule.layout.split(values)):
             yield
 
     def _dense_logits(self, number: int) -> Tensor | None:

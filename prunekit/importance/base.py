@@ -81,12 +81,13 @@ class Measured:
         structures: group name → float64 [structures, num_units], as `ScoreImportance.structures`.
         scales: group name → float64 [num_units]: what the consumers of a unit that stays are to be
             multiplied by; empty where they stay as they are.
-        updates: name of a weight → U [out, r] and V [r, in]: U V is to be added to it.
+        updates: name of a weight → what is to be added to it: U [out, r] and V [r, in], of which
+            it is the product, or itself.
     """
 
     structures: Mapping[str, Tensor]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
-    updates: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    updates: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class HardConcrete(LearnedImportance):
     """
 
     temperature: float = 2 / 3
-    pressure: float = 1.0
+    pressure: float = 5.0
     scale: bool = True
 
     def __post_init__(self) -> None:

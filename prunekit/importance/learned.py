@@ -43,7 +43,7 @@ class LearnedImportance(ScoreImportance):
     @property
     def changes_weights(self) -> bool:
         """Whether weights are trained beside the gates."""
-        return self.train.rank > 0
+        return self.train.rank > 0 or self.train.all_weights
 
     @property
     def rescores(self) -> bool:

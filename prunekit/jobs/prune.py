@@ -207,6 +207,8 @@ def _announce(config: RunConfig, method: Method, subject: Subject, windows: Draw
 def _describe_aim(config: RunConfig, method: Method) -> str:
     """The target in words."""
     measure = method.cost.name
+    if shape := config.target_shape.given:
+        return f"down to {', '.join(f'{number} {name}' for name, number in shape.items())}"
     for limit in config.target.given.values():
         return f"down to {limit:,g} {measure}"
     counted = "of them" if measure == "parameters" else f"of its {measure}"

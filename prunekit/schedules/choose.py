@@ -40,7 +40,7 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
     if importance.changes_weights and assignment.compensation is not None:
         raise ConfigError(
             f"importance={importance.name}: expected compensation=none where weights are trained "
-            "beside the gates (importance.train.rank > 0): a repair would lead them back"
+            "beside the gates (importance.train.rank, .all_weights): a repair would lead them back"
         )
     updates: dict[str, Tensor] = {}
     state = None if assignment.independent else assignment.state
@@ -65,11 +65,14 @@ def _change_weights(
     """Add the updates of weights, then fold the factors of units, unless these are repaired."""
     groups = [group for group in assignment.groups if group.name in scales]
     groups = groups if assignment.compensation is None else []
-    names = {name.rpartition(".")[0] for name in updates}
+    deltas: dict[str, tuple[Tensor, ...]] = {}
+    for key in sorted(updates):
+        name = key.rpartition(".")[0]
+        deltas[name] = (*deltas.get(name, ()), updates[key])
     if assignment.snapshot is not None:
         assignment.snapshot.keep(groups)
-        assignment.snapshot.keep_parameters(names)
-    merge(assignment.model, {n: (updates[f"{n}.up"], updates[f"{n}.down"]) for n in sorted(names)})
+        assignment.snapshot.keep_parameters(deltas)
+    merge(assignment.model, deltas)
     for group in groups:
         factors = torch.tensor(scales[group.name], dtype=torch.float64)
         fold(assignment.model, assignment.graph, group, factors)
@@ -101,8 +104,8 @@ def _choose(
             say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
     if assignment.independent:
         scatter(assignment.model, assignment.graph, measured.structures, removed)
-    for name, (up, down) in measured.updates.items():
-        updates |= {f"{name}.up": up, f"{name}.down": down}
+    for name, factors in measured.updates.items():
+        updates |= {f"{name}.{i}": factor for i, factor in enumerate(factors)}
     scales = {name: factors.tolist() for name, factors in measured.scales.items()}
     return {"removed": removed, "scales": scales}
 

@@ -22,6 +22,7 @@ STATE = ".state"  # what an unfinished run leaves in its output folder
 _DEPENDS_ON = (
     "ratio",
     "target",
+    "target_shape",
     "groups",
     "shapes",
     "seed",

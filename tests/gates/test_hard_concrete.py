@@ -75,7 +75,7 @@ def prune(train, scope="global", ratio=0.3, **options):
         ratio=ratio,
         method="llm_pruner",
         policy="uniform",
-        importance=HardConcrete(train=train, **options),
+        importance=HardConcrete(train=train, **{"pressure": 1.0, **options}),
         calibration=token_ids(8, 9),
         overrides=[f"scope={scope}", "shapes=free", "data.calibration.batch_size=4"],
     )
