@@ -73,15 +73,18 @@ def divergence(logits: Tensor, dense: Tensor, batch: Batch) -> Tensor:
 
 def gated_loss(
     model: nn.Module, batch: Batch, dense: Tensor | None, plain: float, kl: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The loss of a model that gates are on: plain · next-token loss + kl · KL(dense ‖ model).
 
-    `dense` holds the dense model's logits; None where kl is 0.
+    `dense` holds the dense model's logits; None where kl is 0. The next-token loss alone comes with
+    it; None where it would be for nothing, in training without it.
     """
     if dense is None:
-        return plain * mean_loss(model, batch).value
+        own = mean_loss(model, batch).value
+        return plain * own, own
     outputs = model(**without_cache(model, batch))
     loss = kl * divergence(outputs.logits, dense, batch)
-    if plain:
-        loss = loss + plain * next_token_loss(outputs.logits, batch).value
-    return loss
+    if not plain and torch.is_grad_enabled():
+        return loss, None
+    own = next_token_loss(outputs.logits, batch).value
+    return (loss + plain * own if plain else loss), own

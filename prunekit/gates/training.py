@@ -310,7 +310,7 @@ class _Trainer:
         self.optimizer.zero_grad()
         dense = self._dense_logits(number)
         with self._open(self.rule.sample(uniform, heat)):
-            loss, penalty = self._loss(number, dense), self.rule.penalty()
+            (loss, _), penalty = self._loss(number, dense), self.rule.penalty()
             (loss if penalty is None else loss + penalty.to(loss.device)).backward()
         for parameter in self.parameters.values():
             if parameter.grad is not None:
@@ -337,22 +337,26 @@ class _Trainer:
         """What the dense model says of a batch, where the loss needs it: no gates may be on."""
         return self.dense.logits(number) if self.training.kl else None
 
-    def _loss(self, number: int, dense: Tensor | None) -> Tensor:
+    def _loss(self, number: int, dense: Tensor | None) -> tuple[Tensor, Tensor | None]:
         training = self.training
         return gated_loss(self.model, self.batches[number], dense, training.plain, training.kl)
 
     @torch.no_grad()
     def _judge(self, step: int) -> None:
         """Compare the gates, as the cut would leave them, with the best so far."""
-        values, losses = self.rule.settled(), [torch.zeros((), device=self.rule.layout.device)]
+        values, losses = self.rule.settled(), [torch.zeros(2, device=self.rule.layout.device)]
         for number in own_part(self.held):
             dense = self._dense_logits(number)
             with self._open(values):
-                losses.append(self._loss(number, dense).to(losses[0]))
-        loss = float(add_up(torch.stack(losses).sum())) / len(self.held)
+                loss, own = self._loss(number, dense)
+                losses.append(torch.stack([loss, loss if own is None else own]).to(losses[0]))
+        total = add_up(torch.stack(losses).sum(0)) / len(self.held)
+        loss, own = total.tolist()
         if not math.isfinite(loss):
             raise DataError(f"gates: the loss at step {step + 1} is {loss}")
-        say(f"gates: step {step + 1}, held-out loss {loss:.4f}{self.rule.describe()}")
+        tokens = "input_ids" in self.batches[0]
+        perplexity = f", perplexity {math.exp(min(own, 100)):.4g}" if tokens else ""
+        say(f"gates: step {step + 1}, held-out loss {loss:.4f}{perplexity}{self.rule.describe()}")
         self.stale += 1
         if loss < self.best_loss:
             self.best_loss, self.stale = loss, 0

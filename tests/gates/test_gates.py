@@ -302,7 +302,8 @@ class Pair:
 
 
 def test_several_processes_train_as_one_with_all_their_batches(monkeypatch):
-    graph = trace(tiny_llama(layers=1, ffn=16), example())
+    models = [tiny_llama(layers=1, ffn=16) for _ in range(3)]  # threads share one random state
+    graph = trace(models[0], example())
     groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
     units = sum(group.num_units for group in groups)
     monkeypatch.setattr(training, "_measure_first", lambda *_: torch.arange(units).float())
@@ -311,7 +312,7 @@ def test_several_processes_train_as_one_with_all_their_batches(monkeypatch):
         batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(8, 9).split(rows)]
         train = Training(steps=8, batch_size=8, holdout=0, rank=2, plain=1.0)
         own = StraightThrough(train=train)
-        return own.score(tiny_llama(layers=1, ffn=16), graph, groups, batches)
+        return own.score(models.pop(), graph, groups, batches)
 
     alone = scores(8)
     both = Pair(monkeypatch).run(lambda: scores(4))
