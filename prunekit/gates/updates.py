@@ -69,7 +69,7 @@ class Frozen(Updates):
 
 
 class Weights(Updates):
-    """All parameters are trained, as copies in float32 (Sheared LLaMA, arXiv 2310.06694).
+    """All parameters are trained, as copies in float32 (Xia et al. 2023, arXiv 2310.06694).
 
     The model keeps its own: they are the dense model that a KL compares with.
 
