@@ -11,15 +11,22 @@ import math
 import random
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar
 
 from prunekit.data.batches import Batch, count_positions
 from prunekit.errors import ConfigError, suggest
-from prunekit.policies import LinearDecrease, LinearIncrease, LogDecrease, LogIncrease, Uniform
-from prunekit.policies.base import DepthPolicy, Policy, Setting, is_number
+from prunekit.policies import (
+    ExpectedLoss,
+    LinearDecrease,
+    LinearIncrease,
+    LogDecrease,
+    LogIncrease,
+    Uniform,
+)
+from prunekit.policies.base import Policy, Setting, is_number
 from prunekit.runtime.console import say
 from prunekit.search.bench import Bench, Checked, make_budget
 from prunekit.search.evolution import Stage
@@ -29,12 +36,13 @@ from prunekit.search.samples import Samples, split_samples
 from prunekit.search.shelf import Shelf
 from prunekit.search.verdict import describe_search
 
-FORMULAS: Mapping[str, type[DepthPolicy]] = {
+FORMULAS: Mapping[str, type[Policy]] = {
     "uniform": Uniform,
     "log_increase": LogIncrease,
     "linear_increase": LinearIncrease,
     "log_decrease": LogDecrease,
     "linear_decrease": LinearDecrease,
+    "expected_loss": ExpectedLoss,
 }
 KNAPSACK = "knapsack"
 
@@ -47,7 +55,8 @@ class Search(Policy):
         step: the share of a group's units between two levels, in the first round; it is halved from
             round to round.
         levels: how many levels a group has in later rounds, around the one it had before.
-        seeds: what the search begins with: formulas by their names, and knapsack.
+        seeds: what the search begins with: formulas by their names, expected_loss among them, and
+            knapsack.
         rounds: how often a database is built around the best cut so far; fewer, where a round's
             winner is no better on held-out samples.
         sweeps: guided steps of a round at most, two evaluations a group each.
@@ -139,9 +148,7 @@ class Search(Policy):
         checked = {}
         for name in self.seeds:
             if name in FORMULAS:
-                shares = FORMULAS[name]().group_shares(bench.setting)
-                counts = make_budget(bench.setting, shares).solve()
-                check = partial(_check, bench, counts)
+                check = partial(_check, bench, FORMULAS[name]())
                 content = bench.setting.tools.remember(f"search-{name}", check)
                 checked[name] = Checked.from_json(content)
                 say(f"seed {name}: KL to the dense model {checked[name].fitness:.4f}")
@@ -207,8 +214,10 @@ class Search(Policy):
         return dict(figures.cuts[figures.taken].shares)
 
 
-def _check(bench: Bench, counts: Mapping[str, int]) -> dict[str, Any]:
-    """A cut of the model, as JSON."""
+def _check(bench: Bench, formula: Policy) -> dict[str, Any]:
+    """The model cut by a formula, as JSON; one that measures sees the database's samples alone."""
+    setting = replace(bench.setting, batches=bench.builder.assignment.batches)
+    counts = make_budget(setting, formula.group_shares(setting)).solve()
     return bench.check(counts).to_json()
 
 

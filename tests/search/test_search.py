@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from prunekit.compensation import Obs as Repair
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import trace
 from prunekit.importance import Magnitude, Obs
-from prunekit.policies import Setting, Uniform
+from prunekit.policies import ExpectedLoss, Setting, Uniform
 from prunekit.search import Search
 from prunekit.search.arena import Arena
 from prunekit.search.bench import Bench, Checked, make_budget
@@ -28,6 +29,7 @@ from prunekit.search.evolution import Stage
 from prunekit.search.fitness import Divergence, Judge
 from prunekit.search.rounds import Effort, Start, run_round
 from prunekit.search.samples import split_samples
+from prunekit.search.search import FORMULAS, _check
 from prunekit.search.verdict import judge_cuts, lead_over
 
 QUICK = {"tokens": (64, 128), "survivors": (2, 1), "children": 4, "generations": 2, "sweeps": 2}
@@ -273,6 +275,23 @@ def test_seconds_are_met_by_the_measured_table(monkeypatch):
 def test_options_out_of_range_are_errors(options, message):
     with pytest.raises(ConfigError, match=message):
         Search(**options)
+
+
+def test_a_seed_that_measures_sees_the_samples_of_the_database_alone(monkeypatch):
+    setting, seen = make_setting(), []
+    monkeypatch.setattr(
+        ExpectedLoss,
+        "group_shares",
+        lambda self, setting: seen.append(setting.batches) or Uniform().group_shares(setting),
+    )
+    bench = SimpleNamespace(
+        setting=setting,
+        builder=SimpleNamespace(assignment=SimpleNamespace(batches=setting.batches[:1])),
+        check=lambda counts: SimpleNamespace(to_json=lambda: counts),
+    )
+    counts = _check(bench, FORMULAS["expected_loss"]())
+    assert seen == [setting.batches[:1]] and len(setting.batches) > 1
+    assert counts == _check(bench, Uniform()) and sum(counts.values())
 
 
 def test_a_search_that_can_not_be_sound_is_refused():
