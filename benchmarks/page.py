@@ -613,6 +613,72 @@ def _mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def tokens(result: dict) -> list[str]:
+    lines = head("Which choice, repair and budget cut best", "tokens", result)
+    lines += [
+        "Perplexity, mean and spread over draws of the calibration windows, beside the dense "
+        "model's; the number behind a text is that of its tokens. equal: `method=slimgpt`. full: "
+        "`importance.outputs=full`. everywhere, loss: `scope=global policy=uniform "
+        "importance.compete=loss`. expected: `policy=expected_loss`; with full that is "
+        "`method=surgeon`. Heads: KV heads and FFN channels; queries: query heads of all KV heads "
+        f"too. {result['note']}",
+        "",
+    ]
+    models: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        models.setdefault(row["model"], []).append(row)
+    for model, rows in models.items():
+        texts = list(rows[0]["perplexity"])
+        runs: dict[tuple, list[dict]] = {}
+        for row in rows:
+            runs.setdefault((row["ratio"], row["groups"], row["variant"]), []).append(row)
+        cells = [
+            [
+                f"{ratio:.0%}" if ratio else "dense",
+                groups if ratio else "",
+                variant if ratio else "",
+                f"{len(own)}",
+                *(_mean_and_spread([row["perplexity"][text] for row in own]) for text in texts),
+            ]
+            for (ratio, groups, variant), own in sorted(runs.items())
+        ]
+        columns = " | ".join(["cut", "groups", "variant", ">draws", *(f">{t}" for t in texts)])
+        lines += [f"## {model}: perplexity", "", *table(columns, cells), ""]
+    lines += [
+        "## The share of the Hessian's trace that the largest tokens own",
+        "",
+        "`task=tokens`, 128 × 128 tokens, inputs of `o_proj` (heads) and `down_proj` (FFNs). The "
+        "matrices where 1 % of the tokens own a tenth or more, and the others together.",
+        "",
+        *table(
+            "model | matrix | >of 0.1 % | >of 1 % | positions of the 0.1 % (how many)",
+            [row for model, shares in result["shares"].items() for row in _shares(model, shares)],
+        ),
+    ]
+    return lines
+
+
+def _shares(model: str, shares: list[dict]) -> list[list[str]]:
+    """A row for each matrix with large tokens, and one for the range of all others."""
+    large = [one for one in shares if one["percent"] >= 0.1]
+    rows = [
+        [
+            model,
+            one["group"],
+            f"{one['permille']:.1%}",
+            f"{one['percent']:.1%}",
+            ", ".join(f"{place} ({count})" for place, count in one["positions"].items()),
+        ]
+        for one in large
+    ]
+    rest = [one for one in shares if one["percent"] < 0.1]
+    spans = (
+        f"{min(one[key] for one in rest):.1%} to {max(one[key] for one in rest):.1%}"
+        for key in ("permille", "percent")
+    )
+    return [*rows, [model, f"{len(rest)} others", *spans, ""]]
+
+
 SECTIONS = {
     "solver": solver,
     "tracer": tracer,
@@ -625,6 +691,7 @@ SECTIONS = {
     "recovery": recovery,
     "quantize": quantize,
     "search": search,
+    "tokens": tokens,
     "gates": gates,
     "families": families,
 }

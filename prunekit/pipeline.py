@@ -102,8 +102,8 @@ def prune(
         model: any module that `torch.export` can capture.
         ratio: the share of what `cost` counts that goes, in (0, 1): of all parameters by default;
             None: 0.2, or what the overrides say.
-        method: slimgpt, best, gates, compresso, sheared, llm_pruner, magnitude or random; the next
-            four take the place of its parts.
+        method: slimgpt, surgeon, best, gates, compresso, sheared, llm_pruner, magnitude or random;
+            the next four take the place of its parts.
         importance: tells which units matter least: a name of `conf/importance`, or an object.
         policy: says how much is cut where: a name of `conf/policy`, or an object.
         compensation: repairs what stays: a name of `conf/compensation`, an object, or None for
