@@ -676,7 +676,7 @@ def _shares(model: str, shares: list[dict]) -> list[list[str]]:
         f"{min(one[key] for one in rest):.1%} to {max(one[key] for one in rest):.1%}"
         for key in ("permille", "percent")
     )
-    return [*rows, [model, f"{len(rest)} others", *spans, ""]]
+    return [*rows, [model, f"{len(rest)} others" if large else f"all {len(rest)}", *spans, ""]]
 
 
 SECTIONS = {

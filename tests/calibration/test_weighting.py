@@ -220,6 +220,7 @@ def test_a_choice_by_fisher_information_is_that_of_the_weighted_outputs(outputs)
             lost[:, kept] -= solved
             errors.append(((metric @ lost) * (lost @ hessian)).sum())
         removed.append(alive.pop(int(torch.stack(errors).argmin())))
+    model.requires_grad_(False)  # the outputs of a frozen model have gradients all the same
     walk = Walk(model=model, groups=[group], batches=split(batch, 5), outputs=outputs)
     ((_, (site,)),) = walk
     problem = pose_problem(site, site.weight(), invert_moments(site.moments, 0.0))

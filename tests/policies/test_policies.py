@@ -5,7 +5,9 @@ from contracts import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunekit import config as cfg
 from prunekit.allocation.costs.weights import weights_cost
+from prunekit.compensation import Obs as Repair
 from prunekit.errors import ConfigError
 from prunekit.graph import trace
 from prunekit.importance import Magnitude, Obs
@@ -23,6 +25,7 @@ from prunekit.policies import (
 )
 from prunekit.policies.knapsack import Point, spread_saving
 from prunekit.policies.manual import write_shares
+from prunekit.schedules.method import Method
 
 PARTS = ("self_attn", "mlp")
 
@@ -160,6 +163,13 @@ def test_expected_loss_cuts_where_the_next_unit_raises_the_loss_least():
     lost = {g.name: round(shares[g.name] * g.num_units) for g in groups}
     assert cost(lost) == pytest.approx(0.8 * cost({}), rel=0.05)
     assert gone and sum(max(gone) > price for price in left) <= 1, "one is cut in part"
+
+
+def test_the_surgeon_weighs_outputs_and_cuts_by_the_expected_loss():
+    method = Method.build(cfg.check(cfg.compose(["method=surgeon"])))
+    assert method.importance == Obs(outputs="full")
+    assert method.policy == ExpectedLoss()
+    assert method.compensation == Repair()
 
 
 @pytest.mark.parametrize("why", ["meta", "no loss", "several matrices"])

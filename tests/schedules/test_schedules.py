@@ -10,7 +10,6 @@ from prunekit.calibration import walk as walking
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
 from prunekit.importance import (
-    Fluctuation,
     Importance,
     Obs,
     PeakToPeak,
@@ -258,7 +257,7 @@ def test_a_resumed_run_knows_which_hessians_took_float64(monkeypatch, tmp_path):
     assert set(names) <= set(resumed.report["float64"])
 
 
-@pytest.mark.parametrize("importance", ["wanda", "fluctuation", "peak_to_peak", "taylor_first"])
+@pytest.mark.parametrize("importance", ["wanda", "peak_to_peak", "taylor_first"])
 def test_units_are_scored_again_on_the_model_as_it_is_by_then(importance):
     """Against scores of the whole model, in which the groups before are masked."""
     from prunekit.surgery.masking import masked
@@ -276,7 +275,6 @@ def test_units_are_scored_again_on_the_model_as_it_is_by_then(importance):
     ).plan
     scorer = {
         "wanda": Wanda,
-        "fluctuation": Fluctuation,
         "peak_to_peak": PeakToPeak,
         "taylor_first": TaylorFirst,
     }[importance]()
