@@ -1,6 +1,7 @@
 """A shape as the budget: how many layers, heads, FFN channels and hidden channels stay.
 
-This is the target of Xia et al. 2023 (arXiv 2310.06694): every layer comes down to the same numbers.
+This is the target of Xia et al. 2023 (arXiv 2310.06694): every layer comes down to the same
+numbers.
 """
 
 from __future__ import annotations
