@@ -1,8 +1,8 @@
 """Every causal language model type of transformers as a tiny random model: pruned by three methods,
 compared with the masked model, generated with, saved and loaded.
 
-Each type has a process of its own, forked from one that has imported everything, with a limit on
-time and memory. A type's row is written as soon as it is known.
+Each type has a process of its own, forked from one that has imported everything, with limits on
+CPU time and memory. A type's row is written as soon as it is known, with the revision of the tree.
 
     python benchmarks/families.py                    all types
     python benchmarks/families.py --only mamba jamba  these types, in place of their rows
@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from signal import SIGXCPU
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,15 +29,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from page import environment, write
 
-SECONDS, MEMORY = 150, 8 << 30
+SECONDS, MEMORY = 150, 8 << 30  # of CPU time and of address space
 NOTE = (
     "A random model of some 100,000 parameters of each type (`tiny_models.py`) is traced, pruned "
     "by magnitude, slimgpt and llm_pruner at 20 % with the default groups (at 5 % where 20 % is "
     "out of reach), compared with the masked model on new inputs, generated with, saved, and "
     "loaded by prunekit, by remote code and by registration (`family_trial.py`). Refused means: "
-    "by an error of prunekit, before any unit is chosen."
+    "by an error of prunekit, before any unit is chosen. Seconds are of CPU time."
 )
-KEPT = ("type", "verdict", "parameters", "seconds", "steps", "cut")  # of a row, in the table
+KEPT = ("type", "verdict", "revision", "parameters", "seconds", "steps", "cut")  # of a row
 
 
 def run_type(model_type: str) -> dict[str, Any]:
@@ -47,14 +48,13 @@ def run_type(model_type: str) -> dict[str, Any]:
     process.start()
     theirs.close()
     row: dict[str, Any] = {"type": model_type, "steps": {}, "verdict": "fails"}
-    if ours.poll(SECONDS):
-        try:
-            row = ours.recv()
-        except EOFError:
-            process.join()
-            row["steps"]["process"] = f"fails: it ended with status {process.exitcode}"
-    else:
-        row["steps"]["process"] = f"fails: longer than {SECONDS} s"
+    try:
+        row = ours.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode
+        end = f"longer than {SECONDS} s" if code == -SIGXCPU else f"it ended with status {code}"
+        row["steps"]["process"] = f"fails: {end}"
     process.kill()
     process.join()
     return row
@@ -62,6 +62,7 @@ def run_type(model_type: str) -> dict[str, Any]:
 
 def _child(model_type: str, pipe: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         silence = os.open(os.devnull, os.O_WRONLY)
@@ -105,11 +106,12 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    revision = environment("families")["revision"]
     there = read_rows(args.rows)
     order = dict.fromkeys([*args.order, *TYPES])
     types = args.only or [name for name in order if not args.missing or name not in there]
     for model_type in types[: args.limit]:
-        row = run_type(model_type)
+        row = run_type(model_type) | {"revision": revision}
         with args.rows.open("a") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(f"{row['verdict']:8} {model_type} {row.get('seconds', '')}", file=sys.stderr)

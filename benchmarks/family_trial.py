@@ -36,7 +36,7 @@ class Wrong(Exception):
 
 def try_type(model_type: str) -> dict[str, Any]:
     """Build a type's tiny model and try all methods on it: a row of the table."""
-    began = time.perf_counter()
+    began = time.process_time()
     row: dict[str, Any] = {"type": model_type, "steps": {}}
     with _noting(row, "build"):
         model = tiny_models.build(model_type)
@@ -46,7 +46,7 @@ def try_type(model_type: str) -> dict[str, Any]:
             answer(model, token_ids(2, 12))
         with tracing_once():
             try_model(model, row)
-    row["verdict"], row["seconds"] = judge(row), round(time.perf_counter() - began, 1)
+    row["verdict"], row["seconds"] = judge(row), round(time.process_time() - began, 1)
     return row
 
 
@@ -101,7 +101,7 @@ def prune(model: nn.Module, method: str, row: dict[str, Any]) -> tuple[nn.Module
     """A pruned copy of a model and the same model masked, compared on new inputs."""
     pruned = copy.deepcopy(model)
     calibration = tiny_models.calibration(model, token_ids(8, 24, seed=1))
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         result = prunekit.prune(pruned, ratio=RATIO, method=method, calibration=calibration)
     except ConfigError as error:  # a tiny model has much that no default group holds
@@ -110,7 +110,7 @@ def prune(model: nn.Module, method: str, row: dict[str, Any]) -> tuple[nn.Module
         result = prunekit.prune(pruned, ratio=RATIO / 4, method=method, calibration=calibration)
     graph, removed = result.graph, result.plan.removed
     row.setdefault("cut", {})[method] = {
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.process_time() - began, 1),
         "ratio": round(result.report["ratio"]["achieved"], 3),
         "kinds": dict(Counter(graph[name].kind for name, units in removed.items() if units)),
         "inexact": sum(not graph[name].exact for name, units in removed.items() if units),
@@ -249,7 +249,7 @@ def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
 @contextlib.contextmanager
 def _noting(row: dict[str, Any], step: str) -> Iterator[None]:
     """Note how a step ends: it holds, is refused before any work, fails late, or is wrong."""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         yield
         row["steps"][step] = "holds"
@@ -260,7 +260,7 @@ def _noting(row: dict[str, Any], step: str) -> Iterator[None]:
         early = isinstance(error, PrunekitError) and not frames & set(WORK)
         word = "refused" if early else "fails"
         name = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         where = "" if early else f" [{_last_frame(error)}]"
         row["steps"][step] = f"{word} after {took:.1f} s: {name}{str(error)[:600]}{where}"
 
