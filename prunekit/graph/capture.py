@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError, first_line
-from prunekit.graph.choices import EveryPositionChosen
+from prunekit.graph.choices import WAYS
 from prunekit.model.wrappers import without_hooks
 
 try:  # private to torch (seen in 2.13): without it, tracing is only slower
@@ -120,7 +119,7 @@ def capture(
     """
     errors: list[Exception] = []
     programs: list[ExportedProgram] = []
-    for way in (nullcontext, EveryPositionChosen, partial(EveryPositionChosen, rounds=1)):
+    for way in WAYS:
         skeleton = without_hooks(meta_copy(model)).eval()
         watch(skeleton)
         try:

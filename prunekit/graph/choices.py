@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +106,14 @@ class EveryPositionChosen(TorchFunctionMode):
     def _number(self, place: Any) -> Any:
         known = self._known.get(id(place))
         return place if known is None or place.ndim else known[1]
+
+
+# The contexts in which a model may run without numbers, to be tried in this order.
+WAYS: tuple[Callable[[], AbstractContextManager[Any]], ...] = (
+    nullcontext,
+    EveryPositionChosen,
+    partial(EveryPositionChosen, rounds=1),
+)
 
 
 def _positions(chosen: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from prunekit.errors import CheckpointError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import as_under_export, meta_copy
+from prunekit.graph.choices import WAYS
 from prunekit.graph.groups import sort_by_likeness
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.model.verify import required_record
@@ -152,6 +154,7 @@ class _Stage:
     Args:
         copy: the model on meta.
         graph: its graph.
+        way: the context in which the copy runs, one of `WAYS`.
         outputs: the output tensors of the uncut copy; None where meta can't run it: then it is
             traced to see whether it runs.
         saved: whether its class must hold the cut model.
@@ -160,6 +163,7 @@ class _Stage:
 
     copy: nn.Module
     graph: CouplingGraph
+    way: Callable[[], AbstractContextManager[Any]]
     outputs: Sequence[Tensor] | None
     saved: bool
     compares: bool = True
@@ -167,12 +171,12 @@ class _Stage:
     @classmethod
     def build(cls, model: nn.Module, graph: CouplingGraph, saved: bool) -> _Stage:
         copy = without_hooks(meta_copy(model))
-        outputs: Sequence[Tensor] | None = None
-        try:
-            outputs = _run(copy, graph)
-        except Exception:  # it looks at numbers while it runs
-            pass
-        return cls(copy=copy, graph=graph, outputs=outputs, saved=saved)
+        stage = cls(copy=copy, graph=graph, way=nullcontext, outputs=None, saved=saved)
+        for way in WAYS:
+            ready = replace(stage, way=way)
+            with suppress(Exception):  # it looks at numbers while it runs
+                return replace(ready, outputs=ready._run())
+        return stage
 
     def find_fault(self, removed: _Removed) -> str | None:
         """What is wrong with the model without these units; None: nothing."""
@@ -196,14 +200,13 @@ class _Stage:
     def _check(self, removed: _Removed) -> Fault | None:
         if self.outputs is None:
             return count_units(self.copy, self.graph, removed)
-        outputs = _run(self.copy, self.graph)
+        outputs = self._run()
         return compare_shapes(self.outputs, outputs) if self.compares else None
 
-
-def _run(copy: nn.Module, graph: CouplingGraph) -> list[Tensor]:
-    """Run a model on meta, along the way that it was traced."""
-    with as_under_export():
-        return run_example(copy, graph)
+    def _run(self) -> list[Tensor]:
+        """Run the copy along the way that the model was traced."""
+        with as_under_export(), self.way():
+            return run_example(self.copy, self.graph)
 
 
 def _judge(
