@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from prunekit.model.names import ATTENTION_WIDTHS, RECURRENT_NAMES, SYNONYMS, synonyms
+from prunekit.model.names import (
+    ATTENTION_WIDTHS,
+    NORM_WIDTHS,
+    RECURRENT_NAMES,
+    SYNONYMS,
+    synonyms,
+)
 
 Sizes = dict[str, tuple[int, int]]  # quantity → (old size, new size)
 Setter = Callable[[Any, str, Any], None]  # sets an attribute, as `setattr` does
@@ -23,21 +29,27 @@ _WEIGHT_DIMS = {
 }
 
 
-def resize(targets: Iterable[Any], sizes: Sizes, setter: Setter = setattr) -> None:
+def resize(
+    targets: Iterable[Any], sizes: Sizes, setter: Setter = setattr, *, owner: bool = False
+) -> None:
     """Bring attributes that repeat a changed size in line, where their value is the old one.
 
     Args:
         targets: modules or configs.
         sizes: quantity → (old size, new size).
         setter: sets an attribute.
+        owner: whether the targets own weights of what changes: a norm over all heads, say.
     """
     for target in targets:
         for quantity, (old, new) in sizes.items():
-            _resize_one(target, quantity, old, new, setter)
+            names = _attribute_names(target, quantity)
+            if owner and quantity == "attention_width":
+                names = (*names, *NORM_WIDTHS)
+            _resize_one(target, names, old, new, setter)
 
 
-def _resize_one(target: Any, quantity: str, old: int, new: int, setter: Setter) -> None:
-    for name in _attribute_names(target, quantity):
+def _resize_one(target: Any, names: Sequence[str], old: int, new: int, setter: Setter) -> None:
+    for name in names:
         value = target.__dict__.get(name)
         if type(value) is int and value == old:
             setter(target, name, new)

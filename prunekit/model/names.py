@@ -64,8 +64,10 @@ RECURRENT_NAMES = {
     "num_attention_heads": ("num_v_heads",),
     "num_key_value_heads": ("num_k_heads", "n_groups"),
     "groups": ("conv_dim",),
-    "attention_width": ("group_size",),  # of a norm over all heads
 }
+# What a norm over all heads calls their width; beside it, a norm of the residual stream may use
+# the same word.
+NORM_WIDTHS = ("group_size",)
 # Attributes that are not set by their value alone: real models have as many heads as numbers in a
 # state, or as positions in a chunk.
 NO_GUESSES = (

@@ -189,12 +189,16 @@ def _find_culprit(
     run: Run | None,
 ) -> str | None:
     """The first group that, cut alone, leaves another model than the masked one."""
+    last: list[Changes] = []
+
+    def cut(alone: Removed, attempt: Attempt) -> Changes:
+        last[:] = [cut_model(model, graph, alone, attempt)]
+        return last[0]
+
     for name in sorted(removed, key=lambda name: name not in near):
         alone = {name: removed[name]}
         expectation = expect(model, graph, alone, run=run)
-        changes, fault = try_cut(partial(cut_model, model, graph, alone), expectation.check_outputs)
-        if fault:
+        if cut_until_right(partial(cut, alone), expectation.check_outputs):
             return name
-        if changes:
-            changes.undo()
+        last[0].undo()
     return None

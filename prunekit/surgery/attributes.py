@@ -32,7 +32,7 @@ from prunekit.model.attributes import resize
 from prunekit.model.inputs import text_config
 from prunekit.model.names import NO_GUESSES, SYNONYMS, hidden_size_of
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.sizes import CutSizes, outer_paths, width_of
+from prunekit.surgery.sizes import CutSizes, outer_path, outer_paths, width_of
 
 Finder = Callable[[CutSizes, Changes], None]  # finds attributes and changes them
 
@@ -138,7 +138,10 @@ def _resize_by_name(sizes: CutSizes, changes: Changes) -> None:
     for name, quantities in sizes.by_group.items():
         # An FFN may be as wide as the residual stream, and one word may mean either width.
         setter = set_unless_hidden if "intermediate_size" in quantities else changes.set
-        resize(sizes.modules_around(sizes.graph[name]), quantities, setter)
+        group = sizes.graph[name]
+        owners = {sizes.model.get_submodule(outer_path(m.parameter)) for m in group.members}
+        for module in sizes.modules_around(group):
+            resize([module], quantities, setter, owner=module in owners)
 
 
 def _resize_as_noted(sizes: CutSizes, changes: Changes) -> None:

@@ -204,9 +204,14 @@ class _Stage:
         return compare_shapes(self.outputs, outputs) if self.compares else None
 
     def _run(self) -> list[Tensor]:
-        """Run the copy along the way that the model was traced."""
-        with as_under_export(), self.way():
-            return run_example(self.copy, self.graph)
+        with self.way():
+            return _run(self.copy, self.graph)
+
+
+def _run(copy: nn.Module, graph: CouplingGraph) -> list[Tensor]:
+    """Run a model on meta, along the way that it was traced."""
+    with as_under_export():
+        return run_example(copy, graph)
 
 
 def _judge(

@@ -151,3 +151,45 @@ def test_one_word_for_two_equal_widths_keeps_its_meaning():
     ids = token_ids(3, 9)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, masked(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+class Scale(nn.Module):
+    """Numbers for each of `group_size` channels, of which its input may have several times as
+    many.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.group_size, self.weight = size, nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        return (x.unflatten(-1, (-1, self.group_size)) * self.weight).flatten(-2)
+
+
+class Scaled(nn.Module):
+    """Attention as wide as the stream of two parts beside it; both are scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.stream, self.mixed = 4, Scale(16), Scale(16)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        x = self.stream(torch.cat([x, x], -1)).unflatten(-1, (2, 16)).sum(-2)
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return x + self.out(self.mixed(mixed.transpose(1, 2).flatten(2)))
+
+
+def test_a_width_follows_where_the_heads_are_scaled_and_not_beside(tried):
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(2, 3, 16)
+    graph = trace(model, (x,))
+    masked = zero_units(copy.deepcopy(model), graph, {"attention": [0, 2]})
+    apply_plan(model, graph, PruningPlan({"attention": [0, 2]}))
+    assert (model.stream.group_size, model.mixed.group_size) == (16, 8)
+    assert "EqualValues" not in tried  # no guess
+    torch.testing.assert_close(model(x), masked(x))

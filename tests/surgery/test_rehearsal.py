@@ -157,6 +157,19 @@ def test_what_meta_can_not_run_is_traced_instead(monkeypatch):
     assert [graph[f"layers.{i}"].prunable for i in range(2)] == [True, False]
 
 
+def looks(layer, x):
+    """It works on the positions that its numbers choose: meta has none."""
+    rows = torch.nonzero(x.flatten(0, -2).sum(-1) > 0)[:, 0]
+    return x.flatten(0, -2).index_add(0, rows, x.flatten(0, -2)[rows]).view_as(x)
+
+
+def test_what_looks_at_numbers_is_rehearsed_in_the_dense_form(monkeypatch):
+    """It is traced once, and never to try a cut."""
+    monkeypatch.setattr(rehearsal, "count_units", None)
+    graph = rehearsed(Layers(looks, fixed))
+    assert [graph[f"layers.{i}"].prunable for i in range(2)] == [True, False]
+
+
 def test_groups_that_can_not_be_cut_together(monkeypatch):
     """Each of them leaves enough, both do not."""
 
