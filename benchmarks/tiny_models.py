@@ -241,6 +241,12 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     },
     "dots3_note_text": DOTS,
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
+    # Its tower is of timm, which must be installed; the default one has 300 million parameters.
+    "gemma3n": {
+        "text_config": {"num_kv_shared_layers": 0},
+        "vision_config": {"architecture": "test_resnet", "hidden_size": 64},
+        "audio_config": {"conf_num_hidden_layers": 1},
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {
         "": {"text_config": NO_INPUTS | {"num_kv_shared_layers": 30}},

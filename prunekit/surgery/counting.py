@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType
 
@@ -29,7 +30,8 @@ def count_units(
     """Look for a group of a cut model that has another number of units than were left.
 
     The model is traced again, unless every group was seen; a model that can't be traced passes if
-    it was run, because its outputs were compared.
+    it was run, because its outputs were compared. Only a trace with all layers tells a fault: what
+    runs beside the layers may take one of their own for each.
 
     Args:
         model: the cut model.
@@ -44,11 +46,19 @@ def count_units(
     if all(_is_seen(group, seen) for group in groups):
         return None
     skeleton, left_out = _keep_one_of_each(model, graph, removed)
+    with suppress(TraceError):
+        if _count(skeleton, graph, left_out) is None:
+            return None
     try:
-        again = trace(skeleton, graph.example_inputs)
+        return _count(meta_copy(model), graph, removed)
     except TraceError as error:  # the model may have hooks that can't be traced
         return Fault(text=str(error)) if next(model.parameters()).is_meta else None
-    return _check_groups(graph, again, left_out, empty_sublayers(skeleton))
+
+
+def _count(skeleton: nn.Module, graph: CouplingGraph, removed: Removed) -> Fault | None:
+    """Trace a copy of the cut model and count its units; TraceError where it can't be traced."""
+    again = trace(skeleton, graph.example_inputs)
+    return _check_groups(graph, again, removed, empty_sublayers(skeleton))
 
 
 def _is_seen(group: Group, seen: Collection[ParameterDim]) -> bool:

@@ -359,6 +359,39 @@ def test_a_wrong_number_of_units_is_found_in_a_layer_left_out(monkeypatch):
         prunekit.apply_plan(model, graph, prunekit.PruningPlan(plan))
 
 
+class Adapted(nn.Module):
+    """Layers that are alike; after every second one, the adapter of its own runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.adapters = (
+            nn.ModuleList(
+                nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 12))
+                for _ in range(4)
+            )
+            for width in (24, 6)
+        )
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            x = x + layer(x)
+            if index % 2:
+                x = x + self.adapters[index](x)
+        return x
+
+
+def test_adapters_are_counted_in_the_layers_that_they_belong_to():
+    """No layer is passed over for being like an earlier one: adapters are taken by its index."""
+    model = Adapted().to("meta")
+    graph = prunekit.trace(model, (torch.randn(2, 3, 12),))
+    removed = {f"adapters.{index}": [0, 1] for index in (1, 3)} | {"layers.2": [0]}
+    prunekit.apply_plan(model, graph, prunekit.PruningPlan(removed))
+    assert [adapter[0].out_features for adapter in model.adapters] == [6, 4, 6, 4]
+    assert counting.count_units(model, graph, removed) is None
+    fault = counting.count_units(model, graph, {**removed, "adapters.3": [0]})
+    assert (fault.group, fault.text[-17:]) == ("adapters.3", "where 5 were left")
+
+
 def test_attention_that_takes_half_precision_only():
     """Flash attention is one such; the check computes attention by plain operators."""
     from transformers import AttentionInterface
