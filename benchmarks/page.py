@@ -448,7 +448,13 @@ def families(result: dict) -> list[str]:
     rows = result["rows"]
     counts = Counter(row["verdict"] for row in rows)
     cells = [
-        [f"`{row['type']}`", row["verdict"], _kinds_cut(row), _what_fails(row)]
+        [
+            f"`{row['type']}`",
+            row["verdict"],
+            row.get("revision", "older"),
+            _kinds_cut(row),
+            _what_fails(row),
+        ]
         for row in sorted(rows, key=lambda row: row["type"])
     ]
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
@@ -456,7 +462,7 @@ def families(result: dict) -> list[str]:
         *head("Every causal type of transformers", "families", result),
         f"{result['note']} Of {len(rows)} types tried: {summary}.",
         "",
-        *table("type | verdict | groups cut by magnitude | what does not hold", cells),
+        *table("type | verdict | at | groups cut by magnitude | what does not hold", cells),
     ]
 
 

@@ -57,9 +57,13 @@ def expect_one_of(key: str, value: object, known: Sequence[str], what: str = "")
 
 
 def first_line(error: BaseException, *, named: bool = False) -> str:
-    """An error in one line; `named` puts its type before the message."""
-    lines = str(error).strip().splitlines()
+    """An error in one line; `named` puts its type before the message.
+
+    That line is the message's first, with the next one where it ends in a colon: "install it by:".
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
     kind = type(error).__name__
     if not lines:
         return kind
-    return f"{kind}: {lines[0]}" if named else lines[0]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{kind}: {text}" if named else text

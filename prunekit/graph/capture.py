@@ -37,6 +37,10 @@ _NUMBERS_NEEDED = (
     "DataDependentOutputException",
     "DynamicOutputShapeException",
 )
+WAY_OUT = (
+    "; a module in it that does without them can be pruned by itself, "
+    "with a list of its own inputs as calibration"
+)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -198,5 +202,5 @@ def _explain(error: Exception) -> str:
     lines = [frame for frame in frames if not frame.filename.startswith(ours)]
     where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
     if type(error).__name__ in _NUMBERS_NEEDED:
-        return f"it goes on by numbers, which tracing does not have{where}"
+        return f"it goes on by numbers, which tracing does not have{where}{WAY_OUT}"
     return f"{first_line(error, named=isinstance(error, AssertionError))}{where}"

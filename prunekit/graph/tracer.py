@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from prunekit.errors import TraceError, first_line
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
-from prunekit.graph.capture import capture
+from prunekit.graph.capture import WAY_OUT, capture
 from prunekit.graph.coupling import CouplingGraph
 from prunekit.graph.findings import Findings
 from prunekit.graph.operators import Call, Choice, Contraction, Note, Value, find_rule
@@ -216,9 +216,8 @@ class _Tracer:
             misfit = f"the rule of operator {call.where} does not fit this call: {reason}"
             raise TraceError(_describe(node, misfit)) from error
         except GuardOnDataDependentSymNode as error:
-            unknown = f"operator {call.where} takes a number from the data, which tracing lacks"
-            way_out = "the model can be pruned where its forward pass does without that number"
-            raise TraceError(f"{unknown}{_find_line(node)}; {way_out}") from error
+            unknown = f"operator {call.where} takes numbers from the data, which tracing lacks"
+            raise TraceError(f"{unknown}{_find_line(node)}{WAY_OUT}") from error
         self._note_uses(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)

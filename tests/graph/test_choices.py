@@ -9,7 +9,7 @@ from conftest import randomise, zero_units
 from torch import nn
 
 import prunekit
-from prunekit.errors import TraceError
+from prunekit.errors import TraceError, first_line
 
 
 class Looped(nn.Module):
@@ -170,17 +170,41 @@ class Silent(Branching):
 
 
 def test_a_number_from_the_data_is_told_with_its_operator():
-    with pytest.raises(
-        TraceError, match=r"aten\.slice\.Tensor .* a number from the data.*; the mo"
-    ):
+    match = r"aten\.slice\.Tensor .* takes numbers from the data.*; a module in it that does"
+    with pytest.raises(TraceError, match=match):
         prunekit.trace(Shortened(), (torch.randn(4, 6),))
 
 
 @pytest.mark.parametrize("traceback", ["", "1"])
 def test_what_can_not_be_captured_is_told_in_one_line(traceback, monkeypatch, capfd):
     monkeypatch.setenv("PRUNEKIT_TRACEBACK", traceback)
-    with pytest.raises(TraceError, match=r"goes on by numbers.* \(\S+test_choices.py, line \d+\)$"):
+    match = r"goes on by numbers.* \(\S+test_choices.py, line \d+\); a module in it[^\n]*$"
+    with pytest.raises(TraceError, match=match):
         prunekit.trace(Branching(), (torch.randn(4, 6),))
     with pytest.raises(TraceError, match=r"AssertionError.*test_choices.py, line \d+\)$"):
         prunekit.trace(Silent(), (torch.randn(4, 6),))
     assert traceback or capfd.readouterr() == ("", "")
+
+
+def test_a_module_in_what_can_not_be_traced_is_pruned_by_itself():
+    """As the message says: the module around it runs with what is left."""
+
+    class Around(Branching):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
+
+        def forward(self, x):
+            return super().forward(x + self.inner(x))
+
+    model, x = Around(), torch.randn(4, 6)
+    inner = [{"input": x}]
+    prunekit.prune(model.inner, ratio=0.2, method="magnitude", calibration=inner)
+    assert model.inner[0].out_features < 20
+    assert model(x).isfinite().all()
+
+
+def test_an_error_in_one_line_keeps_what_its_colon_announces():
+    error = ImportError("\nIt needs timm. Install it by:\n`pip install timm`. Then restart.\nMore.")
+    assert first_line(error) == "It needs timm. Install it by: `pip install timm`. Then restart."
+    assert first_line(ValueError("one\ntwo"), named=True) == "ValueError: one"
