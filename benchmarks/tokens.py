@@ -51,8 +51,10 @@ NOTE = (
     "SmolLM2-135M on an H100 that twelve processes shared (so that no times are given), calibrated "
     "on 128 × 128 tokens of the first four fifths of 1,000 documents of C4, measured on WikiText-2 "
     "and on the last fifth; its weights are dequantised from a Q4_1 file. stories260K and the "
-    "embedded model on the cores beside it. The study was cut off after 420 s: the other variants "
-    "of the script, the third draw, windows of 1,024 tokens and lm-eval's tasks were not reached."
+    "embedded model on the cores beside it; stories260K with equal + expected, full alone, and "
+    "what is rescored on another processor, torch 2.13.0. The study was cut off after 420 s: the "
+    "other variants of the script, the third draw, windows of 1,024 tokens and lm-eval's tasks "
+    "were not reached."
 )
 KEY = ("model", "ratio", "groups", "seed", "samples", "length", "variant", "tasks")
 
@@ -361,7 +363,10 @@ def rest(args: argparse.Namespace, rows: list[Job]) -> list[Job]:
 
 def gather(args: argparse.Namespace) -> None:
     """Put the runs of files into tokens.json, and bring the page up to date."""
-    rows = [row for path in args.gather for row in read_rows(path, KEY).values()]
+    found: dict[tuple, Job] = {}
+    for path in reversed(args.gather):  # the first file counts where several have a run
+        found |= read_rows(path, KEY)
+    rows = sorted(found.values(), key=lambda row: row["ratio"])
     names = ("machine", "cpus", "threads", "torch", "revision")
     shares = {}
     for given in args.shares:
