@@ -105,7 +105,7 @@ def test_seed_and_values_reach_their_places():
     ("override", "match"),
     [
         ("method=slimgtp", "method: unknown choice 'slimgtp': did you mean slimgpt"),
-        ("policy=ramp", "available: linear_decrease, linear_increase, log_decrease"),
+        ("policy=ramp", "available: expected_loss, linear_decrease, linear_increase"),
         ("hydra.searchpath=[/nope]", "hydra.searchpath: expected .*that exist; /nope does not"),
         ("hydra.searchpath=['file:///no,pe']", "file:///no,pe does not"),
         ("hydra.searchpath=[pkg://no.pe]", "pkg://no.pe does not"),
