@@ -4,6 +4,7 @@ from conftest import tiny_llama, token_ids
 
 import prunekit
 from prunekit import config as cfg
+from prunekit.config.sections import LIMITS
 
 LAYERS_ONLY = ("alternate", "similarity")
 EXPERTS_ONLY = ("reap",)
@@ -29,6 +30,7 @@ VALUES = {
 }
 # The ranks of a group's only two units may be equal in the mean.
 MORE = {"mixed": ["importance.weights=[2,1]"]}
+TARGETS = tuple(f"target.{name}=" for name in LIMITS)
 
 
 def overrides(importance, aggregation, policy, scope):
@@ -47,6 +49,8 @@ def overrides(importance, aggregation, policy, scope):
 
 
 def run_on(model, chosen, ratio=0.2):
+    if any(one.startswith(TARGETS) for one in chosen):
+        ratio = None
     return prunekit.prune(
         model, ratio=ratio, method="llm_pruner", calibration=token_ids(4, 8), overrides=chosen
     )

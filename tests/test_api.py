@@ -149,7 +149,7 @@ def test_an_object_of_ones_own_decides():
         ({"overrides": None}, "overrides: expected a list of strings, got None"),
         ({"overrides": [5]}, "overrides: expected a list of strings, got 5 in it"),
         ({"ratio": 0.3, "overrides": ["ratio=0.5"]}, "ratio: given twice"),
-        ({"policy": "null"}, "policy: unknown choice 'null': .*available: linear_decrease"),
+        ({"policy": "null"}, "policy: unknown choice 'null': .*available: expected_loss"),
         ({"overrides": ["imports=[nowhere.rules]"]}, "imports: expected modules .*nowhere.rules"),
         (
             {"overrides": ["importance._target_=prunekit.policies.Uniform"]},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_llama, token_ids
 from torch import nn
+from transformers import LayoutLMConfig, LayoutLMForTokenClassification
 
 import prunekit
 from prunekit.errors import TraceError
@@ -68,6 +69,17 @@ def test_what_does_not_run_on_less_is_traced_with_more(build):
     assert any(group.num_units == 32 and group.prunable for group in graph.groups)
     with pytest.raises(TraceError):
         trace_batch(model, {"input_ids": torch.randint(0, 20, (6, 13))})
+
+
+def test_a_model_of_documents_is_pruned_with_its_boxes():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40}
+    more = {"vocab_size": 97, "num_hidden_layers": 2, "max_2d_position_embeddings": 128}
+    model = LayoutLMForTokenClassification(LayoutLMConfig(**sizes, **more)).eval()
+    corners = torch.randint(0, 100, (4, 16, 2))
+    batch = {"input_ids": token_ids(4, 16), "bbox": torch.cat([corners, corners + 5], -1)}
+    result = prunekit.prune(model, ratio=0.1, method="magnitude", calibration=[batch])
+    assert result.report["ratio"]["achieved"] == pytest.approx(0.1, abs=0.02)
+    assert model(**batch).logits.shape == (4, 16, 2)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,18 @@ MODELS = {
         "mamba_d_state": 12,
         "mamba_chunk_size": 16,
     },
+    "granitemoehybrid": HYBRID
+    | {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 40,
+        "mamba_n_heads": 6,
+        "mamba_d_head": 16,
+        "mamba_d_state": 12,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
+        "mamba_expand": 2,
+    },
     "falcon_h1": HYBRID
     | {
         "head_dim": 6,
@@ -74,6 +86,7 @@ MIXERS = {  # the group of the first layer's mixer: its kind, its units, whether
     "mamba": ("layers.0.mixer", "mlp", 96, True),
     "mamba2": ("layers.0.mixer", "attention", 3, True),
     "bamba": ("layers.0.mamba", "attention", 6, False),
+    "granitemoehybrid": ("layers.0.mamba", "attention", 6, False),
     "falcon_h1": ("layers.0.mamba", "attention", 6, True),
     "nemotron_h": ("layers.0.mixer", "attention", 2, True),
     "qwen3_next": ("layers.0.linear_attn", "attention", 3, True),
