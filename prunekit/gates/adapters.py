@@ -45,8 +45,8 @@ class Adapters(Updates):
         self.model, names = model, _find_linears(model)
         if not names:
             raise ConfigError(
-                f"importance.train.rank: expected linear modules in the layers, {type(model)} has "
-                "none; rank=0 leaves weights frozen"
+                "importance.train.rank: expected linear modules in the layers, "
+                f"{type(model).__name__} has none; rank=0 leaves weights frozen"
             )
         bases = {name: model.get_submodule(name) for name in names}
         _inject(model, names, rank, any(map(is_transposed, bases.values())))
