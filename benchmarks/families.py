@@ -39,7 +39,8 @@ NOTE = (
     "was taken, its seconds are of CPU time; those without one are older (7d64759 to 7948f7c, "
     "seconds of wall time). gemma3n's tower was built by timm 1.0.31, which is no dependency. "
     "Both gemma4 assistants, drafting heads that read another model's keys, can't be built by "
-    "transformers 5.23 itself: their config makes all layers share keys that no layer computes."
+    "transformers 5.23 itself, whose config lets all layers share keys that no layer computes: of "
+    "such a type a folder with its config is given to prunekit, which refuses it (step folder)."
 )
 KEPT = ("type", "verdict", "revision", "parameters", "seconds", "steps", "cut")  # of a row
 

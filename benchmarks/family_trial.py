@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import tiny_models
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +47,9 @@ def try_type(model_type: str) -> dict[str, Any]:
             answer(model, token_ids(2, 12))
         with tracing_once():
             try_model(model, row)
+    else:
+        with _noting(row, "folder"), tempfile.TemporaryDirectory() as folder:
+            load_empty(tiny_models.make_config(model_type), Path(folder))
     row["verdict"], row["seconds"] = judge(row), round(time.process_time() - began, 1)
     return row
 
@@ -231,6 +235,14 @@ def load_by_transformers(model: Any, folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+def load_empty(config: Any, folder: Path) -> Any:
+    """What prunekit loads of a folder whose config no model can be built of."""
+    (folder / "config.json").write_text(config.to_json_string())
+    weights = {f"weight_{number}": torch.zeros(1) for number in range(64)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return prunekit.from_pretrained(folder)
+
+
 def answer(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of a model on token ids."""
     with torch.no_grad():
@@ -283,7 +295,7 @@ def judge(row: Mapping[str, Any]) -> str:
     steps.pop("dense run", None)
     dense = {name: steps.pop(f"dense {name}", "holds") for name in ("generate", "load")}
     if steps["build"] != "holds":
-        return "not built"
+        return "refused" if steps.get("folder", "").startswith("refused") else "not built"
     refused = [steps.get(name, "").startswith("refused") for name in ("trace", *METHODS)]
     if refused[0] or all(refused[1:]):
         return "refused"

@@ -228,6 +228,7 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     # Shorter texts than its blocks take make it swap its attention as it runs; the config says so.
     "big_bird": DECODER | {"attention_type": "original_full"},
+    "blt": {"encoder_hash_byte_group_vocab": 512},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },

@@ -36,7 +36,13 @@ from prunekit.checkpoint.quantized import (
     quantization_of,
 )
 from prunekit.errors import CheckpointError, first_line
-from prunekit.model.build import adopt, build_pruned, make_dense_config, needs_prunekit
+from prunekit.model.build import (
+    adopt,
+    build_pruned,
+    make_dense_config,
+    needs_prunekit,
+    refuse_config,
+)
 from prunekit.model.classes import find_class
 from prunekit.model.compat import let_save_itself
 from prunekit.model.record import RECORD, is_ours
@@ -72,7 +78,8 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the folder is missing or damaged: a file that can't be parsed, a tensor
-            missing or left over; its weights are quantised.
+            missing or left over; its weights are quantised; or transformers itself can't make its
+            model.
     """
     folder = Path(directory)
     config, elements = check_folder(folder, trust_remote_code) if folder.is_dir() else ({}, None)
@@ -149,20 +156,22 @@ def build_skeleton(
         if needs_prunekit(config):
             dense = make_dense_config(config)
         else:
-            dense = _stock_config(folder, trust_remote_code)
+            dense = _stock_config(folder, config, trust_remote_code)
         dense.dtype = dense.dtype or stored
         model = build_pruned(dense, config, attention, trust_remote_code)
     _generation_config(model, folder)
     return model.eval()
 
 
-def _stock_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def _stock_config(
+    folder: Path, config: Mapping[str, Any], trust_remote_code: bool
+) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"damaged: {first_line(error)}") from error
+        raise refuse_config(config, error) from error
 
 
 def _load_dense(
@@ -190,6 +199,8 @@ def _load_dense(
                 **extra,
             )
     except Exception as error:
+        if config:
+            build_skeleton(Path(directory), config, trust_remote_code=options["trust_remote_code"])
         where = "" if is_here else "no folder here, and from the hub "
         raise CheckpointError(
             f"{directory}: {where}can't load the model: {first_line(error)}"

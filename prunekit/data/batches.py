@@ -44,8 +44,12 @@ def make_batches(
         batches = [{"input_ids": chunk.to(device)} for chunk in calibration.split(batch_size)]
     else:
         batches = list(calibration)
-    if not batches or not all(isinstance(batch, Mapping) for batch in batches):
-        raise DataError("calibration: expected at least one dict of keyword arguments")
+    strangers = [type(batch).__name__ for batch in batches if not isinstance(batch, Mapping)]
+    if strangers or not batches:
+        raise DataError(
+            "calibration: expected at least one dict of keyword arguments, "
+            f"got {f'a {strangers[0]}' if strangers else 'none'}"
+        )
     return [without_cache(model, batch) for batch in batches]
 
 

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError, first_line
-from prunekit.graph.choices import WAYS
+from prunekit.graph.choices import WAYS, EveryPositionChosen
 from prunekit.model.wrappers import without_hooks
 
 try:  # private to torch (seen in 2.13): without it, tracing is only slower
@@ -41,6 +42,7 @@ WAY_OUT = (
     "; a module in it that does without them can be pruned by itself, "
     "with a list of its own inputs as calibration"
 )
+_ON_META = partial(torch.device, "meta")  # the device of tensors that are made without one
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -116,27 +118,35 @@ def capture(
         example_inputs: keyword arguments (a mapping) or positional ones (a tuple).
         watch: may put hooks on the copy of the model that is run.
         lines: whether operators know the lines of code that called them, which takes a quarter
-            more time.
+            more time; it is for the message about a pass that can't be followed, so the first way
+            in which it can be captured will do.
 
     Raises:
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
     """
     errors: list[Exception] = []
     programs: list[ExportedProgram] = []
-    for way in WAYS:
+    ways = [*WAYS]
+    while ways:
+        way = ways.pop(0)
         skeleton = without_hooks(meta_copy(model)).eval()
         watch(skeleton)
         try:
-            with _capturing(lines), way():
+            with _capturing(lines), way() as mode:
                 program = _export(skeleton, example_inputs)
         except Exception as error:
             errors.append(error)
+            if _mixes_devices(error) and way is not _ON_META:
+                ways = [_ON_META]
+                continue
             if type(errors[0]).__name__ not in _NUMBERS_NEEDED and not programs:
                 break
         else:
-            if not _count_unknown(program):
+            if lines or not _count_unknown(program):
                 return program
             programs.append(program)
+        if isinstance(mode, EveryPositionChosen) and not mode.loops:
+            break  # the ways after it differ in loops alone
     if programs:
         return min(programs, key=_count_unknown)
     raise TraceError(
@@ -156,6 +166,11 @@ def _export(
         ((), dict(example_inputs)) if named else (tuple(example_inputs), {}),
     )
     return torch.export.export(skeleton, *inputs, strict=False)
+
+
+def _mixes_devices(error: Exception) -> bool:
+    """Whether a pass on meta failed for a tensor that it makes without saying on which device."""
+    return "cpu" in str(error) and "meta" in str(error) and "device" in str(error)
 
 
 def _count_unknown(program: ExportedProgram) -> int:

@@ -42,11 +42,14 @@ class EveryPositionChosen(TorchFunctionMode):
     Args:
         rounds: how many of them a loop goes over; None: all. Experts that are stacked in one weight
             are seen in the first round, and a position may be none of an expert.
+
+    `loops` tells whether there was such a loop.
     """
 
     def __init__(self, rounds: int | None = None) -> None:
         super().__init__()
         self._rounds = rounds
+        self.loops = False
         # The id of a tensor → the tensor, and its numbers as nested lists.
         self._known: dict[int, tuple[Tensor, Any]] = {}
 
@@ -90,6 +93,7 @@ class EveryPositionChosen(TorchFunctionMode):
             return _COMPARE[func](_flatten(numbers)[0], args[0])
         result = func(tensor, *args, **kwargs)
         if func is Tensor.unbind and not any(args):
+            self.loops = True
             rows = [self._note(row, own) for row, own in zip(result, numbers, strict=True)]
             return tuple(rows[: self._rounds])
         return self._note(result, _flatten(numbers)) if func in _FLAT else result

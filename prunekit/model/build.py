@@ -111,7 +111,8 @@ def build_pruned(
         if overrides:
             set_per_layer(model, overrides)
     except Exception as error:
-        raise _describe_damage(error) from error
+        damaged = needs_prunekit(config)
+        raise (_describe_damage(error) if damaged else refuse_config(config, error)) from error
     return model
 
 
@@ -132,6 +133,17 @@ def _add_biases(model: nn.Module, paths: list[str] | tuple[str, ...]) -> None:
 
 def _describe_damage(error: Exception) -> CheckpointError:
     return CheckpointError(f"damaged: {first_line(error)}")
+
+
+def refuse_config(config: Mapping[str, Any], error: Exception) -> CheckpointError:
+    """What is said of a dense model's config of which transformers itself makes no model."""
+    from transformers import __version__
+
+    return CheckpointError(
+        f"transformers {__version__} itself can't make this model of type "
+        f"{config.get('model_type')}: {first_line(error).rstrip('.:')}; take a version that can, or a config "
+        "as it wants it"
+    )
 
 
 def build_dense(

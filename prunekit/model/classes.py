@@ -39,8 +39,9 @@ def _named_class(config: Mapping[str, Any]) -> Any:
     """The model class that the entry `architectures` names, if it belongs to the model type."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    stock = stock_model(name.removeprefix("Pruned")) if isinstance(name, str) else None
-    fits = stock is not None and stock.config_class.model_type == config.get("model_type")
+    model_type = str(config.get("model_type"))
+    stock = stock_model(name.removeprefix("Pruned"), model_type) if isinstance(name, str) else None
+    fits = stock is not None and stock.config_class.model_type == model_type
     return stock if fits else None
 
 

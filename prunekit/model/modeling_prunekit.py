@@ -12,6 +12,7 @@ layers: "model.layers.{}.mlp.n".
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -408,7 +409,7 @@ def pruned_model(model_type: str, module: str, name: str) -> Any:
     """The class of pruned models that are else of a class of transformers, by its name."""
     from transformers import GenerationMixin
 
-    stock: Any = stock_model(name)
+    stock: Any = stock_model(name, model_type)
     generates = issubclass(stock, GenerationMixin)
     bases = (_Model, stock, GenerationMixin) if generates else (_Model, stock)
     values = {
@@ -425,10 +426,20 @@ def pruned_classes(model_type: str, module: str, *names: str) -> tuple[Any, ...]
     return pruned_config(model_type, module), *models
 
 
-def stock_model(name: str) -> Any:
-    """The model class of transformers that has a name; None where there is none."""
+def stock_model(name: str, model_type: str = "") -> Any:
+    """The model class of transformers that has a name; None where there is none.
+
+    Some inner models of a type can only be imported from the file of the type's classes.
+    """
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() else None
+    if found is None and model_type in transformers.CONFIG_MAPPING:
+        file = transformers.CONFIG_MAPPING[model_type].__module__
+        try:
+            classes = importlib.import_module(file.replace("configuration_", "modeling_"))
+        except ImportError:
+            return None
+        found = vars(classes).get(name)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model and not name.endswith("PreTrainedModel") else None

@@ -167,7 +167,8 @@ def _refusal(
     if graph[culprit or next(iter(removed))].kind == "head_dim":
         hint = "; a module with one width for queries, keys and values needs as many of each cut"
     return SurgeryError(
-        f"{culprit or ', '.join(near or removed)}: {fault.text}; the model was put back{hint}"
+        f"{culprit or ', '.join(near or removed)}: {fault.text}; the model was put back{hint}; "
+        "scope.exclude leaves groups out of a plan"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import randomise, token_ids
 from processes import run_python
+from safetensors.torch import save_file
 
 import prunekit
 
@@ -192,6 +193,30 @@ def test_a_dense_folder_is_loaded_as_its_class(tmp_path):
     described.write_text(json.dumps(values))
     with pytest.raises(prunekit.PrunekitError, match="missing"):  # a language model's head
         prunekit.from_pretrained(tmp_path / "model")
+
+
+def test_a_model_inside_another_is_saved_as_its_class(tmp_path):
+    """Its class is none of those that can be imported from transformers itself."""
+    from transformers.models.blt import configuration_blt, modeling_blt
+
+    config = configuration_blt.BltGlobalTransformerConfig(**SMALL, encoder_cross_output_size=32)
+    model = randomise(modeling_blt.BltGlobalTransformer(config), 0.1).eval()
+    inputs = {"inputs_embeds": torch.randn(2, 9, 32)}
+    prunekit.prune(model, ratio=0.1, method="magnitude", calibration=[inputs])
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model")
+    assert type(again) is type(model)
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
+def test_what_transformers_cannot_build_is_refused_with_a_way_out(tmp_path):
+    text = SMALL | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    config = {"model_type": "gemma4_assistant", "text_config": text | {"model_type": "gemma4_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {f"weight_{number}": torch.zeros(1) for number in range(3)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(prunekit.PrunekitError, match="itself can't make .* take a version that"):
+        prunekit.from_pretrained(tmp_path)
 
 
 def test_encoder_and_decoder_keep_widths_of_their_own(folders):

@@ -204,6 +204,29 @@ def test_a_module_in_what_can_not_be_traced_is_pruned_by_itself():
     assert model(x).isfinite().all()
 
 
+class Stateful(nn.Module):
+    """Makes its first state without saying on which device."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.hidden = nn.Linear(6, 20), nn.Linear(20, 6)
+
+    def forward(self, x):
+        state = torch.zeros(len(x), 6)
+        for _ in range(2):
+            state = x + self.hidden(self.into(state).relu())
+        return state
+
+
+def test_tensors_made_without_a_device_do_not_stop_a_trace():
+    model, x = randomise(Stateful(), 0.1), torch.randn(4, 6)
+    masked = copy.deepcopy(model)
+    result = prunekit.prune(model, ratio=0.2, method="magnitude", calibration=[{"x": x}])
+    zero_units(masked, result.graph, result.plan.removed)
+    assert model.into.out_features < 20
+    torch.testing.assert_close(model(x), masked(x))
+
+
 def test_an_error_in_one_line_keeps_what_its_colon_announces():
     error = ImportError("\nIt needs timm. Install it by:\n`pip install timm`. Then restart.\nMore.")
     assert first_line(error) == "It needs timm. Install it by: `pip install timm`. Then restart."
