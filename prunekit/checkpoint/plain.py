@@ -37,24 +37,20 @@ def save(module: nn.Module, directory: str | Path, plan: PruningPlan | None = No
     The folder appears whole or not at all.
 
     Args:
-        module: any module, of a CNN say; one of transformers has `save_pretrained`.
+        module: any module, of a CNN say, or a model of transformers that `save_pretrained` can't
+            save, with layers of one's own for instance.
         directory: a new or empty folder.
         plan: what was cut, to be kept beside the weights.
 
     Raises:
-        CheckpointError: the folder is not empty or can't be written; a model of transformers.
+        CheckpointError: the folder is not empty or can't be written.
         TraceError: its weights are sharded, offloaded or quantised.
     """
     from safetensors.torch import save_file
-    from transformers import PreTrainedModel
 
     if not isinstance(module, nn.Module):
         raise CheckpointError(f"module: expected a torch module, got {module!r:.80}")
     module = unwrap(module)
-    if isinstance(module, PreTrainedModel):
-        raise CheckpointError(
-            f"{type(module).__name__}: a model of transformers is saved by prunekit.save_pretrained"
-        )
     with new_folder(Path(directory)) as folder:
         record = {"class": _name_of(module), **record_numbers(module)}
         (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from prunekit.checkpoint.describe import describe
-from prunekit.checkpoint.files import locating_errors, read_config
+from prunekit.checkpoint.files import read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 from prunekit.model.build import needs_prunekit
@@ -48,14 +50,25 @@ def save_pretrained(
         hint = ": merge its adapters first" if hasattr(model, "merge_and_unload") else ""
         raise CheckpointError(f"expected a model of transformers, got {type(model).__name__}{hint}")
     check_free(Path(directory))
-    with locating_errors(Path(directory)):
+    with _told(directory):
         record = required_record(model)
     original = record is None and not needs_prunekit(model.config.to_dict())
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
         model.save_pretrained(folder, save_original_format=original)
         describe(folder, model, record, remote_code)
-        with locating_errors(Path(directory)):
+        with _told(directory):
             check_loadable(model, read_config(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_manifest(folder)
+
+
+@contextmanager
+def _told(directory: str | Path) -> Iterator[None]:
+    """Name the folder, and what else can be done, in the refusal of a model by its class."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory}: {error}; prunekit.save keeps any module, for prunekit.load"
+        ) from error

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import DataError
-from prunekit.model.inputs import rows_of_packed, without_cache
+from prunekit.model.inputs import longest, rows_of_packed, without_cache
 
 Batch = Mapping[str, Any]
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "labels"}  # of a language model
 Numbered = tuple[int, Batch]  # the number of a batch's first sample in its set, and the batch
 
 
@@ -50,6 +51,9 @@ def make_batches(
             "calibration: expected at least one dict of keyword arguments, "
             f"got {f'a {strangers[0]}' if strangers else 'none'}"
         )
+    if not isinstance(calibration, Tensor):
+        for batch in batches:
+            _check_arguments(model, batch)
     return [without_cache(model, batch) for batch in batches]
 
 
@@ -59,12 +63,38 @@ def _check_token_ids(model: nn.Module, ids: Tensor) -> None:
             "calibration: expected int64 token ids [N, T] with T ≥ 2, "
             f"got {ids.dtype} {tuple(ids.shape)}"
         )
+    _check_fit(model, ids)
+
+
+def _check_arguments(model: nn.Module, batch: Batch) -> None:
+    """Raise DataError for what no forward call takes: numpy's arrays, token ids out of range."""
+    for name, value in batch.items():
+        if type(value).__module__ == "numpy":
+            raise DataError(
+                f"calibration: {name}: expected a tensor, got numpy's {type(value).__name__}"
+            )
+    ids = batch.get("input_ids")
+    tensors = {name for name, value in batch.items() if isinstance(value, Tensor)}
+    if isinstance(ids, Tensor) and ids.ndim == 2 and tensors <= _TEXT:
+        _check_fit(model, ids)
+
+
+def _check_fit(model: nn.Module, ids: Tensor) -> None:
+    """Raise DataError where token ids [N, T] are none of the model's, or more than it has places
+    for.
+    """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
     lowest, highest = int(ids.min()), int(ids.max())
     if rows and not 0 <= lowest <= highest < rows:
         raise DataError(
             f"calibration: expected token ids in [0, {rows}), got {lowest} to {highest}"
+        )
+    limit = longest(model)
+    if limit is not None and ids.shape[1] > limit:
+        raise DataError(
+            f"calibration: expected at most the {limit} tokens the model was made for, "
+            f"got {ids.shape[1]}"
         )
 
 

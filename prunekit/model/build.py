@@ -139,10 +139,10 @@ def refuse_config(config: Mapping[str, Any], error: Exception) -> CheckpointErro
     """What is said of a dense model's config of which transformers itself makes no model."""
     from transformers import __version__
 
+    reason = first_line(error).rstrip(".:")
     return CheckpointError(
         f"transformers {__version__} itself can't make this model of type "
-        f"{config.get('model_type')}: {first_line(error).rstrip('.:')}; take a version that can, or a config "
-        "as it wants it"
+        f"{config.get('model_type')}: {reason}; take a version that can, or a config as it wants it"
     )
 
 

@@ -109,7 +109,13 @@ def _compare(model: nn.Module, config: Mapping[str, Any]) -> None:
     saved = model.state_dict()
     _compare_modules(model, skeleton)
     if needs_prunekit(config):
-        adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()})
+        try:
+            adopt(skeleton, {name: tensor.to("meta") for name, tensor in saved.items()})
+        except CheckpointError as error:
+            reason = str(error).removeprefix("damaged weights: ")
+            raise CheckpointError(
+                f"its config makes another model ({reason}): {_NOT_SAVED}"
+            ) from error
     for name, tensor in skeleton.state_dict().items():
         if name not in saved or saved[name].shape != tensor.shape:
             raise _OtherShape(f"{name}: its class would make it in another shape: {_NOT_SAVED}")

@@ -21,8 +21,10 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise DataError where a weight is NaN or infinite; the message names its parameter."""
+    """Raise DataError where a weight is NaN, infinite or not loaded; its message names which."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise DataError(f"{name}: it is on the meta device: expected a model that is loaded")
         if not torch.isfinite(parameter).all():
             raise DataError(f"{name}: the weights hold NaN or infinity")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from prunekit.errors import TraceError
 
@@ -23,7 +24,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Raises:
         TraceError: its weights are not here as plain tensors: they are spread over processes,
-            offloaded, or quantised. The message says how to load it instead.
+            offloaded, or quantised; or it holds modules that are compiled, TorchScript, sparse, or
+            without shapes yet. The message says what to bring instead.
     """
     while (inside := _WRAPPERS.get(type(model).__name__)) in model._modules:
         model = model.get_submodule(str(inside))
@@ -44,7 +46,29 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"{name}: its weights are quantised ({method}): expected floating-point weights; load "
             "it by prunekit.from_pretrained(…, dequantize=True), or call model.dequantize() before"
         )
+    for path, module in model.named_modules():
+        if problem := _find_problem(module):
+            raise TraceError(f"{path or name}: {problem}")
     return model
+
+
+def _find_problem(module: nn.Module) -> str | None:
+    """Why a module can't be traced or cut; None: nothing. Modules in it are not looked into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript: expected the module that it was made of"
+    forward = vars(module).get("forward")
+    calls = (forward, getattr(module, "_compiled_call_impl", None))
+    compiled = any(hasattr(call, "_torchdynamo_orig_callable") for call in calls)
+    if compiled or type(module).__name__ == "OptimizedModule":
+        return "it is compiled: expected the model as it was before; compile it when it is pruned"
+    for parameter in module.parameters(recurse=False):
+        if isinstance(parameter, UninitializedParameter):
+            return "its weights have no shape yet: expected a model that was called once"
+        if parameter.layout is not torch.strided:
+            return "its weights are sparse: expected dense ones (`weight.to_dense()`)"
+        if parameter.is_inference():
+            return "its weights were made in inference mode: expected it made outside of that"
+    return None
 
 
 def find_quantization(model: nn.Module) -> str | None:

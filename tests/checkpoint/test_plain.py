@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import randomise, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
@@ -96,6 +96,25 @@ def test_what_is_no_such_folder_or_module_is_refused(tmp_path):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"attributes": {"a.b": "{"}}))
     with pytest.raises(CheckpointError, match=r"damaged: module\.json"):
         prunekit.load(Network, tmp_path / "net")
+
+
+def test_a_model_with_layers_of_ones_own_is_kept_as_any_module(tmp_path):
+    """Its class of transformers builds others there, so it has no folder of theirs."""
+
+    def make():
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.mlp = nn.Sequential(nn.Linear(layer.mlp.hidden_size, 20), nn.ReLU())
+            layer.mlp.append(nn.Linear(20, layer.mlp[0].in_features))
+        return model
+
+    model, ids = make(), token_ids(4, 9)
+    prunekit.prune(model, ratio=0.1, method="magnitude", calibration=ids)
+    with pytest.raises(CheckpointError, match=r"another module there: .*; prunekit\.save keeps"):
+        prunekit.save_pretrained(model, tmp_path / "model")
+    prunekit.save(model, tmp_path / "model")
+    loaded = prunekit.load(make, tmp_path / "model")
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_the_default_groups_of_a_network_without_attention_name_its_channels():

@@ -8,7 +8,7 @@ from conftest import example, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
-from prunekit.errors import CheckpointError, TraceError
+from prunekit.errors import CheckpointError, DataError, TraceError
 from prunekit.model.wrappers import unwrap
 
 
@@ -95,6 +95,52 @@ def test_quantised_weights_are_refused_in_one_line(tmp_path):
     quantize_(quantised, Int8WeightOnlyConfig())
     with pytest.raises(TraceError, match=r"quantised \(torchao\)"):
         prune(quantised)
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def with_sparse_weights():
+    net = network()
+    net[0].weight = nn.Parameter(net[0].weight.detach().to_sparse(), requires_grad=False)
+    return net
+
+
+def with_compiled_forward():
+    net = network()
+    net[2].forward = torch.compile(net[2].forward, backend="eager")
+    return net
+
+
+def compiled_in_place():
+    net = network()
+    net[2].compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.jit.script(network()), "it is TorchScript"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), compiled(network())), "1: it is compiled"),
+        (with_compiled_forward, "2: it is compiled"),
+        (compiled_in_place, "2: it is compiled"),
+        (with_sparse_weights, "0: its weights are sparse"),
+        (lambda: nn.Sequential(nn.LazyLinear(8)), "0: its weights have no shape yet"),
+        (torch.inference_mode()(network), "0: its weights were made in inference mode"),
+    ],
+)
+def test_what_can_not_be_cut_as_it_is_is_refused_in_one_line(make, message):
+    with pytest.raises(TraceError, match=message):
+        unwrap(make())
+
+
+def test_weights_that_are_not_loaded_are_refused():
+    with torch.device("meta"):
+        model = tiny_llama()
+    with pytest.raises(DataError, match="it is on the meta device: expected a model that is"):
+        prune(model)
 
 
 def test_an_unquantised_model_is_itself():

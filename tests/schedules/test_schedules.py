@@ -185,9 +185,12 @@ def test_five_lines_that_are_no_language_model():
         (torch.randn(2, 3), "int64 token ids"),
         (torch.zeros(3, 1, dtype=torch.long), "T ≥ 2"),
         (torch.full((2, 5), 97), r"expected token ids in \[0, 97\), got 97 to 97"),
+        ([{"input_ids": torch.full((2, 5), 97)}], r"expected token ids in \[0, 97\), got 97 to 97"),
+        ([{"input_ids": torch.ones(2, 5).numpy()}], r"input_ids: expected a tensor, got numpy's"),
+        (torch.ones(2, 65, dtype=torch.long), r"expected at most the 64 tokens .* got 65"),
         (torch.zeros(0, 5, dtype=torch.long), "int64 token ids"),
         ([], "at least one dict"),
-        ([torch.zeros(1)], "at least one dict"),
+        ([torch.zeros(1)], "at least one dict of keyword arguments, got a Tensor"),
     ],
 )
 def test_calibration_that_cannot_be_used(calibration, match):
