@@ -200,7 +200,8 @@ def _load_dense(
             )
     except Exception as error:
         if config:
-            build_skeleton(Path(directory), config, trust_remote_code=options["trust_remote_code"])
+            trusted = options["trust_remote_code"]
+            build_skeleton(Path(directory), dict(config), trust_remote_code=trusted)
         where = "" if is_here else "no folder here, and from the hub "
         raise CheckpointError(
             f"{directory}: {where}can't load the model: {first_line(error)}"
