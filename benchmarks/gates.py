@@ -60,7 +60,8 @@ CORE = {
     "hard_concrete": ("gates", *ALONE),
     "straight_through": ("gates", *STRAIGHT, *ALONE),
 }
-METHODS = {**CORE, "search": ("slimgpt", "policy=search"), "compresso": ("compresso",)}
+TUNED = {"compresso": ("compresso",), "sheared": ("sheared",)}
+METHODS = {**CORE, **TUNED, "search": ("slimgpt", "policy=search")}
 GATED = tuple(name for name in METHODS if name not in ("slimgpt", "search"))
 NOTE = (
     "One seed, and not all methods, came to an end in seven minutes that several studies shared. "
@@ -114,9 +115,12 @@ class Compute:
             found[name] = self.counts[name] // self.layers
 
 
-def units(compute: dict[str, float]) -> float:
-    """Compute in tokens of a forward pass; the backward pass to frozen weights costs as much."""
-    return compute["forward"] + 2 * compute["trained"]
+def units(method: str, compute: dict[str, float]) -> float:
+    """Compute in tokens of a forward pass; the backward pass to frozen weights costs as much.
+
+    To weights that are all trained it costs twice as much.
+    """
+    return compute["forward"] + (3 if method == "sheared" else 2) * compute["trained"]
 
 
 @contextmanager
@@ -239,7 +243,7 @@ def spare(job: Job, compute: dict[str, float]) -> float:
     """Rows of recovery that a pruning may have in addition, to cost what training gates costs."""
     scored, trained = job["samples"] * job["length"], job["batch_rows"] * job["length"]
     gates = 2 * scored + 3 * job["steps"] * trained  # three: the dense model's logits, too
-    return (gates - units(compute)) / (2 * WINDOW)
+    return (gates - units(job["method"], compute)) / (2 * WINDOW)
 
 
 def list_jobs(args: argparse.Namespace, done: Any) -> list[Job]:
