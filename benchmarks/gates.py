@@ -186,8 +186,11 @@ class Subject:
             for name, windows in self.windows.items()
         }
 
-    def recover(self, pruned: Any, job: Job, rows: int) -> dict[str, Any]:
-        """The same LoRA on so many rows of the training text; figures and compute."""
+    def recover(self, pruned: Any, job: Job, rows: int, updates: Any) -> dict[str, Any]:
+        """The same LoRA on so many rows of the training text; figures and compute.
+
+        It goes on from `updates` that stayed beside the gates, if there are any.
+        """
         model = copy.deepcopy(pruned)
         settings = {"corpus": self.trained_on, "length": WINDOW, "batch_size": 32, "holdout": 0}
         settings |= {"evaluations": 0, "checkpoints": 0, "learning_rate": job["recovery_rate"]}
@@ -195,7 +198,8 @@ class Subject:
         data = prepare(model, self.tokenizer, Recovery(**settings), watch=(), **whole)
         recovery = Recovery(**settings, epochs=rows / len(data.training))
         with tempfile.TemporaryDirectory() as folder, self.compute.counted() as compute:
-            recover(model, self.tokenizer, recovery, folder=Path(folder), data=data, **whole)
+            place = {"folder": Path(folder), "data": data, "updates": updates}
+            recover(model, self.tokenizer, recovery, **place, **whole)
         return {"rows": rows, "perplexity": self.measure(model), **compute}
 
 
@@ -231,10 +235,10 @@ def run(job: Job) -> Job:
         )
     row = {"achieved": result.report["ratio"]["achieved"], "dense": subject.dense}
     row["pruned"] = {"perplexity": subject.measure(model), **compute}
-    row["recovered"] = subject.recover(model, job, job["recovery"])
+    row["recovered"] = subject.recover(model, job, job["recovery"], result.updates)
     more = round(job["recovery"] + spare(job, compute))
     same = more < 1.1 * job["recovery"]
-    row["equal"] = row["recovered"] if same else subject.recover(model, job, more)
+    row["equal"] = row["recovered"] if same else subject.recover(model, job, more, result.updates)
     cuda = job["device"].startswith("cuda")
     return {**row, "device_name": torch.cuda.get_device_name() if cuda else "CPU"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -68,12 +68,15 @@ class Result(Generic[Model]):
         plan: the units that are gone.
         report: the figures of the pruning; `report["ratio"]["achieved"]` reads it as plain JSON.
         graph: the coupled groups that the model was cut by.
+        updates: name of a weight → U [out, r] and V [r, in], whose product it holds: what was
+            learned beside gates with `importance.train.merge=false`, for `prunekit.recover`.
     """
 
     model: Model
     plan: PruningPlan
     report: Report
     graph: CouplingGraph
+    updates: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 def prune(
@@ -211,7 +214,9 @@ def prune_model(
         report = report.merge(Report(activation_bytes=assignment.store.peak))
     if assignment.state and not folders.keep:
         assignment.state.remove()
-    return Result(model=model, plan=plan, report=report, graph=graph)
+    learned, modules = assignment.adapters, model.named_modules()
+    updates = {f"{name}.weight": learned[own] for name, own in modules if own in learned}
+    return Result(model=model, plan=plan, report=report, graph=graph, updates=updates)
 
 
 def trace_sound(model: nn.Module, batch: Batch) -> CouplingGraph:

@@ -13,10 +13,12 @@ from prunekit.gates.places import find_places, gated
 from prunekit.gates.rule import Learned, Rule
 from prunekit.gates.straight_through import StraightThroughRule
 from prunekit.gates.training import Training, learn
-from prunekit.gates.updates import merge
+from prunekit.gates.updates import cut_factors
+from prunekit.model.updates import Factors, merge, pack, unpack
 
 __all__ = [
     "Bounds",
+    "Factors",
     "HardConcreteRule",
     "Keeper",
     "Layout",
@@ -24,10 +26,13 @@ __all__ = [
     "Rule",
     "StraightThroughRule",
     "Training",
+    "cut_factors",
     "find_places",
     "fold",
     "gated",
     "halve",
     "learn",
     "merge",
+    "pack",
+    "unpack",
 ]

@@ -24,6 +24,7 @@ class Layout:
         sizes: how many units each has.
         group_of: int64 [U], the number of each unit's group.
         foldable: bool [U], whether a factor of the unit can be folded into weights.
+        leaving: bool [G], whether a group can lose all of its units: its sublayer goes then.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Layout:
         self.group_of = torch.arange(len(groups)).repeat_interleave(sizes).to(device)
         folds = torch.tensor([name in foldable for name in self.names])
         self.foldable = folds.repeat_interleave(sizes).to(device)
+        self.leaving = torch.tensor([group.must_stay is None for group in groups], device=device)
         starts = sizes.cumsum(0) - sizes
         inside = torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)
         self._padded = (self.group_of, inside.to(device))

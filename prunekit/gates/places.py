@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.consumers import find_consumers
-from prunekit.calibration.gradients.taps import is_transposed
 from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CouplingGraph, Group, LayerStack, Member
 from prunekit.model.stack import hidden_of_call, hidden_of_output
 from prunekit.model.ties import Place, parameter_places
+from prunekit.model.updates import is_transposed
 from prunekit.runtime.modes import keep_attributes, restoring
 from prunekit.surgery.masking import members_to_zero
 

@@ -37,17 +37,24 @@ class Rule(ABC):
         layout: where the units of each group lie.
         bounds: what the choice must keep to.
         first: importances of the units to begin with; only their order counts.
+        sublayers: have one more gate for each group that can lose all of its units.
 
     Attributes:
-        parameters: the leaves that are trained, by name.
+        parameters: the leaves that are trained, by name; those of units [U] first.
         extras: other tensors that steps change in place, by name.
+        pins: −∞ for units that are gone, ∞ for those that must stay, 0 for all others [U].
+        draws: how many uniform numbers a step takes: of units, then of groups [G] with `sublayers`.
     """
 
     parameters: dict[str, Tensor]
     extras: dict[str, Tensor]
 
-    def __init__(self, layout: Layout, bounds: Bounds, first: Tensor) -> None:
+    def __init__(
+        self, layout: Layout, bounds: Bounds, first: Tensor, *, sublayers: bool = False
+    ) -> None:
         self.layout, self.bounds, self.extras = layout, bounds, {}
+        self.sublayers, self.pins = sublayers, pins_of(layout, bounds)
+        self.draws = len(first) + (len(layout.sizes) if sublayers else 0)
 
     @abstractmethod
     def aim(self, progress: float) -> None:
@@ -57,7 +64,8 @@ class Rule(ABC):
     def sample(self, uniform: Tensor, heat: float) -> Tensor:
         """The gates of a training step, differentiable.
 
-        `uniform` is drawn from (0, 1) anew; `heat` falls from 1 at the first step to 0 at the last.
+        `uniform` [draws] is drawn from (0, 1) anew; `heat` falls from 1 at the first step to 0 at
+        the last.
         """
 
     @abstractmethod
@@ -67,6 +75,10 @@ class Rule(ABC):
     @abstractmethod
     def correct_gradients(self) -> None:
         """Change the gradients of the parameters after a backward pass, where need be."""
+
+    @abstractmethod
+    def chosen(self) -> Tensor:
+        """The exact choice: 1 where units stay, 0 where they go."""
 
     @abstractmethod
     def settled(self) -> Tensor:

@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.state import recomputing, should_recompute
-from prunekit.data.batches import Batch, count_positions, take_rows
+from prunekit.data.batches import Batch, count_positions, padding_mask, take_rows
 from prunekit.errors import ConfigError, DataError, expect_one_of
 from prunekit.gates.adapters import Adapters
 from prunekit.gates.bounds import Bounds
+from prunekit.gates.exchange import exchange
 from prunekit.gates.folding import is_foldable
 from prunekit.gates.layout import Layout
 from prunekit.gates.loss import Dense, gated_loss
@@ -33,6 +34,13 @@ Ramp = Literal["cubic", "linear"]
 MakeRule = Callable[[Layout, Bounds, Tensor], Rule]
 _AIMS = 50  # how often the budget is solved anew while gates are trained
 _SAVED_EVERY = 5  # of these times, for a run that may be broken off
+# Of torch's optimizers, these take other gradients, other shapes or a loss that they call.
+_UNFIT = ("Optimizer", "LBFGS", "Muon", "SparseAdam")
+OPTIMIZERS = {
+    name: kind
+    for name, kind in sorted(vars(torch.optim).items())
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in _UNFIT
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +50,8 @@ class Training:
     Args:
         steps: updates, of one batch each; of one for each process, where there are several.
         batch_size: rows of a step at most; larger calibration batches are split.
-        learning_rate: of Adam.
+        optimizer: the name of one of `torch.optim`, as it is there: Adam, AdamW, SGD, ….
+        learning_rate: of the gates.
         ramp: how the share to remove rises: linear, or cubic, 1 − (1 − t)³ (fast at first).
         reach: the share of the steps after which the target is asked for.
         plain: weight of the next-token loss.
@@ -50,12 +59,17 @@ class Training:
         holdout: the share of the batches that gates are judged on and not trained with; at least
             one batch, where there are several.
         evaluations: how often they are judged once the target is asked for; the best are taken.
+        exchanges: after training, so many pairs of units of the same group, one that stays and one
+            that goes, are judged changed, the nearest to the border first, and stay so where the
+            loss falls; 0: none.
         patience: stop after so many evaluations without a better one; None: never.
         checkpointing: recompute layers in the backward pass instead of keeping their activations.
             None: where memory is short.
         rank: of updates of the weights, trained beside the gates; 0: the weights are frozen.
+        merge: these updates only go into the weights; where false, a LoRA recovery takes them out
+            again, as its adapters, and goes on training them.
         all_weights: train the weights themselves beside the gates.
-        update_rate: Adam's learning rate of these updates, or of all weights.
+        update_rate: the learning rate of these updates, or of all weights.
         seed: of the order of batches, and of what is drawn.
 
     Raises:
@@ -64,6 +78,7 @@ class Training:
 
     steps: int = 200
     batch_size: int = 4
+    optimizer: str = "Adam"
     learning_rate: float = 0.1
     ramp: Ramp = "cubic"
     reach: float = 0.5
@@ -71,15 +86,18 @@ class Training:
     kl: float = 1.0
     holdout: float = 0.125
     evaluations: int = 10
+    exchanges: int = 0
     patience: int | None = None
     checkpointing: bool | None = None
     rank: int = 0
+    merge: bool = True
     all_weights: bool = False
     update_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
         expect_one_of("importance.train.ramp", self.ramp, get_args(Ramp))
+        expect_one_of("importance.train.optimizer", self.optimizer, list(OPTIMIZERS))
         counts: dict[str, int | None] = {"steps": self.steps, "batch_size": self.batch_size}
         counts |= {"evaluations": self.evaluations, "patience": self.patience}
         for key, value in counts.items():
@@ -87,15 +105,12 @@ class Training:
                 raise ConfigError(
                     f"importance.train.{key}: expected a whole number ≥ 1, got {value!r}"
                 )
-        if type(self.rank) is not int or self.rank < 0:
-            raise ConfigError(
-                f"importance.train.rank: expected a whole number ≥ 0, got {self.rank!r}"
-            )
-        if not isinstance(self.all_weights, bool) or (self.all_weights and self.rank):
-            raise ConfigError(
-                "importance.train.all_weights: expected true or false, and true only with rank=0, "
-                f"got {self.all_weights!r} with rank={self.rank}"
-            )
+        for key, count in (("rank", self.rank), ("exchanges", self.exchanges)):
+            if type(count) is not int or count < 0:
+                raise ConfigError(
+                    f"importance.train.{key}: expected a whole number ≥ 0, got {count!r}"
+                )
+        self._check_flags()
         numbers = {"learning_rate": self.learning_rate, "plain": self.plain, "kl": self.kl}
         numbers["update_rate"] = self.update_rate
         for key, number in numbers.items():
@@ -109,6 +124,19 @@ class Training:
         for key, share in (("reach", self.reach), ("holdout", self.holdout)):
             if isinstance(share, str) or not 0 <= share < 1:
                 raise ConfigError(f"importance.train.{key}: expected a share < 1, got {share!r}")
+
+    def _check_flags(self) -> None:
+        """Raise ConfigError where what is trained beside the gates does not go together."""
+        if not isinstance(self.all_weights, bool) or (self.all_weights and self.rank):
+            raise ConfigError(
+                "importance.train.all_weights: expected true or false, and true only with rank=0, "
+                f"got {self.all_weights!r} with rank={self.rank}"
+            )
+        if not isinstance(self.merge, bool) or not (self.merge or self.rank):
+            raise ConfigError(
+                "importance.train.merge: expected true or false, and false only with rank > 0, "
+                f"got {self.merge!r} with rank={self.rank}"
+            )
 
     def progress(self, step: int) -> float:
         """The share in (0, 1] of the way to the target that is asked for at a step from 0."""
@@ -145,9 +173,12 @@ def learn(
         ConfigError: a group that gates can't be put on.
         DataError: no text; a model without the loss that is asked for; a loss that is not finite.
     """
+    parts = (part for batch in batches for part in _split(batch, training.batch_size))
+    batches = [part for part in parts if _has_targets(part)]
     if not batches:
-        raise DataError("calibration: expected texts to train gates with, got none")
-    batches = [part for batch in batches for part in _split(batch, training.batch_size)]
+        raise DataError(
+            "calibration: expected texts of two tokens or more to train gates with, got none"
+        )
     gates, saved = find_places(model, graph, groups), _load_saved(bounds)
     foldable = [group.name for group in groups if is_foldable(group, graph)]
     layout = Layout(groups, next(model.parameters()).device, foldable)
@@ -181,6 +212,14 @@ def _split(batch: Batch, size: int) -> list[Batch]:
     if rows <= size:
         return [batch]
     return [take_rows(batch, range(i, min(i + size, rows))) for i in range(0, rows, size)]
+
+
+def _has_targets(batch: Batch) -> bool:
+    """Whether a token of the batch follows another one; true where it holds no tokens."""
+    ids, mask = batch.get("input_ids"), padding_mask(batch)
+    if not isinstance(ids, Tensor) or "labels" in batch:
+        return True
+    return ids.shape[1] > 1 if mask is None else bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
 def _load_saved(bounds: Bounds) -> dict[str, Tensor]:
@@ -232,7 +271,8 @@ class _Trainer:
             {"params": list(self.rule.parameters.values()), "lr": self.training.learning_rate},
             {"params": list(self.updates.parameters.values()), "lr": self.training.update_rate},
         ]
-        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        kind: Any = OPTIMIZERS[self.training.optimizer]
+        self.optimizer = kind([group for group in groups if group["params"]])
 
     def run(self, saved: Mapping[str, Tensor]) -> Learned:
         """Train, from the beginning or from what was saved; the best that was learned."""
@@ -257,6 +297,9 @@ class _Trainer:
             for name, value in self.best.items():
                 self.parameters[name].copy_(value)
         self.rule.aim(1.0)
+        if training.exchanges:
+            count = exchange(self.rule, lambda: self._held_out()[0], training.exchanges)
+            say(f"gates: {count} of {training.exchanges} exchanges of units lower the loss")
         return replace(self.rule.learned(), updates=self.updates.learned())
 
     def _save(self, step: int) -> None:
@@ -271,7 +314,8 @@ class _Trainer:
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
         copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
         bounds.keeper.save_tensors(f"{bounds.name}/training", copies)
 
@@ -282,10 +326,11 @@ class _Trainer:
         self.best_loss = float(saved["best_loss"])
         for name, parameter in self.parameters.items():
             parameter.copy_(saved[f"parameter.{name}"])
-            keys = {key.rpartition(".")[2]: key for key in saved if key.startswith(f"adam.{name}.")}
+            own = f"optimizer.{name}."
+            keys = {key.removeprefix(own): key for key in saved if key.startswith(own)}
             self.optimizer.state[parameter] = {
-                own: saved[key] if own == "step" else saved[key].to(parameter)
-                for own, key in keys.items()
+                part: saved[key] if part == "step" else saved[key].to(parameter)
+                for part, key in keys.items()
             }
             if f"best.{name}" in saved:
                 self.best[name] = saved[f"best.{name}"].to(parameter)
@@ -304,8 +349,8 @@ class _Trainer:
         """One step of the optimizer on one batch."""
         number = self._order(step)
         generator = make_generator(self.training.seed, f"draw {step}")
-        some = next(iter(self.rule.parameters.values()))
-        uniform = torch.rand(some.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(some.device)
+        uniform = torch.rand(self.rule.draws, generator=generator).clamp_(1e-6, 1 - 1e-6)
+        uniform = uniform.to(self.rule.layout.device)
         heat = 1 - step / max(self.training.steps - 1, 1)
         self.optimizer.zero_grad()
         dense = self._dense_logits(number)
@@ -342,8 +387,8 @@ class _Trainer:
         return gated_loss(self.model, self.batches[number], dense, training.plain, training.kl)
 
     @torch.no_grad()
-    def _judge(self, step: int) -> None:
-        """Compare the gates, as the cut would leave them, with the best so far."""
+    def _held_out(self) -> tuple[float, float]:
+        """The held-out loss of the gates as the cut would leave them, and that of next tokens."""
         values, losses = self.rule.settled(), [torch.zeros(2, device=self.rule.layout.device)]
         for number in own_part(self.held):
             dense = self._dense_logits(number)
@@ -351,7 +396,11 @@ class _Trainer:
                 loss, own = self._loss(number, dense)
                 losses.append(torch.stack([loss, loss if own is None else own]).to(losses[0]))
         total = add_up(torch.stack(losses).sum(0)) / len(self.held)
-        loss, own = total.tolist()
+        return total[0].item(), total[1].item()
+
+    def _judge(self, step: int) -> None:
+        """Compare the gates, as the cut would leave them, with the best so far."""
+        loss, own = self._held_out()
         if not math.isfinite(loss):
             raise DataError(f"gates: the loss at step {step + 1} is {loss}")
         tokens = "input_ids" in self.batches[0]

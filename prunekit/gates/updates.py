@@ -9,15 +9,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients.taps import is_transposed
-from prunekit.gates.places import Gate
+from prunekit.gates.places import Gate, spread, units_along
+from prunekit.graph import CouplingGraph
+from prunekit.graph.groups import kept_positions
 from prunekit.model.ties import parameter_places
+from prunekit.model.updates import Factors, is_transposed
 from prunekit.runtime.modes import keep_attributes, restoring
 from prunekit.runtime.numbers import at_least_float32
-
-# What is added to a weight: U [out, r] and V [r, in], the product of which it is; or itself, in the
-# shape of the weight.
-Factors = tuple[Tensor, ...]
+from prunekit.surgery.masking import members_to_zero
 
 
 class Updates(ABC):
@@ -111,17 +110,40 @@ class Weights(Updates):
         }
 
 
-@torch.no_grad()
-def merge(model: nn.Module, updates: Mapping[str, Factors]) -> None:
-    """Add updates to the weights of these names, in place."""
-    for name, factors in updates.items():
-        weight = model.get_parameter(name).data
-        wide = at_least_float32(weight)
-        parts = [factor.to(wide) for factor in factors]
-        if len(parts) == 1:
-            delta = parts[0]
-        else:
-            delta = parts[0] @ parts[1]
-            transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
-            delta = delta.T if transposed else delta
-        weight.copy_(wide + delta)
+def cut_factors(
+    model: nn.Module,
+    graph: CouplingGraph,
+    updates: Mapping[str, Factors],
+    removed: Mapping[str, list[int]],
+    scales: Mapping[str, Tensor],
+) -> dict[nn.Module, Factors]:
+    """Low-rank updates as a cut leaves their weights: module → U [out, r] and V [r, in].
+
+    Args:
+        model: the model, not cut yet.
+        graph: its coupling graph.
+        updates: name of a weight → U and V of the whole weight.
+        removed: group → the units that go.
+        scales: group → factors [num_units], which are folded into the weights that read them.
+    """
+    factors = {name: list(own) for name, own in updates.items() if len(own) == 2}
+    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in factors}
+    gone: dict[tuple[str, bool], list[Tensor]] = {}
+    for name in {*removed, *scales}:
+        for member in graph[name].members:
+            if member.parameter in factors:
+                inputs = (member.dim == 1) != is_transposed(modules[member.parameter])
+                positions = member.index[removed.get(name, [])].flatten()
+                gone.setdefault((member.parameter, inputs), []).append(positions)
+        for member in members_to_zero(graph[name], graph) if name in scales else ():
+            if member.parameter in factors:
+                inputs = (member.dim == 1) != is_transposed(modules[member.parameter])
+                owner = units_along(member, model.get_parameter(member.parameter)).cpu()
+                own = factors[member.parameter]
+                along = spread(scales[name], owner).to(own[inputs])
+                own[inputs] = own[inputs] * (along if inputs else along[:, None])
+    for (name, inputs), parts in gone.items():
+        own = factors[name]
+        kept = kept_positions(own[inputs].shape[inputs], torch.cat(parts))
+        own[inputs] = own[inputs].index_select(int(inputs), kept)
+    return {modules[name]: tuple(own) for name, own in factors.items()}

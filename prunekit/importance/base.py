@@ -137,6 +137,11 @@ class ScoreImportance(Importance, ABC):
         return False
 
     @property
+    def kept_rank(self) -> int:
+        """The rank of updates that stay beside the weights for a recovery; 0: none stay."""
+        return 0
+
+    @property
     def rescores(self) -> bool:
         """Whether the units of one group can be scored alone, while the others are being cut."""
         return True

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
-from prunekit.errors import ConfigError
+from prunekit.errors import ConfigError, expect_one_of
 from prunekit.gates import Bounds, HardConcreteRule, Layout
+from prunekit.gates.hard_concrete import Multiplier
 from prunekit.importance.learned import LearnedImportance
 
 
@@ -20,6 +22,8 @@ class HardConcrete(LearnedImportance):
         temperature: β of the gates.
         pressure: how fast the multipliers of the budget rise.
         scale: whether units that stay keep the value of their gate, as a factor in the weights.
+        multiplier: "ascent": the multipliers rise from step to step; "balanced": those of each step
+            alone, so that the loss moves gates against each other and not all one way.
 
     Raises:
         ConfigError: an option out of range.
@@ -28,6 +32,7 @@ class HardConcrete(LearnedImportance):
     temperature: float = 2 / 3
     pressure: float = 5.0
     scale: bool = True
+    multiplier: Multiplier = "ascent"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,6 +40,7 @@ class HardConcrete(LearnedImportance):
         for key, number in numbers.items():
             if isinstance(number, str) or not 0 < number < math.inf:
                 raise ConfigError(f"importance.{key}: expected a number > 0, got {number!r}")
+        expect_one_of("importance.multiplier", self.multiplier, get_args(Multiplier))
         if not isinstance(self.scale, bool):
             raise ConfigError(f"importance.scale: expected true or false, got {self.scale!r}")
 
@@ -47,4 +53,6 @@ class HardConcrete(LearnedImportance):
             temperature=self.temperature,
             pressure=self.pressure,
             scale=self.scale,
+            sublayers=self.sublayers,
+            multiplier=self.multiplier,
         )

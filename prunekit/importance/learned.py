@@ -24,15 +24,21 @@ class LearnedImportance(ScoreImportance):
 
     Args:
         train: how gates are trained.
+        sublayers: have one more gate for each group that can lose all of its units.
     """
 
     train: Training = field(default_factory=Training)
+    sublayers: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.train, Training):
             raise ConfigError(
                 f"importance.train: expected a prunekit.gates.Training, got {self.train!r}"
+            )
+        if not isinstance(self.sublayers, bool):
+            raise ConfigError(
+                f"importance.sublayers: expected true or false, got {self.sublayers!r}"
             )
 
     @property
@@ -44,6 +50,11 @@ class LearnedImportance(ScoreImportance):
     def changes_weights(self) -> bool:
         """Whether weights are trained beside the gates."""
         return self.train.rank > 0 or self.train.all_weights
+
+    @property
+    def kept_rank(self) -> int:
+        """The rank of updates that a recovery goes on with."""
+        return 0 if self.train.merge else self.train.rank
 
     @property
     def rescores(self) -> bool:

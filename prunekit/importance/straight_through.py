@@ -49,4 +49,5 @@ class StraightThrough(LearnedImportance):
             temperature=self.temperature,
             noise=self.noise,
             scale=self.scale,
+            sublayers=self.sublayers,
         )

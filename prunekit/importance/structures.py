@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients.taps import is_transposed
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, Group, LayerStack, Member
+from prunekit.model.updates import is_transposed
 from prunekit.runtime.numbers import at_least_float32
 
 

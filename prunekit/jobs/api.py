@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import EllipsisType
 
 from omegaconf import OmegaConf
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import config as cfg
@@ -141,6 +142,7 @@ def recover(
     recovery: str | Recovery = "lora",
     dense: Source | None = None,
     out: str | Path | None = None,
+    updates: Mapping[str, tuple[Tensor, ...]] | None = None,
     overrides: Sequence[str] = (),
 ) -> Recovered:
     """Fine-tune a pruned model, as `task=recover` does; one in memory is changed in place.
@@ -158,6 +160,8 @@ def recover(
         recovery: a name of `conf/recovery`, or the settings as an object.
         dense: the dense model: measured beside, and the teacher where the recovery needs one.
         out: a new or empty folder, which gets the model and the report; None: nothing is written.
+        updates: name of a weight → U [out, r] and V [r, in], whose product it holds and adapters go
+            on from: `updates` of the result of `prunekit.prune`; a run's folder brings its own.
         overrides: strings as on the command line: `recovery.corpus=…`, `eval=…`, …
 
     Returns:
@@ -186,7 +190,7 @@ def recover(
     describe_objects(config, {"recovery": own} if own else {})
     if out is None and not (own.merge if own else config.recovery.get("merge", True)):
         raise ConfigError("recovery.merge=false: expected out=FOLDER for the adapter, got none")
-    inputs = _make_inputs(model, tokenizer, dense, own)
+    inputs = replace(_make_inputs(model, tokenizer, dense, own), updates=updates)
     folder = None if out is None else Path(out)
     completed = run_job(config, folder, _record(config), inputs=inputs)
     assert completed.model is not None

@@ -19,6 +19,7 @@ from prunekit.evaluation.measures import Measures
 from prunekit.graph import CouplingGraph, trace
 from prunekit.jobs.job import Job, Subject
 from prunekit.jobs.sources import Source, identity_of
+from prunekit.model.updates import Factors
 from prunekit.model.weights import round_weights
 from prunekit.recovery import Recovery, RecoveryResult, prepare, recover
 from prunekit.recovery.data import Data
@@ -72,13 +73,17 @@ class FineTuning:
         return cls(job=job, recovery=recovery, subject=subject, data=data, dense=dense)
 
     def run(
-        self, facts: Mapping[str, Any], graph: CouplingGraph | None = None
+        self,
+        facts: Mapping[str, Any],
+        graph: CouplingGraph | None = None,
+        updates: Mapping[str, Factors] | None = None,
     ) -> tuple[RecoveryResult, Path | None]:
         """Fine-tune the model in place.
 
         Args:
             facts: what the start depends on: a state with other facts is not gone on from.
             graph: the groups of the model before it was cut; traced where it is needed.
+            updates: what adapters go on from (`prunekit.recovery.recover`).
 
         Returns:
             How it went, and the folder of the adapter where that was not merged.
@@ -100,6 +105,7 @@ class FineTuning:
                 resume=job.config.resume,
                 base=str(job.output / "model"),
                 data=self.data,
+                updates=updates,
             )
         if recovery.merge:
             round_weights(subject.model, subject.stored)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.jobs.updates import UPDATES
 from prunekit.policies.manual import write_shares
 from prunekit.report import Report, pictures, render_html, render_markdown, write_pictures
 from prunekit.runtime.files import write_text
@@ -38,8 +39,8 @@ def clear_halves(output: Path) -> None:
 def clear_results(output: Path) -> None:
     """Remove the files and folders of `write_run`, finished or not."""
     drawings = [f"{name}.svg" for name in ("layers", "ratio", "search", "error", "curve", "tasks")]
-    names = ["report.json", "report.md", "report.html", "plan.json", SHARES, "model", "adapter"]
-    names += drawings
+    names = ["report.json", "report.md", "report.html", "plan.json", SHARES, UPDATES]
+    names += ["model", "adapter", *drawings]
     half = [path for name in names for path in output.glob(f".{name}.*") if path.name != PARTIAL]
     for path in [*(output / name for name in [*names, ".hydra"]), *half]:
         if path.is_dir():

@@ -20,7 +20,9 @@ from prunekit.evaluation.measures import Measures, Share, load_anew
 from prunekit.jobs.export import ExportSettings
 from prunekit.jobs.kept import Kept
 from prunekit.jobs.sources import Source, content_of, inside_run, load_source, loading_of
+from prunekit.jobs.updates import UPDATES, write_updates
 from prunekit.model.parts import find_language_part
+from prunekit.model.updates import Factors
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery, detach
 from prunekit.report import Report, model_card
@@ -47,6 +49,8 @@ class GivenObjects:
         baseline: the dense model to measure beside; None: the one that `eval.baseline` names.
         backends: section → the backend in place of the one that the section names.
         recovery: in place of the one that the section `recovery` names.
+        updates: what weights of the model hold, and adapters of the recovery go on from; None: what
+            the run that left the model's folder has written beside it.
     """
 
     model: PreTrainedModel | None = None
@@ -54,6 +58,7 @@ class GivenObjects:
     baseline: PreTrainedModel | None = None
     backends: Mapping[str, Backend] = field(default_factory=dict)
     recovery: Recovery | None = None
+    updates: Mapping[str, Factors] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +260,7 @@ class Finished:
         plan: what was cut, where that is known.
         streamed: the writer of a streamed model.
         adapter: the folder of an adapter that was not merged into the weights.
+        updates: what weights hold and a later recovery goes on with.
     """
 
     model: PreTrainedModel
@@ -262,9 +268,10 @@ class Finished:
     plan: PruningPlan | None
     streamed: Streamed | None = None
     adapter: Path | None = None
+    updates: Mapping[str, Factors] = field(default_factory=dict)
 
     def write(self, output: Path, report: Report, remote_code: bool) -> None:
-        """Write the model's folder with its card, the plan, the adapter."""
+        """Write the model's folder with its card, the plan, the adapter, the updates."""
         if self.adapter is not None:
             detach(self.model)
         folder = output / "model"
@@ -277,6 +284,8 @@ class Finished:
             write_text(output / "plan.json", self.plan.to_json())
         if self.adapter is not None:
             shutil.copytree(self.adapter, output / "adapter")
+        if self.updates:
+            write_updates(self.updates, output / UPDATES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ from prunekit.jobs.job import Finished, Job, Outcome, Subject
 from prunekit.jobs.sources import base_of, identity_of
 from prunekit.jobs.streaming import open_streamed_source
 from prunekit.jobs.vocabulary import Reduction, other_groups, refuse_teacher
+from prunekit.model.updates import Factors
 from prunekit.model.weights import cast_weights, check_finite, round_weights
 from prunekit.pipeline import Result, prune_model
 from prunekit.plan import PruningPlan
@@ -42,6 +44,7 @@ def run_prune(job: Job) -> Outcome:
     method, recovery = Method.build(job.config, job.inputs.backends), job.build_recovery()
     with job.stages("load"):
         opened = job.open(job.source, open_streamed_source(job, method, recovery))
+        _check_ranks(method, recovery)
         reduction, subject = _plan_reduction(job, opened, recovery)
         windows = load_windows(job.config, subject) if other_groups(job.config) else None
         training = recovery and FineTuning.prepare(job, recovery, subject, job.source)
@@ -58,7 +61,7 @@ def run_prune(job: Job) -> Outcome:
     figures, adapter = cut.figures, None
     if training:
         facts = {"model": identity_of(job.source), "plan": digest([cut.plan.to_json()])}
-        recovered, adapter = training.run(facts, cut.graph)
+        recovered, adapter = training.run(facts, cut.graph, cut.updates)
         figures = figures.merge(Report.from_plain({"recovery": recovered.to_json()}))
         with job.stages("evaluate_recovered"):
             columns["recovered"] = subject.evaluate()
@@ -72,8 +75,16 @@ def run_prune(job: Job) -> Outcome:
         plan=cut.plan if cut.graph else None,
         streamed=subject.streamed,
         adapter=adapter,
+        updates={} if training else cut.updates,
     )
     return Outcome(figures=figures, finished=finished)
+
+
+def _check_ranks(method: Method, recovery: Recovery | None) -> None:
+    """Raise ConfigError where the recovery's adapters can't hold updates that they go on with."""
+    importance = method.importance.at_once
+    if recovery and importance:
+        recovery.check_rank(importance.kept_rank)
 
 
 def _plan_reduction(
@@ -97,6 +108,7 @@ class _Cut:
         figures: the report of the cut.
         warnings: what a reader should know, in whole sentences.
         reduction: the tokens that went, if any.
+        updates: what was learned beside gates, for a recovery to go on with.
     """
 
     plan: PruningPlan
@@ -104,6 +116,7 @@ class _Cut:
     figures: Report
     warnings: tuple[str, ...]
     reduction: Reduction | None
+    updates: Mapping[str, Factors]
 
     def comparable(self, dense: Evaluation) -> Evaluation:
         """The dense model's figures, without those that have no counterpart in the cut model."""
@@ -123,7 +136,7 @@ def _cut(
 ) -> _Cut:
     """Remove tokens, then units, where either is asked for."""
     figures, warnings = Report(base=base_of(job.config)), list[str]()
-    plan, graph = PruningPlan({}), None
+    plan, graph, updates = PruningPlan({}), None, dict[str, Factors]()
     if reduction:
         with job.stages("vocabulary"):
             reduction.cut()
@@ -131,12 +144,17 @@ def _cut(
         warnings += reduction.warnings()
     if windows is not None:
         result = _prune(job, method, subject, windows)
-        plan, graph = result.plan, result.graph
+        plan, graph, updates = result.plan, result.graph, dict(result.updates)
         calibration = describe_calibration(job.config, windows)
         figures = result.report.merge(figures).merge(Report(calibration=calibration))
         warnings += warnings_of(job.config, windows)
     return _Cut(
-        plan=plan, graph=graph, figures=figures, warnings=tuple(warnings), reduction=reduction
+        plan=plan,
+        graph=graph,
+        figures=figures,
+        warnings=tuple(warnings),
+        reduction=reduction,
+        updates=updates,
     )
 
 

@@ -10,6 +10,8 @@ from prunekit.evaluation.evaluation import Evaluation
 from prunekit.jobs.finetune import FineTuning
 from prunekit.jobs.job import Finished, Job, Outcome, Subject
 from prunekit.jobs.sources import Source, identity_of
+from prunekit.jobs.updates import UPDATES, read_updates
+from prunekit.model.updates import Factors
 from prunekit.model.weights import cast_weights, check_finite
 from prunekit.plan import PruningPlan
 from prunekit.report import Report
@@ -31,7 +33,10 @@ def run_recover(job: Job) -> Outcome:
             columns["dense"] = _evaluate_baseline(job, subject, job.baseline)
     with stages("evaluate_pruned"):
         columns["pruned"] = subject.evaluate()
-    result, adapter = training.run({"model": identity_of(job.source)})
+    updates = job.inputs.updates
+    if updates is None:
+        updates = _read_updates(job.source)
+    result, adapter = training.run({"model": identity_of(job.source)}, updates=updates)
     with stages("evaluate_recovered"):
         columns["recovered"] = subject.evaluate()
     if rank():
@@ -69,6 +74,12 @@ def _read_report(source: Source) -> Report:
         return Report.from_json(text).pruning_part()
     except (OSError, UnicodeDecodeError, DataError):
         return Report()
+
+
+def _read_updates(source: Source) -> dict[str, Factors]:
+    """What the run that a model came from has left to go on with; nothing without such a run."""
+    path = Path(str(source)).parent / UPDATES
+    return read_updates(path) if path.exists() else {}
 
 
 def _read_plan(source: Source) -> PruningPlan | None:

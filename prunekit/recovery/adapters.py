@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from prunekit.errors import ConfigError
+from prunekit.model.updates import Factors
 from prunekit.recovery.settings import Recovery
 from prunekit.runtime.console import quiet, say
 from prunekit.runtime.modes import keep_attributes, restoring
@@ -101,6 +103,19 @@ def attach(model: PreTrainedModel, names: Sequence[str], recovery: Recovery, bas
         wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
+
+
+@torch.no_grad()
+def go_on(wrapped: nn.Module, updates: Mapping[str, Factors]) -> None:
+    """Have fresh adapters begin with these updates, of their rank at most, instead of zero.
+
+    The rows of A that are left over stay random, and the columns of B zero.
+    """
+    for name, (up, down) in updates.items():
+        layer: Any = wrapped.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        own_up, own_down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+        own_up[:, : len(down)] = up.to(own_up) / layer.scaling["default"]
+        own_down[: len(down)] = down.to(own_down)
 
 
 def merge(model: nn.Module) -> nn.Module:

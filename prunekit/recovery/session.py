@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prunekit.errors import DataError
+from prunekit.model.updates import Factors, merge
 from prunekit.model.weights import check_finite
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data
@@ -43,6 +44,7 @@ class Session:
         folder: of checkpoints, and of an adapter that is kept.
         seed: of the order of rows, the first adapters, and dropout.
         pad: the token that fills rows.
+        updates: name of a weight → U and V, the product of which adapters take out of it.
         trained: the model, or peft's wrapper of it.
         trainable: how many numbers are trained.
     """
@@ -55,8 +57,10 @@ class Session:
     folder: Path
     seed: int
     pad: int
+    updates: Mapping[str, Factors] = field(default_factory=dict)
     trained: nn.Module = field(init=False)
     trainable: int = field(init=False, default=0)
+    _taken_out: dict[str, Factors] = field(init=False, default_factory=dict)
     _stored: list[tuple[nn.Parameter, torch.dtype]] = field(init=False, default_factory=list)
 
     @property
@@ -94,13 +98,17 @@ class Session:
             self._check_weights(self.trained)
         except BaseException:
             adapters.detach(self.model)
+            merge(self.model, self._taken_out)
             self._restore_types()
             raise
         self._finish()
         return trainer, best_step
 
     def _choose_weights(self, modules: Mapping[str, Collection[str]] | None, base: str) -> None:
-        """Decide which weights are trained: fresh adapters, or weights of the model."""
+        """Decide which weights are trained: adapters, or weights of the model.
+
+        Adapters are fresh ones, but where they go on from what weights hold.
+        """
         from transformers import set_seed
 
         set_seed(self.seed)
@@ -109,7 +117,12 @@ class Session:
         recovery = self.recovery
         names = adapters.target_names(self.model, recovery.kinds, modules)
         if recovery.lora:
+            weights = {f"{name}.weight" for name in names}
+            going_on = {name: own for name, own in self.updates.items() if name in weights}
+            merge(self.model, {name: (-up, down) for name, (up, down) in going_on.items()})
+            self._taken_out = going_on
             self.trained = adapters.attach(self.model, names, recovery, base)
+            adapters.go_on(self.trained, going_on)
         else:
             self.trained = self.model
             chosen = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

@@ -127,6 +127,14 @@ class Recovery:
         """Whether a term of the loss compares with the dense model."""
         return self.kl > 0 or self.hidden > 0
 
+    def check_rank(self, least: int) -> None:
+        """Raise ConfigError where adapters have a lower rank than those that they go on from."""
+        if self.lora and self.rank < least:
+            raise ConfigError(
+                f"recovery.rank: expected at least importance.train.rank={least}, whose updates go "
+                f"on as adapters, got {self.rank}"
+            )
+
     def _check_choices(self) -> None:
         if not (isinstance(self.targets, str | list | tuple) and self.targets):
             raise ConfigError(

@@ -11,6 +11,7 @@ from torch import nn
 
 from prunekit.errors import ConfigError, suggest
 from prunekit.model.inputs import check_length
+from prunekit.model.updates import Factors
 from prunekit.recovery import adapters
 from prunekit.recovery.data import Data, load_data, pad_token
 from prunekit.recovery.packing import check_packing
@@ -37,6 +38,7 @@ def recover(
     resume: bool = False,
     base: str | None = None,
     data: Data | None = None,
+    updates: Mapping[str, Factors] | None = None,
 ) -> RecoveryResult:
     """Fine-tune a causal language model in place, on the device where its weights are.
 
@@ -63,6 +65,8 @@ def recover(
         resume: go on from the newest checkpoint, if there is one.
         base: what the adapter's config names as the model below it; `folder/model` where None.
         data: what `prepare` gave, if it was called before.
+        updates: name of a weight → U [out, r] and V [r, in], whose product the weight holds:
+            adapters take it out and go on from there. Without adapters it stays where it is.
 
     Raises:
         ConfigError: settings that don't fit the model or each other.
@@ -72,6 +76,9 @@ def recover(
     began = time.perf_counter()
     watch = watch or {}
     _check_teacher(recovery, teacher)
+    updates = updates if updates and recovery.lora else {}
+    for factors in updates.values():
+        recovery.check_rank(factors[0].shape[1])
     data = data or prepare(model, tokenizer, recovery, known=known, seed=seed, watch=watch)
     session = Session(
         model=model,
@@ -82,6 +89,7 @@ def recover(
         folder=folder,
         seed=seed if recovery.seed is None else recovery.seed,
         pad=pad_token(tokenizer),
+        updates=updates,
     )
     if recovery.pack:
         check_packing(model, data.training, session.pad)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.allocation.budget import Budget
 from prunekit.calibration.layers import Layers
@@ -37,7 +37,9 @@ class Assignment:
     layers. `layers`: reads the layers of a streamed model, cuts and writes them; None where the
     whole model is in memory. `snapshot`: keeps a group's weights before they change; None where
     nobody puts them back. `float64`: group name → how many of its Hessians took float64 to invert;
-    groups with none are left out. The schedule fills it in.
+    groups with none are left out. `adapters`: linear module → U [out, r] and V [r, in] as the cut
+    leaves them, of an update that its weight holds and a recovery goes on with. The schedule fills
+    both in.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Assignment:
     layers: Layers | None = None
     snapshot: Snapshot | None = None
     float64: dict[str, int] = field(default_factory=dict)
+    adapters: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def remember(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `compute`, or the result that a run kept before it was broken off.

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunekit.allocation.budget import pick_lowest
 from prunekit.allocation.costs.smooth import SmoothCost
 from prunekit.errors import ConfigError, DataError
-from prunekit.gates import Bounds, fold, merge
+from prunekit.gates import Bounds, Factors, cut_factors, fold, merge, pack, unpack
 from prunekit.importance.base import ScoreImportance
 from prunekit.runtime.console import say
 from prunekit.schedules.base import Assignment
@@ -54,28 +54,31 @@ def choose_by_score(assignment: Assignment, importance: ScoreImportance) -> dict
     chosen = assignment.remember("chosen", compute)
     if state is not None and not updates and state.has_tensors(_UPDATES):
         updates = state.load_tensors(_UPDATES)
-    _change_weights(assignment, chosen["scales"], updates)
     removed: dict[str, list[int]] = chosen["removed"]
+    repaired = assignment.compensation is not None
+    scales = {
+        name: torch.tensor(factors, dtype=torch.float64)
+        for name, factors in ({} if repaired else chosen["scales"]).items()
+    }
+    deltas = unpack(updates)
+    _change_weights(assignment, scales, deltas)
+    if importance.kept_rank:
+        model, graph = assignment.model, assignment.graph
+        assignment.adapters.update(cut_factors(model, graph, deltas, removed, scales))
     return removed
 
 
 def _change_weights(
-    assignment: Assignment, scales: Mapping[str, list[float]], updates: Mapping[str, Tensor]
+    assignment: Assignment, scales: Mapping[str, Tensor], deltas: Mapping[str, Factors]
 ) -> None:
-    """Add the updates of weights, then fold the factors of units, unless these are repaired."""
+    """Add the updates of weights, then fold the factors of units."""
     groups = [group for group in assignment.groups if group.name in scales]
-    groups = groups if assignment.compensation is None else []
-    deltas: dict[str, tuple[Tensor, ...]] = {}
-    for key in sorted(updates):
-        name = key.rpartition(".")[0]
-        deltas[name] = (*deltas.get(name, ()), updates[key])
     if assignment.snapshot is not None:
         assignment.snapshot.keep(groups)
         assignment.snapshot.keep_parameters(deltas)
     merge(assignment.model, deltas)
     for group in groups:
-        factors = torch.tensor(scales[group.name], dtype=torch.float64)
-        fold(assignment.model, assignment.graph, group, factors)
+        fold(assignment.model, assignment.graph, group, scales[group.name])
 
 
 def _choose(
@@ -104,8 +107,7 @@ def _choose(
             say(f"round {r} of {assignment.rounds}: {sum(counts.values())} units")
     if assignment.independent:
         scatter(assignment.model, assignment.graph, measured.structures, removed)
-    for name, factors in measured.updates.items():
-        updates |= {f"{name}.{i}": factor for i, factor in enumerate(factors)}
+    updates |= pack(measured.updates)
     scales = {name: factors.tolist() for name, factors in measured.scales.items()}
     return {"removed": removed, "scales": scales}
 

@@ -1,4 +1,7 @@
-"""Two processes that measure a model together return what one does, each with half of the work."""
+"""Two processes that measure a model or train gates together find what one does.
+
+Each does half of the work.
+"""
 
 import json
 from pathlib import Path
@@ -6,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_llama, token_ids
 from processes import run_together
+from rows_of_gates import check_together
+from safetensors.torch import load_file
 from test_tasks import PIQA, characters, write  # noqa: F401
 
 from prunekit.evaluation.perplexity import perplexity
@@ -13,12 +18,14 @@ from prunekit.evaluation.tasks import evaluate_tasks
 from prunekit.runtime.processes import in_order
 
 # Prints what each process measured, and how many rows it ran for that: first as it is, then with
-# memory that does not suffice in the second process for more than two rows.
+# memory that does not suffice in the second process for more than two rows. Then they train gates.
 _MEASURE = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import tiny_llama, token_ids
+from rows_of_gates import train_on_rows
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from prunekit.evaluation.cache import Cache
 from prunekit.evaluation.perplexity import perplexity
@@ -46,10 +53,11 @@ with process_group(torch.device("cpu")):
             found = evaluate_tasks(model, tokenizer, ["piqa"], tasks_dir=Path(), cache=cache)
             scores.append(found["piqa"].to_json())
         print("RESULT", json.dumps([plain, ran, sum(rows) - ran, scores]))
+    save_file(train_on_rows(4), f"gates{{rank()}}")
 """
 
 
-def test_two_processes_share_perplexity_and_tasks(characters, tmp_path):  # noqa: F811
+def test_two_processes_share_perplexity_tasks_and_gates(characters, tmp_path):  # noqa: F811
     characters.save_pretrained(tmp_path / "tokenizer")
     write(tmp_path)
     tests = str(Path(__file__).parent.parent)
@@ -66,6 +74,7 @@ def test_two_processes_share_perplexity_and_tasks(characters, tmp_path):  # noqa
     for plain, _, _, scores in (first_short, second_short):
         assert plain == pytest.approx(expected, rel=1e-6)
         assert scores == [score]
+    check_together(*(load_file(tmp_path / f"gates{rank}") for rank in (0, 1)))
 
 
 def test_parts_are_put_in_order():

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import threading
 from dataclasses import replace
 
 import pytest
@@ -12,11 +11,21 @@ from families import build, values_of
 
 import prunekit
 from prunekit.errors import ConfigError, DataError
-from prunekit.gates import Layout, Training, find_places, fold, gated, training
+from prunekit.gates import (
+    Bounds,
+    HardConcreteRule,
+    Layout,
+    StraightThroughRule,
+    Training,
+    find_places,
+    fold,
+    gated,
+    training,
+)
 from prunekit.gates.loss import divergence
 from prunekit.gates.training import learn
 from prunekit.graph import trace
-from prunekit.importance import StraightThrough
+from prunekit.importance import HardConcrete, StraightThrough
 from prunekit.surgery.masking import masked
 
 IDS = token_ids(2, 7)
@@ -37,6 +46,7 @@ def half_of(group):
         ("llama", ("attention", "mlp", "query_head")),
         ("llama", ("head_dim",)),
         ("llama", ("layer",)),
+        ("llama", ("channel",)),
         ("mixtral", ("expert", "mlp")),
         ("gpt2", ("attention", "mlp")),
     ],
@@ -107,8 +117,6 @@ def test_every_step_keeps_exactly_to_the_budget(scope, monkeypatch):
     model, seen = tiny_llama(kv_heads=2), []
     graph = trace(model, example())
     cost = graph.num_parameters
-    from prunekit.gates import StraightThroughRule
-
     sample = StraightThroughRule.sample
 
     def note(rule, uniform, heat):
@@ -186,18 +194,19 @@ def graph_of_toy():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_training_finds_the_best_mask_of_all_420(seed):
-    """Or one that is worse by less than 0.5 %: with seed 1 it is the second, by 0.4 %."""
+    """Without exchanges seed 1 takes the second best, which is 0.4 % worse."""
     model, ids = toy(seed), token_ids(8, 9, seed=seed)
     groups = [g for g in graph_of_toy().groups if g.kind in ("attention", "mlp")]
     losses = losses_of_all_masks(model, ids)
-    importance = StraightThrough(train=Training(steps=80, batch_size=8, holdout=0, seed=seed))
+    importance = StraightThrough(
+        train=Training(steps=40, batch_size=8, holdout=0, seed=seed, exchanges=40)
+    )
     batch = {"input_ids": ids, "use_cache": False}
     scores = importance.score(model, graph_of_toy(), groups, [batch])
     lowest = [scores[group.name].argsort()[: group.num_units // 2] for group in groups]
     found = tuple(tuple(sorted(units.tolist())) for units in lowest)
     best = min(losses, key=losses.get)
-    assert losses[found] <= 1.005 * losses[best]
-    assert found == best or seed == 1
+    assert found == best
 
 
 def test_learned_factors_go_into_the_weights_exactly():
@@ -219,7 +228,6 @@ def test_learned_factors_go_into_the_weights_exactly():
 def test_a_run_with_factors_equals_the_gated_model():
     """What is cut is what the gates, as they were judged last, leave of the dense model."""
     settled = {}
-    from prunekit.gates import StraightThroughRule
 
     class Noting(StraightThroughRule):
         def learned(self):
@@ -246,80 +254,27 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    train = Training(steps=40, learning_rate=0.1, evaluations=4, rank=2)
-    importance, calls = StraightThrough(train=train, scale=True), [0]
-    whole = prune(tiny_llama(), importance, "global")
+    train = Training(steps=12, optimizer="NAdam", learning_rate=0.5, evaluations=4, rank=2)
+    importance, calls = HardConcrete(train=train, pressure=50, sublayers=True), [0]
+    whole = prune(tiny_llama(layers=1, ffn=16), importance, "global")
     update = training._Trainer._update
 
     def count(self, step):
         calls[0] += 1
-        if calls[0] == 33:
+        if calls[0] == 8:
             raise Killed
         update(self, step)
 
     monkeypatch.setattr(training._Trainer, "_update", count)
     state = tmp_path / "state"
     with pytest.raises(Killed):
-        prune(tiny_llama(), importance, "global", state=state)
-    calls[0] = 100
-    again = prune(tiny_llama(), importance, "global", state=state, overrides=["resume=true"])
-    assert calls[0] == 100 + 10, "the steps from the last state on"
+        prune(tiny_llama(layers=1, ffn=16), importance, "global", state=state)
+    calls[0], start = 100, tiny_llama(layers=1, ffn=16)
+    again = prune(start, importance, "global", state=state, overrides=["resume=true"])
+    assert calls[0] == 100 + 7, "the steps from the last state on"
     assert again.plan == whole.plan
     expected = whole.model.state_dict()
     assert all(torch.equal(own, expected[n]) for n, own in again.model.state_dict().items())
-
-
-class Pair:
-    """Two threads in the place of two processes: each calls what the trainer asks processes."""
-
-    def __init__(self, patch):
-        self.local, self.barrier, self.sent = threading.local(), threading.Barrier(2), [None, None]
-        places = {"rank": lambda: self.local.rank, "world_size": lambda: 2, "add_up": self.add_up}
-        for name, function in places.items():
-            patch.setattr(training, name, function)
-        patch.setattr(training, "own_part", lambda items: list(items[self.local.rank :: 2]))
-
-    def add_up(self, tensor):
-        self.sent[self.local.rank] = tensor.clone()
-        self.barrier.wait(60)
-        total = self.sent[0] + self.sent[1]
-        self.barrier.wait(60)
-        return tensor.copy_(total)
-
-    def run(self, work):
-        results = [None, None]
-
-        def one(rank):
-            self.local.rank = rank
-            results[rank] = work()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
-def test_several_processes_train_as_one_with_all_their_batches(monkeypatch):
-    models = [tiny_llama(layers=1, ffn=16) for _ in range(3)]  # threads share one random state
-    graph = trace(models[0], example())
-    groups = [g for g in graph.groups if g.kind in ("attention", "mlp")]
-    units = sum(group.num_units for group in groups)
-    monkeypatch.setattr(training, "_measure_first", lambda *_: torch.arange(units).float())
-
-    def scores(rows):
-        batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(8, 9).split(rows)]
-        train = Training(steps=8, batch_size=8, holdout=0, rank=2, plain=1.0)
-        own = StraightThrough(train=train)
-        return own.score(models.pop(), graph, groups, batches)
-
-    alone = scores(8)
-    both = Pair(monkeypatch).run(lambda: scores(4))
-    for name, values in alone.items():
-        assert torch.equal(both[0][name], both[1][name])
-        torch.testing.assert_close(both[0][name], values, rtol=1e-3, atol=1e-3)
-    assert any((values != values.sort().values).any() for values in alone.values())
 
 
 def test_layers_that_are_computed_again_give_the_same_gates():
@@ -328,7 +283,7 @@ def test_layers_that_are_computed_again_give_the_same_gates():
     groups = [g for g in (*graph.groups, *graph.stacks) if g.kind in ("attention", "mlp", "layer")]
     batches = [{"input_ids": ids, "use_cache": False} for ids in token_ids(8, 9).split(4)]
     plain, again = (
-        StraightThrough(train=Training(steps=4, checkpointing=on, rank=2)).score(
+        StraightThrough(train=Training(steps=2, checkpointing=on, rank=2)).score(
             model, graph, groups, batches
         )
         for on in (False, True)
@@ -357,6 +312,7 @@ def test_bad_input_is_one_line():
         ({"reach": 1.0}, "importance.train.reach: expected a share"),
         ({"kl": 0.0}, "plain or kl > 0"),
         ({"learning_rate": 0}, "learning_rate > 0"),
+        ({"optimizer": "adam"}, r"importance\.train\.optimizer: unknown 'adam'.*Adam"),
     ]:
         with pytest.raises(ConfigError, match=expected):
             Training(**options)
@@ -368,8 +324,10 @@ def test_bad_input_is_one_line():
     batch = {"input_ids": IDS, "use_cache": False}
     with pytest.raises(ConfigError, match="expected two units or more"):
         StraightThrough().score(model, graph, groups, [batch])
-    with pytest.raises(DataError, match="expected texts to train gates with"):
-        learn(model, graph, groups, [], None, None, Training())
+    padded = {**batch, "attention_mask": torch.eye(*IDS.shape)}
+    for nothing in ([], [padded]):
+        with pytest.raises(DataError, match="expected texts of two tokens or more"):
+            learn(model, graph, groups, nothing, None, None, Training())
 
 
 def test_updates_of_weights_are_merged_as_they_were_trained():
@@ -382,10 +340,12 @@ def test_updates_of_weights_are_merged_as_they_were_trained():
             settled = self.rule.settled()
             with torch.no_grad(), self._open(settled):
                 left["logits"] = logits(self.model)
+                with gated(self.gates, self.rule.layout.split(settled)):
+                    left["without"] = logits(self.model)
             left["gone"] = int((settled == 0).sum())
             return learned
 
-    train = Training(steps=12, learning_rate=0.1, rank=3, update_rate=0.05)
+    train = Training(steps=4, rank=3, update_rate=0.05)
     importance = StraightThrough(train=train, scale=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_Trainer", Noting)
@@ -393,8 +353,49 @@ def test_updates_of_weights_are_merged_as_they_were_trained():
     with torch.no_grad():
         torch.testing.assert_close(logits(result.model), left["logits"], rtol=1e-4, atol=1e-5)
     assert left["gone"] == sum(map(len, result.plan.removed.values()))
-    frozen = StraightThrough(train=Training(steps=12, learning_rate=0.1), scale=True)
-    other = prune(tiny_llama(kv_heads=2), frozen, "global", 0.3)
-    assert (logits(other.model) - left["logits"]).abs().max() > 1e-2
+    assert (left["without"] - left["logits"]).abs().max() > 1e-2
     with pytest.raises(ConfigError, match="expected compensation=none where weights are trained"):
         prune(tiny_llama(kv_heads=2), importance, compensation="obs")
+
+
+@pytest.mark.parametrize("kind", [StraightThroughRule, HardConcreteRule])
+def test_the_gate_of_a_sublayer_is_a_factor_on_all_of_its_units(kind):
+    """Whole sublayers go where their gates fall, and the choice ranks both gates of a unit."""
+    graph = trace(tiny_llama(), example())
+    groups = [*(g for g in graph.groups if g.kind in ("attention", "mlp")), *graph.stacks]
+    layout = Layout(groups, torch.device("cpu"), [group.name for group in groups])
+    ones = dict.fromkeys(layout.names, 1.0)
+    pinned = {name: {} for name in layout.names}
+    gone = {group.name: group.num_units // 2 for group in groups}
+    bounds = Bounds(solve=lambda *_: gone, competing=True, prices=ones, pinned=pinned)
+    options = {"noise": 0.0} if kind is StraightThroughRule else {"pressure": 1.0}
+    options |= {"temperature": 0.5, "scale": kind is HardConcreteRule, "sublayers": True}
+    rule = kind(layout, bounds, torch.arange(sum(layout.sizes)).float(), **options)
+    rule.aim(1.0)
+    uniform = torch.full([rule.draws], 0.5)
+    before = rule.learned().scores
+    with torch.no_grad():
+        rule.parameters["wholes"].copy_(torch.linspace(-20, 20, len(groups)))
+    after = rule.learned().scores
+    first, *middle, stack = layout.names
+    assert after[first].max() < min(after[name].min() for name in middle)
+    torch.testing.assert_close(after[stack], before[stack], rtol=1e-3, atol=1e-3)
+    for name in layout.names:  # the order inside of a group is that of its units
+        assert torch.equal(after[name].argsort(stable=True), before[name].argsort(stable=True))
+    weights = torch.rand(sum(layout.sizes), generator=torch.Generator().manual_seed(0))
+    (rule.sample(uniform, 1.0) * weights).sum().backward()
+    assert (rule.parameters["wholes"].grad[1:-1] != 0).any()
+    assert float(rule.parameters["wholes"].grad[-1]) == 0
+    if kind is HardConcreteRule:
+        values = layout.split(rule.sample(uniform, 1.0).detach())
+        assert not values[first].any() and values[stack].any()
+
+
+def test_a_sublayer_that_does_nothing_goes_as_a_whole():
+    model = tiny_llama(layers=2, ffn=16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
+    train = Training(steps=16, reach=0.3, evaluations=2, learning_rate=0.3)
+    importance = HardConcrete(train=train, sublayers=True)
+    result = prune(model, importance, "global", 0.4, overrides=["scope.min_units=0"])
+    assert result.plan.removed["layers.1.mlp"] == list(range(16))

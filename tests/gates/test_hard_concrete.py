@@ -8,7 +8,7 @@ import prunekit
 from prunekit.allocation.costs import Cost, CostSetting, Parameters, Term
 from prunekit.allocation.costs.smooth import SmoothCost
 from prunekit.errors import ConfigError
-from prunekit.gates import HardConcreteRule, Training
+from prunekit.gates import Bounds, HardConcreteRule, Layout, Training
 from prunekit.gates.hard_concrete import draw, expected, value
 from prunekit.graph import trace
 from prunekit.importance import HardConcrete
@@ -71,7 +71,7 @@ def test_the_smooth_cost_is_the_cost_and_has_its_gradient():
 
 def prune(train, scope="global", ratio=0.3, **options):
     return prunekit.prune(
-        tiny_llama(kv_heads=2),
+        tiny_llama(kv_heads=2, layers=1),
         ratio=ratio,
         method="llm_pruner",
         policy="uniform",
@@ -105,3 +105,44 @@ def test_a_rate_that_never_reaches_the_target_is_an_error_that_says_how_far_it_c
         prune(Training(steps=4, reach=0, learning_rate=1e-4))
     with pytest.raises(ConfigError, match=r"importance\.pressure: expected a number > 0"):
         HardConcrete(pressure=0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_balanced_multipliers_leave_of_the_loss_what_does_not_change_the_cost(together):
+    """At the target, a step along the gradient changes no cost, whatever the size of the loss."""
+    graph = trace(tiny_llama(kv_heads=2, layers=1), example())
+    groups = [group for group in graph.groups if group.kind in ("attention", "mlp")]
+    layout = Layout(groups, CPU)
+    weights = torch.linspace(1, 2, sum(layout.sizes))
+
+    def share(removed):
+        return 1 - (removed * torch.tensor([5.0, 1.0])).sum() / 60
+
+    bounds = Bounds(
+        solve=lambda *_: {},
+        competing=together,
+        prices=dict.fromkeys(layout.names, 1.0),
+        pinned={name: {} for name in layout.names},
+        share=share if together else None,
+    )
+    options = {"temperature": 0.5, "scale": True, "sublayers": True, "multiplier": "balanced"}
+    rule = HardConcreteRule(layout, bounds, weights, pressure=3.0, **options)
+    assert rule.penalty() is None
+    leaves = list(rule.parameters.values())
+    prices = torch.autograd.grad(rule.shares().sum(), leaves)
+
+    def correct(size, missing):
+        rule.target.copy_(rule.shares().detach() - missing)
+        for leaf in leaves:
+            leaf.grad = size * torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0))
+        rule.correct_gradients()
+        return [leaf.grad.clone() for leaf in leaves]
+
+    still, larger, pressed = correct(1.0, 0.0), correct(10.0, 0.0), correct(1.0, 0.1)
+    owner = torch.cat([layout.group_of, torch.arange(len(groups))]) * (not together)
+    one, ten, more, price = (torch.cat(list(parts)) for parts in (still, larger, pressed, prices))
+    for constraint in owner.unique():
+        own = owner == constraint
+        assert float((one[own] * price[own]).sum()) == pytest.approx(0, abs=1e-6)
+        assert float((more[own] * price[own]).sum()) > 1e-4  # descent lowers the cost
+    torch.testing.assert_close(ten, 10 * one, rtol=1e-4, atol=1e-6)

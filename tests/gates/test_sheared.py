@@ -11,7 +11,7 @@ from prunekit.gates.updates import Weights
 from prunekit.graph import trace
 
 SHAPE = ["groups=[layer,attention,mlp]", "shapes=free"]
-STEPS = ["importance.train.steps=20", "importance.pressure=20", "importance.train.reach=0.2"]
+STEPS = ["importance.train.steps=12", "importance.pressure=20", "importance.train.reach=0.2"]
 STEPS += ["importance.train.learning_rate=0.5", "data.calibration.batch_size=4"]
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.tapped import TappedLinear
-from prunekit.calibration.gradients.taps import is_transposed, tap
+from prunekit.calibration.gradients.taps import tap
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError, first_line
 from prunekit.graph.groups import ParameterDim
+from prunekit.model.updates import is_transposed
 from prunekit.runtime.console import track
 from prunekit.runtime.numbers import along, at_least_float32, first_false
 

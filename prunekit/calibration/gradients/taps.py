@@ -25,13 +25,6 @@ def is_stock(module: nn.Module) -> bool:
     )
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a stock module's weight is stored [in, out]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
 def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
     """Have `receive(keep(x), δ)` called in each backward pass, once for each call of the module.
 
