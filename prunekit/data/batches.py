@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,9 @@ def _check_fit(model: nn.Module, ids: Tensor) -> None:
     """Raise DataError where token ids [N, T] are none of the model's, or more than it has places
     for.
     """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = None
+    with suppress(AttributeError, NotImplementedError):  # of models without such a table
+        embeddings = model.get_input_embeddings()
     rows = getattr(embeddings, "num_embeddings", None)
     lowest, highest = int(ids.min()), int(ids.max())
     if rows and not 0 <= lowest <= highest < rows:

@@ -76,3 +76,19 @@ def test_a_parameter_of_every_layer_is_a_structure_of_the_stack(graph):
 def test_torch_pruning_cuts_no_whole_layers(graph):
     with pytest.raises(TraceError, match="layers: torch-pruning cuts channels, no whole layers"):
         graph["layers"].to_torch_pruning(tiny_llama(layers=3))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution by weights of mean zero and variance one, as those of BiT."""
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        rows = nn.functional.batch_norm(rows, None, None, training=True)
+        return nn.functional.conv2d(x, rows.reshape_as(self.weight), self.bias)
+
+
+def test_channels_over_which_weights_are_normalised_are_not_exact():
+    model = nn.Sequential(Standardised(3, 8, 1), nn.ReLU(), Standardised(8, 4, 1))
+    graph = trace(model, (torch.randn(2, 3, 5, 5),))
+    (group,) = (group for group in graph.groups if group.prunable)
+    assert not group.exact and "normalises over it" in group.reason

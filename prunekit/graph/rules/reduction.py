@@ -93,7 +93,11 @@ def _weight_norm(call: Call) -> Value:
 
 @operator_rule("aten.batch_norm", "aten.instance_norm")
 def _batch_norm(call: Call) -> Value:
+    """Where the numbers of the call itself are normalised by, these are weights sometimes."""
     value = call.value("input")
+    if call.get("training") or call.get("use_input_stats"):
+        for axis in value.axes[2:]:
+            ax.mark_inexact(axis, f"{call.where} normalises over it")
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (own := call.get(name)) is not None:
             ax.unify(value.axes[1], own.axes[0])
