@@ -23,7 +23,8 @@ _NONZERO = (torch.nonzero, Tensor.nonzero)
 _SPLIT = (torch.split, Tensor.split)
 _FLAT = (Tensor.squeeze, Tensor.flatten, torch.squeeze, torch.flatten)
 _INDEX = (Tensor.__getitem__, Tensor.__setitem__)
-_NUMBER = (Tensor.item, Tensor.__int__, Tensor.__index__)
+_NUMBER = (Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__bool__)
+_COUNT = (Tensor.any, torch.any, Tensor.sum, torch.sum, Tensor.count_nonzero, torch.count_nonzero)
 _COMPARE = {
     getattr(Tensor, f"__{name}__"): getattr(operator, name)
     for name in ("eq", "ne", "lt", "le", "gt", "ge")
@@ -64,6 +65,9 @@ class EveryPositionChosen(TorchFunctionMode):
         if func in _INDEX and any(map(_is_mask, _places(args[1]))):
             places = [p for place in _places(args[1]) for p in _without_mask(place)]
             return func(args[0], tuple(places), *args[2:])
+        if func in _COUNT and len(args) == 1 and not kwargs and _is_mask(args[0]):
+            every = True if func in _COUNT[:2] else args[0].numel()
+            return self._note(func(args[0]), every)
         if func is Tensor.__getitem__:
             return self._index(*args)
         if func is Tensor.item and id(args[0]) not in self._known:  # `tolist` asks so, too
@@ -88,7 +92,8 @@ class EveryPositionChosen(TorchFunctionMode):
         """Call a function on a tensor whose numbers are known; what it only moves stays known."""
         numbers = self._known[id(tensor)][1]
         if func in _NUMBER:
-            return _flatten(numbers)[0]
+            number = _flatten(numbers)[0]
+            return bool(number) if func is Tensor.__bool__ else number
         if func in _COMPARE and tensor.numel() == 1 and isinstance(args[0], int):
             return _COMPARE[func](_flatten(numbers)[0], args[0])
         result = func(tensor, *args, **kwargs)

@@ -36,6 +36,39 @@ class Looped(nn.Module):
         return self.head(x + out)
 
 
+class Skipping(nn.Module):
+    """Experts in a list, passed over where no token was sent to them."""
+
+    def __init__(self, has_none):
+        super().__init__()
+        self.router, self.head = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6)) for _ in range(3)
+        )
+        self.has_none = has_none
+
+    def forward(self, x):
+        chosen, out = self.router(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            sent = chosen == number
+            if not self.has_none(sent):
+                out[sent] = expert(x[sent])
+        return self.head(x + out)
+
+
+@pytest.mark.parametrize(
+    "has_none",
+    [lambda sent: not sent.any(), lambda sent: sent.sum() == 0, lambda sent: sent.sum().item() < 1],
+)
+def test_experts_that_are_passed_over_are_traced_and_cut(has_none):
+    model, x = randomise(Skipping(has_none), 0.3).eval(), torch.randn(8, 6)
+    masked = copy.deepcopy(model)
+    result = prunekit.prune(model, ratio=0.2, method="magnitude", calibration=[{"x": x}])
+    zero_units(masked, result.graph, result.plan.removed)
+    assert {result.graph[name].kind for name in result.plan.removed} == {"mlp"}
+    torch.testing.assert_close(model(x), masked(x))
+
+
 class Counted(nn.Module):
     """Experts that are given tokens sorted by their expert, in parts as long as was counted."""
 
