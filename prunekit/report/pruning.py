@@ -39,9 +39,7 @@ def gather_left_out(groups: Iterable[Group]) -> tuple[LeftOut, ...]:
     """
     groups = list(groups)
     taken = set[str]().union(*(group.pattern_names for group in groups if group.prunable))
-    alike = Counter(
-        (_find_pattern(group, taken), group.reason or "") for group in groups if not group.prunable
-    )
+    alike = Counter(_find_entry(group, taken) for group in groups if not group.prunable)
     return tuple(
         LeftOut(groups=pattern, count=count, reason=reason)
         for (pattern, reason), count in alike.items()
@@ -50,6 +48,14 @@ def gather_left_out(groups: Iterable[Group]) -> tuple[LeftOut, ...]:
 
 def _quote(patterns: Iterable[str]) -> str:
     return ",".join(dict.fromkeys(f'"{pattern}"' for pattern in patterns))
+
+
+def _find_entry(group: Group, taken: Collection[str]) -> tuple[str, str]:
+    """A group's pattern, and its reason; the layer is left open in both or in none of them."""
+    pattern, reason = _find_pattern(group, taken), group.reason or ""
+    if "*" in pattern:
+        reason = re.sub(rf"(?<=[a-z])\.{group.layer}\.(?=[a-z])", ".*.", reason)
+    return pattern, reason
 
 
 def _find_pattern(group: Group, taken: Collection[str]) -> str:

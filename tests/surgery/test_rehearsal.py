@@ -1,6 +1,7 @@
 """What can't be cut is found before any work: groups, numbers of units, classes that refuse."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import prunekit
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import trace
 from prunekit.plan import PruningPlan
-from prunekit.report.pruning import tell_left_out
+from prunekit.report.pruning import gather_left_out, tell_left_out
 from prunekit.surgery import apply_plan, rehearsal
 from prunekit.surgery.rehearsal import rehearse
 
@@ -269,6 +270,17 @@ def test_patterns_name_the_groups_that_are_left_out_and_no_others():
         assert [entry.groups for entry in left_out] == expected
         patterns = ",".join(f'"{entry.groups}"' for entry in left_out)
         assert cut(middle, [f"scope.exclude=[{patterns}]"]) == (removed, None)
+
+
+def test_alike_groups_are_one_line_though_each_reason_names_its_layer():
+    graph = prunekit.trace(tiny_llama(), example())
+    left = [
+        dataclasses.replace(group, prunable=False, exact=False, reason=f"{group.module} is odd")
+        for group in graph.groups
+        if group.kind == "mlp"
+    ]
+    (entry,) = gather_left_out(left)
+    assert (entry.count, entry.reason) == (len(left), "model.layers.*.mlp is odd")
 
 
 def test_a_hybrid_model_is_cut_whole():
