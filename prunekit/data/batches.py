@@ -84,9 +84,10 @@ def _check_fit(model: nn.Module, ids: Tensor) -> None:
     """Raise DataError where token ids [N, T] are none of the model's, or more than it has places
     for.
     """
-    embeddings = None
-    with suppress(AttributeError, NotImplementedError):  # of models without such a table
-        embeddings = model.get_input_embeddings()
+    embeddings: Any = None
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    with suppress(NotImplementedError):  # of a model without such a table
+        embeddings = find()
     rows = getattr(embeddings, "num_embeddings", None)
     lowest, highest = int(ids.min()), int(ids.max())
     if rows and not 0 <= lowest <= highest < rows:
