@@ -36,6 +36,7 @@ from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CoupledGroup, CouplingGraph, Group
 from prunekit.graph.example import trace_batch
 from prunekit.importance import Importance
+from prunekit.model.updates import name_updates
 from prunekit.model.verify import let_others_save
 from prunekit.model.weights import check_finite, num_parameters, weights_digest
 from prunekit.model.wrappers import unwrap
@@ -214,8 +215,7 @@ def prune_model(
         report = report.merge(Report(activation_bytes=assignment.store.peak))
     if assignment.state and not folders.keep:
         assignment.state.remove()
-    learned, modules = assignment.adapters, model.named_modules()
-    updates = {f"{name}.weight": learned[own] for name, own in modules if own in learned}
+    updates = name_updates(model, assignment.adapters)
     return Result(model=model, plan=plan, report=report, graph=graph, updates=updates)
 
 

@@ -7,15 +7,22 @@ from pathlib import Path
 
 from prunekit.errors import CheckpointError, first_line
 from prunekit.model.updates import Factors, pack, unpack
+from prunekit.runtime.files import disk_errors
 
 UPDATES = "updates.safetensors"
 
 
 def write_updates(updates: Mapping[str, Factors], path: Path) -> None:
-    """Write updates: name of a weight → U [out, r] and V [r, in]."""
+    """Write updates: name of a weight → U [out, r] and V [r, in].
+
+    Raises:
+        CheckpointError: the disk is full or forbids writing.
+    """
     from safetensors.torch import save_file
 
-    save_file({key: factor.contiguous() for key, factor in pack(updates).items()}, path)
+    with disk_errors(path):
+        save_file({key: factor.contiguous() for key, factor in pack(updates).items()}, path)
+    path.chmod(0o644)
 
 
 def read_updates(path: Path) -> dict[str, Factors]:

@@ -49,3 +49,20 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
         name = key.rpartition(".")[0]
         updates[name] = (*updates.get(name, ()), tensors[key])
     return updates
+
+
+def name_updates(
+    model: nn.Module, updates: Mapping[nn.Module, Factors]
+) -> dict[str, tuple[Tensor, ...]]:
+    """Low-rank updates by the names of their weights, of modules that the model still has.
+
+    One that has another shape than its weight is left out: the cut took more than was chosen.
+    """
+    named = {}
+    for name, module in model.named_modules():
+        if module in updates:
+            up, down = updates[module]
+            weight = model.get_parameter(f"{name}.weight")
+            if weight.numel() and weight.numel() == len(up) * down.shape[1]:
+                named[f"{name}.weight"] = updates[module]
+    return named

@@ -9,7 +9,10 @@ from prunekit.report.document import Answers, document, title
 from prunekit.report.record import Report
 from prunekit.report.tables import large_tokens, summary
 
-_FILES = ("model", "plan.json", "shares.csv", "report.json", "report.md", "report.html")
+_FILES = (
+    *("model", "plan.json", "shares.csv", "updates.safetensors"),
+    *("report.json", "report.md", "report.html"),
+)
 _SAMPLES = 3
 _LENGTH = 240  # characters of a sample
 
