@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.data import embedded
 from prunekit.data.chats import render, turns_of
 from prunekit.errors import DataError, first_line, suggest
+from prunekit.runtime.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,9 @@ RECORDS = {".jsonl", ".json", ".parquet"}
 # characters, where rows are as long as books.
 _BUFFER, _BUFFERED = 10_000, 50_000_000
 _BATCH, _PAGE = 200, 1 << 20  # rows and bytes of a parquet file that are read at a time
+WHOLE = 100_000_000  # bytes of a local file that is held in memory; of a larger one rows are read
+# Bytes of a text file that is one document; a longer one is documents of so many characters.
+_DOCUMENT, _PART = 16_000_000, 1_000_000
 
 
 def open_corpus(
@@ -42,22 +46,20 @@ def open_corpus(
         seed: rows of the hub come in an order that it decides; None: in theirs.
 
     Returns:
-        A list; of the hub an iterator, which reads no more than is taken. No document is empty.
+        A list; of the hub and of a file beyond `WHOLE` an iterator, which reads no more than is
+        taken. No document is empty.
 
     Raises:
         DataError: an unknown name, a file that can't be read or lacks the field, no text in it.
     """
     source = known.get(name, {})
-    if is_named := name in known and name != "embedded":
+    if name in known and name != "embedded":
         _check_source(name, source)
     field, where = source.get("field", "text"), source.get("hub", name)
-    if is_named:
-        rows = _stream_from_hub(name, purpose, source, seed)
-        texts = (text_of(row, field, where, tokenizer) for row in rows)
-        return _not_empty(texts, f"{purpose} corpus {name}")
-    records = load_records(name, purpose, known)
+    records = open_records(name, purpose, known, seed)
     texts = (text_of(record, field, where, tokenizer) for record in records)
-    return list(_not_empty(texts, f"{purpose} corpus {name}"))
+    documents = _not_empty(texts, f"{purpose} corpus {name}")
+    return list(documents) if isinstance(records, list) else documents
 
 
 def load_corpus(
@@ -86,18 +88,6 @@ def load_corpus(
     return documents
 
 
-def _take(records: Iterable[dict[str, Any]], characters: int | None) -> list[dict[str, Any]]:
-    """Records from the beginning that hold so many characters; None: all."""
-    taken: list[dict[str, Any]] = []
-    count = 0
-    for record in records:
-        taken.append(record)
-        count += len(str(record))
-        if characters is not None and count >= characters:
-            break
-    return taken
-
-
 def _not_empty(texts: Iterable[str], what: str) -> Iterator[str]:
     """The texts that are not blank; DataError where there is none."""
     empty = True
@@ -116,6 +106,36 @@ def load_records(
     seed: int | None = None,
     characters: int | None = None,
 ) -> list[dict[str, Any]]:
+    """The records of a corpus as a list; see `open_records`. It says where some were not read.
+
+    Args:
+        name: as for `open_corpus`.
+        purpose: as for `open_records`.
+        known: as for `open_corpus`.
+        seed: as for `open_corpus`.
+        characters: records from the beginning that hold so many suffice, of a corpus that is no
+            list; None: all.
+    """
+    records = open_records(name, purpose, known, seed)
+    if isinstance(records, list) or characters is None:
+        return list(records)
+    taken: list[dict[str, Any]] = []
+    count = 0
+    for record in records:
+        if count >= characters:
+            say(
+                f"{purpose} corpus {name}: {len(taken):,} records were read, {count:,} characters, "
+                f"and there are more; {purpose}.samples=N reads as many as N examples need"
+            )
+            break
+        taken.append(record)
+        count += len(str(record))
+    return taken
+
+
+def open_records(
+    name: str, purpose: str, known: Mapping[str, Mapping[str, Any]], seed: int | None = None
+) -> Iterable[dict[str, Any]]:
     """The records of a corpus, with all their fields; a document without fields is `{"text": …}`.
 
     Args:
@@ -123,20 +143,26 @@ def load_records(
         purpose: "calibration", "recovery" (the calibration split where it has none of its own) or
             "eval".
         known: as for `open_corpus`.
-        seed: as for `open_corpus`.
-        characters: records of the hub that hold so many suffice; None: all.
+        seed: as for `open_corpus`; of a file beyond `WHOLE`, too.
+
+    Returns:
+        A list; of the hub and of a file beyond `WHOLE` an iterator.
 
     Raises:
         DataError: an unknown name, a file that can't be read.
     """
+    path = Path(name)
     if name == "embedded":
         split: embedded.Split = "heldout" if purpose == "eval" else "train"
         return [{"text": text} for _, text in embedded.documents(split)]
     if name in known:
-        return _take(_stream_from_hub(name, purpose, known[name], seed), characters)
-    if Path(name).exists():
-        return read_records(Path(name))
-    if "/" in name or Path(name).suffix in _TEXT | RECORDS:
+        return _stream_from_hub(name, purpose, known[name], seed)
+    if path.is_file() and path.stat().st_size > WHOLE:
+        rows = stream_records(path)
+        return rows if seed is None else _shuffle(rows, seed)
+    if path.exists():
+        return read_records(path)
+    if "/" in name or path.suffix in _TEXT | RECORDS:
         raise DataError(f"{purpose} corpus: no such file: {name}")
     raise DataError(
         f"{purpose} corpus: unknown name {name!r}: {suggest(name, ['embedded', *known])}, or a path"
@@ -175,35 +201,70 @@ def read_file(path: Path, field: str = "text") -> list[str]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a local file; a text file is one record, `{"text": …}`."""
+    """The records of a local file as a list; see `stream_records`."""
+    return list(stream_records(path))
+
+
+def stream_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a local file; those of JSON lines and parquet are read as they are taken.
+
+    A text file is one record, `{"text": …}`; one beyond `_DOCUMENT` bytes is many, which end with a
+    line.
+
+    Raises:
+        DataError: a file that is no text, JSON or parquet, that can't be read or holds no records,
+            or JSON beyond `WHOLE` bytes.
+    """
     if path.is_dir() or path.suffix not in _TEXT | RECORDS:
         raise DataError(f"{path}: expected a file ending in {', '.join(sorted(_TEXT | RECORDS))}")
+    readers = {".parquet": _parquet_rows, ".jsonl": _json_lines, ".json": _json_list}
     try:
-        if path.suffix in _TEXT:
-            return [{"text": path.read_text(encoding="utf-8")}]
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            records = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".jsonl":
-            records = _json_lines(path)
-        else:
-            records = json.loads(path.read_text(encoding="utf-8"))
+        for record in readers.get(path.suffix, _texts)(path):
+            if not isinstance(record, dict):
+                raise DataError(f"{path}: expected a list of records")
+            yield record
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError(f"{path}: can't be read: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+
+
+def _texts(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        if path.stat().st_size <= _DOCUMENT:
+            yield {"text": file.read()}
+            return
+        while part := file.read(_PART):
+            yield {"text": part + file.readline(_PART)}
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with path.open("rb") as file:
+        for rows in ParquetFile(file, buffer_size=_PAGE).iter_batches(_BATCH, use_threads=False):
+            yield from rows.to_pylist()
+
+
+def _json_list(path: Path) -> Any:
+    if (size := path.stat().st_size) > WHOLE:
+        raise DataError(
+            f"{path}: .json is read as a whole, expected at most {WHOLE / 1e6:,.0f} MB, got "
+            f"{size / 1e6:,.0f} MB; JSON lines (.jsonl) and parquet are read row by row"
+        )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, list):
         raise DataError(f"{path}: expected a list of records")
-    return records
+    return found
 
 
-def _json_lines(path: Path) -> list[Any]:
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} can't be read: {error}") from error
-    return records
+def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    message = f"{path}: line {number} can't be read: {error}"
+                    raise DataError(message) from error
 
 
 def text_of(

@@ -55,7 +55,7 @@ def evaluation_windows(
     text = "\n\n".join(documents)
     if limit is not None:
         text = text[: limit * DENSEST]
-    ids = encode(tokenizer, text, special=True)[:limit]
+    ids = encode(tokenizer, text, special=True, limit=limit)
     if len(ids) < length:
         raise DataError(
             f"eval corpus {name}: it has {len(ids)} tokens, one window needs {length} (eval.window)"

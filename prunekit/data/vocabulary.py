@@ -15,19 +15,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from prunekit.data.encoding import encode_pieces
 from prunekit.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 256  # documents that are encoded in one call
+_BATCH = 256  # documents that are read at a time
+_SHORT = 5_000  # characters of a document that is encoded in one call with others
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -49,9 +51,12 @@ def count_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, r
     counts = torch.zeros(rows, dtype=torch.long)
     rest = iter(documents)
     while part := list(islice(rest, _BATCH)):
-        encoded = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        short = [text for text in part if len(text) <= _SHORT] or [""]
+        encoded = tokenizer(short, add_special_tokens=False, verbose=False)["input_ids"]
         ids = torch.tensor([index for own in encoded for index in own], dtype=torch.long)
-        counts += torch.bincount(ids, minlength=rows)
+        pieces = (encode_pieces(tokenizer, text) for text in part if len(text) > _SHORT)
+        for some in chain([ids], *pieces):
+            counts += torch.bincount(some, minlength=rows)
     return counts
 
 

@@ -69,9 +69,8 @@ def load_data(
             to train on.
     """
     corpus = recovery.path or recovery.corpus
-    characters = _enough(recovery)
-    own = None if characters is None else seed
-    records = load_records(corpus, "recovery", known, own, characters)
+    own = None if recovery.samples is None else seed
+    records = load_records(corpus, "recovery", known, own, _enough(recovery))
     field = known.get(corpus, {}).get("field", "text")
     examples = make_examples(records, recovery, tokenizer, corpus, field)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -88,14 +87,14 @@ def load_data(
     return Data(training=rows, validation=_one_a_row(validation), examples=len(training))
 
 
-def _enough(recovery: Recovery) -> int | None:
-    """Characters of a corpus of the hub that hold all examples that are asked for; None: all of it.
+def _enough(recovery: Recovery) -> int:
+    """Characters of a corpus that hold all examples that are asked for, `_LEAST` at least.
 
-    Of less than `_LEAST` all is read, and the examples are drawn from among all.
+    A corpus of the hub that is smaller, or a file, is read as a whole, and the examples are drawn
+    from among all.
     """
-    if recovery.samples is None:
-        return None
-    examples = recovery.samples + _count_held_out(recovery.holdout, recovery.samples)
+    examples = recovery.samples or 0
+    examples += _count_held_out(recovery.holdout, examples)
     return max(_LEAST, examples * recovery.length * DENSEST)
 
 

@@ -5,15 +5,17 @@ Of an instruction, the loss is on the response alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from prunekit.data.corpora import text_of
-from prunekit.data.tokens import encode
+from prunekit.data.encoding import encode_pieces
+from prunekit.data.tokens import DENSEST
 from prunekit.errors import DataError
 from prunekit.recovery.settings import Recovery
 from prunekit.runtime.console import say, track
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 
 IGNORED = -100  # the label of a token that is not predicted; cross entropy leaves it out
-_CHUNK = 1000  # texts that the tokenizer is given at once, so that progress can be shown
+_CHUNK = 100  # texts that the tokenizer is given at once, which takes memory and shows no progress
+_BEGUN = 4 * DENSEST  # characters a token, of a text that is cut off after some tokens
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -118,9 +121,9 @@ def _from_instructions(
             f"recovery corpus {corpus}: every record's 'output' is empty, "
             "recovery.format=alpaca needs responses"
         )
-    prompts = [write_prompt(record) for record in answered]
-    texts = [p + record["output"] for p, record in zip(prompts, answered, strict=True)]
-    given, whole = _tokenize(prompts, tokenizer), _tokenize(texts, tokenizer)
+    prompts = (write_prompt(record) for record in track(answered, "tokenising"))
+    texts = (write_prompt(record) + record["output"] for record in answered)
+    given, whole = _tokenize(prompts, length, tokenizer), _tokenize(texts, length, tokenizer)
     examples: list[Example] = []
     for prompt, ids in zip(given, whole, strict=True):
         first = max(_count_common(prompt, ids), 1)
@@ -149,7 +152,7 @@ def _from_joined(
     texts: Sequence[str], length: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
     """Rows of `length` tokens of the texts joined by blank lines; the last one may be shorter."""
-    ids = encode(tokenizer, "\n\n".join(texts), special=False).int()
+    ids = torch.cat([*encode_pieces(tokenizer, "\n\n".join(texts))])
     return [Example(ids=row.clone()) for row in ids.split(length) if len(row) > 1]
 
 
@@ -157,16 +160,18 @@ def _from_documents(
     texts: Sequence[str], length: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
     """One text a row, cut off after `length` tokens."""
-    rows = [_add_end(ids, tokenizer)[:length].clone() for ids in _tokenize(texts, tokenizer)]
+    tokenized = _tokenize(track(texts, "tokenising"), length, tokenizer)
+    rows = [_add_end(ids, tokenizer)[:length].clone() for ids in tokenized]
     return [Example(ids=row) for row in rows if len(row) > 1]
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    chunks = [list(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
-    ids: list[Any] = []
-    for chunk in track(chunks, "tokenising", len(chunks)):
-        ids += tokenizer(chunk, verbose=False)["input_ids"]
-    return ids
+def _tokenize(
+    texts: Iterable[str], length: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """The ids of each text, `length` of them at least where it has so many."""
+    begun = (text[: _BEGUN * length] for text in texts)
+    while chunk := list(islice(begun, _CHUNK)):
+        yield from cast("list[list[int]]", tokenizer(chunk, verbose=False)["input_ids"])
 
 
 def _add_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Tensor:

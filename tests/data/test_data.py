@@ -3,12 +3,16 @@ import json
 import pytest
 import torch
 
+from prunekit.checkpoint import load_tokenizer
 from prunekit.config import check, compose
-from prunekit.data import embedded
+from prunekit.data import corpora, embedded, encoding
 from prunekit.data.batches import count_positions
-from prunekit.data.corpora import load_corpus, read_file
+from prunekit.data.corpora import load_corpus, load_records, open_corpus, read_file
+from prunekit.data.encoding import encode
 from prunekit.data.tokens import evaluation_windows
+from prunekit.data.vocabulary import count_tokens
 from prunekit.data.windows import Windows
+from prunekit.demo import DEMO_MODEL
 from prunekit.errors import DataError
 from prunekit.jobs.calibration import warnings_of
 
@@ -54,6 +58,50 @@ def test_local_files(tmp_path):
     assert read_file(tmp_path / "a.jsonl") == read_file(tmp_path / "a.parquet") == texts
     assert read_file(tmp_path / "a.json") == ["do\ndone"]
     assert load_corpus(str(tmp_path / "a.jsonl"), "eval", {}) == texts
+
+
+def test_a_file_beyond_the_limit_is_read_row_by_row(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(corpora, "WHOLE", 600)
+    monkeypatch.setattr(corpora, "_DOCUMENT", 500)
+    monkeypatch.setattr(corpora, "_PART", 40)
+    texts = [f"line {n} of a long text\n" for n in range(60)]
+    rows = [{"text": text} for text in texts]
+    (tmp_path / "a.txt").write_text("".join(texts))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts * 9}), tmp_path / "a.parquet")
+    for name, documents in (("a.txt", 30), ("a.jsonl", 60), ("a.parquet", 540)):
+        path = str(tmp_path / name)
+        read = [open_corpus(path, "calibration", {}, seed=seed) for seed in (None, 0)]
+        assert not any(isinstance(each, list) for each in read)
+        ordered, shuffled = map(list, read)
+        assert "".join(ordered) == "".join(texts) * (documents // 30 // 2 or 1)
+        assert sorted(shuffled) == sorted(ordered) and shuffled != ordered
+        assert len(ordered) == documents
+        assert len(load_records(path, "recovery", {}, characters=100)) < 6
+    with pytest.raises(DataError, match=r"expected at most 0 MB, got 0 MB; JSON lines \(\.jsonl\)"):
+        load_corpus(str(tmp_path / "a.json"), "calibration", {})
+
+
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch):
+    tokenizer = load_tokenizer(DEMO_MODEL, False)
+    sources = [text for name, text in embedded.documents("heldout") if name < "c"]
+    for text in ("\n\n".join(sources), " ".join(sources[0].split()), "x" * 9000):
+        whole = encode(tokenizer, text, special=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(encoding, "_PIECE", 3000)
+            assert len(list(encoding.encode_pieces(tokenizer, text))) > 2
+            if "x" not in text[:2]:  # cut in the midst of a word
+                assert torch.equal(encode(tokenizer, text, special=False), whole)
+                part = encode(tokenizer, text, special=False, limit=1500)
+                assert torch.equal(part, whole[:1500])
+            counts = count_tokens(["a b", text], tokenizer, 2048)
+            special = encode(Characters(), text, special=True)
+        assert special.tolist() == [0, *map(ord, text)]
+        assert torch.equal(counts, count_tokens(["a b", text], tokenizer, 2048))
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,16 @@ def test_a_recovery_reads_no_more_than_its_samples_need(known, monkeypatch):
             yield row
 
     monkeypatch.setattr(corpora, "_stream_from_hub", counted)
-    settings = Recovery(corpus="bookcorpus", samples=4, length=8, holdout=2, batch_size=2)
-    data = load_data(settings, Characters(), known, seed=0)
-    assert (data.examples, len(data.validation)) == (4, 2)
-    assert 1_000 / 60 < len(read) < 60 < 2 * len(SENTENCES)
+    said = []
+    monkeypatch.setattr(corpora, "say", said.append)
+    for samples in (4, None):
+        settings = Recovery(corpus="bookcorpus", samples=samples, length=8, holdout=2, batch_size=2)
+        data = load_data(settings, Characters(), known, seed=0)
+        assert len(data.validation) == 2
+        assert data.examples == 4 if samples else 80 < data.examples < 140
+        assert 1_000 / 60 < len(read) < 60 < 2 * len(SENTENCES)
+        assert "1,0" in said[-1] and said[-1].endswith("samples=N reads as many as N examples need")
+        read.clear()
 
 
 def test_evaluation_stops_at_its_characters(known):
