@@ -45,12 +45,16 @@ def prune(case):
 
 @torch.no_grad()
 def greedy(model, ids):
-    """Without a cache, so that what a server caches is compared with what has none."""
+    """Without a cache, so that what a server caches is compared with what has none; up to the
+    first tie, which rounding would decide.
+    """
+    given = ids.shape[1]
     for _ in range(LENGTH):
         best = model(input_ids=ids, use_cache=False).logits[0, -1].topk(2)
-        assert best.values[0] - best.values[1] > 1e-3, "a tie, which rounding would decide"
+        if best.values[0] - best.values[1] < 1e-3:
+            break
         ids = torch.cat([ids, best.indices[:1, None]], dim=1)
-    return ids[0, -LENGTH:]
+    return ids[0, given:]
 
 
 def start(file):
@@ -82,11 +86,15 @@ def test_the_same_greedy_text(case, tmp_path):
     prunekit.save_pretrained(model, tmp_path / "model", tokenizer)
     loaded = prunekit.from_pretrained(tmp_path / "model")
     server = start(Gguf(dtype="f32").write(loaded, tokenizer, tmp_path))
+    compared = 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        expected = tokenizer.decode(greedy(loaded, ids))
+        tokens = greedy(loaded, ids)
+        expected = tokenizer.decode(tokens)
+        compared += len(tokens)
         asked = {"prompt": prompt, "temperature": 0}
         own = ask(server, "/completion", n_predict=LENGTH, **asked)
-        assert own["content"] == expected
+        assert own["content"].startswith(expected)
         answer = ask(server, "/v1/completions", max_tokens=LENGTH, **asked)  # OpenAI's protocol
-        assert answer["choices"][0]["text"] == expected
+        assert answer["choices"][0]["text"].startswith(expected)
+    assert compared > LENGTH
