@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from prunekit.data import embedded
 from prunekit.data.chats import render, turns_of
 from prunekit.errors import DataError, first_line, suggest
-from prunekit.runtime.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,37 +99,10 @@ def _not_empty(texts: Iterable[str], what: str) -> Iterator[str]:
 
 
 def load_records(
-    name: str,
-    purpose: str,
-    known: Mapping[str, Mapping[str, Any]],
-    seed: int | None = None,
-    characters: int | None = None,
+    name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The records of a corpus as a list; see `open_records`. It says where some were not read.
-
-    Args:
-        name: as for `open_corpus`.
-        purpose: as for `open_records`.
-        known: as for `open_corpus`.
-        seed: as for `open_corpus`.
-        characters: records from the beginning that hold so many suffice, of a corpus that is no
-            list; None: all.
-    """
-    records = open_records(name, purpose, known, seed)
-    if isinstance(records, list) or characters is None:
-        return list(records)
-    taken: list[dict[str, Any]] = []
-    count = 0
-    for record in records:
-        if count >= characters:
-            say(
-                f"{purpose} corpus {name}: {len(taken):,} records were read, {count:,} characters, "
-                f"and there are more; {purpose}.samples=N reads as many as N examples need"
-            )
-            break
-        taken.append(record)
-        count += len(str(record))
-    return taken
+    """The records of a corpus as a list; see `open_records`."""
+    return list(open_records(name, purpose, known))
 
 
 def open_records(

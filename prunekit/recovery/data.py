@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from prunekit.data.corpora import load_records
+from prunekit.data.corpora import open_records
 from prunekit.data.tokens import DENSEST
 from prunekit.errors import DataError
 from prunekit.recovery.examples import IGNORED, Example, make_examples
 from prunekit.recovery.settings import Recovery
+from prunekit.runtime.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def load_data(
     """
     corpus = recovery.path or recovery.corpus
     own = None if recovery.samples is None else seed
-    records = load_records(corpus, "recovery", known, own, _enough(recovery))
+    records = _take(open_records(corpus, "recovery", known, own), corpus, _enough(recovery))
     field = known.get(corpus, {}).get("field", "text")
     examples = make_examples(records, recovery, tokenizer, corpus, field)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -85,6 +86,24 @@ def load_data(
     rows = pack(training, recovery.length) if recovery.pack else _one_a_row(training)
     rows += [_empty_row(tokenizer)] * (-len(rows) % recovery.batch_size)
     return Data(training=rows, validation=_one_a_row(validation), examples=len(training))
+
+
+def _take(records: Iterable[dict[str, Any]], corpus: str, characters: int) -> list[dict[str, Any]]:
+    """Records that hold so many characters, of a corpus that is no list; says if there are more."""
+    if isinstance(records, list):
+        return records
+    taken: list[dict[str, Any]] = []
+    count = 0
+    for record in records:
+        if count >= characters:
+            say(
+                f"recovery corpus {corpus}: only {len(taken):,} records were read; "
+                "recovery.samples=N reads as many as N examples need"
+            )
+            break
+        taken.append(record)
+        count += len(str(record))
+    return taken
 
 
 def _enough(recovery: Recovery) -> int:

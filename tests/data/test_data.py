@@ -7,7 +7,7 @@ from prunekit.checkpoint import load_tokenizer
 from prunekit.config import check, compose
 from prunekit.data import corpora, embedded, encoding
 from prunekit.data.batches import count_positions
-from prunekit.data.corpora import load_corpus, load_records, open_corpus, read_file
+from prunekit.data.corpora import load_corpus, open_corpus, read_file
 from prunekit.data.encoding import encode
 from prunekit.data.tokens import evaluation_windows
 from prunekit.data.vocabulary import count_tokens
@@ -81,7 +81,6 @@ def test_a_file_beyond_the_limit_is_read_row_by_row(tmp_path, monkeypatch):
         assert "".join(ordered) == "".join(texts) * (documents // 30 // 2 or 1)
         assert sorted(shuffled) == sorted(ordered) and shuffled != ordered
         assert len(ordered) == documents
-        assert len(load_records(path, "recovery", {}, characters=100)) < 6
     with pytest.raises(DataError, match=r"expected at most 0 MB, got 0 MB; JSON lines \(\.jsonl\)"):
         load_corpus(str(tmp_path / "a.json"), "calibration", {})
 
