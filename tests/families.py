@@ -90,18 +90,21 @@ EAGER_ONLY = ("bloom", "gemma2", "gpt_neo", "gptj", "xglm")
 
 
 def _cases():
-    for family, values in GROUPED.items():
-        for heads in (8, 2, 1):
-            if family != "falcon" or heads > 1:
-                yield family, values | {"num_key_value_heads": heads, "num_kv_heads": heads}
+    for position, (family, values) in enumerate(GROUPED.items()):
+        for heads in (8 if position % 2 == 0 else 1, 2):
+            yield family, values | {"num_key_value_heads": heads, "num_kv_heads": heads}
     yield from SINGLE.items()
     for family, values in EXPERTS.items():
         for heads in (8, 2):
             yield family, values | {"num_key_value_heads": heads}
 
 
-CASES = [*_cases()]  # (family, sizes), each family with several numbers of key-value heads
-FIRST = dict(reversed(CASES))  # family → the sizes of its first case
+CASES = [*_cases()]  # (family, sizes), each family with two numbers of key-value heads
+# family → the sizes of a case, with as many key-value heads as query heads where it has a choice.
+FIRST = dict(reversed(CASES)) | {
+    family: values | {"num_key_value_heads": 8, "num_kv_heads": 8}
+    for family, values in GROUPED.items()
+}
 
 
 def values_of(family):

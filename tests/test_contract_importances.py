@@ -90,17 +90,19 @@ def scopes_of(policy):
 
 
 def combinations(importance):
-    """(aggregation, policy, scope): every policy in every scope; every aggregation.
+    """(aggregation, policy, scope): a third of the policies in every scope; every aggregation.
 
-    Rounds score again and again: each importance goes through them with one policy, and one
-    importance that takes no time with all of them; not an ablation, which would take a forward
-    pass for each unit in each round.
+    One importance that takes no time goes through all policies. Rounds score again and again: each
+    importance goes through them with one policy; not an ablation, which would take a forward pass
+    for each unit in each round.
     """
+    every = importance == "magnitude"
+    third = POLICIES[BLOCK_IMPORTANCES.index(importance) % 3 :: 3]
     for policy, scope in itertools.product(POLICIES, SCOPES):
         if scope not in scopes_of(policy):
             continue
-        few_rounds = importance == "magnitude" or (policy == "uniform" and importance != "ablation")
-        if scope != "iterative" or few_rounds:
+        one_with_rounds = policy == "uniform" and importance != "ablation"
+        if every or one_with_rounds if scope == "iterative" else every or policy in third:
             yield AGGREGATIONS[0], policy, scope
     for aggregation in AGGREGATIONS[1:]:
         yield aggregation, "uniform", "global"

@@ -53,8 +53,8 @@ CASES = {
         build("qwen2", **SIZES), {"layers.0.self_attn": [0, 2], "layers.1.mlp": [1]}
     ),
     "gpt2": lambda: cut(
-        build("gpt2", n_embd=48, n_layer=2, n_head=6, n_positions=64),
-        {"h.0.attn": [2], "h.1.mlp": [0, 5, 9]},
+        build("gpt2", n_embd=48, n_layer=1, n_head=6, n_positions=64),
+        {"h.0.attn": [2], "h.0.mlp": [0, 5, 9]},
     ),
     "emptied": lambda: cut(
         tiny_llama(layers=3),
@@ -66,7 +66,8 @@ CASES = {
         },
     ),
     "mixtral": lambda: cut(
-        build("mixtral", **SIZES | {"num_local_experts": 4}), {"layers.0.self_attn": [1]}
+        build("mixtral", **SIZES | {"num_local_experts": 4, "num_hidden_layers": 1}),
+        {"layers.0.self_attn": [1]},
     ),
 }
 
@@ -193,7 +194,7 @@ def test_what_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, monkeyp
 
 def test_from_the_command_line(tmp_path):
     prunekit.save_pretrained(
-        CASES["llama"](), tmp_path / "model", prunekit.checkpoint.load_tokenizer(DEMO_MODEL)
+        tiny_llama(layers=1), tmp_path / "model", prunekit.checkpoint.load_tokenizer(DEMO_MODEL)
     )
     asked = ["task=export", "export=onnx", "export.cache=true", "model.path=model"]
     run = command_line(*asked, "output_dir=out", cwd=tmp_path)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import example, interrupt_run, randomise, tiny_llama, token_ids, zero_units
-from families import DEEP, alternate, build_deep, layers_of
+from families import DEEP, MORE, alternate, build_deep, layers_of
 from sharing import trace_anew
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -95,7 +95,7 @@ def plan_beside(graph, stack, dropped):
     return {stack.name: dropped} | {group.name: kinds[group.kind](group) for group in wanted}
 
 
-@pytest.mark.parametrize(("family", "attention"), alternate(DEEP))
+@pytest.mark.parametrize(("family", "attention"), alternate({**MORE, **dict.fromkeys(DEEP[::4])}))
 def test_layers_with_heads_and_channels(family, attention, tmp_path):
     model = build_deep(family, attention)
     graph = prunekit.trace(model, example())
