@@ -155,7 +155,7 @@ def mask(
 def _scatter(tensor: Tensor, kept: Tensor, gone: Mapping[int, set[int]]) -> None:
     """Write a cut tensor back to the places that it had; the others keep what they hold."""
     index = [
-        torch.tensor([i for i in range(size) if i not in gone.get(dim, ())])
+        torch.tensor([i for i in range(size) if i not in gone.get(dim, ())], dtype=torch.long)
         for dim, size in enumerate(tensor.shape)
     ]
     if tuple(map(len, index)) == tuple(kept.shape) and tensor.ndim:

@@ -80,9 +80,10 @@ def _expand(call: Call) -> Value:
     return call.make(axes, value, softmax=value.softmax)
 
 
-@operator_rule("aten.repeat")
+@operator_rule("aten.repeat", "aten.tile")
 def _repeat(call: Call) -> Value:
-    value, repeats = call.value("self"), call.arguments["repeats"]
+    value, repeats = call.value("self"), call.arguments.get("repeats") or call.arguments["dims"]
+    repeats = [1] * (len(value.axes) - len(repeats)) + list(repeats)  # tile may leave out the first
     axes: list[Axis] = [()] * (len(repeats) - len(value.axes)) + list(value.axes)
     for i, times in enumerate(repeats):
         copies = ax.fresh(times)
@@ -205,6 +206,25 @@ def _unfold(call: Call) -> Value:
     ax.pin(value.axes[dim], reason)
     windows, inner = ax.fresh(call.shape[dim], reason), ax.fresh(call.shape[-1], reason)
     return call.make([*replace_axis(value.axes, dim, windows), inner], value)
+
+
+@operator_rule(
+    *aten("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"),
+    *aten("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn"),
+)
+def _fourier(call: Call) -> Value:
+    """A Fourier transform mixes the positions of the axes that it goes along."""
+    value = call.value("self")
+    every = list(range(len(value.axes)))
+    last = {"2": every[-2:], "n": every}.get(call.operator.split(".")[1][-1], every[-1:])
+    dims = call.get("dim", last)
+    along = {dim_of(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    reason = f"{call.where} goes along it"
+    for dim in along:
+        ax.pin(value.axes[dim], reason)
+    sizes = zip(value.axes, call.shape, strict=True)
+    axes = (ax.fresh(size, reason) if i in along else a for i, (a, size) in enumerate(sizes))
+    return call.make(list(axes), value)
 
 
 @operator_rule("aten.im2col")
