@@ -9,6 +9,7 @@ own models each experiment is a sweep: python -m prunekit -m experiment=paper_sl
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -24,36 +25,36 @@ FOLDER = HERE.parent / "conf" / "experiment"
 PAGE = HERE.parent / "docs" / "paper-tables.md"
 SMALL = ["model=demo", "data=embedded", "eval=figures", "eval.corpora=[embedded]"]
 SMALL += ["eval.max_tokens=16384", "eval.tasks=[]", "eval.macs=0", "data.calibration.samples=64"]
-NO_RECOVERY = ["recovery=none"]
 RECOVERY = ["recovery.corpus=embedded", "recovery.samples=96", "recovery.length=64"]
 RECOVERY += ["recovery.batch_size=16", "recovery.holdout=8", "recovery.warmup_steps=0"]
 RECOVERY += ["recovery.learning_rate=1e-3", "recovery.evaluations=1"]
 # Experiment → what its small run changes besides.
 CHANGES = {
-    "llm_pruner_table3": [*NO_RECOVERY, "eval.macs=64"],
-    "llm_pruner_table8": RECOVERY,
-    "llm_pruner_table9": RECOVERY,
-    "llm_pruner_table11": RECOVERY,
-    "llm_pruner_table12": [*RECOVERY, "recovery.samples=32,96"],
-    "llm_pruner_figure3": [*NO_RECOVERY, "policy.layer=range(0,8)", "ratio=0.05"],
-    "llm_pruner_figure4": [*NO_RECOVERY, "ratio=0.1,0.3,0.5"],
-    "slimgpt_table4": [*NO_RECOVERY, "eval.speed=true", "eval.latency.new=32"],
+    "llm_pruner_table3": ["eval.macs=64"],
+    "llm_pruner_table12": ["recovery.samples=32,96"],
+    "llm_pruner_table15": ["recovery.evaluations=7"],
+    "llm_pruner_figure3": ["policy.layer=range(0,8)", "ratio=0.05"],
+    "llm_pruner_figure4": ["ratio=0.1,0.3,0.5"],
+    "slimgpt_table4": ["eval.speed=true", "eval.latency.new=32"],
     "slimgpt_figure3": ["data.calibration.samples=8,32,128,512"],
+    "slimgpt_table14": ["data.calibration.path={folder}/sources.txt,{folder}/topics.txt"],
 }
-# Experiment → why it has no small run.
-LEFT_OUT = {
-    "llm_pruner_table4": "as table 1, which has the same choices, on the embedded model",
-    "llm_pruner_table15": "the curve of one recovery: `benchmarks/recovery.py`",
-    "llm_pruner_table17": "as table 16, which has the same choices, on the embedded model",
-    "slimgpt_table2": "as table 1, which has the same choices, on the embedded model",
-    "slimgpt_table8": "as table 1, which has the same choices, on the embedded model",
-    "slimgpt_table9": "as table 1, which has the same choices, on the embedded model",
-    "slimgpt_table10": "a model of 6.6 million parameters guesses at MMLU",
-    "slimgpt_table11": "as table 1, which has the same choices, on the embedded model",
-    "slimgpt_table12": "a model of 6.6 million parameters guesses at MMLU",
-    "slimgpt_table13": "the embedded model has no long context",
-    "slimgpt_table14": "needs the corpora of the hub; from local files: "
-    "[benchmarks](benchmarks.md#stories260k-experimentcorpora)",
+# Experiment → the one whose small runs are its own: without the paper's model both are the same.
+SAME = {
+    "llm_pruner_table4": "llm_pruner_table1",
+    "llm_pruner_table17": "llm_pruner_table16",
+    **{f"slimgpt_table{n}": "slimgpt_table1" for n in (2, 8, 9, 10, 11, 12, 13)},
+}
+# Experiment → what its small run can't do as the paper does.
+NOTES = {
+    "llm_pruner_figure3": "In small, each of the eight layers loses 5 % of all parameters.",
+    "llm_pruner_table12": "In small, 32 and 96 rows of text.",
+    "slimgpt_table10": "A model of 6.6 million parameters guesses at MMLU: perplexity instead.",
+    "slimgpt_table12": "A model of 6.6 million parameters guesses at MMLU: perplexity instead.",
+    "slimgpt_table13": "The embedded model reads 1,024 tokens, LongBench has thousands: perplexity "
+    "instead.",
+    "slimgpt_table14": "In small, two kinds of text from the embedded corpus, modules' sources and "
+    "help topics, are in the place of the hub's C4 and Alpaca.",
 }
 FIGURES = {
     "llm_pruner_table3": "million multiply-adds of 64 tokens",
@@ -69,13 +70,18 @@ its settings and data. None was run here: that takes the models, and a GPU.
 “Ours, small” is `make papers SMALL=1`: the same choices on the embedded model, calibrated on
 64 × 128 tokens (LLM-Pruner: 10 × 128), where perplexity is that of 16,384 held-out tokens of code,
 and a recovery is 96 rows of 64 tokens. Its figures can't be set beside the paper's; the order of
-the choices can. [The same with more data](benchmarks.md#the-papers-comparisons-at-small-scale)."""
+the choices can. A dash in the last column: that choice was not run, or the paper's data are not
+here. [The same with more data](benchmarks.md#the-papers-comparisons-at-small-scale)."""
 
 
 def experiments() -> list[str]:
     """The names of the experiments, in the papers' order."""
     names = [path.stem.removeprefix("paper_") for path in FOLDER.glob("paper_*.yaml")]
     return sorted(names, key=lambda name: [*re.findall(r"[a-z]+", name), number_of(name)])
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def number_of(name: str) -> int:
@@ -95,32 +101,55 @@ def read_experiment(name: str) -> tuple[str, str, list[tuple[str, str]]]:
     return about, figure, [(choice, value) for choice, value in rows[1:]]
 
 
+def read_settings(name: str) -> tuple[dict[str, list[str]], str]:
+    """What its file sweeps over, and the recovery of all its runs."""
+    read = yaml.safe_load((FOLDER / f"paper_{name}.yaml").read_text())
+    chosen = {key: value for choice in read["defaults"] for key, value in choice.items()}
+    swept = read["hydra"]["sweeper"]["params"]
+    split = {key: str(value).split(",") for key, value in swept.items()}
+    return split, chosen.get("override /recovery", "none")
+
+
+def small_sweeps(name: str, folder: Path) -> list[list[str]]:
+    """The overrides of each of its sweeps on the embedded model, one a choice of recovery."""
+    swept, recovery = read_settings(name)
+    calibration = ["data.calibration.samples=10"] if name.startswith("llm_pruner") else []
+    sweeps = []
+    for chosen in swept.get("recovery", [recovery]):
+        parts = [f"experiment=paper_{name}", *SMALL, *calibration, f"recovery={chosen}"]
+        parts += [*(RECOVERY if chosen != "none" else []), *CHANGES.get(name, [])]
+        last = {key_of(part): part.format(folder=folder) for part in parts}
+        sweeps.append(list(last.values()))
+    return sweeps
+
+
 def run_small(name: str, folder: Path) -> list[dict]:
     """Sweep on the embedded model; of each run what was chosen, and its figure."""
     from prunekit import cli
+    from prunekit.data import embedded
 
-    own = CHANGES.get(name, NO_RECOVERY)
-    calibration = ["data.calibration.samples=10"] if name.startswith("llm_pruner") else []
-    arguments = ["-m", f"experiment=paper_{name}", *SMALL, *calibration, *own]
-    keys = [part.partition("=")[0] for part in arguments]
-    arguments = [part for n, part in enumerate(arguments) if keys[n] not in keys[n + 1 :]]
-    before, sys.argv = sys.argv, ["prunekit", *arguments, f"hydra.sweep.dir={folder}"]
-    try:
-        cli.main()
-    finally:
-        sys.argv = before
-    swept = yaml.safe_load((FOLDER / f"paper_{name}.yaml").read_text())["hydra"]["sweeper"]
-    return [read_run(path.parent, name, swept["params"]) for path in folder.glob("*/report.json")]
+    for kind, is_topic in (("sources", False), ("topics", True)):
+        found = [t for n, t in embedded.documents("train") if n.startswith("pydoc/") == is_topic]
+        (folder / f"{kind}.txt").write_text("\n\n".join(found), encoding="utf-8")
+    before = sys.argv
+    for number, arguments in enumerate(small_sweeps(name, folder)):
+        sys.argv = ["prunekit", "-m", *arguments, f"hydra.sweep.dir={folder}/{number}"]
+        try:
+            cli.main()
+        finally:
+            sys.argv = before
+    keys = {*read_settings(name)[0], "data.calibration.path"}
+    return [read_run(path.parent, name, keys) for path in folder.glob("*/*/report.json")]
 
 
-def read_run(folder: Path, name: str, swept: dict) -> dict:
+def read_run(folder: Path, name: str, swept: set[str]) -> dict:
     """The choices of one run that the experiment sweeps over, and its figures."""
     from prunekit.report import Report
     from prunekit.sweeps.index import figures_of
 
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
     report = Report.from_json((folder / "report.json").read_text())
-    choice = [part for part in overrides if part.partition("=")[0] in swept]
+    choice = [p.replace(f"{folder.parent.parent}/", "") for p in overrides if key_of(p) in swept]
     pruned, dense = figure_of(name, report, figures_of(report)), None
     if name != "slimgpt_table3":
         dense = figure_of(name, report, figures_of(report, "dense"))
@@ -140,6 +169,23 @@ def figure_of(name: str, report: object, figures: dict) -> float:
 def matches(row: str, run: list[str]) -> bool:
     """Whether a run is one of a row of the paper: it makes all choices that the row names."""
     return set(row.split()) <= set(run)
+
+
+def runs_of(name: str, tables: dict) -> list[dict]:
+    """Its small runs; where they are another experiment's, those that make its choices."""
+    rows = tables.get(SAME.get(name, name), {"rows": []})["rows"]
+    if name not in SAME:
+        return rows
+    swept, recovery = read_settings(name)
+    swept.setdefault("recovery", [recovery])
+    parts = ([f"{key}={each}" for each in found] for key, found in swept.items())
+    chosen = map(set, itertools.product(*parts))
+    return [
+        {**run, "choice": sorted(parts)}
+        for parts in chosen
+        for run in rows
+        if {part for part in parts if key_of(part) != "model"} <= set(run["choice"])
+    ]
 
 
 def section(name: str, ours: list[dict]) -> list[str]:
@@ -162,21 +208,25 @@ def section(name: str, ours: list[dict]) -> list[str]:
     if cells:
         columns = f"choice | >paper: {figure or 'a picture'} | >ours, small: {measured}"
         lines += [*table(columns, cells), ""]
-    if name in LEFT_OUT:
-        lines += [f"No small run: {LEFT_OUT[name]}.", ""]
-    return lines
+    notes = [NOTES[name]] if name in NOTES else []
+    if name in SAME:
+        of = read_experiment(SAME[name])[0].partition(":")[0]
+        notes.append(f"The small runs are those of {of}, which on the embedded model are the same.")
+    return [*lines, *([" ".join(notes), ""] if notes else [])]
 
 
 def write_page(result: dict) -> None:
     seconds = sum(found["seconds"] for found in result["tables"].values())
+    found = ", ".join(table["revision"] for table in result["tables"].values())
+    revisions = ", ".join(f"`{each}`" for each in sorted(set(found.split(", "))))
     lines = ["# The papers' tables, one by one", "", *ABOUT.splitlines(), ""]
     lines += [
         f"It took {seconds:,.0f} s ({result['cpus']} CPUs that other work shared, "
-        f"{result['threads']} thread(s), revision `{result['revision']}`).",
+        f"{result['threads']} thread(s), revisions {revisions}).",
         "",
     ]
     for name in experiments():
-        lines += section(name, result["tables"].get(name, {"rows": []})["rows"])
+        lines += section(name, runs_of(name, result["tables"]))
     PAGE.write_text("\n".join(lines[:-1]) + "\n")
 
 
@@ -194,11 +244,11 @@ def main() -> None:
         sys.exit("these run on the papers' models and want a GPU; SMALL=1: the embedded model")
     if chosen.small:
         result |= {**environment("papers"), "command": "make papers SMALL=1"}
-        for name in chosen.only or [n for n in experiments() if n not in LEFT_OUT]:
+        for name in dict.fromkeys(SAME.get(n, n) for n in chosen.only or experiments()):
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                rows = run_small(name, Path(folder) / "sweep")
-            found = {"seconds": time.perf_counter() - start}
+                rows = run_small(name, Path(folder))
+            found = {"seconds": time.perf_counter() - start, "revision": result["revision"]}
             result["tables"][name] = {**found, "rows": sorted(rows, key=lambda r: r["choice"])}
             path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     write_page(result)

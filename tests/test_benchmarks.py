@@ -289,6 +289,33 @@ def test_the_papers_figures_are_those_of_runs_that_their_experiments_make(papers
                 assert chosen in values[key], f"{name}: {part}"
 
 
+def test_experiments_that_share_small_runs_differ_in_model_and_evaluation_alone(papers):
+    def settings(name):
+        read = yaml.safe_load((papers.FOLDER / f"paper_{name}.yaml").read_text())
+        chosen = {key: value for choice in read.pop("defaults") for key, value in choice.items()}
+        own = ("override /model", "override /eval", "hydra", "eval")
+        return {key: part for key, part in (chosen | read).items() if key not in own}
+
+    for name, base in papers.SAME.items():
+        assert settings(name) == settings(base), name
+        swept, shared = (papers.read_settings(each)[0] for each in (name, base))
+        for key in swept.keys() - {"model"}:
+            assert set(swept[key]) <= set(shared[key]), f"{name}: {key}"
+        assert base not in papers.SAME
+
+
+def test_every_experiment_has_small_runs(papers):
+    tables = json.loads((BENCHMARKS / "papers.json").read_text())["tables"]
+    for name in papers.experiments():
+        ours = papers.runs_of(name, tables)
+        assert ours, name
+        for choice, _ in papers.read_experiment(name)[2]:
+            if choice.startswith("recovery=none") or choice.endswith("recovery=none"):
+                assert any(papers.matches(choice, run["choice"]) for run in ours), choice
+        for arguments in papers.small_sweeps(name, Path("folder")):
+            assert "model=demo" in arguments and len({*arguments}) == len(arguments)
+
+
 def test_the_page_of_the_papers_is_up_to_date(papers, monkeypatch, tmp_path):
     monkeypatch.setattr(papers, "PAGE", tmp_path / "page.md")
     papers.write_page(json.loads((BENCHMARKS / "papers.json").read_text()))
