@@ -38,8 +38,8 @@ def update_config(config: Any, sizes: CutSizes, changes: Changes) -> None:
             if "hidden_size" in quantities:
                 changes.remember_configs(config)
                 keep_head_dim(config)
-                if config_name(config, "hidden_size") is not None:
-                    keep_dense(config, "hidden_size")
+                if (own := config_name(config, "hidden_size")) is not None:
+                    keep_dense(config, own)
             resize([config], quantities, changes.set)
     layers = _sizes_by_layer(sizes)
     if layers and num_layers(config) and hasattr(config, "per_layer_config"):

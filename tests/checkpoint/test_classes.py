@@ -236,6 +236,19 @@ def test_channels_of_other_classes_are_saved_too(name, tmp_path):
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
 
 
+def test_a_width_of_another_name_is_written_down_under_that_name(tmp_path):
+    """EfficientNet's config has a `hidden_dim` and no `hidden_size`."""
+    blocks = {"kernel_sizes": [3], "in_channels": [16], "out_channels": [16], "strides": [1]}
+    blocks |= {"num_block_repeats": [1], "expand_ratios": [1], "depthwise_padding": []}
+    config = transformers.EfficientNetConfig(width_coefficient=0.25, hidden_dim=320, **blocks)
+    model, inputs = transformers.EfficientNetModel(config).eval(), inputs_of(["pixel_values"], 1)
+    overrides = ["groups=channel"]
+    prunekit.prune(model, ratio=0.1, method="magnitude", calibration=[inputs], overrides=overrides)
+    prunekit.save_pretrained(model, tmp_path / "model")
+    again = prunekit.from_pretrained(tmp_path / "model")
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
 def test_a_width_that_the_model_returns_is_no_channel():
     """CLIP returns the hidden states of both of its sides."""
     with pytest.raises(prunekit.PrunekitError, match="channel.* is an axis of the model's output"):
