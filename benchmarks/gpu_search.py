@@ -54,7 +54,8 @@ def search(bench: Bench) -> None:
     policy, more = Search(), sizes.layers / LAYERS
     rounds = len(found["rounds"])
     seconds = statistics.mean(turns["databases"]) * policy.rounds * more
-    seconds += statistics.mean(turns["checks"]) * (len(policy.seeds) + policy.rounds) * more
+    cuts = len(policy.seeds) - 1 + 2 * policy.rounds  # a knapsack and a winner a round
+    seconds += statistics.mean(turns["checks"]) * cuts * more
     seconds += sum(turns["candidates"]) * policy.rounds / rounds * more**2
     planned = f"planned for {sizes.layers} layers of {sizes.name} from the parts above"
     evaluations = found["evaluations"] * policy.rounds / rounds * more

@@ -522,6 +522,38 @@ def search(result: dict) -> list[str]:
     return lines[:-1]
 
 
+def search_plan(result: dict) -> list[str]:
+    lines = head("What a search takes: worked out", "search_plan", result)
+    lines += [
+        "At 20 %, by the defaults, at most. Bytes of the databases of both rounds, of which a run "
+        "keeps one at a time, in memory and in its state; beside the weights in the same dtype "
+        f"(where a database would be larger than {result['largest']:g} times them, levels reach "
+        "less far). Candidates that are judged, and their tokens through all layers. Seconds: for "
+        "LLaMA-7B's shape with 128 × 2,048 tokens on an H100, by its parts as [measured](gpu.md): "
+        "exact cuts; databases, whose choice and repair take as much as eight cuts'; candidates, "
+        "at the tokens a second of a cut's own passes.",
+        "",
+        *table(
+            "model | >weights | >databases | >share | >exact cuts | >candidates | >tokens | "
+            ">seconds",
+            [
+                [
+                    name,
+                    f"{plan['weights']:,}",
+                    ", ".join(f"{nbytes:,}" for nbytes in plan["bytes"]),
+                    f"{plan['share']:.2f}",
+                    f"{plan['cuts']}",
+                    f"{plan['candidates']:,}",
+                    f"{plan['tokens']:,.0f}",
+                    " + ".join(f"{s:,.0f} ({n})" for n, s in plan.get("seconds", {}).items()),
+                ]
+                for name, plan in result["plans"].items()
+            ],
+        ),
+    ]
+    return lines
+
+
 def _increase(rows: list[dict]) -> float:
     return _mean_of("pruned", rows) - _mean_of("dense", rows)
 
@@ -697,6 +729,7 @@ SECTIONS = {
     "recovery": recovery,
     "quantize": quantize,
     "search": search,
+    "search_plan": search_plan,
     "tokens": tokens,
     "gates": gates,
     "families": families,

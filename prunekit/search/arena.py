@@ -6,7 +6,7 @@ Several processes share the candidates: each judges its part, and all learn all 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -129,6 +129,19 @@ class Arena:
             scale = ((dense - budget.limit) / saved) ** 2 if saved > 0 else 1.0
             values.append(value * scale)
         return values
+
+    def find_others(self, known: Collection[Candidate], batches: int) -> list[Candidate]:
+        """Candidates at the limit but for these, judged on so many batches; the best first."""
+        limit, tolerance = self.space.budget.limit, self.space.tolerance
+        others = [
+            other
+            for other, judged in self._known.items()
+            if len(judged) >= batches
+            and other not in known
+            and abs(self.space.cost(other) - limit) <= tolerance
+        ]
+        values = self.measure_at_limit(others, batches)
+        return [others[i] for i in sorted(range(len(others)), key=values.__getitem__)]
 
     def raise_parent(self, candidate: Candidate, parent: Parent | None = None) -> Parent:
         """Keep the hidden states of a candidate, run from another one's, for its children."""

@@ -124,6 +124,13 @@ class Bench:
         """
         shelf = shelf or Shelf()
         centres = self.steps_of(counts)
+        space = self.plan_levels(counts, step, reach)
+        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres), shelf)
+        return Arena(space=space, database=self.database, judge=self.judge, shelf=shelf)
+
+    def plan_levels(self, counts: Mapping[str, int], step: float, reach: float) -> Space:
+        """The candidates of a round around these counts; levels reach as far as bytes allow."""
+        centres = self.steps_of(counts)
         space = self._make_space(centres, step, reach)
         while reach > step and not self._fits(space):
             reach = min(reach, 1.0) - step / 2
@@ -132,8 +139,7 @@ class Bench:
                 f"all levels would take more than {LARGEST:g} times the weights: they reach "
                 f"{reach:.0%} of a group's units from the best cut"
             )
-        self.builder.fill(self.database, space.counts_by_group(), space.counts(centres), shelf)
-        return Arena(space=space, database=self.database, judge=self.judge, shelf=shelf)
+        return space
 
     def _make_space(self, centres: Candidate, step: float, reach: float) -> Space:
         """The candidates with levels around these steps of the slots."""

@@ -20,7 +20,7 @@ from prunekit.search.evolution import fit
 from prunekit.search.levels import Candidate, Space
 
 _ERRORS = 1.0  # standard errors by which a price is taken to be worse than measured
-_TOGETHER = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)  # how many moves back are tried at once
+TOGETHER = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)  # how many moves back are tried at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def combine(
                 break
             child = _make(space, child, other, used)
         made += 1
-        if made in _TOGETHER:
+        if made in TOGETHER:
             children.append(fit(space, child, used, rng))
     if made:
         children.append(fit(space, child, used, rng))

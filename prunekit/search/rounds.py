@@ -34,8 +34,9 @@ class Result:
     """The outcome of a round.
 
     Attributes:
-        winner: the best candidate, cut as an ordinary run would.
-        packed: the knapsack seed, cut so; None where it was not asked for.
+        winner: the best candidate but for those that the round began with, cut as an ordinary run
+            would; or the knapsack of a later round, where that is better so.
+        packed: the knapsack seed, cut so; None where it was not asked for, and in later rounds.
         prices: slot → the KL of replacing it alone by its level in the winner.
         figures: what the round did.
     """
@@ -74,7 +75,8 @@ class Start:
         others: more cuts to begin with.
         step: the share of a group's units between two levels.
         reach: how far from the centre levels may be, as a share of a group's units.
-        packs: the knapsack seed is made of this round's levels.
+        packs: a knapsack is made of this round's levels.
+        first: it is a seed.
     """
 
     centre: Mapping[str, int]
@@ -82,6 +84,7 @@ class Start:
     step: float
     reach: float
     packs: bool
+    first: bool = True
 
 
 def run_round(
@@ -106,7 +109,11 @@ def run_round(
     parent, curve = climb(arena, best, (few, many), effort.sweeps, rng)
     winner, more = evolve(arena, parent, effort.stages, effort.children, effort.generations, rng)
     curve += more
-    alone = _price_alone(arena, winner, few)
+    if winner in starts:
+        # Levels fit the centre, which has an advantage here; cut exactly, others may be better.
+        winner = next(iter(arena.find_others(starts, many)), winner)
+    named = {"winner": winner} | ({} if packed is None else {"packed": packed})
+    alone = {name: _price_alone(arena, candidate, few) for name, candidate in named.items()}
     figures = SearchRound(
         step=start.step,
         database_bytes=bench.database.nbytes,
@@ -115,12 +122,10 @@ def run_round(
         curve=tuple(curve),
     )
     _tell(curve)
-    return Result(
-        winner=_check(bench, shelf, "winner", space.counts(winner)),
-        packed=None if packed is None else _check(bench, shelf, "packed", space.counts(packed)),
-        prices=alone,
-        figures=figures,
-    )
+    cuts = {name: _check(bench, shelf, name, space.counts(c)) for name, c in named.items()}
+    seed = cuts.pop("packed", None) if start.first else None
+    lowest = min(cuts, key=lambda name: cuts[name].fitness)
+    return Result(winner=cuts[lowest], packed=seed, prices=alone[lowest], figures=figures)
 
 
 def _check(bench: Bench, shelf: Shelf, name: str, counts: Mapping[str, int]) -> Checked:

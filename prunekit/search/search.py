@@ -1,8 +1,9 @@
 """The policy that searches where to cut (the plan of Týr-the-Pruner, arXiv 2503.09657).
 
-Formulas seed it. Each round builds a database of levels around the best cut known so far, takes
-guided steps, and lets evolution go on from there; the next round has half the step. The seeds, and
-the winner of each round, are also cut as an ordinary run would cut them: only these are compared.
+Formulas seed it. Each round builds a database of levels around the best cut known so far, packs a
+knapsack of their prices, takes guided steps, and lets evolution go on from there; the next round
+has half the step. The seeds, the knapsacks and the winners of the rounds are also cut as an
+ordinary run would cut them: only these are compared.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Search(Policy):
             round to round.
         levels: how many levels a group has in later rounds, around the one it had before.
         seeds: what the search begins with: formulas by their names, expected_loss among them, and
-            knapsack.
+            knapsack, of which each later round has one of its own.
         rounds: how often a database is built around the best cut so far; fewer, where a round's
             winner is no better on held-out samples.
         sweeps: guided steps of a round at most, two evaluations a group each.
@@ -75,15 +76,15 @@ class Search(Policy):
     empties: ClassVar[bool] = True
     step: float = 0.125
     levels: int = 8
-    seeds: Sequence[str] = ("uniform", "log_increase", KNAPSACK)
-    rounds: int = 2
-    sweeps: int = 4
-    generations: int = 4
+    seeds: Sequence[str] = ("uniform", "log_increase", "expected_loss", KNAPSACK)
+    rounds: int = 3
+    sweeps: int = 2
+    generations: int = 2
     children: int = 16
     survivors: Sequence[int] = (4, 1)
     tokens: Sequence[int] = (1024, 4096)
     fitness: float = 0.25
-    held_out: float = 0.125
+    held_out: float = 0.25
 
     def __post_init__(self) -> None:
         if not (is_number(self.step) and 0 < self.step <= 0.5):
@@ -175,7 +176,8 @@ class Search(Policy):
                 others=[] if results else others,
                 step=step,
                 reach=step * self.levels / 2 if results else 1.0,
-                packs=KNAPSACK in self.seeds and not results,
+                packs=KNAPSACK in self.seeds,
+                first=not results,
             )
             rng = random.Random(f"{bench.setting.seed} {number}")
             shelf = Shelf(tools=bench.setting.tools, name=f"search-round-{number}")

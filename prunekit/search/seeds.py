@@ -9,7 +9,7 @@ from prunekit.search.arena import Arena, Parent
 from prunekit.search.levels import Candidate, Space
 
 Prices = Mapping[int, Mapping[int, float]]  # slot → step → KL, less that with the slot whole
-_PRICED = 4  # levels of each slot that are priced, spread evenly; between them prices are linear
+PRICED = 4  # levels of each slot that are priced, spread evenly; between them prices are linear
 
 
 def price_levels(arena: Arena, parent: Parent, batches: int) -> dict[int, dict[int, float]]:
@@ -52,5 +52,5 @@ def pack(space: Space, prices: Prices) -> Candidate:
 
 def _pick(levels: tuple[int, ...]) -> list[int]:
     """A few of the levels, the last one among them."""
-    count = min(_PRICED, len(levels))
+    count = min(PRICED, len(levels))
     return [levels[(k + 1) * len(levels) // count - 1] for k in range(count)]

@@ -114,6 +114,7 @@ def test_a_database_takes_at_most_so_many_bytes(monkeypatch):
         weights = sum(p.numel() * p.element_size() for p in bench.setting.model.parameters())
         whole = bench.open_round(counts, 0.125, 0.5).space
         assert bench.database.nbytes == bench.database.count_bytes(whole.counts_by_group())
+        assert bench.plan_levels(counts, 0.125, 0.5).levels == whole.levels
         monkeypatch.setattr("prunekit.search.bench.LARGEST", 0.6 * bench.database.nbytes / weights)
         space = bench.open_round(counts, 0.125, 0.5).space
         assert bench.database.nbytes <= bench_module.LARGEST * weights

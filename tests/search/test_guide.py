@@ -10,6 +10,7 @@ from prunekit.compensation import Obs as Repair
 from prunekit.importance import Obs
 from prunekit.policies import Uniform
 from prunekit.search.bench import Bench, make_budget
+from prunekit.search.fitness import Divergence
 from prunekit.search.guide import Move, combine, probe
 from prunekit.search.samples import split_samples
 from prunekit.search.seeds import price_levels
@@ -67,6 +68,26 @@ def test_levels_are_priced_beside_those_of_the_other_slots(arena, bench):
             expected = divergence(slot, step) - divergence(slot, 0)
             assert price == pytest.approx(expected, rel=1e-3, abs=1e-6)
         assert prices[slot][levels[-1]] > 0
+
+
+def test_other_candidates_than_those_known_come_by_their_divergence(arena, bench):
+    """Of those that were judged on both batches and cost what is asked for."""
+    space, batches = arena.space, len(bench.judge.batches)
+    dense = (0,) * len(space.slots)
+    alike = [(*dense[:i], space.levels[i][-1], *dense[i + 1 :]) for i in range(len(dense))]
+    arena.measure(alike, batches)
+    arena.measure([dense], batches)
+
+    def divergence(candidate):
+        arena.database.place(space.counts(candidate))
+        judged = [bench.judge.measure(b) for b in range(batches)]
+        return sum(judged, Divergence.none()).mean
+
+    found = arena.find_others([alike[1]], batches)
+    assert dense not in found and alike[1] not in found
+    assert [c for c in found if c in alike] == sorted({*alike} - {alike[1]}, key=divergence)
+    values = [divergence(candidate) for candidate in found]
+    assert values == sorted(values)
 
 
 def test_half_of_the_moves_is_priced_on_many_samples(arena, bench):

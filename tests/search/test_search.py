@@ -33,21 +33,12 @@ from prunekit.search.search import FORMULAS, _check
 from prunekit.search.verdict import judge_cuts, lead_over
 
 QUICK = {"tokens": (64, 128), "survivors": (2, 1), "children": 4, "generations": 2, "sweeps": 2}
-OPTIONS = [
-    "policy.tokens=[64,128]",
-    "policy.survivors=[2,1]",
-    "policy.children=4",
-    "policy.generations=2",
-    "policy.sweeps=2",
-]
-
-ONE_STEP = [
-    *OPTIONS[:3],
-    "policy.seeds=[uniform]",
-    "policy.rounds=1",
-    "policy.generations=0",
-    "policy.sweeps=1",
-]
+QUICK |= {"seeds": ("uniform", "log_increase", "knapsack"), "rounds": 2}
+TOKENS = ["policy.tokens=[64,128]", "policy.survivors=[2,1]"]
+LITTLE = [*TOKENS, "policy.children=2", "policy.generations=1", "policy.sweeps=1"]
+ONE_ROUND = ["policy.seeds=[uniform,knapsack]", "policy.rounds=1"]
+ONE_STEP = [*TOKENS, "policy.generations=0", "policy.sweeps=1"]
+ONE_STEP += ["policy.seeds=[uniform]", "policy.rounds=1"]
 
 
 def make_setting(importance=None, compensation=None, samples=24, layers=2, removed=None):
@@ -91,8 +82,9 @@ def test_a_round_finds_the_best_of_all_candidates(method):
             children=8,
             stages=[Stage(batches=1, survivors=6), Stage(batches=batches, survivors=2)],
         )
-        start = Start(centre=seed, others=[], step=0.25, reach=1.0, packs=True)
+        start = Start(centre=seed, others=[], step=0.25, reach=1.0, packs=True, first=False)
         result = run_round(bench, start, effort, random.Random(0))
+        assert result.packed is None  # it is a seed in the first round alone
         arena = bench.open_round(seed, 0.25, 1.0)
         space = arena.space
         near = [
@@ -132,7 +124,7 @@ def test_the_report_tells_what_was_tried(searched):
     assert figures.evaluations == sum(part.evaluations for part in figures.rounds)
     assert figures.prices.keys() == shares.keys()
     assert all(price >= 0 for price in figures.prices.values())
-    assert figures.samples == {"database": 15, "fitness": 6, "held_out": 3}
+    assert figures.samples == {"database": 12, "fitness": 6, "held_out": 6}
     for part in figures.rounds:
         values = [point.divergence for point in part.curve]
         assert values == sorted(values, reverse=True)
@@ -146,7 +138,7 @@ def test_the_report_tells_what_was_tried(searched):
 
 def test_a_search_without_repair_keeps_no_weights():
     setting = make_setting(Magnitude(), None)
-    Search(**QUICK, rounds=1, seeds=["uniform"]).group_shares(setting)
+    Search(**QUICK | {"rounds": 1, "seeds": ["uniform"]}).group_shares(setting)
     (only,) = setting.notes["search"].rounds
     assert only.database_bytes == 0
 
@@ -198,7 +190,7 @@ def test_the_cut_that_was_checked_is_the_one_that_is_made(cost, ratio):
         model,
         ratio=ratio,
         calibration=token_ids(24, 16),
-        overrides=["policy=search", f"cost={cost}", *OPTIONS],
+        overrides=["policy=search", f"cost={cost}", *LITTLE, *ONE_ROUND],
     )
     search = result.report["policy"]["search"]
     shares = search["cuts"][search["taken"]]["shares"]
@@ -207,13 +199,10 @@ def test_the_cut_that_was_checked_is_the_one_that_is_made(cost, ratio):
 
 
 def test_the_budget_is_met_as_exactly_as_with_a_formula():
-    model = tiny_llama(kv_heads=2, layers=3)
-    result = prunekit.prune(
-        model, ratio=0.25, calibration=token_ids(24, 16), overrides=["policy=search", *OPTIONS]
-    )
-    formula = prunekit.prune(
-        tiny_llama(kv_heads=2, layers=3), ratio=0.25, calibration=token_ids(24, 16)
-    )
+    model, ids = tiny_llama(kv_heads=2, layers=2), token_ids(24, 16)
+    options = ["policy=search", *LITTLE, *ONE_ROUND]
+    result = prunekit.prune(model, ratio=0.25, calibration=ids, overrides=options)
+    formula = prunekit.prune(tiny_llama(kv_heads=2, layers=2), ratio=0.25, calibration=ids)
     channel = 3 * 48 + 2
     dense = result.report["parameters"]["dense"]
     for report in (result.report, formula.report):
@@ -344,15 +333,15 @@ class Power:
 
 def test_a_search_broken_off_anywhere_goes_on_to_the_same_end(monkeypatch, tmp_path):
     """Between rounds and inside of them; what was finished is not done again."""
-    overrides = ["policy=search", "policy.seeds=[uniform]", *OPTIONS]
+    overrides = ["policy=search", "policy.seeds=[uniform]", "policy.rounds=2", *LITTLE]
     options = {"ratio": 0.25, "calibration": token_ids(24, 16)}
     power = Power(monkeypatch, [])
-    whole = prunekit.prune(tiny_llama(kv_heads=2), overrides=overrides, **options)
+    whole = prunekit.prune(tiny_llama(kv_heads=2, layers=2), overrides=overrides, **options)
     work, power.counts = power.counts, Counter()
-    # Each round fills 6 groups; the seed and the winners of two rounds are checked.
-    offs = [("check", 1), ("_fill_group", 3), ("measure", 30), ("check", 3), ("_fill_group", 11)]
+    # Each round fills 4 groups; the seed and the winners of two rounds are checked.
+    offs = [("check", 1), ("_fill_group", 3), ("measure", 16), ("check", 3), ("_fill_group", 8)]
     power.offs = [*offs, ("check", 5)]
-    model, state = tiny_llama(kv_heads=2), tmp_path / "state"
+    model, state = tiny_llama(kv_heads=2, layers=2), tmp_path / "state"
     before = weights(model)
     result = None
     for _ in range(len(power.offs) + 1):
@@ -414,11 +403,12 @@ with process_group(torch.device("cpu")):
 
 def prune_in_double():
     """A search whose sums don't depend, but for the last digits, on who adds them up."""
+    options = [*LITTLE, "policy.rounds=1", "policy.seeds=[expected_loss,knapsack]"]
     return prunekit.prune(
-        tiny_llama(kv_heads=2).double(),
+        tiny_llama(kv_heads=2, layers=2).double(),
         ratio=0.25,
         calibration=token_ids(24, 16),
-        overrides=["policy=search", *OPTIONS, "data.calibration.batch_size=5"],
+        overrides=["policy=search", *options, "data.calibration.batch_size=5"],
     )
 
 
