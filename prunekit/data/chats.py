@@ -7,7 +7,7 @@ Records are known by their fields: `messages` (role and content), `conversations
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from prunekit.errors import DataError, first_line
 
@@ -20,42 +20,55 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "a
 
 def turns_of(record: Mapping[str, Any]) -> list[Turn] | None:
     """The turns of a record, each with `role` and `content`; None where it is no chat."""
-    if isinstance(messages := record.get("messages"), Sequence):
-        return _turns(messages, "role", "content")
-    if isinstance(messages := record.get("conversations"), Sequence):
-        spoken = messages and "from" in messages[0]
-        return _turns(messages, *(("from", "value") if spoken else ("role", "content")))
+    for field in ("messages", "conversations"):
+        if _is_list(messages := record.get(field)):
+            return _turns(messages)
     if {"prompt", "completion"} <= record.keys():
         return _exchange(record["prompt"], record["completion"])
     if {"instruction", "output"} <= record.keys():
-        asked = [record["instruction"], record.get("input", "")]
+        asked = [_text_of(record.get(field)) for field in ("instruction", "input")]
         return _exchange("\n".join(part for part in asked if part), record["output"])
     return None
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], role: str, content: str) -> list[Turn] | None:
-    """Messages with the roles that templates know; None where a message lacks a field."""
-    if not all({role, content} <= message.keys() for message in messages):
-        return None
-    return [
-        {"role": _ROLES.get(str(m[role]), str(m[role])), "content": _text_of(m[content])}
-        for m in messages
-    ]
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _turns(messages: Sequence[Any]) -> list[Turn] | None:
+    """Messages with the roles that templates know; None where something is no message.
+
+    A message has `role` and `content`, or `from` and `value`; one that calls tools may have none.
+    """
+    turns = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            return None
+        role = message.get("role", message.get("from"))
+        if role is None or not {"content", "value", "tool_calls"} & message.keys():
+            return None
+        content = _text_of(message.get("content", message.get("value")))
+        turns.append({"role": _ROLES.get(str(role), str(role)), "content": content})
+    return turns
 
 
 def _text_of(content: Any) -> str:
-    """The content of a message, which may be a list of parts, as text."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text") or "") for part in content)
-    return str(content or "")
+    """The content of a message, which may be a part with a text or a list of parts, as text."""
+    if _is_list(content):
+        return "".join(map(_text_of, content))
+    if isinstance(content, Mapping):
+        return _text_of(content.get("text"))
+    return "" if content is None else str(content)
 
 
 def _exchange(asked: Any, answered: Any) -> list[Turn] | None:
-    """A question and its answer; either may be a list of messages already."""
+    """A question and its answer; either may be a message, or a list of messages, already."""
     turns: list[Turn] = []
     for role, part in (("user", asked), ("assistant", answered)):
-        own = [{"role": role, "content": part}] if isinstance(part, str) else part
-        turns += _turns(own, "role", "content") or []
+        message = part if isinstance(part, Mapping) else {"role": role, "content": part}
+        if (found := _turns(part if _is_list(part) else [message])) is None:
+            return None
+        turns += found
     return turns or None
 
 

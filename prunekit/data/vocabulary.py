@@ -47,7 +47,16 @@ class ReducedVocabulary:
 
 
 def count_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
-    """How often each token occurs in the documents, int64 [rows], special tokens left out."""
+    """How often each token occurs in the documents, int64 [rows], special tokens left out.
+
+    Raises:
+        DataError: the tokenizer has more tokens than the model's embedding has rows.
+    """
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"tokenizer: expected at most the {rows} tokens of the model's embedding, "
+            f"got {len(tokenizer)}"
+        )
     counts = torch.zeros(rows, dtype=torch.long)
     rest = iter(documents)
     while part := list(islice(rest, _BATCH)):

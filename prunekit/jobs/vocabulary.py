@@ -70,13 +70,21 @@ def prune_vocabulary(
             others.
 
     Raises:
-        DataError: no text; a tokenizer that can't be rewritten.
+        DataError: no text, or something else than a list of texts; a tokenizer that can't be
+            rewritten.
         SurgeryError: the model depends on token ids beside its embedding and its head; it is then
             as it was.
     """
+    if isinstance(texts, str | bytes):
+        raise DataError(f"texts: expected a list of texts, got {type(texts).__name__}")
+    texts = list(texts)
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+        raise DataError(f"texts: expected texts of type str, got {wrong[0]}")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise DataError("texts: expected documents that tell which tokens are needed, got none")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise DataError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     counts = count_tokens(texts, tokenizer, vocabulary_rows(model))
     reduced = _reduce(model, tokenizer, counts, min_count, multiple)
     cut_vocabulary(model, reduced.kept)

@@ -52,6 +52,30 @@ def test_an_instruction_with_an_input_and_a_system_turn():
     assert turns == [{"role": "system", "content": "Be kind."}]
 
 
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": None, "completion": 3}, ["", "3"]),
+        ({"instruction": 1, "input": 2, "output": None}, ["1\n2", ""]),
+        ({"prompt": "Hi", "completion": {"role": "assistant", "content": "Yes"}}, ["Hi", "Yes"]),
+        ({"messages": [{"role": "user", "content": ["a", {"text": "b"}]}]}, ["ab"]),
+        ({"messages": [{"role": "user", "content": {"text": "a"}}]}, ["a"]),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, [""]),
+        (
+            {"messages": [{"from": "human", "value": "a"}, {"role": "x", "content": "b"}]},
+            ["a", "b"],
+        ),
+        ({"messages": "Hi"}, None),
+        ({"messages": ["Hi"]}, None),
+        ({"conversations": "Hi"}, None),
+        ({"prompt": [None], "completion": []}, None),
+    ],
+)
+def test_records_of_odd_shapes_are_chats_or_none(record, expected):
+    turns = turns_of(record)
+    assert (turns and [turn["content"] for turn in turns]) == expected
+
+
 def test_what_is_no_chat_names_its_fields(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"speaker": "x"}]}))
     with pytest.raises(DataError, match="expected a text field 'text', found messages"):

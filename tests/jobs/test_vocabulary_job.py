@@ -92,6 +92,18 @@ def test_what_it_can_not_go_with(short_model):
         prunekit.prune(model, calibration=ids, overrides=["groups=vocabulary"])
     with pytest.raises(DataError, match="expected documents that tell which tokens are needed"):
         prunekit.prune_vocabulary(model, None, [" "])
+    with pytest.raises(DataError, match="expected a list of texts, got str"):
+        prunekit.prune_vocabulary(model, None, "one text, whose letters are no texts")
+    with pytest.raises(DataError, match="expected texts of type str, got bytes"):
+        prunekit.prune_vocabulary(model, None, ["a", b"b"])
+    with pytest.raises(DataError, match="expected one of transformers, got NoneType"):
+        prunekit.prune_vocabulary(model, None, ["a"])
+    tokenizer = AutoTokenizer.from_pretrained(short_model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(9)])
+    with pytest.raises(
+        DataError, match=r"expected at most the \d+ tokens of the model's embedding"
+    ):
+        prunekit.prune_vocabulary(model, tokenizer, ["a"])
     for asked, told in (
         ("recovery=distill", "the dense model, its teacher"),
         ("memory.stream=true", "can't go with groups=vocabulary"),
