@@ -74,8 +74,13 @@ def load(factory: Callable[[], Module], directory: str | Path) -> Module:
         The pruned module in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the folder is missing or damaged, or is of another module.
+        CheckpointError: the folder is missing or damaged, or is of another module; a module in the
+            place of the factory.
     """
+    if isinstance(factory, nn.Module):
+        raise CheckpointError(
+            f"factory: expected what makes the dense module, got a {type(factory).__name__} itself"
+        )
     folder = Path(directory)
     if not (folder / _RECORD).is_file():
         raise CheckpointError(f"{folder}: expected a folder of prunekit.save, with {_RECORD} in it")

@@ -42,6 +42,10 @@ WAY_OUT = (
     "; a module in it that does without them can be pruned by itself, "
     "with a list of its own inputs as calibration"
 )
+_OTHER_WAY = (
+    "; other inputs may lead it another way (masks, which it makes itself otherwise), "
+    "or a module in it can be pruned by itself"
+)
 _ON_META = partial(torch.device, "meta")  # the device of tensors that are made without one
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
@@ -218,4 +222,4 @@ def _explain(error: Exception) -> str:
     where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
     if type(error).__name__ in _NUMBERS_NEEDED:
         return f"it goes on by numbers, which tracing does not have{where}{WAY_OUT}"
-    return f"{first_line(error, named=isinstance(error, AssertionError))}{where}"
+    return f"{first_line(error, named=isinstance(error, AssertionError))}{where}{_OTHER_WAY}"

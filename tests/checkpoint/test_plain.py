@@ -88,6 +88,8 @@ def test_what_is_no_such_folder_or_module_is_refused(tmp_path):
         prunekit.load(lambda: nn.Linear(3, 4), tmp_path / "net")
     with pytest.raises(CheckpointError, match="factory: expected a torch module"):
         prunekit.load(dict, tmp_path / "net")
+    with pytest.raises(CheckpointError, match="expected what makes the dense module, got a Linear"):
+        prunekit.load(nn.Linear(3, 4), tmp_path / "net")
     record = tmp_path / "net/module.json"
     record.write_text(record.read_text().replace("32", "31"))
     with pytest.raises(CheckpointError, match=r"module\.json is not as it was saved"):
