@@ -14,7 +14,7 @@ from prunekit.checkpoint.files import read_config
 from prunekit.checkpoint.manifest import write_manifest
 from prunekit.errors import CheckpointError
 from prunekit.model.build import needs_prunekit
-from prunekit.model.compat import unvalidated
+from prunekit.model.compat import unvalidated, written_whole
 from prunekit.model.verify import check_loadable, required_record
 from prunekit.model.wrappers import unwrap
 from prunekit.runtime.files import check_free, new_folder
@@ -54,7 +54,8 @@ def save_pretrained(
         record = required_record(model)
     original = record is None and not needs_prunekit(model.config.to_dict())
     with new_folder(Path(directory)) as folder, unvalidated(model.config):
-        model.save_pretrained(folder, save_original_format=original)
+        with written_whole(model):
+            model.save_pretrained(folder, save_original_format=original)
         describe(folder, model, record, remote_code)
         with _told(directory):
             check_loadable(model, read_config(folder))

@@ -100,13 +100,28 @@ def unvalidated(config: PretrainedConfig) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def written_whole(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model be written with all its weights during a `with` block.
+
+    Some classes leave out weights that they compute when they are loaded (Marian its sinusoidal
+    positions); a pruned model takes every weight from its folder.
+    """
+    with restoring(keep_attributes([model], "_keys_to_ignore_on_save")):
+        model._keys_to_ignore_on_save = set()
+        yield
+
+
 def let_save_itself(model: PreTrainedModel) -> None:
     """Let transformers' own `save_pretrained` write a pruned model, whose config would refuse it.
+
+    All weights are written, as in `written_whole`.
 
     The class of this one config becomes a subclass without the check. The config can't be made of
     the subclass from the start: the auto classes find the model's class by the class of its config.
     """
     model.config.__class__ = pruned_config(model.config.model_type, __name__)
+    model._keys_to_ignore_on_save = set()
 
 
 @contextmanager
