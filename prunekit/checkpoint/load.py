@@ -199,7 +199,7 @@ def _load_dense(
                 **extra,
             )
     except Exception as error:
-        if config:
+        if config:  # building the model alone may tell more: that transformers can't make it
             trusted = options["trust_remote_code"]
             build_skeleton(Path(directory), dict(config), trust_remote_code=trusted)
         where = "" if is_here else "no folder here, and from the hub "

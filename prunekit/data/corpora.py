@@ -98,13 +98,6 @@ def _not_empty(texts: Iterable[str], what: str) -> Iterator[str]:
         raise DataError(f"{what}: it holds no text")
 
 
-def load_records(
-    name: str, purpose: str, known: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The records of a corpus as a list; see `open_records`."""
-    return list(open_records(name, purpose, known))
-
-
 def open_records(
     name: str, purpose: str, known: Mapping[str, Mapping[str, Any]], seed: int | None = None
 ) -> Iterable[dict[str, Any]]:
@@ -200,7 +193,7 @@ def stream_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _texts(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         if path.stat().st_size <= _DOCUMENT:
             yield {"text": file.read()}
             return
@@ -222,14 +215,14 @@ def _json_list(path: Path) -> Any:
             f"{path}: .json is read as a whole, expected at most {WHOLE / 1e6:,.0f} MB, got "
             f"{size / 1e6:,.0f} MB; JSON lines (.jsonl) and parquet are read row by row"
         )
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(found, list):
         raise DataError(f"{path}: expected a list of records")
     return found
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -253,8 +246,9 @@ def text_of(
         return str(record[field])
     if (turns := turns_of(record)) is not None:
         return render(turns, tokenizer)
+    own = f", its type {type(record[field]).__name__}" if field in record else ""
     raise DataError(
-        f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}"
+        f"{where}: expected a text field {field!r}, found {', '.join(map(str, record))}{own}"
     )
 
 

@@ -199,7 +199,9 @@ def _chat_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The turns of a chat, their content in parts of text and images; None where it is none."""
     messages = record.get("messages")
     if isinstance(messages, list) and any(True for _ in _parts_in(messages)):
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+        if not all(isinstance(m, Mapping) and "role" in m for m in messages):
+            return None
+        turns = [{"role": m["role"], "content": m.get("content")} for m in messages]
     else:
         turns = [dict(turn) for turn in turns_of(record) or []]
     return [turn | {"content": _parts_of(turn["content"])} for turn in turns] or None
@@ -207,14 +209,14 @@ def _chat_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def _parts_of(content: Any) -> list[dict[str, Any]]:
     """Parts without the images themselves, of a text with placeholders or of a list of parts."""
-    if not isinstance(content, str):
-        return [
-            {"type": "image"}
-            if part.get("type") == "image"
-            else {"type": "text", "text": part.get("text") or ""}
-            for part in content or []
-        ]
     parts: list[dict[str, Any]] = []
+    if not isinstance(content, str):
+        for part in [content] if isinstance(content, Mapping) else content or []:
+            own = part if isinstance(part, Mapping) else {"text": str(part)}
+            is_image = own.get("type") == "image"
+            text = own.get("text") or ""
+            parts.append({"type": "image"} if is_image else {"type": "text", "text": text})
+        return parts
     for i, text in enumerate(content.split(_PLACEHOLDER)):
         parts += [{"type": "image"}] if i else []
         parts += [{"type": "text", "text": text}] if text else []

@@ -104,10 +104,23 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", "x"), ("a.jsonl", '{"text": "x"}'), ("a.json", '[{"text": "x"}]')]
+)
+def test_a_mark_of_the_byte_order_is_no_text(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert load_corpus(str(tmp_path / name), "calibration", {}) == ["x"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "match"),
     [
         ("a.txt", " \n ", "it holds no text"),
         ("a.jsonl", '{"text": "x"}\n{"te', "can't be read"),
+        (
+            "a.jsonl",
+            '{"text": null}',
+            "expected a text field 'text', found text, its type NoneType",
+        ),
         ("a.jsonl", '{"content": "x"}', "expected a text field 'text', found content"),
         ("a.json", "3", "expected a list of records"),
         ("a.parquet", "nope", "can't be read"),

@@ -12,7 +12,7 @@ from processes import run_python
 
 from prunekit import config as cfg
 from prunekit.data import corpora
-from prunekit.data.corpora import load_corpus, load_records, open_corpus
+from prunekit.data.corpora import load_corpus, open_corpus, open_records
 from prunekit.data.windows import draw_windows
 from prunekit.errors import DataError
 from prunekit.recovery.data import load_data
@@ -179,7 +179,7 @@ def test_evaluation_stops_at_its_characters(known):
 
 
 def test_records_of_the_hub_keep_their_fields(known):
-    assert load_records("alpaca", "recovery", known)[0]["output"] == "yes"
+    assert list(open_records("alpaca", "recovery", known))[0]["output"] == "yes"
 
 
 def test_a_missing_field_is_named(known):

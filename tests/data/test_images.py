@@ -118,8 +118,19 @@ def test_all_forms_of_records_are_read_alike(folder):
             {"images": [encoded(image)], "messages": [{"role": "user", "content": parts}, answer]}
             for (_, image), answer in zip(pairs, answers, strict=True)
         ],
+        "strings.json": [
+            {
+                "image": f"pictures/{i}.png",
+                "messages": [
+                    {"role": "user", "content": [{"type": "image"}, "\nWhat?"]},
+                    {"role": "assistant", "content": [word]},
+                ],
+            }
+            for i, word in enumerate(WORDS)
+        ],
     }
-    (folder / "paths.json").write_text(json.dumps(forms["paths.json"]))
+    for name in ("paths.json", "strings.json"):
+        (folder / name).write_text(json.dumps(forms[name]))
     table = pyarrow.Table.from_pylist(forms["bytes.parquet"])
     pyarrow.parquet.write_table(table, folder / "bytes.parquet")
     expected = by_hand([f"user:<image>\nWhat?\nassistant:{word}\n" for word in WORDS])
@@ -176,6 +187,10 @@ def refuse(folder, change):
         (lambda r: r[1].update(image="records.json"), "record 2: can't read an image from"),
         (lambda r: r[1].pop("image"), "record 2: expected image or images"),
         (lambda r: r[1].pop("text"), "record 2: expected text or messages, found image"),
+        (
+            lambda r: r[1].update(text=None, messages=[{"content": [{"type": "image"}]}]),
+            "record 2: expected text or messages",
+        ),
         (lambda r: r[1].update(text="<image> <image>"), "the processor refuses them"),
     ],
 )

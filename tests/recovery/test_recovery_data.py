@@ -16,7 +16,7 @@ from recovery_helpers import (
     tiny_gpt2,
 )
 
-from prunekit.data.corpora import load_corpus, load_records
+from prunekit.data.corpora import load_corpus, open_records
 from prunekit.errors import ConfigError, DataError
 from prunekit.recovery.data import collate, load_data, pack
 from prunekit.recovery.examples import Example, make_examples, write_prompt
@@ -145,13 +145,13 @@ def test_records_come_with_their_fields_and_the_recovery_split(tmp_path, monkeyp
     known = {
         "a": {"hub": "x/a", "splits": {"calibration": "train", "eval": "test"}, "field": "text"}
     }
-    assert load_records("a", "recovery", known) == RECORDS
+    assert list(open_records("a", "recovery", known)) == RECORDS
     assert load_corpus("a", "eval", known)[1] == "Say hi.\nhi"
     known["a"]["splits"]["recovery"] = "tune"
-    load_records("a", "recovery", known)
+    list(open_records("a", "recovery", known))
     assert asked == ["train", "test", "tune"]
     (tmp_path / "a.txt").write_text("hello")
-    assert load_records(str(tmp_path / "a.txt"), "recovery", {}) == [{"text": "hello"}]
+    assert list(open_records(str(tmp_path / "a.txt"), "recovery", {})) == [{"text": "hello"}]
 
 
 def test_packed_rows_hold_whole_examples_in_order():
