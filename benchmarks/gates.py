@@ -60,6 +60,8 @@ CORE = {
     "hard_concrete": ("gates", *ALONE),
     "straight_through": ("gates", *STRAIGHT, *ALONE),
 }
+BALANCED = ("importance.multiplier=balanced",)
+CORE |= {"balanced + obs": ("gates", *BALANCED), "balanced": ("gates", *BALANCED, *ALONE)}
 TUNED = {"compresso": ("compresso",), "sheared": ("sheared",)}
 METHODS = {**CORE, **TUNED, "search": ("slimgpt", "policy=search")}
 GATED = tuple(name for name in METHODS if name not in ("slimgpt", "search"))

@@ -67,12 +67,13 @@ class HardConcreteRule(Rule):
         layout: as for every rule.
         bounds: as for every rule.
         first: as for every rule.
-        temperature: β > 0.
         pressure: how fast the λ rise, a step, for a share of 1 too much.
         scale: whether units that stay keep the value of their gate.
         sublayers: as for every rule; such a gate is multiplied by those of its units.
         multiplier: ascent, or balanced: how the multipliers are found.
     """
+
+    temperature = 2 / 3  # β
 
     def __init__(
         self,
@@ -80,7 +81,6 @@ class HardConcreteRule(Rule):
         bounds: Bounds,
         first: Tensor,
         *,
-        temperature: float,
         pressure: float,
         scale: bool,
         sublayers: bool = False,
@@ -88,7 +88,7 @@ class HardConcreteRule(Rule):
     ) -> None:
         super().__init__(layout, bounds, first, sublayers=sublayers)
         self.multiplier = multiplier
-        self.temperature, self.pressure, self.scale = temperature, pressure, scale
+        self.pressure, self.scale = pressure, scale
         self.log_alpha = (_START + spread_order(layout, bounds, first)).requires_grad_()
         self.parameters = {"log_alpha": self.log_alpha}
         self.wholes = first.new_full([len(layout.sizes)], _START).requires_grad_(sublayers)

@@ -43,11 +43,13 @@ class Rule(ABC):
         parameters: the leaves that are trained, by name; those of units [U] first.
         extras: other tensors that steps change in place, by name.
         pins: −∞ for units that are gone, ∞ for those that must stay, 0 for all others [U].
+        temperature: of the gates; that of each step is set before it.
         draws: how many uniform numbers a step takes: of units, then of groups [G] with `sublayers`.
     """
 
     parameters: dict[str, Tensor]
     extras: dict[str, Tensor]
+    temperature: float = 1.0
 
     def __init__(
         self, layout: Layout, bounds: Bounds, first: Tensor, *, sublayers: bool = False

@@ -1,10 +1,11 @@
 """Straight-through gates: forward the exact choice of the budget, backward a sigmoid.
 
 z_u = 1 where the logit θ_u is among those that the budget keeps, else 0; ∂z_u/∂θ_u is taken to be
-σ'(θ_u / τ) / τ. Of the gradient, the part along the gradient of the cost is left out: a step along
-it would raise or lower all logits that compete by their prices, which changes nothing in a choice
-whose cost is given. With noise, the choice of a training step is that of θ_u + ε ln(v / (1 − v)), v
-uniform in (0, 1) and ε falling to 0: it looks at what is beside the best choice so far.
+σ'(θ_u / τ) / τ, τ the temperature. Of the gradient, the part along the gradient of the cost is left
+out: a step along it would raise or lower all logits that compete by their prices, which changes
+nothing in a choice whose cost is given. With noise, the choice of a training step is that of
+θ_u + ε ln(v / (1 − v)), v uniform in (0, 1) and ε falling to 0: it looks at what is beside the best
+choice so far.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ class StraightThroughRule(Rule):
         layout: as for every rule.
         bounds: as for every rule.
         first: as for every rule.
-        temperature: τ > 0 of the sigmoid.
         noise: of the choice, times a logistic number; it cools down to 0.
         scale: learn a factor for each unit that stays, beside the choice.
         sublayers: as for every rule; the logit of such a gate is added to those of its units.
@@ -36,13 +36,12 @@ class StraightThroughRule(Rule):
         bounds: Bounds,
         first: Tensor,
         *,
-        temperature: float,
         noise: float,
         scale: bool,
         sublayers: bool = False,
     ) -> None:
         super().__init__(layout, bounds, first, sublayers=sublayers)
-        self.temperature, self.noise = temperature, noise
+        self.noise = noise
         self.logits = spread_order(layout, bounds, first).requires_grad_()
         self.scale = torch.ones_like(first).requires_grad_(scale)
         self.parameters = {"logits": self.logits} | ({"scale": self.scale} if scale else {})

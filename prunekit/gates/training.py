@@ -52,6 +52,9 @@ class Training:
         batch_size: rows of a step at most; larger calibration batches are split.
         optimizer: the name of one of `torch.optim`, as it is there: Adam, AdamW, SGD, ….
         learning_rate: of the gates.
+        temperature: of the gates, > 0: β of hard-concrete ones, τ of straight-through ones. Two
+            numbers: at the first step and at the last. None: 2/3 for β, 1 for τ.
+        temperature_ramp: how it goes from one to the other: linear, or cubic (fast at first).
         ramp: how the share to remove rises: linear, or cubic, 1 − (1 − t)³ (fast at first).
         reach: the share of the steps after which the target is asked for.
         plain: weight of the next-token loss.
@@ -80,6 +83,8 @@ class Training:
     batch_size: int = 4
     optimizer: str = "Adam"
     learning_rate: float = 0.1
+    temperature: float | Sequence[float] | None = None
+    temperature_ramp: Ramp = "linear"
     ramp: Ramp = "cubic"
     reach: float = 0.5
     plain: float = 0.0
@@ -96,7 +101,8 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect_one_of("importance.train.ramp", self.ramp, get_args(Ramp))
+        for key in ("ramp", "temperature_ramp"):
+            expect_one_of(f"importance.train.{key}", getattr(self, key), get_args(Ramp))
         expect_one_of("importance.train.optimizer", self.optimizer, list(OPTIMIZERS))
         counts: dict[str, int | None] = {"steps": self.steps, "batch_size": self.batch_size}
         counts |= {"evaluations": self.evaluations, "patience": self.patience}
@@ -111,6 +117,7 @@ class Training:
                     f"importance.train.{key}: expected a whole number ≥ 0, got {count!r}"
                 )
         self._check_flags()
+        self._check_temperature()
         numbers = {"learning_rate": self.learning_rate, "plain": self.plain, "kl": self.kl}
         numbers["update_rate"] = self.update_rate
         for key, number in numbers.items():
@@ -138,15 +145,41 @@ class Training:
                 f"got {self.merge!r} with rank={self.rank}"
             )
 
+    def _check_temperature(self) -> None:
+        """Raise ConfigError where the temperature is neither a number above 0 nor two of them."""
+        ends = self._temperatures()
+        sound = [type(end) in (int, float) and 0 < end < math.inf for end in ends]
+        if len(ends) != 2 or not all(sound):
+            raise ConfigError(
+                "importance.train.temperature: expected a number > 0, or two of them, got "
+                f"{self.temperature!r}"
+            )
+
     def progress(self, step: int) -> float:
         """The share in (0, 1] of the way to the target that is asked for at a step from 0."""
-        done = min((step + 1) / max(self.reach * self.steps, 1), 1.0)
-        return done if self.ramp == "linear" else 1 - (1 - done) ** 3
+        return _climb(self.ramp, min((step + 1) / max(self.reach * self.steps, 1), 1.0))
+
+    def temperature_at(self, step: int, default: float) -> float:
+        """The temperature of a step from 0; where none is set, the default."""
+        if self.temperature is None:
+            return default
+        start, end = self._temperatures()
+        return start + (end - start) * _climb(self.temperature_ramp, step / max(self.steps - 1, 1))
+
+    def _temperatures(self) -> Sequence[float]:
+        """The first and the last."""
+        given = 1.0 if self.temperature is None else self.temperature
+        return given if isinstance(given, Sequence) else (given, given)
 
     @property
     def first_judged(self) -> int:
         """The first step at which the whole target is asked for."""
         return next(step for step in range(self.steps) if self.progress(step) == 1)
+
+
+def _climb(ramp: Ramp, done: float) -> float:
+    """How far a ramp has come, of 1, after this share of its way."""
+    return done if ramp == "linear" else 1 - (1 - done) ** 3
 
 
 def learn(
@@ -257,6 +290,7 @@ class _Trainer:
     updates: Updates
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = math.inf
+    best_step: int = 0
     stale: int = 0
 
     def __post_init__(self) -> None:
@@ -277,9 +311,11 @@ class _Trainer:
     def run(self, saved: Mapping[str, Tensor]) -> Learned:
         """Train, from the beginning or from what was saved; the best that was learned."""
         training, start = self.training, self._restore(saved) if saved else 0
+        default = self.rule.temperature
         aims = max(training.steps // _AIMS, 1)
         judged = self._judged_steps()
         for step in track(range(start, training.steps), "training gates", training.steps - start):
+            self.rule.temperature = training.temperature_at(step, default)
             if step % aims == 0 or step == training.first_judged:
                 self.rule.aim(training.progress(step))
             self._update(step)
@@ -296,6 +332,7 @@ class _Trainer:
         with torch.no_grad():
             for name, value in self.best.items():
                 self.parameters[name].copy_(value)
+        self.rule.temperature = training.temperature_at(self.best_step, default)
         self.rule.aim(1.0)
         if training.exchanges:
             count = exchange(self.rule, lambda: self._held_out()[0], training.exchanges)
@@ -307,7 +344,7 @@ class _Trainer:
         bounds = self.rule.bounds
         if bounds.keeper is None:
             return
-        tensors = {"counts": torch.tensor([step, self.stale])}
+        tensors = {"counts": torch.tensor([step, self.stale, self.best_step])}
         tensors["best_loss"] = torch.tensor(self.best_loss, dtype=torch.float64)
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"extra.{name}": value for name, value in self.rule.extras.items()}
@@ -322,7 +359,7 @@ class _Trainer:
     @torch.no_grad()
     def _restore(self, saved: Mapping[str, Tensor]) -> int:
         """Take up what was saved; the step to go on with."""
-        step, self.stale = saved["counts"].tolist()
+        step, self.stale, self.best_step = saved["counts"].tolist()
         self.best_loss = float(saved["best_loss"])
         for name, parameter in self.parameters.items():
             parameter.copy_(saved[f"parameter.{name}"])
@@ -408,5 +445,5 @@ class _Trainer:
         say(f"gates: step {step + 1}, held-out loss {loss:.4f}{perplexity}{self.rule.describe()}")
         self.stale += 1
         if loss < self.best_loss:
-            self.best_loss, self.stale = loss, 0
+            self.best_loss, self.best_step, self.stale = loss, step, 0
             self.best = {n: p.detach().clone() for n, p in self.parameters.items()}

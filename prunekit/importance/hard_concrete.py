@@ -19,7 +19,6 @@ class HardConcrete(LearnedImportance):
     """The log α of hard-concrete gates (`prunekit.gates.hard_concrete`).
 
     Args:
-        temperature: β of the gates.
         pressure: how fast the multipliers of the budget rise.
         scale: whether units that stay keep the value of their gate, as a factor in the weights.
         multiplier: "ascent": the multipliers rise from step to step; "balanced": those of each step
@@ -29,17 +28,14 @@ class HardConcrete(LearnedImportance):
         ConfigError: an option out of range.
     """
 
-    temperature: float = 2 / 3
     pressure: float = 5.0
     scale: bool = True
     multiplier: Multiplier = "ascent"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers = {"temperature": self.temperature, "pressure": self.pressure}
-        for key, number in numbers.items():
-            if isinstance(number, str) or not 0 < number < math.inf:
-                raise ConfigError(f"importance.{key}: expected a number > 0, got {number!r}")
+        if isinstance(self.pressure, str) or not 0 < self.pressure < math.inf:
+            raise ConfigError(f"importance.pressure: expected a number > 0, got {self.pressure!r}")
         expect_one_of("importance.multiplier", self.multiplier, get_args(Multiplier))
         if not isinstance(self.scale, bool):
             raise ConfigError(f"importance.scale: expected true or false, got {self.scale!r}")
@@ -50,7 +46,6 @@ class HardConcrete(LearnedImportance):
             layout,
             bounds,
             first,
-            temperature=self.temperature,
             pressure=self.pressure,
             scale=self.scale,
             sublayers=self.sublayers,

@@ -17,7 +17,6 @@ class StraightThrough(LearnedImportance):
     """The logits of gates that are 0 or 1 (`prunekit.gates.straight_through`).
 
     Args:
-        temperature: of the sigmoid that leads gradients to the logits.
         noise: of the choice in training, beside logits that begin in [-1, 1]; it falls to 0.
         scale: whether each unit that stays also learns a factor.
 
@@ -25,16 +24,11 @@ class StraightThrough(LearnedImportance):
         ConfigError: an option out of range.
     """
 
-    temperature: float = 1.0
     noise: float = 0.3
     scale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.temperature, str) or not 0 < self.temperature < math.inf:
-            raise ConfigError(
-                f"importance.temperature: expected a number > 0, got {self.temperature!r}"
-            )
         if isinstance(self.noise, str) or not 0 <= self.noise < math.inf:
             raise ConfigError(f"importance.noise: expected a number ≥ 0, got {self.noise!r}")
         if not isinstance(self.scale, bool):
@@ -46,7 +40,6 @@ class StraightThrough(LearnedImportance):
             layout,
             bounds,
             first,
-            temperature=self.temperature,
             noise=self.noise,
             scale=self.scale,
             sublayers=self.sublayers,

@@ -112,7 +112,7 @@ def test_what_stays_is_what_the_budget_would_keep_of_these_scores():
         assert [unit for unit in range(len(own)) if not kept[name][unit]] == sorted(gone)
 
 
-@pytest.mark.parametrize("scope", ["local", "global", "layer"])
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_every_step_keeps_exactly_to_the_budget(scope, monkeypatch):
     model, seen = tiny_llama(kv_heads=2), []
     graph = trace(model, example())
@@ -194,19 +194,19 @@ def graph_of_toy():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_training_finds_the_best_mask_of_all_420(seed):
-    """Without exchanges seed 1 takes the second best, which is 0.4 % worse."""
+    """Without exchanges straight-through gates of seed 1 take the second best, 0.4 % worse."""
     model, ids = toy(seed), token_ids(8, 9, seed=seed)
     groups = [g for g in graph_of_toy().groups if g.kind in ("attention", "mlp")]
     losses = losses_of_all_masks(model, ids)
-    importance = StraightThrough(
-        train=Training(steps=40, batch_size=8, holdout=0, seed=seed, exchanges=40)
-    )
-    batch = {"input_ids": ids, "use_cache": False}
-    scores = importance.score(model, graph_of_toy(), groups, [batch])
-    lowest = [scores[group.name].argsort()[: group.num_units // 2] for group in groups]
-    found = tuple(tuple(sorted(units.tolist())) for units in lowest)
     best = min(losses, key=losses.get)
-    assert found == best
+    train = Training(steps=24, batch_size=8, holdout=0, seed=seed, exchanges=24)
+    slow = replace(train, steps=40, reach=0.2, evaluations=8, learning_rate=0.3, exchanges=30)
+    options = {"multiplier": "balanced", "pressure": 8.0, "scale": False}
+    for importance in (StraightThrough(train=train), HardConcrete(train=slow, **options)):
+        batch = {"input_ids": ids, "use_cache": False}
+        scores = importance.score(model, graph_of_toy(), groups, [batch])
+        lowest = [scores[group.name].argsort()[: group.num_units // 2] for group in groups]
+        assert tuple(tuple(sorted(units.tolist())) for units in lowest) == best
 
 
 def test_learned_factors_go_into_the_weights_exactly():
@@ -236,7 +236,7 @@ def test_a_run_with_factors_equals_the_gated_model():
 
     class Importance(StraightThrough):
         def make_rule(self, layout, bounds, first):
-            return Noting(layout, bounds, first, temperature=1.0, noise=0.1, scale=True)
+            return Noting(layout, bounds, first, noise=0.1, scale=True)
 
     train = Training(steps=8, learning_rate=0.1)
     result = prune(tiny_llama(kv_heads=2), Importance(train=train, scale=True), "global", 0.3)
@@ -249,12 +249,45 @@ def test_a_run_with_factors_equals_the_gated_model():
     assert any(((own != 0) & (own != 1)).any() for own in settled.values())
 
 
+def test_the_temperature_goes_from_one_number_to_the_other(monkeypatch):
+    """At each step it is what the ramp says; two equal numbers give the gates of one."""
+    seen, sample = [], HardConcreteRule.sample
+
+    def note(rule, uniform, heat):
+        seen.append(rule.temperature)
+        return sample(rule, uniform, heat)
+
+    monkeypatch.setattr(HardConcreteRule, "sample", note)
+    groups = [g for g in graph_of_toy().groups if g.kind in ("attention", "mlp")]
+    batch = {"input_ids": token_ids(4, 9), "use_cache": False}
+
+    def learn_at(temperature, ramp="linear"):
+        seen.clear()
+        own = {"temperature": temperature, "temperature_ramp": ramp}
+        train = Training(steps=5, reach=0, learning_rate=2, holdout=0, **own)
+        scores = HardConcrete(train=train, pressure=50).score(
+            toy(0), graph_of_toy(), groups, [batch]
+        )
+        return torch.cat([scores[group.name] for group in groups])
+
+    falling = learn_at([1.0, 0.5])
+    assert seen == [1.0, 0.875, 0.75, 0.625, 0.5]
+    learn_at((1.0, 0.5), "cubic")
+    assert seen == [1.0, 0.7109375, 0.5625, 0.5078125, 0.5]
+    constant = learn_at(2 / 3)
+    assert seen == [2 / 3] * 5
+    assert torch.equal(learn_at([2 / 3, 2 / 3]), constant)
+    assert torch.equal(learn_at(None), constant)
+    assert not torch.equal(falling, constant)
+
+
 class Killed(Exception):
     pass
 
 
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     train = Training(steps=12, optimizer="NAdam", learning_rate=0.5, evaluations=4, rank=2)
+    train = replace(train, temperature=[1.0, 0.5], temperature_ramp="cubic")
     importance, calls = HardConcrete(train=train, pressure=50, sublayers=True), [0]
     whole = prune(tiny_llama(layers=1, ffn=16), importance, "global")
     update = training._Trainer._update
@@ -312,12 +345,13 @@ def test_bad_input_is_one_line():
         ({"reach": 1.0}, "importance.train.reach: expected a share"),
         ({"kl": 0.0}, "plain or kl > 0"),
         ({"learning_rate": 0}, "learning_rate > 0"),
+        ({"temperature": 0}, "importance.train.temperature: expected a number > 0, or two of"),
+        ({"temperature": [1.0, 0.5, 0.1]}, r"two of them, got \[1.0, 0.5, 0.1\]"),
+        ({"temperature_ramp": "cosine"}, "importance.train.temperature_ramp: .*linear"),
         ({"optimizer": "adam"}, r"importance\.train\.optimizer: unknown 'adam'.*Adam"),
     ]:
         with pytest.raises(ConfigError, match=expected):
             Training(**options)
-    with pytest.raises(ConfigError, match=r"importance\.temperature: expected a number > 0"):
-        StraightThrough(temperature=0)
     model = tiny_llama()
     graph = trace(model, example())
     groups = [replace(graph["layers.0.self_attn"], num_units=1)]
@@ -369,8 +403,9 @@ def test_the_gate_of_a_sublayer_is_a_factor_on_all_of_its_units(kind):
     gone = {group.name: group.num_units // 2 for group in groups}
     bounds = Bounds(solve=lambda *_: gone, competing=True, prices=ones, pinned=pinned)
     options = {"noise": 0.0} if kind is StraightThroughRule else {"pressure": 1.0}
-    options |= {"temperature": 0.5, "scale": kind is HardConcreteRule, "sublayers": True}
+    options |= {"scale": kind is HardConcreteRule, "sublayers": True}
     rule = kind(layout, bounds, torch.arange(sum(layout.sizes)).float(), **options)
+    rule.temperature = 0.5
     rule.aim(1.0)
     uniform = torch.full([rule.draws], 0.5)
     before = rule.learned().scores
@@ -395,7 +430,7 @@ def test_a_sublayer_that_does_nothing_goes_as_a_whole():
     model = tiny_llama(layers=2, ffn=16)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
-    train = Training(steps=16, reach=0.3, evaluations=2, learning_rate=0.3)
+    train = Training(steps=10, reach=0.3, evaluations=1, learning_rate=0.5)
     importance = HardConcrete(train=train, sublayers=True)
     result = prune(model, importance, "global", 0.4, overrides=["scope.min_units=0"])
     assert result.plan.removed["layers.1.mlp"] == list(range(16))
