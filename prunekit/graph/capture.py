@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.fx.config
@@ -48,6 +49,10 @@ _OTHER_WAY = (
 )
 _ON_META = partial(torch.device, "meta")  # the device of tensors that are made without one
 _REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+class InputsError(TraceError):
+    """torch.export can't follow a forward pass, whose way other inputs may change."""
 
 
 def meta_copy(model: nn.Module, *, parameters_only: bool = False) -> nn.Module:
@@ -153,10 +158,12 @@ def capture(
             break  # the ways after it differ in loops alone
     if programs:
         return min(programs, key=_count_unknown)
-    raise TraceError(
-        f"{type(model).__name__}: torch.export can't capture its forward pass: "
-        f"{_explain(errors[0])}"
-    ) from errors[0]
+    by_numbers = type(errors[0]).__name__ in _NUMBERS_NEEDED
+    kind, way_out = (TraceError, WAY_OUT) if by_numbers else (InputsError, _OTHER_WAY)
+    text = (
+        f"torch.export can't capture its forward pass: {_explain(errors[0], by_numbers)}{way_out}"
+    )
+    raise kind(f"{type(model).__name__}: {text}") from errors[0]
 
 
 def _export(
@@ -193,6 +200,20 @@ def _has_unknown_size(node: torch.fx.Node) -> bool:
 
 
 @contextmanager
+def _casting_what_differs() -> Iterator[None]:
+    """Let a module cast to the type that it has be itself: torch.export refuses any cast."""
+    cast = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        kinds = {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}
+        has_it = kinds == {*args, *kwargs.values()}
+        return self if has_it else cast(self, *args, **kwargs)
+
+    with patch.object(nn.Module, "to", to):
+        yield
+
+
+@contextmanager
 def _capturing(lines: bool) -> Iterator[None]:
     """Let torch.export go about its work quickly and in silence.
 
@@ -204,6 +225,7 @@ def _capturing(lines: bool) -> Iterator[None]:
         stack.enter_context(_ListsAsSlices())
         stack.enter_context(_noting_lines(lines))
         stack.enter_context(use_lazy_graphs(True))
+        stack.enter_context(_casting_what_differs())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         if os.environ.get("PRUNEKIT_TRACEBACK") != "1":
@@ -214,12 +236,12 @@ def _capturing(lines: bool) -> Iterator[None]:
         yield
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, by_numbers: bool) -> str:
     """Why a capture failed, in one line, with the model's line of code where it did."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if not frame.filename.startswith(ours)]
     where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
-    if type(error).__name__ in _NUMBERS_NEEDED:
-        return f"it goes on by numbers, which tracing does not have{where}{WAY_OUT}"
-    return f"{first_line(error, named=isinstance(error, AssertionError))}{where}{_OTHER_WAY}"
+    if by_numbers:
+        return f"it goes on by numbers, which tracing does not have{where}"
+    return f"{first_line(error, named=isinstance(error, AssertionError))}{where}"

@@ -94,6 +94,8 @@ class EveryPositionChosen(TorchFunctionMode):
         if func in _NUMBER:
             number = _flatten(numbers)[0]
             return bool(number) if func is Tensor.__bool__ else number
+        if func is Tensor.__format__:
+            return format(_flatten(numbers)[0], *args)
         if func in _COMPARE and tensor.numel() == 1 and isinstance(args[0], int):
             return _COMPARE[func](_flatten(numbers)[0], args[0])
         result = func(tensor, *args, **kwargs)

@@ -135,7 +135,7 @@ class CouplingGraph:
         left = self.names_after(removed)
         # Name of a tensor that loses anything → the sizes that stay; [0] in a dropped layer.
         kept: dict[str, list[int]] = {name: [0] for name in self.shapes.keys() - left.keys()}
-        for (parameter, dim), positions in self._positions(removed).items():
+        for (parameter, dim), positions in self.positions(removed).items():
             if parameter in left:
                 sizes = kept.setdefault(parameter, list(self.shapes[parameter]))
                 sizes[dim] -= len(positions)
@@ -145,7 +145,7 @@ class CouplingGraph:
             if name not in self.buffers
         )
 
-    def _positions(self, removed: Mapping[str, list[int]]) -> dict[ParameterDim, set[int]]:
+    def positions(self, removed: Mapping[str, list[int]]) -> dict[ParameterDim, set[int]]:
         """(parameter, dim) → the positions along the dim that these units own."""
         positions: dict[ParameterDim, set[int]] = defaultdict(set)
         for name, units in removed.items():

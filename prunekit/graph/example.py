@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from prunekit.errors import TraceError
+from prunekit.graph.capture import InputsError
 from prunekit.graph.coupling import CouplingGraph
 from prunekit.graph.tracer import trace
 from prunekit.model.inputs import rows_of_packed
@@ -26,6 +28,7 @@ _TEXT = {
     *("input_ids", "attention_mask", "position_ids", "token_type_ids"),
     *("decoder_input_ids", "decoder_attention_mask"),
 }
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
 
 def trace_batch(
@@ -36,7 +39,8 @@ def trace_batch(
     """Trace a model with a small example of a batch: two samples, of plain text eight tokens each.
 
     Labels are left out where the model does without. Where it does not run on the smaller example,
-    the next larger one is tried. Where a model that also sees or hears can't be traced with what it
+    the next larger one is tried, and masks of ones where torch.export can't follow how it makes
+    them. Where a model that also sees or hears can't be traced with what it
     sees, its language model is traced with text alone.
 
     Args:
@@ -61,11 +65,26 @@ def trace_batch(
             continue
     try:
         return trace_checked(whole)
-    except _UNTRACEABLE:
+    except _UNTRACEABLE as error:
+        masks = _make_masks(model, batch) if isinstance(error, InputsError) else {}
+        if masks:
+            with suppress(*_UNTRACEABLE):
+                return trace_checked(next(examples_of(model, {**batch, **masks})))
         graph = _trace_text(model, batch)
         if graph is None:
             raise
         return graph
+
+
+def _make_masks(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks that a batch lacks and a model makes by itself, of which tracing may keep it."""
+    taken = inspect.signature(model.forward).parameters
+    masks = {}
+    for ids, mask in _MASKS.items():
+        tokens = batch.get(ids)
+        if isinstance(tokens, Tensor) and mask in taken and mask not in batch:
+            masks[mask] = torch.ones_like(tokens)
+    return masks
 
 
 def _trace_text(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph | None:

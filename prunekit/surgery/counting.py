@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prunekit.errors import TraceError
 from prunekit.graph import CouplingGraph, trace
 from prunekit.graph.capture import meta_copy
-from prunekit.graph.groups import Group, ParameterDim
+from prunekit.graph.groups import Group, Member, ParameterDim, kept_positions
 from prunekit.graph.stacks import find_misfit
 from prunekit.model.modeling_prunekit import empty_sublayers
 from prunekit.model.stack import index_attributes
@@ -150,19 +151,40 @@ def _check_groups(
     `empty` are the paths of modules without units: what is left of their weights isn't used.
     """
     idle = tuple(f"{path}." for path in empty)
-    counts: dict[frozenset[ParameterDim], set[int]] = defaultdict(set)
+    known: dict[frozenset[ParameterDim], list[Group]] = defaultdict(list)
     for group in again.groups:
         places = [(m.parameter, m.dim) for m in group.members if not m.parameter.startswith(idle)]
-        counts[frozenset(places)].add(group.num_units)
+        known[frozenset(places)].append(group)
     names = graph.names_after(removed)
     for name, units in leave_out_dropped(graph, removed).items():
         left = graph[name].num_units - len(units)
         members = [m for m in graph[name].members if m.parameter in names]
-        places = [(names[m.parameter], m.dim) for m in members]
-        places = [place for place in places if not place[0].startswith(idle)]
-        read = counts[frozenset(places)]
-        # One unit left has no axis, and so no group.
-        if left > 1 and places and left not in read:
-            text = f"the cut model reads {sorted(read)} units where {left} were left"
+        members = [m for m in members if not names[m.parameter].startswith(idle)]
+        if left <= 1 or not members:  # one unit left has no axis, and so no group
+            continue
+        read = known[frozenset((names[m.parameter], m.dim) for m in members)]
+        counts = sorted({group.num_units for group in read})
+        if left not in counts:
+            text = f"the cut model reads {counts} units where {left} were left"
+            return Fault(text=text, group=name)
+        place = names[members[0].parameter], members[0].dim
+        expected = _positions_left(graph, removed, name, members[0])
+        if not any(torch.equal(expected, found) for g in read for found in _positions(g, place)):
+            text = f"the cut model reads other units of {place[0]} than were left"
             return Fault(text=text, group=name)
     return None
+
+
+def _positions_left(graph: CouplingGraph, removed: Removed, name: str, member: Member) -> Tensor:
+    """Where the units that are left of a group lie in a member's dim after the cut, rising."""
+    units = kept_positions(graph[name].num_units, removed[name])
+    gone = graph.positions(removed)[member.parameter, member.dim]
+    left = kept_positions(graph.shapes[member.parameter][member.dim], sorted(gone))
+    return torch.isin(left, member.index[units]).nonzero().flatten()
+
+
+def _positions(group: Group, place: ParameterDim) -> Iterator[Tensor]:
+    """The positions of a dim that a group owns, rising, for each member there."""
+    for member in group.members:
+        if (member.parameter, member.dim) == place:
+            yield member.index.unique()

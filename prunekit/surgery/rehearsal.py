@@ -1,18 +1,21 @@
-"""A cut tried before any work, on a copy on meta: which groups must stay whole.
+"""A cut tried before any work: which groups must stay whole.
 
 The tracer tells what must be cut together, and not what else a module needs: it may split by a
 number of which nothing tells how it changes, or take heads by fours only. So the functions that cut
-a model cut a copy of it first, which has no weights and runs in an instant.
+a model cut a copy of it first, which has no weights and runs in an instant. Then what the model
+computes is compared (`surgery.trial`).
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from prunekit.errors import CheckpointError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import as_under_export, meta_copy
 from prunekit.graph.choices import WAYS
-from prunekit.graph.groups import sort_by_likeness
+from prunekit.graph.groups import ParameterDim, sort_by_likeness
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.model.verify import required_record
 from prunekit.model.wrappers import without_hooks
@@ -35,6 +38,7 @@ from prunekit.surgery.fault import Fault
 from prunekit.surgery.masking import run_example
 from prunekit.surgery.shapes import find_needed_multiples
 from prunekit.surgery.sizes import HEADS
+from prunekit.surgery.trial import Trial, outer_units
 
 _COUNTED = (*HEADS, "expert")  # kinds whose units some modules take in certain numbers only
 _Removed = Mapping[str, list[int]]
@@ -57,7 +61,8 @@ def rehearse(
         model: the model, not changed; its weights may be on meta.
         graph: its graph.
         groups: the groups that are to be cut, all prunable.
-        saved: whether the model is to be saved, which its class may refuse after a cut.
+        saved: whether the model is to be saved; else its class may refuse a cut model if it refuses
+            the uncut one, too.
 
     Returns:
         The graph; groups that can't be cut are not prunable any more and have the reason, others
@@ -72,7 +77,7 @@ def rehearse(
         groups = [group for group in groups if group.name not in verdicts]
     stage = _Stage.build(model, graph, saved)
     if stage.find_fault(_smallest_cuts(model, groups)) is None:
-        return graph
+        return _compare(model, graph, groups)
     graph = _change(graph, dict(_judge(model, stage, groups)))
     left = [group for group in (graph[group.name] for group in groups) if group.prunable]
     if fault := stage.find_fault(_smallest_cuts(model, left)):
@@ -85,7 +90,36 @@ def rehearse(
         reason = f"it can't be cut together with the other groups: {fault}"
         stays = {"prunable": False, "exact": False, "reason": reason}
         graph = _change(graph, {group.name: stays for group in alike})
-    return graph
+        left = [group for group in left if group not in alike]
+    return _compare(model, graph, left)
+
+
+def _compare(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]) -> CouplingGraph:
+    """Find the groups without units of which the model computes something else than masked.
+
+    Inexact groups can't be compared, and nothing can while the weights are on meta.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return graph
+    alike = _sort_by_structure(model, groups)
+    cuts = {
+        key: outer_units(_smallest_cuts(model, first), first)
+        for key, (first, *_) in alike.items()
+        if all(group.exact for group in first)
+    }
+    verdicts = {
+        group.name: {"prunable": False, "exact": False, "reason": _explain(fault)}
+        for key, fault in Trial(model=model, graph=graph).find_faults(cuts).items()
+        for bundle in alike[key]
+        for group in bundle
+    }
+    return _change(graph, verdicts) if verdicts else graph
+
+
+def _explain(fault: str) -> str:
+    """The reason of groups in several layers, given what was found in one of them."""
+    where = re.sub(r"(?<=[a-z_])\.\d+(?=[. ])", ".*", fault)
+    return f"a number or a slice in its code doesn't follow the cut: {where}"
 
 
 def _change(graph: CouplingGraph, verdicts: Mapping[str, dict[str, Any]]) -> CouplingGraph:
@@ -143,8 +177,9 @@ def _find_in_the_way(
 
 
 def _key(group: Group) -> Hashable:
-    """The likeness of a group, and of heads which of several groups in their layer they are."""
-    return group.likeness, group.name.rpartition(".")[2] if group.kind in HEADS else ""
+    """The likeness of a group, and which of several in its module it is."""
+    is_alone = group.module.endswith(group.name)
+    return group.likeness, "" if is_alone else group.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,7 +192,7 @@ class _Stage:
         way: the context in which the copy runs, one of `WAYS`.
         outputs: the output tensors of the uncut copy; None where meta can't run it: then it is
             traced to see whether it runs.
-        saved: whether its class must hold the cut model.
+        saved: whether its class must hold the cut model even if it can't hold the uncut one.
         compares: whether the outputs must keep their shapes; else it must run.
     """
 
@@ -189,23 +224,51 @@ class _Stage:
         if fault := cut_until_right(cut, lambda: self._check(removed)):
             return fault.text.splitlines()[0]
         try:
-            if self.saved:
-                required_record(self.copy)
-        except CheckpointError as error:
-            return str(error)
+            refusal = _refuse_saving(self.copy)
         finally:
             last[0].undo()
-        return None
+        return refusal if self.saved or self._can_be_saved else None
+
+    @cached_property
+    def _can_be_saved(self) -> bool:
+        return _refuse_saving(self.copy) is None
 
     def _check(self, removed: _Removed) -> Fault | None:
         if self.outputs is None:
             return count_units(self.copy, self.graph, removed)
         outputs = self._run()
-        return compare_shapes(self.outputs, outputs) if self.compares else None
+        if not self.compares:
+            return None
+        fault = compare_shapes(self.outputs, outputs)
+        counts = fault is None and _halve_a_dim(self.graph, removed)
+        return count_units(self.copy, self.graph, removed) if counts else fault
 
     def _run(self) -> list[Tensor]:
         with self.way():
             return _run(self.copy, self.graph)
+
+
+def _refuse_saving(model: nn.Module) -> str | None:
+    """Why a model can't be saved, if so."""
+    try:
+        required_record(model)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _halve_a_dim(graph: CouplingGraph, removed: _Removed) -> bool:
+    """Whether inexact groups own parts of dims: a slice by constants may go on to take the old one.
+
+    Nothing that the model computes tells, as nothing masked equals a cut of them.
+    """
+    owners = Counter(place for group in graph.groups for place in _places(group))
+    inexact = (graph[name] for name in removed if not graph[name].exact)
+    return any(owners[place] > 1 for group in inexact for place in _places(group))
+
+
+def _places(group: Group) -> set[ParameterDim]:
+    return {(member.parameter, member.dim) for member in group.members}
 
 
 def _run(copy: nn.Module, graph: CouplingGraph) -> list[Tensor]:
@@ -218,19 +281,25 @@ def _judge(
     model: nn.Module, stage: _Stage, groups: Sequence[Group]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each group and what is to be changed of it."""
-    verdicts: dict[Hashable, tuple[str | None, int]] = {}
-    structures = _structures_around(model, groups)
-    for bundle in _bundle(groups):
-        first = bundle[0]
-        key = (_key(first), structures.get(first.name, first.name))
-        if key not in verdicts:
-            verdicts[key] = _try(model, stage, bundle)
-        reason, multiple = verdicts[key]
-        for group in bundle:
+    for bundles in _sort_by_structure(model, groups).values():
+        reason, multiple = _try(model, stage, bundles[0])
+        for group in (group for bundle in bundles for group in bundle):
             if reason is None:
                 yield group.name, {"multiple": multiple}
             else:
                 yield group.name, {"prunable": False, "exact": False, "reason": reason}
+
+
+def _sort_by_structure(
+    model: nn.Module, groups: Sequence[Group]
+) -> dict[Hashable, list[list[Group]]]:
+    """Bundles of groups that are alike, in layers that are; one bundle stands for all of them."""
+    alike: dict[Hashable, list[list[Group]]] = defaultdict(list)
+    structures = _structures_around(model, groups)
+    for bundle in _bundle(groups):
+        first = bundle[0]
+        alike[_key(first), structures.get(first.name, first.name)].append(bundle)
+    return dict(alike)
 
 
 def _try(model: nn.Module, stage: _Stage, bundle: Sequence[Group]) -> tuple[str | None, int]:

@@ -109,6 +109,48 @@ def test_experts_that_look_at_numbers_are_traced_and_cut(options):
     torch.testing.assert_close(model(other), masked(other))
 
 
+class Named(nn.Module):
+    """Experts that a loop finds by their names, and a mask that is made unless it is compiled
+    (Switch); the router is cast to the type that it has (NLLB-MoE)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.router, self.head = (
+            nn.Embedding(20, 6),
+            nn.Linear(6, 2),
+            nn.Linear(6, 3),
+        )
+        self.experts = nn.ModuleDict(
+            {
+                f"expert_{i}": nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6))
+                for i in range(2)
+            }
+        )
+
+    def forward(self, input_ids, attention_mask=None):
+        if attention_mask is None and not torch.compiler.is_compiling():
+            attention_mask = torch.ones_like(input_ids)
+        x, mask = self.embedding(input_ids).flatten(0, 1), attention_mask[..., None].flatten(0, 1)
+        self.router = self.router.to(torch.float32)
+        sent = F.one_hot(self.router(x).argmax(-1), 2).T
+        out = torch.zeros_like(x)
+        for expert in (sent.sum(1) > 0).nonzero():
+            (token,) = torch.where(sent[expert[0]])
+            out.index_add_(0, token, self.experts[f"expert_{expert[0]}"](x[token]))
+        return self.head((x + out) * mask)
+
+
+def test_experts_by_name_and_masks_that_are_made_are_traced_and_cut():
+    torch.manual_seed(0)
+    model, ids = randomise(Named(), 0.3).eval(), torch.randint(0, 20, (4, 6))
+    masked = copy.deepcopy(model)
+    result = prunekit.prune(model, ratio=0.2, method="magnitude", calibration=[{"input_ids": ids}])
+    zero_units(masked, result.graph, result.plan.removed)
+    names = {f"experts.expert_{i}" for i in range(2)}
+    assert names == {result.graph[name].module for name in result.plan.removed}
+    torch.testing.assert_close(model(ids), masked(ids))
+
+
 class Marked(nn.Module):
     """A classifier of what stands at a mark, 2, which each text must hold (BART); `apart`: tokens
     go through one adapter or another (XMOD)."""

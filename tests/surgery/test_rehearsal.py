@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import example, randomise, tiny_llama, token_ids
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import prunekit
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
@@ -15,6 +15,8 @@ from prunekit.graph import trace
 from prunekit.plan import PruningPlan
 from prunekit.report.pruning import gather_left_out, tell_left_out
 from prunekit.surgery import apply_plan, rehearsal
+from prunekit.surgery.counting import count_units
+from prunekit.surgery.cut import cut_model
 from prunekit.surgery.rehearsal import rehearse
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
@@ -51,6 +53,21 @@ def free(layer, x):
 def fixed(layer, x):
     """The width stands in the code: no attribute can follow."""
     return x.reshape(len(x), 24)
+
+
+def scaled(layer, x):
+    """The width is read off a tensor and computed with: nothing masked has the smaller one."""
+    return x * x.shape[-1] ** -0.5
+
+
+def sliced(layer, x):
+    """The bounds stand in the code: units that lie behind those removed move over them."""
+    return torch.cat([x[:, :4], x[:, 4:12] * 2, x[:, 12:]], -1)
+
+
+def summed(layer, x):
+    """As `sliced`, of units that are summed without a weight, so that no mask equals a cut."""
+    return x * x[:, 4:12].sum(-1, keepdim=True)
 
 
 class Other(nn.Module):
@@ -147,6 +164,47 @@ def test_the_numbers_in_which_units_can_go_are_found():
     calibration = [{"x": torch.randn(2, 3, 12)}]
     result = prunekit.prune(model, method="magnitude", ratio=0.15, calibration=calibration)
     assert model.n == 6 and result.report.left_out is None
+
+
+@pytest.mark.parametrize(
+    ("how", "left"), [(scaled, []), (sliced, ["layers.1.mlp.2"]), (summed, ["layers.1.mlp.2"])]
+)
+def test_numbers_in_the_code_that_do_not_follow_are_found_before_any_work(how, left):
+    """Units before the end of the slice have to stay, those behind it may go."""
+    torch.manual_seed(0)
+    model = Layers(free, how, how)
+    before = copy.deepcopy(model.state_dict())
+    graph = rehearsed(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    groups = [g for g in graph.groups if g.kind == "mlp" and g.layer]
+    assert [g.name for g in groups if g.prunable and g.layer == 1] == left
+    assert all(g.reason for g in groups if not g.prunable)
+    removed = {g.name: [0, 2] for g in graph.groups if g.kind == "mlp" and g.prunable}
+    apply_plan(model, graph, PruningPlan(removed))
+
+
+def test_positions_are_counted_too():
+    """The slice takes as many units as before, and one of another group in place of its own.
+
+    The masked model tells nothing here: its units are dead.
+    """
+    model = Layers(free, sliced)
+    nn.init.constant_(model.layers[1].up.bias, -100)
+    graph = trace(model, (torch.randn(4, 12),))
+    removed = {"layers.1.mlp.0": [1], "layers.1.mlp.2": list(range(8))}
+    cut_model(model, graph, removed)
+    text = count_units(model, graph, removed).text
+    assert text == "the cut model reads other units of layers.1.up.weight than were left"
+
+
+def test_a_class_that_refuses_the_sizes_counts_in_memory_where_it_takes_the_uncut_model():
+    """MPNet's config wants the number of heads to divide the hidden size."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
+    config = AutoConfig.for_model("mpnet", num_attention_heads=4, **sizes)
+    model = AutoModel.from_config(config)
+    graph = rehearsed(model, trace(model, {"input_ids": token_ids(2, 8)}))
+    assert graph["encoder"].prunable and graph["encoder"].multiple == 2
 
 
 def test_what_meta_can_not_run_is_traced_instead(monkeypatch):
@@ -323,8 +381,7 @@ def test_a_class_that_refuses_the_sizes_counts_where_the_model_is_saved(monkeypa
             )
 
     monkeypatch.setattr(rehearsal, "required_record", refuse)
-    assert rehearsed(model, graph) is graph
-    graph = rehearsed(model, graph, saved=True)
+    graph = rehearsed(model, graph)
     verdicts = {(group.kind, group.prunable) for group in graph.groups if group.layer == 0}
     assert {("mlp", False), ("attention", True)} <= verdicts
     assert "can't be saved" in graph["layers.0.mlp"].reason
