@@ -6,6 +6,7 @@ the jobs that were not done yet.
 
 import json
 import multiprocessing
+import os
 import queue
 import threading
 import time
@@ -113,7 +114,8 @@ def _start(work: Work) -> Connection:
 
 
 def _serve(work: Work, jobs: Connection) -> None:
-    """Do jobs until one fails, or until there are no more."""
+    """Do jobs until one fails, until there are no more, or until the process that gave them ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             result = work(jobs.recv())
@@ -124,3 +126,11 @@ def _serve(work: Work, jobs: Connection) -> None:
             jobs.send({"error": f"{type(error).__name__}: {lines[0]}"})
             return
         jobs.send(result)
+
+
+def _end_with_parent() -> None:
+    """End this process, whatever it is at, as soon as the one that started it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a process of `_start` has one
+    parent.join()
+    os._exit(1)

@@ -1,6 +1,8 @@
 """`benchmarks/gpu.py` in small, on the CPU: every part, what a line says, and what goes wrong."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -142,6 +144,28 @@ def test_a_job_that_fails_or_kills_its_process_costs_no_other_one(monkeypatch, t
     assert results["os._exit(1)"] == {"error": "its process died"}
     assert [results[text]["is"] for text in "1234"] == [1, 2, 3, 4]
     assert results["3"]["by"] == results["4"]["by"] != results["2"]["by"] != results["1"]["by"]
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    """Its output ends only when no process holds it any more."""
+    body = """
+import os, sys, time
+
+def work(job):
+    print("at work", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import workers
+    list(workers.spread([{}], work, 1))
+"""
+    (tmp_path / "parent.py").write_text(body)
+    command = [sys.executable, tmp_path / "parent.py", BENCHMARKS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"at work\n"
+        parent.kill()
+        assert parent.communicate(timeout=60) == (b"", None)
 
 
 def test_runs_of_the_search_come_by_what_they_say_and_their_file_survives(monkeypatch, tmp_path):
