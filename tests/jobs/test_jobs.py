@@ -4,12 +4,11 @@ share.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import command_line, example, tiny_llama
+from processes import COMMAND, run_together
 from report_schema import read_report
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -482,16 +481,6 @@ def test_short_models_corpora_of_one_name_and_dropped_layers(place):
 
 
 def test_two_processes_recover_as_one(place, recovered):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "prunekit",
-        *SMALL,
-    ]
     options = [
         "task=recover",
         "model.path=recovered",
@@ -503,14 +492,8 @@ def test_two_processes_recover_as_one(place, recovered):
         "recovery.micro_batch=4",
     ]
     one, _ = done(*options, "output_dir=one", cwd=place)
-    two = subprocess.run(
-        [*command, *options, "output_dir=two"],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert two.returncode == 0, two.stderr
+    both = run_together(COMMAND, *SMALL, *options, "output_dir=two", cwd=place)
+    assert [process.returncode for process in both] == [0, 0], both
     two = read_report(place / "two")
     assert two["recovery"]["steps"] == one["recovery"]["steps"]
     for column in one["models"]:
