@@ -21,6 +21,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sharing.share_traces()
+sharing.share_rehearsals()
 if yaml.__with_libyaml__:  # the parser in C: Hydra reads some twenty files for each configuration
     yaml.SafeLoader = yaml.CSafeLoader
 torch.set_num_threads(1)

@@ -1,8 +1,11 @@
-"""One trace per structure and session: torch.export would take most of the time of these tests.
+"""One trace and one rehearsal per structure and session: they would take most of these tests' time.
 
 A coupling graph holds no weights and nobody changes it, so that models of one structure can have
 the same one. Whoever imports `trace` from `prunekit.graph` after `share_traces` gets the shared
 one: the tests, and prunekit itself. The tests of the tracer itself (`tests/graph`) trace anew.
+
+A rehearsal that changes nothing of a shared graph is not made again by `prunekit.prune`; its own
+tests call it directly.
 """
 
 import functools
@@ -87,3 +90,32 @@ def share_traces():
     """Let whoever imports `trace` from now on have the one that shares."""
     assert "prunekit.pipeline" not in sys.modules, "it holds the one that does not share"
     tracer.trace = sys.modules[trace_anew.__module__].trace = trace_once
+
+
+def rehearse_once(rehearse):
+    """`rehearse`, which returns the graph at once where it found nothing wrong with it before.
+
+    A graph that is not shared is rehearsed each time.
+    """
+    sound = set()  # (id of a shared graph, whether weights are on meta, saved or not, the groups)
+
+    @functools.wraps(rehearse)
+    def once(model, graph, groups, *, saved=False):
+        shared = any(graph is other for other, _ in _GRAPHS.values())
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        key = (id(graph), on_meta, saved, *(group.name for group in groups))
+        if shared and key in sound:
+            return graph
+        result = rehearse(model, graph, groups, saved=saved)
+        if result is graph:
+            sound.add(key)
+        return result
+
+    return once
+
+
+def share_rehearsals():
+    """Let `prunekit.prune` and the jobs leave out what was rehearsed well before."""
+    from prunekit import pipeline
+
+    pipeline.rehearse = rehearse_once(pipeline.rehearse)

@@ -1,9 +1,11 @@
 """Which models share a trace in these tests: those of one structure, and no others."""
 
+import copy
+
 import pytest
 import torch
 from conftest import example, tiny_llama
-from sharing import trace_anew, trace_once
+from sharing import rehearse_once, trace_anew, trace_once
 
 import prunekit
 from prunekit.surgery import counting
@@ -20,6 +22,29 @@ def test_models_of_one_structure_share_a_graph():
     graph = trace_once(tiny_llama(), example())
     assert trace_once(tiny_llama(seed=1), example()) is graph
     assert trace_once(tiny_llama().train(), example()) is graph
+
+
+def test_what_was_rehearsed_well_is_not_rehearsed_again():
+    """Not for other groups, nor where a fault was found, nor with a graph of one's own."""
+    model, calls, results = tiny_llama(), [], []
+
+    def rehearse(model, graph, groups, *, saved):
+        calls.append(groups)
+        return results.pop() if results else graph
+
+    once, graph = rehearse_once(rehearse), trace_once(model, example())
+    groups = list(graph.groups)
+    results.append(changed := copy.copy(graph))
+    assert once(model, graph, groups) is changed
+    assert once(model, graph, groups) is graph
+    assert once(tiny_llama(seed=1), graph, groups) is graph
+    assert len(calls) == 2
+    once(model, graph, groups[:1])
+    once(model, graph, groups, saved=True)
+    assert len(calls) == 4
+    for _ in range(2):
+        once(model, changed, groups)
+    assert len(calls) == 6
 
 
 def scaled(model):

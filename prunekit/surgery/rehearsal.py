@@ -51,14 +51,15 @@ def rehearse(
     *,
     saved: bool = False,
 ) -> CouplingGraph:
-    """Find which of these groups the model can't lose units of; no number is computed.
+    """Find which of these groups the model can't lose units of.
 
-    The smallest cut of all groups together is tried first. Where it fails, groups are tried one by
-    one; one stands for all that are like it, in layers that are alike. Where heads or experts can't
-    go one by one, a number in which they can is looked for.
+    The smallest cut of all groups together is tried first, on a copy without weights. Where it
+    fails, groups are tried one by one; one stands for all that are like it, in layers that are
+    alike. Where heads or experts can't go one by one, a number in which they can is looked for.
+    Then cuts of the model itself are compared with the masked model, and undone.
 
     Args:
-        model: the model, not changed; its weights may be on meta.
+        model: the model, left as it was; its weights may be on meta, where nothing is compared.
         graph: its graph.
         groups: the groups that are to be cut, all prunable.
         saved: whether the model is to be saved; else its class may refuse a cut model if it refuses
