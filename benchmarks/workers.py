@@ -114,7 +114,7 @@ def _start(work: Work) -> Connection:
 
 
 def _serve(work: Work, jobs: Connection) -> None:
-    """Do jobs until one fails, until there are no more, or until the process that gave them ends."""
+    """Do jobs until one fails, there are no more, or the process that gives them ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
