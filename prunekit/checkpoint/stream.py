@@ -65,6 +65,11 @@ def open_streamed(
         model = build_skeleton(folder, config, attn_implementation, trust_remote_code, shards.dtype)
     dense = not needs_prunekit(config)
     shards = _by_names_of(model, shards, dense)
+    if missing := _find_computed(model, shards):
+        raise CheckpointError(
+            f"{directory}: {missing} is in no file, as its class computes it: not read layer by "
+            "layer; expected memory.stream=false"
+        )
     if dense:
         _check_shapes(model, shards)
     _take_shapes(model, shards, dtype, is_ours(config))
@@ -141,6 +146,18 @@ def _key_finder(model: PreTrainedModel) -> Callable[[str], _Key]:
         return _Key(name=name)
 
     return find_key
+
+
+def _find_computed(model: PreTrainedModel, shards: Shards) -> str | None:
+    """A parameter that no file holds, as the model's class leaves it out (Marian's positions)."""
+    patterns = [*(getattr(model, "_keys_to_ignore_on_save", None) or ())]
+    for places in parameter_places(model).values():
+        names = [place.name for place in places]
+        if shards.entries.keys().isdisjoint(names) and any(
+            re.search(p, names[0]) for p in patterns
+        ):
+            return names[0]
+    return None
 
 
 def _check_shapes(model: nn.Module, shards: Shards) -> None:

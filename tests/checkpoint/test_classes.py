@@ -10,6 +10,7 @@ from processes import run_python
 from safetensors.torch import save_file
 
 import prunekit
+from prunekit.checkpoint import open_streamed
 
 SMALL = {
     "hidden_size": 32,
@@ -217,6 +218,14 @@ def test_what_transformers_cannot_build_is_refused_with_a_way_out(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(prunekit.PrunekitError, match="itself can't make .* take a version that"):
         prunekit.from_pretrained(tmp_path)
+
+
+def test_a_class_that_computes_a_weight_is_not_read_layer_by_layer(tmp_path):
+    config = transformers.MarianConfig(**ENCODER_DECODER, max_position_embeddings=16)
+    transformers.MarianMTModel(config).save_pretrained(tmp_path)
+    match = r"embed_positions.weight is in no file.*; expected memory.stream=false"
+    with pytest.raises(prunekit.PrunekitError, match=match):
+        open_streamed(tmp_path)
 
 
 def test_encoder_and_decoder_keep_widths_of_their_own(folders):

@@ -3,6 +3,9 @@
 import copy
 import io
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -50,6 +53,26 @@ def through_trainer(model, folder):
     return prunekit.from_pretrained(folder / "checkpoint-1")
 
 
+class Hub:
+    """Takes what is uploaded into a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, operations, **_):
+        for file in operations:
+            (self.folder / file.path_in_repo).write_bytes(Path(file.path_or_fileobj).read_bytes())
+
+
+def through_the_hub(model, folder):
+    with patch("transformers.utils.hub.hf_api", lambda **_: Hub(folder)):
+        model.push_to_hub("me/small")
+    return prunekit.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "through",
     [
@@ -58,8 +81,9 @@ def through_trainer(model, folder):
         through_torch,
         through_transformers,
         through_trainer,
+        through_the_hub,
     ],
-    ids=["deepcopy", "pickle", "torch.save", "save_pretrained", "Trainer"],
+    ids=["deepcopy", "pickle", "torch.save", "save_pretrained", "Trainer", "push_to_hub"],
 )
 def test_the_model_computes_the_same_afterwards(pruned, through, tmp_path):
     again = through(pruned, tmp_path)
