@@ -197,9 +197,7 @@ def prune_model(
     with stages("trace"):
         trace = trace_sound if streamed is None else trace_batch
         graph = trace(model, batches[0])
-        graph = rehearse_cut(
-            model, graph, config, method.scope, saved=folders.saves, matrices=method.needs_matrices
-        )
+        graph = rehearse_cut(model, graph, config, method, saved=folders.saves, batch=batches[0])
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)
@@ -234,10 +232,10 @@ def rehearse_cut(
     model: nn.Module,
     graph: CouplingGraph,
     config: RunConfig,
-    scope: Scope,
+    method: Method | None,
     *,
     saved: bool,
-    matrices: bool = False,
+    batch: Batch | None = None,
 ) -> CouplingGraph:
     """Tell and mark which of the groups that the configuration names can't be cut.
 
@@ -245,19 +243,20 @@ def rehearse_cut(
         model: the model.
         graph: its graph.
         config: names the groups.
-        scope: what a cut may touch.
+        method: what a cut may touch, and whether it takes matrices; None: anything.
         saved: whether the model is to be saved.
-        matrices: whether the consumers of a group must be matrices.
+        batch: what the graph's example was taken from, if anything.
 
     Raises:
         ConfigError: none can, or `scope.exclude` leaves none.
     """
+    scope = method.scope if method else Scope()
     everything = [*graph.groups, *graph.stacks]
     groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
-    if matrices:
+    if method and method.needs_matrices:
         graph = _leave_whole(graph, _find_misfits(model, groups))
         groups = [group for group in groups if graph[group.name].prunable]
-    graph = rehearse(model, graph, groups, saved=saved)
+    graph = rehearse(model, graph, groups, saved=saved, batch=batch)
     for line in tell_left_out(list_left_out(model, graph, config, scope)):
         say(line)
     return graph

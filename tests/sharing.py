@@ -100,13 +100,13 @@ def rehearse_once(rehearse):
     sound = set()  # (id of a shared graph, whether weights are on meta, saved or not, the groups)
 
     @functools.wraps(rehearse)
-    def once(model, graph, groups, *, saved=False):
+    def once(model, graph, groups, *, saved=False, **options):
         shared = any(graph is other for other, _ in _GRAPHS.values())
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         key = (id(graph), on_meta, saved, *(group.name for group in groups))
         if shared and key in sound:
             return graph
-        result = rehearse(model, graph, groups, saved=saved)
+        result = rehearse(model, graph, groups, saved=saved, **options)
         if result is graph:
             sound.add(key)
         return result

@@ -114,7 +114,7 @@ def _trace_text(model: nn.Module, batch: Mapping[str, Any]) -> CouplingGraph | N
 def examples_of(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The examples of a batch to try one after another, each larger than the one before."""
     samples = _first_samples(batch)
-    unlabelled = {k: v for k, v in samples.items() if k != "labels" or not _is_optional(model, k)}
+    unlabelled = _leave_out_labels(model, samples)
     tensors = {name for name, value in unlabelled.items() if isinstance(value, Tensor)}
     if "input_ids" in tensors and tensors <= _TEXT:
         short = {name: _shorten(value, unlabelled) for name, value in unlabelled.items()}
@@ -123,6 +123,25 @@ def examples_of(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str
     yield unlabelled
     if unlabelled.keys() != samples.keys():
         yield samples
+
+
+def longer_example(
+    model: nn.Module, batch: Mapping[str, Any], graph: CouplingGraph
+) -> dict[str, Any] | None:
+    """The first samples of a batch, where the example that a graph was traced with is shorter.
+
+    With longer samples a model may go another way; None where the example has their length.
+    """
+    example, whole = graph.example_inputs, _leave_out_labels(model, _first_samples(batch))
+    traced = example.get("input_ids") if isinstance(example, Mapping) else None
+    tokens = whole.get("input_ids")
+    if not isinstance(traced, Tensor) or not isinstance(tokens, Tensor):
+        return None
+    return whole if tokens.shape != traced.shape else None
+
+
+def _leave_out_labels(model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in samples.items() if k != "labels" or not _is_optional(model, k)}
 
 
 def _first_samples(batch: Mapping[str, Any]) -> dict[str, Any]:

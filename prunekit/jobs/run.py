@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.allocation.scope import Scope
 from prunekit.config import RunConfig, import_modules
 from prunekit.errors import ConfigError
 from prunekit.graph import CouplingGraph, trace
@@ -175,6 +174,6 @@ def run_trace(config: RunConfig, output: Path) -> CouplingGraph:
     )
     graph = trace(model, {"input_ids": ids})
     with suppress(ConfigError):  # none of the groups can be cut, as the table says then
-        graph = rehearse_cut(model, graph, config, Scope(), saved=True)
+        graph = rehearse_cut(model, graph, config, None, saved=True)
     write_couplings(graph, output)
     return graph

@@ -41,9 +41,7 @@ def run_search(job: Job) -> Outcome:
     batches = make_calibration(job, subject, windows)
     with job.stages("trace"):
         graph = trace_sound(subject.model, batches[0])
-        graph = rehearse_cut(
-            subject.model, graph, config, method.scope, saved=True, matrices=method.needs_matrices
-        )
+        graph = rehearse_cut(subject.model, graph, config, method, saved=True, batch=batches[0])
     with job.stages("search"):
         folders = folders_of(job)
         state = folders.open_state(config, graph, batches)

@@ -68,6 +68,28 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Restore:
     return restore
 
 
+def keep_members(model: nn.Module) -> Restore:
+    """Note the attributes, submodules and buffers that every module has.
+
+    A forward pass may replace them for good: BigBird's attention, once a text is short.
+    """
+    kept = [
+        (vars(module), dict(vars(module)), dict(module._modules), dict(module._buffers))
+        for module in model.modules()
+    ]
+
+    def restore() -> None:
+        for attributes, before, *members in kept:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+            for name, own in zip(("_modules", "_buffers"), members, strict=True):
+                attributes[name].clear()
+                attributes[name].update(own)
+
+    return restore
+
+
 def keep_gradients(model: nn.Module) -> Restore:
     """Note which parameters want a gradient, and the gradients that they hold."""
     kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -90,8 +112,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """As `evaluating`; buffers are put back as well, for a forward pass may count its calls."""
-    with restoring(keep_tensors(model.buffers())), evaluating(model):
+    """As `evaluating`; buffers and attributes are put back as well.
+
+    A forward pass may count its calls, or take another way from then on.
+    """
+    with restoring(keep_tensors(model.buffers()), keep_members(model)), evaluating(model):
         yield
 
 

@@ -155,9 +155,11 @@ def precisions(model: nn.Module) -> tuple[torch.dtype, ...]:
 
 
 def catch_fault(action: Check) -> Fault | None:
-    """Return what a check returns; any error of it is a fault too."""
+    """Return what a check returns; any error of it is a fault too, but for lack of memory."""
     try:
         return action()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error) or type(error).__name__
         return Fault(text=f"the cut model doesn't run: {reason}", runs=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,19 @@ from prunekit.runtime.modes import at_rest
 from prunekit.surgery.layers import passing_over
 
 
-@torch.no_grad()
 def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
     """Run the model on the graph's example inputs, in evaluation mode; all its output tensors."""
+    return run_inputs(model, graph.example_inputs)
+
+
+@torch.no_grad()
+def run_inputs(
+    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]
+) -> list[Tensor]:
+    """Run the model on inputs, keyword or positional, as `run_example` does."""
     device = next(model.parameters()).device
     inputs = torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t.to(device, copy=True), graph.example_inputs
+        Tensor, lambda t: t.to(device, copy=True), example_inputs
     )
     with at_rest(model):
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

@@ -24,6 +24,7 @@ from prunekit.errors import CheckpointError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import as_under_export, meta_copy
 from prunekit.graph.choices import WAYS
+from prunekit.graph.example import longer_example
 from prunekit.graph.groups import ParameterDim, sort_by_likeness
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.model.verify import required_record
@@ -50,6 +51,7 @@ def rehearse(
     groups: Sequence[Group],
     *,
     saved: bool = False,
+    batch: Mapping[str, Any] | None = None,
 ) -> CouplingGraph:
     """Find which of these groups the model can't lose units of.
 
@@ -64,6 +66,8 @@ def rehearse(
         groups: the groups that are to be cut, all prunable.
         saved: whether the model is to be saved; else its class may refuse a cut model if it refuses
             the uncut one, too.
+        batch: what the graph's example was taken from: the first samples of it are compared on,
+            too, where they are longer.
 
     Returns:
         The graph; groups that can't be cut are not prunable any more and have the reason, others
@@ -78,7 +82,7 @@ def rehearse(
         groups = [group for group in groups if group.name not in verdicts]
     stage = _Stage.build(model, graph, saved)
     if stage.find_fault(_smallest_cuts(model, groups)) is None:
-        return _compare(model, graph, groups)
+        return _compare(model, graph, groups, batch)
     graph = _change(graph, dict(_judge(model, stage, groups)))
     left = [group for group in (graph[group.name] for group in groups) if group.prunable]
     if fault := stage.find_fault(_smallest_cuts(model, left)):
@@ -92,10 +96,12 @@ def rehearse(
         stays = {"prunable": False, "exact": False, "reason": reason}
         graph = _change(graph, {group.name: stays for group in alike})
         left = [group for group in left if group not in alike]
-    return _compare(model, graph, left)
+    return _compare(model, graph, left, batch)
 
 
-def _compare(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]) -> CouplingGraph:
+def _compare(
+    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group], batch: Mapping[str, Any] | None
+) -> CouplingGraph:
     """Find the groups without units of which the model computes something else than masked.
 
     Inexact groups can't be compared, and nothing can while the weights are on meta.
@@ -108,9 +114,10 @@ def _compare(model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]) ->
         for key, (first, *_) in alike.items()
         if all(group.exact for group in first)
     }
+    longer = None if batch is None else longer_example(model, batch, graph)
     verdicts = {
         group.name: {"prunable": False, "exact": False, "reason": _explain(fault)}
-        for key, fault in Trial(model=model, graph=graph).find_faults(cuts).items()
+        for key, fault in Trial(model=model, graph=graph, longer=longer).find_faults(cuts).items()
         for bundle in alike[key]
         for group in bundle
     }

@@ -2,7 +2,8 @@
 
 A copy on meta tells whether a cut model runs, and not what it computes: a slice by constants still
 runs, and a width that stands in the code as a number. So units of one group of each structure are
-cut, and the model is compared with the masked one on the example, a few tokens long.
+cut, and the model is compared with the masked one on the example, a few tokens long, and on samples
+as long as they are, with which it may go another way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
 from prunekit.errors import DataError
@@ -18,9 +22,10 @@ from prunekit.graph import CouplingGraph, Group
 from prunekit.surgery.attempts import cut_until_right
 from prunekit.surgery.attributes import Attempt
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.check import expectations
+from prunekit.surgery.check import Run, expectations
 from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
+from prunekit.surgery.masking import run_inputs
 
 _Removed = Mapping[str, list[int]]
 
@@ -32,10 +37,12 @@ class Trial:
     Args:
         model: the model, its weights loaded; it is put back after every cut.
         graph: its graph.
+        longer: keyword arguments to compare with beside the example; None: there are none.
     """
 
     model: nn.Module
     graph: CouplingGraph
+    longer: Mapping[str, Any] | None = None
 
     def find_faults(self, cuts: Mapping[Hashable, _Removed]) -> dict[Hashable, str]:
         """Which of some cuts leave a model that computes something else, and what it is.
@@ -54,6 +61,12 @@ class Trial:
         return {key: fault.text for key, fault in faults.items() if fault}
 
     def _find_fault(self, removed: _Removed) -> Fault | None:
+        fault = self._find_fault_on(None, removed)
+        if fault is None and self.longer is not None:
+            fault = self._find_fault_on(partial(run_inputs, self.model, self.longer), removed)
+        return fault
+
+    def _find_fault_on(self, run: Run | None, removed: _Removed) -> Fault | None:
         last: list[Changes] = []
 
         def cut(attempt: Attempt) -> Changes:
@@ -61,8 +74,9 @@ class Trial:
             return last[0]
 
         fault = None
-        with suppress(DataError):  # no numbers to compare
-            for expectation in expectations(self.model, self.graph, removed):
+        # Without finite numbers, or memory for the longer samples, there is nothing to compare.
+        with suppress(DataError, torch.OutOfMemoryError):
+            for expectation in expectations(self.model, self.graph, removed, run):
                 try:
                     fault = cut_until_right(cut, expectation.check_outputs)
                 finally:

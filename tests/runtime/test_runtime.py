@@ -78,6 +78,17 @@ def test_buffers_are_put_back_at_rest():
     assert torch.equal(model[1].running_mean, torch.zeros(3))
 
 
+def test_what_a_forward_pass_replaces_is_put_back_at_rest():
+    model = layers()
+    model.kind, norm, mean = "sparse", model[1], model[1].running_mean
+    with at_rest(model):
+        model.kind, model.calls = "full", 1
+        model[1] = nn.Identity()
+        norm.running_mean = torch.ones(3)
+    assert model.kind == "sparse" and not hasattr(model, "calls")
+    assert model[1] is norm and norm.running_mean is mean and norm.training
+
+
 def test_attributes_are_put_back_present_or_absent():
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     one.forward = len

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import prunekit
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import trace
+from prunekit.graph.example import trace_batch
 from prunekit.plan import PruningPlan
 from prunekit.report.pruning import gather_left_out, tell_left_out
 from prunekit.surgery import apply_plan, rehearsal
@@ -409,3 +410,33 @@ def test_guesses_that_exact_groups_need_are_made_beside_inexact_ones():
     assert rehearsed(model, graph, kinds=(exact.kind, inexact.kind)) is graph
     apply_plan(model, graph, PruningPlan({exact.name: [0, 1], inexact.name: [3]}))
     assert model.span == 22 and model(torch.randn(4, 12)).shape == (4, 5)
+
+
+class ByLength(nn.Module):
+    """Its width is a number in what it does with more than sixteen tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 12), nn.Linear(12, 20)
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        h = self.up(x).relu()
+        if input_ids.shape[1] > 16:
+            h = h / h.shape[-1]
+        return self.head(x + self.down(h))
+
+
+@pytest.mark.parametrize(("length", "memory"), [(16, True), (17, True), (17, False)])
+def test_the_way_of_longer_samples_is_compared_where_memory_lets_it(monkeypatch, length, memory):
+    def run_out(*_):
+        raise torch.OutOfMemoryError
+
+    if not memory:
+        monkeypatch.setattr("prunekit.surgery.trial.run_inputs", run_out)
+    model, batch = ByLength(), {"input_ids": token_ids(2, length, vocabulary=20)}
+    graph = trace_batch(model, batch)
+    after = rehearse(model, graph, [graph["mlp"]], batch=batch)
+    assert after["mlp"].prunable == (length == 16 or not memory)
+    assert after is graph or "the input of down differs" in after["mlp"].reason
