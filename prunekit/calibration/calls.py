@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunekit.calibration.hooks import Stop, replacing
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Batch, Numbered, copy_batch
+from prunekit.model.stack import layers_in
 
 _tree = torch.utils._pytree
 # What a layer may return, given its hidden states; None: no cache, no weights of the attention.
@@ -110,7 +111,7 @@ def _record_batch(
     """Run the model with stand-ins for its layers; None where not all are called, in order."""
     recorder = _Recorder(len(layers), give_back, changing)
     with ExitStack() as stack:
-        for i, layer in enumerate(layers):
+        for i, layer in layers_in(layers).items():
             stack.enter_context(replacing(layer, partial(recorder.stand_in, i)))
         try:
             model(**copy_batch(batch))

@@ -32,7 +32,7 @@ from prunekit.calibration.token_norms import Norms, block_norms, has_norms, stre
 from prunekit.calibration.weigher import OWN_NORM, Weigher
 from prunekit.data.batches import Numbered, Padding, count_positions, find_padding
 from prunekit.graph import Group
-from prunekit.model.stack import stacks_around
+from prunekit.model.stack import layers_in, stacks_around
 from prunekit.runtime.console import say
 from prunekit.runtime.processes import add_up, hold_everywhere, together
 
@@ -303,7 +303,7 @@ class Stream:
 
 def _share_consumers(layers: nn.ModuleList, consumers: Mapping[str, list[Consumer]]) -> bool:
     """Whether a consumer lies in more than one layer."""
-    inside = [set(layer.modules()) for layer in layers]
+    inside = [set(layer.modules()) for layer in layers_in(layers).values()]
     return any(
         sum(consumer.module in modules for modules in inside) > 1
         for own in consumers.values()

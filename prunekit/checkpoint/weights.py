@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint.shards import Shards
 from prunekit.errors import CheckpointError, DataError
-from prunekit.model.stack import lies_in, module_lists, place_in_stack
+from prunekit.model.stack import layers_in, lies_in, module_lists, place_in_stack
 from prunekit.model.ties import Place, parameter_places
 
 _Places = list[Place]  # where one parameter is held
@@ -251,5 +251,5 @@ def _units(weights: Weights) -> Iterator[tuple[nn.Module, Callable[[], list[_Pla
         if module._parameters and place_in_stack(weights.model, path) is None:
             yield module, partial(weights._owned_by, module)
     for path, stack in module_lists(weights.model).items():
-        for index, layer in enumerate(stack):
+        for index, layer in layers_in(stack).items():
             yield layer, partial(weights._under, f"{path}.{index}".lstrip("."))

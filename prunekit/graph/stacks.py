@@ -21,6 +21,7 @@ from prunekit.model.stack import (
     foreign_index,
     hidden_of_call,
     hidden_of_output,
+    layers_in,
     module_lists,
 )
 from prunekit.model.ties import names_after
@@ -47,7 +48,7 @@ class Watch:
         for seen in (self.calls, self.problems, self.last):
             seen.clear()
         for path, stack in module_lists(model).items():
-            for index, layer in enumerate(stack):
+            for index, layer in layers_in(stack).items():
                 layer.register_forward_hook(partial(self._note_call, path, index), with_kwargs=True)
 
     def _note_call(
@@ -123,6 +124,8 @@ def _choose_names(paths: Sequence[str], taken: Container[str]) -> dict[str, str]
 
 def find_misfit(model: nn.Module, path: str, stack: nn.ModuleList) -> str | None:
     """Why config or indices of layers can't follow when layers are dropped; None: they can."""
+    if len(layers_in(stack)) < len(stack):
+        return "entries of its list are None"
     config = config_around(model, path)
     if getattr(config, "is_encoder_decoder", False):
         return "its model has an encoder and a decoder, and config.json holds one list of layers"

@@ -33,14 +33,21 @@ def lies_in(path: str, outer: str) -> bool:
     return not outer or path.startswith(f"{outer}.")
 
 
+def layers_in(stack: nn.ModuleList) -> dict[int, nn.Module]:
+    """Index → layer of a list; an entry may be None, and is left out."""
+    entries: Iterable[nn.Module | None] = stack
+    return {index: layer for index, layer in enumerate(entries) if layer is not None}
+
+
 def all_layers(model: nn.Module) -> list[nn.Module]:
-    """The entries of all outermost `ModuleList`s, each once, in the model's order."""
-    return list(dict.fromkeys(layer for stack in module_lists(model).values() for layer in stack))
+    """The layers of all outermost `ModuleList`s, each once, in the model's order."""
+    lists = module_lists(model).values()
+    return list(dict.fromkeys(layer for stack in lists for layer in layers_in(stack).values()))
 
 
 def main_stack(model: nn.Module) -> nn.ModuleList | None:
-    """The outermost `ModuleList` that holds the most parameters; None where there is none."""
-    lists = module_lists(model).values()
+    """The outermost `ModuleList` without None in it that holds the most parameters, or None."""
+    lists = [one for one in module_lists(model).values() if len(layers_in(one)) == len(one)]
     return max(lists, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
 
 
@@ -108,7 +115,7 @@ def _first_index(values: Mapping[int, Any]) -> int | None:
 def _plain_attributes(stack: nn.ModuleList) -> dict[tuple[str, str], dict[int, Any]]:
     """(path inside a layer, attribute) → layer → value, of the numbers and strings layers keep."""
     attributes: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for index, layer in enumerate(stack):
+    for index, layer in layers_in(stack).items():
         for path, module in layer.named_modules():
             for name, value in module.__dict__.items():
                 if type(value) in (int, float, str, bool):

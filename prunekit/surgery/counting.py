@@ -17,7 +17,7 @@ from prunekit.graph.capture import meta_copy
 from prunekit.graph.groups import Group, Member, ParameterDim, kept_positions
 from prunekit.graph.stacks import find_misfit
 from prunekit.model.modeling_prunekit import empty_sublayers
-from prunekit.model.stack import index_attributes
+from prunekit.model.stack import index_attributes, layers_in
 from prunekit.surgery.changes import Changes
 from prunekit.surgery.fault import Fault
 from prunekit.surgery.layers import drop_layers, leave_out_dropped
@@ -106,17 +106,17 @@ def _repeated_layers(layers: nn.ModuleList) -> list[int]:
     """The indices of the layers that differ in nothing but their index from an earlier layer."""
     known: set[Hashable] = set()
     repeated = []
-    for index, structure in enumerate(layer_structures(layers)):
+    for index, structure in layer_structures(layers).items():
         if structure in known:
             repeated.append(index)
         known.add(structure)
     return repeated
 
 
-def layer_structures(layers: nn.ModuleList) -> list[Hashable]:
-    """A key for each layer, equal for layers that differ in nothing but their index."""
+def layer_structures(layers: nn.ModuleList) -> dict[int, Hashable]:
+    """Index → a key for each layer, equal for layers that differ in nothing but their index."""
     own_index = {(path, name) for path, name, _ in index_attributes(layers)}
-    return [_structure(layer, own_index) for layer in layers]
+    return {index: _structure(layer, own_index) for index, layer in layers_in(layers).items()}
 
 
 def _structure(layer: nn.Module, ignored: Collection[tuple[str, str]]) -> Hashable:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prunekit.graph import CouplingGraph
 from prunekit.graph.groups import ParameterDim
-from prunekit.model.stack import hidden_of_call, hidden_of_output, module_lists
+from prunekit.model.stack import hidden_of_call, hidden_of_output, layers_in, module_lists
 from prunekit.runtime.precision import has_narrow, widen
 from prunekit.surgery.layers import leave_out_dropped
 
@@ -72,7 +72,7 @@ def find_probes(
     probes = [
         Probe(path=f"{path}.{index}", module=layer, is_layer=True)
         for path, layers in module_lists(model).items()
-        for index, layer in enumerate(layers)
+        for index, layer in layers_in(layers).items()
         if index not in dropped.get(path, ())
     ]
     gone = tuple(f"{path}.{index}." for path, units in dropped.items() for index in units)

@@ -327,7 +327,7 @@ def _try(model: nn.Module, stage: _Stage, bundle: Sequence[Group]) -> tuple[str 
 def _structures_around(model: nn.Module, groups: Sequence[Group]) -> dict[str, Hashable]:
     """Group → the structure of the layer that it lies in; none for groups outside of layers."""
     places = {g.name: place_in_stack(model, g.module) for g in groups if g.layer is not None}
-    known: dict[str, Sequence[Hashable]] = {}
+    known: dict[str, Mapping[int, Hashable]] = {}
     structures = {}
     for name, place in places.items():
         if place is not None:

@@ -288,18 +288,18 @@ class Stack(nn.Module):
     def __init__(self, how, sizes=(6, 6, 6)):
         super().__init__()
         self.how, self.num_layers = how, len(sizes)
-        self.layers = nn.ModuleList(nn.Linear(6, size) for size in sizes)
+        self.layers = nn.ModuleList(size and nn.Linear(6, size) for size in sizes)
         if how == "shared":
             self.layers[2] = self.layers[0]
         if how == "weights":
             self.layers[2].weight = self.layers[0].weight
-        self.head = nn.Linear(sizes[-1], 3)
+        self.head = nn.Linear(sizes[-1] or 6, 3)
 
     def forward(self, x):
         if self.how == "parallel":
             return self.head(sum(layer(x) for layer in self.layers))
         order = reversed(self.layers) if self.how == "backwards" else self.layers
-        for index, layer in enumerate(order):
+        for index, layer in enumerate(filter(None, order)):
             x = layer(x) * (index + 1 if self.how == "scaled" else 1)
         return self.head(x) * (self.num_layers if self.how == "counted" else 1)
 
@@ -311,6 +311,7 @@ class Stack(nn.Module):
         ("backwards", (6, 6, 6), "one after another"),
         ("shared", (6, 6, 6), "one after another"),
         ("chain", (6, 6, 8), "another could take"),
+        ("chain", (6, None), "entries of its list are None"),
     ],
 )
 def test_lists_that_are_no_stacks(how, sizes, reason):
@@ -363,6 +364,31 @@ def test_an_encoder_and_a_decoder_are_refused():
         "decoder.block.layer",
     ]  # heads have the short names
     assert all("encoder and a decoder" in stack.reason for stack in graph.stacks)
+
+
+class Gap(nn.Module):
+    """FFNs, and None for a layer that has none."""
+
+    def __init__(self):
+        super().__init__()
+        ffn = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
+        self.layers = nn.ModuleList([ffn, None, copy.deepcopy(ffn)])
+
+    def forward(self, x):
+        for layer in filter(None, self.layers):
+            x = x + layer(x)
+        return x
+
+
+def test_a_list_with_gaps_is_cut_inside_its_layers():
+    model, x = randomise(Gap(), 0.3), torch.randn(8, 6)
+    dense = copy.deepcopy(model)
+    result = prunekit.prune(
+        model, ratio=0.3, calibration=[{"x": x}], policy="uniform", compensation=None
+    )
+    assert set(result.plan.removed) == {"layers.0", "layers.2"}
+    zero_units(dense, result.graph, result.plan.removed)
+    torch.testing.assert_close(model(x), dense(x))
 
 
 def test_any_module_with_layers():
