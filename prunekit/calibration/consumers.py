@@ -142,6 +142,12 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
                 f"{member.parameter} is used in parts"
             )
         module, attribute, name = _place_of_product(places[member.parameter])
+        # What such a product is fed isn't what its module is, and the module's bias isn't its own.
+        if member.apart and len(shape) == 2 and (is_stock(module) or not member.elsewhere):
+            raise TraceError(
+                f"{group.name}: layer-wise pruning expects a product that is the call of one "
+                f"module, {member.parameter} is used outside of it, too"
+            )
         experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
         consumers += [
             Consumer(

@@ -55,12 +55,22 @@ class Findings:
     @cached_property
     def consumed(self) -> dict[tuple[ParameterDim, Atom], int]:
         """A dim of a parameter, an atom → where in `contractions` the atom is last summed over."""
-        last: dict[tuple[ParameterDim, Atom], int] = {}
+        return {use: orders[-1] for use, orders in self._sums.items()}
+
+    @cached_property
+    def _sums(self) -> dict[tuple[ParameterDim, Atom], list[int]]:
+        """A dim of a parameter, an atom → everywhere in `contractions` that the atom is summed."""
+        sums: dict[tuple[ParameterDim, Atom], list[int]] = defaultdict(list)
         for order, contraction in enumerate(self.contractions):
             for atom in ax.atoms(contraction.axis):
-                dims = contraction.dims or self._dims_with(atom, contraction.sources)
-                last.update({(place, atom): order for place in dims})
-        return last
+                for place in contraction.dims or self._dims_with(atom, contraction.sources):
+                    sums[place, atom].append(order)
+        return dict(sums)
+
+    def summing_modules(self, place: ParameterDim, atom: Atom) -> set[str]:
+        """The paths of the modules that sum over an atom in a dim of a parameter, as far known."""
+        modules = (self.contractions[order].module for order in self._sums.get((place, atom), ()))
+        return {module for module in modules if module is not None}
 
     def _dims_with(self, atom: Atom, names: Container[str]) -> list[ParameterDim]:
         """Every dim of these parameters whose axis holds the atom."""

@@ -52,6 +52,9 @@ class Member:
             one use would change the other.
         partly: whether every product sums over a part of the dim only, so that there are no inputs
             as wide as it: experts that lie one after another in a matrix.
+        apart: whether another module than a single one that holds the parameter sums over the dim,
+            too: `F.linear(x, a.weight.t())` outside of `a`. The inputs of `a` are no inputs of it.
+        stacked: whether the parameter is that of stacked experts [experts, rows, columns].
     """
 
     parameter: str
@@ -60,6 +63,8 @@ class Member:
     index: Tensor
     elsewhere: bool = False
     partly: bool = False
+    apart: bool = False
+    stacked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

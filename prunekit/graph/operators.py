@@ -53,12 +53,14 @@ class Contraction:
     """An axis that weights (`sources`, by name) are summed over against activations.
 
     `dims`: the dims of these weights that the axis is, where the weights are used as they are
-    stored; empty where that is not known.
+    stored; empty where that is not known. `module`: the path of the module that sums; None where
+    that is not known.
     """
 
     sources: frozenset[str]
     axis: Axis
     dims: frozenset[ParameterDim] = frozenset()
+    module: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

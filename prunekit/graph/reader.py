@@ -116,7 +116,7 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
     places = findings.places[atom]
     members, fixed = [], atom.pinned or why_grouping(findings, atom)
     for place in places:
-        member = _member(findings, atom, place)
+        member = _member(model, findings, atom, place)
         if member is None:
             fixed = fixed or f"its units own uneven parts of {place[0]}"
         else:
@@ -135,7 +135,7 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
     )
 
 
-def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | None:
+def _member(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDim) -> Member | None:
     """The slice of a parameter that the atom's units own; None where they own uneven parts."""
     name, dim = place
     owners = ax.owners(findings.axis(place), atom)
@@ -150,6 +150,21 @@ def _member(findings: Findings, atom: Atom, place: ParameterDim) -> Member | Non
         index=_index_table(owners, atom.size),
         partly=consumed and findings.widest_sum(name, atom) < len(owners),
         elsewhere=name in findings.otherwise or bool(findings.contracted.get(name, set()) - {dim}),
+        stacked=len(axes := findings.tensors[name]) == 3
+        and any("expert" in own.tags for own in ax.atoms(axes[0])),
+        apart=_is_apart(model, findings, atom, place),
+    )
+
+
+def _is_apart(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDim) -> bool:
+    """Whether the modules that sum over the atom are not a single one that holds the parameter."""
+    name = place[0]
+    if name in findings.buffers:
+        return False
+    parameter = model.get_parameter(name)
+    modules = {model.get_submodule(path) for path in findings.summing_modules(place, atom)}
+    return len(modules) > 1 or any(
+        all(parameter is not own for own in module.parameters(recurse=False)) for module in modules
     )
 
 

@@ -239,7 +239,8 @@ class _Tracer:
                 for dim, axis in enumerate(self.tensors[name])
                 if axis is contraction.axis
             )
-            self.contractions.append(replace(contraction, dims=frozenset(dims)))
+            module = call.module if call.node.meta.get("nn_module_stack") else None
+            self.contractions.append(replace(contraction, dims=frozenset(dims), module=module))
 
 
 def _values_in(tree: Any) -> list[Value]:

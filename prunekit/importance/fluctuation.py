@@ -53,13 +53,14 @@ class Fluctuation(ScoreImportance):
         inputs: Mapping[str, InputSums],
     ) -> Tensor:
         """The structures of a group [structures, num_units], given the inputs of its consumers."""
-        if not any(member.parameter in inputs for member in group.consumers):
+        known = [m for m in group.consumers if m.parameter in inputs and not m.apart]
+        if not known:
             raise ConfigError(
                 f"{group.name}: fluctuation scores what linear modules read, and none reads it"
             )
 
         def positions(member: Member) -> Tensor | None:
-            if member.role == "producer" or member.parameter not in inputs:
+            if member not in known:
                 return None
             weight = at_least_float32(model.get_parameter(member.parameter).detach())
             return along(weight.square(), member.dim) * inputs[member.parameter].variance()

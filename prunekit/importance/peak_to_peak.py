@@ -47,7 +47,7 @@ def _score(
     """The scores of a group's units [num_units], given the inputs of its consumers."""
     squares = torch.zeros(group.num_units, dtype=torch.float64)
     for member in group.consumers:
-        if member.parameter in inputs:
+        if member.parameter in inputs and not member.apart:
             norm = inputs[member.parameter].norm().double().cpu()
             squares += norm[member.index].square().sum(1)
     if not squares.any():

@@ -54,7 +54,7 @@ def _score(
     """The structures of a group [structures, num_units], of matrices whose inputs are known."""
 
     def positions(member: Member) -> Tensor | None:
-        if member.parameter not in inputs:
+        if member.parameter not in inputs or member.apart:
             return None
         norm = inputs[member.parameter].norm()
         return along(scale_by_inputs(model, member.parameter, norm), member.dim)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Container, Mapping, Sequence
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from prunekit.errors import CheckpointError, ConfigError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
@@ -77,16 +76,14 @@ def find_needed_multiples(model: nn.Module, groups: Sequence[Group]) -> dict[str
     [experts, rows, columns] take rows of whole 16 bytes, 8 numbers in half precision, which a model
     in float32 may be stored in too.
     """
-    stacked = {
+    whole = {
         name: max(16 // min(parameter.element_size(), 2), 1)
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 3
-        and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
     }
     multiples = {}
     for group in groups:
         members = group.members if group.kind != "expert" else ()
-        rows = [stacked[m.parameter] for m in members if m.dim > 0 and m.parameter in stacked]
+        rows = [whole[m.parameter] for m in members if m.stacked and m.dim > 0]
         # Rotary positions lie behind latents in memory, pairs of which are read as complex numbers.
         pair = 2 if group.kind == "latent" else 1
         multiples[group.name] = math.lcm(group.multiple, pair, *rows)

@@ -9,6 +9,8 @@ from torch import nn
 import prunekit
 from prunekit.calibration.activations import gather_input_statistics
 from prunekit.calibration.walk import Walk, find_consumers
+from prunekit.errors import TraceError
+from prunekit.surgery.shapes import find_needed_multiples
 
 
 def group_of(graph, parameter, dim):
@@ -129,3 +131,48 @@ def test_a_square_weight_of_the_residual_stream_has_a_role_in_each_dim():
         ("square", 1, True),
         ("head", 1, True),
     ]
+
+
+class Outside(nn.Module):
+    """A square layer that is called, and whose weight is used outside of the call, too."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.inner, self.square, self.head = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.transposed = transposed
+
+    def forward(self, x):
+        hidden = self.square(self.inner(x)).relu()
+        if self.transposed:
+            return self.head(F.linear(hidden, self.square.weight.t()))
+        return self.head(hidden) + F.linear(self.inner(x).tanh(), self.square.weight).sum()
+
+
+@pytest.mark.parametrize(("transposed", "dim"), [(True, 0), (False, 1)])
+def test_a_use_outside_of_the_modules_call_is_no_use_whose_inputs_are_known(transposed, dim):
+    model = Outside(transposed)
+    graph = prunekit.trace(model, {"x": torch.randn(2, 3)})
+    with pytest.raises(TraceError, match=r"square\.weight is used outside of it"):
+        find_consumers(model, group_of(graph, "square.weight", dim))
+    if transposed:  # the call itself is one, whose weight must stay as it is
+        other = find_consumers(model, group_of(graph, "square.weight", 1))
+        assert [(c.name, c.is_repairable) for c in other] == [("square", False), ("head", True)]
+
+
+class HeadsOfThreeDims(nn.Module):
+    """Attention whose projections are stored [d, heads, width]."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(8, 6, 4)) for _ in range(3))
+        self.o = nn.Linear(24, 8)
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("btd,dhe->bhte", x, w) for w in (self.q, self.k, self.v))
+        return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_of_three_dims_are_no_stacked_experts():
+    graph = prunekit.trace(HeadsOfThreeDims(), {"x": torch.randn(2, 5, 8)})
+    group = group_of(graph, "q", 1)
+    assert find_needed_multiples(HeadsOfThreeDims(), [group]) == {group.name: 1}
