@@ -65,6 +65,9 @@ def _groups_of_kind(part: Sequence[Group], name: str) -> list[Group]:
     if not groups and name == "block" and not unprunable:
         groups = exact
     if not groups:
+        if not unprunable and name == "block":  # the largest stands for them all
+            whole = [group for group in part if group.members and not group.prunable]
+            unprunable = sorted(whole, key=lambda g: -g.num_units * g.parameters_per_unit)
         found = ", ".join(sorted({group.kind for group in prunable})) or "none"
         where = "beside a language model" if name == "tower" else "of that kind"
         why = f" ({unprunable[0].name}: {unprunable[0].reason})" if unprunable else ""

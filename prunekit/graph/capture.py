@@ -1,6 +1,7 @@
 """Capture a module's forward pass as an ATen graph without running or copying a weight."""
 
 import copy
+import inspect
 import io
 import logging
 import os
@@ -158,12 +159,28 @@ def capture(
             break  # the ways after it differ in loops alone
     if programs:
         return min(programs, key=_count_unknown)
+    if problem := _find_misnamed(model, example_inputs):
+        raise TraceError(f"{type(model).__name__}: {problem}") from errors[0]
     by_numbers = type(errors[0]).__name__ in _NUMBERS_NEEDED
     kind, way_out = (TraceError, WAY_OUT) if by_numbers else (InputsError, _OTHER_WAY)
     text = (
         f"torch.export can't capture its forward pass: {_explain(errors[0], by_numbers)}{way_out}"
     )
     raise kind(f"{type(model).__name__}: {text}") from errors[0]
+
+
+def _find_misnamed(
+    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]
+) -> str | None:
+    """What is wrong with the names of keyword arguments, and which ones a forward pass takes."""
+    if not isinstance(example_inputs, Mapping):
+        return None
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(**example_inputs)
+    except TypeError as error:
+        return f"inputs: {error}; its forward pass takes {', '.join(signature.parameters)}"
+    return None
 
 
 def _export(

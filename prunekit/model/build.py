@@ -170,7 +170,7 @@ def build_dense(
 
 
 def adopt(model: nn.Module, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
-    """Give every parameter its tensor of the file; tied ones stay tied.
+    """Give every parameter its tensor of the file; tied ones stay tied, frozen ones frozen.
 
     Buffers that are among the tensors are replaced as well.
 
@@ -189,8 +189,10 @@ def adopt(model: nn.Module, tensors: Mapping[str, Tensor], exact: bool = False) 
             raise CheckpointError(f"damaged weights: {places[0].name} is missing")
         used.update(place.name for place in places)
         tensor, (module, attribute, _) = tensors[name], places[0]
-        _check_alike(module._parameters[attribute], tensor, name, exact)
-        parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        old = module._parameters[attribute]
+        _check_alike(old, tensor, name, exact)
+        wanted = (old is None or old.requires_grad) and tensor.is_floating_point()
+        parameter = nn.Parameter(tensor, requires_grad=wanted)
         for module, attribute, _ in places:
             module._parameters[attribute] = parameter
             fit_to_weight(module)

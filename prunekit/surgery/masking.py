@@ -7,15 +7,46 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.runtime.modes import at_rest
 from prunekit.surgery.layers import passing_over
 
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Drops nothing out: of fewer units, another part would go."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _drawing_alike() -> Iterator[None]:
+    """Let every pass draw the same random numbers; the generators are as before afterwards."""
+    on_gpu = torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if on_gpu else ()
+    with torch.random.fork_rng(devices=devices), _WithoutDropout():
+        torch.default_generator.manual_seed(0)
+        if on_gpu:
+            torch.cuda.manual_seed_all(0)
+        yield
+
 
 def run_example(model: nn.Module, graph: CouplingGraph) -> list[Tensor]:
-    """Run the model on the graph's example inputs, in evaluation mode; all its output tensors."""
+    """Run the model on the graph's example inputs, in evaluation mode; all its output tensors.
+
+    A model that draws random numbers in evaluation mode, too, draws the same ones each time.
+    """
     return run_inputs(model, graph.example_inputs)
 
 
@@ -28,7 +59,7 @@ def run_inputs(
     inputs = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: t.to(device, copy=True), example_inputs
     )
-    with at_rest(model):
+    with at_rest(model), _drawing_alike():
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     leaves = torch.utils._pytree.tree_leaves(
         dict(outputs) if isinstance(outputs, Mapping) else outputs

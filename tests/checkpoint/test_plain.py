@@ -63,7 +63,8 @@ def outputs(model):
 def test_a_plain_module_comes_back_bit_for_bit(groups, tmp_path):
     result = prune(groups)
     prunekit.save(result.model, tmp_path / "net", result.plan)
-    again = prunekit.load(Network, tmp_path / "net")
+    again = prunekit.load(lambda: Network().requires_grad_(groups == "auto"), tmp_path / "net")
+    assert {p.requires_grad for p in again.parameters()} == {groups == "auto"}
     assert torch.equal(outputs(again), outputs(result.model))
     assert again.head.weight is again.twin.weight
     assert again.blocks[0].first.in_channels == again.blocks[0].first.weight.shape[1] < 32

@@ -175,6 +175,14 @@ def test_operator_without_a_rule_is_an_error_that_says_how_to_add_one():
     assert [g.num_units for g in graph.groups if g.prunable] == [10]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "problem"), [(["input", "foo"], "'foo'; .*takes input$"), (["x"], "'input'; ")]
+)
+def test_keys_that_the_forward_pass_does_not_take(inputs, problem):
+    with pytest.raises(TraceError, match=f"Sequential: inputs: .* argument:? {problem}"):
+        trace(nn.Sequential(nn.Linear(4, 4)), {name: torch.ones(2, 4) for name in inputs})
+
+
 def test_a_module_that_cannot_be_captured():
     class Dynamic(nn.Module):
         def __init__(self):

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import example, randomise, tiny_llama, token_ids
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -18,6 +19,7 @@ from prunekit.report.pruning import gather_left_out, tell_left_out
 from prunekit.surgery import apply_plan, rehearsal
 from prunekit.surgery.counting import count_units
 from prunekit.surgery.cut import cut_model
+from prunekit.surgery.masking import run_example
 from prunekit.surgery.rehearsal import rehearse
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
@@ -368,6 +370,44 @@ def test_nothing_left_is_an_error_with_the_reason():
         ConfigError, match=r"no prunable group .* \(layers.0: the cut model doesn't"
     ):
         prunekit.prune(Layers(fixed, fixed), method="magnitude", calibration=[batch])
+
+
+class Parts(nn.Module):
+    """No FFN, and parts whose sizes stand in a list that does not follow a cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.sizes = nn.Linear(8, 96), nn.Linear(32, 8), [32, 32, 32]
+
+    def forward(self, x):
+        one, two, three = self.first(x).split(self.sizes, -1)
+        return self.second(one * two.sigmoid() + three)
+
+
+def test_the_reason_of_a_network_without_blocks_is_told_too():
+    batch = {"x": torch.randn(4, 8)}
+    with pytest.raises(ConfigError, match=r"groups=block: .* \(channel: the cut model doesn't run"):
+        prunekit.prune(Parts(), method="magnitude", calibration=[batch])
+
+
+class Chance(nn.Module):
+    """Draws random numbers in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.down(F.dropout(self.up(x + torch.rand(8)).relu()))
+
+
+def test_random_numbers_are_no_difference_and_the_generator_stays():
+    model, batch = Chance(), {"x": torch.randn(4, 8)}
+    graph, state = trace(model, batch), torch.get_rng_state()
+    torch.testing.assert_close(run_example(model, graph), run_example(model, graph))
+    assert torch.equal(torch.get_rng_state(), state)
+    how = {"ratio": 0.3, "method": "magnitude", "policy": "uniform"}
+    assert prunekit.prune(model, calibration=[batch], **how).plan.removed
 
 
 def test_a_class_that_refuses_the_sizes_counts_where_the_model_is_saved(monkeypatch):
