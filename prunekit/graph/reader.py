@@ -157,12 +157,15 @@ def _member(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDi
 
 
 def _is_apart(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDim) -> bool:
-    """Whether the modules that sum over the atom are not a single one that holds the parameter."""
+    """Whether the modules that sum over the atom are not a single one that holds the parameter.
+
+    A module that torch.export names by a slice of a list (`layers[:3]`) tells nothing.
+    """
     name = place[0]
     if name in findings.buffers:
         return False
-    parameter = model.get_parameter(name)
-    modules = {model.get_submodule(path) for path in findings.summing_modules(place, atom)}
+    parameter, paths = model.get_parameter(name), findings.summing_modules(place, atom)
+    modules = {model.get_submodule(path) for path in paths if "slice(" not in path}
     return len(modules) > 1 or any(
         all(parameter is not own for own in module.parameters(recurse=False)) for module in modules
     )

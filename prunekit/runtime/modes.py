@@ -71,21 +71,18 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Restore:
 def keep_members(model: nn.Module) -> Restore:
     """Note the attributes, submodules and buffers that every module has.
 
-    A forward pass may replace them for good: BigBird's attention, once a text is short.
+    A forward pass may replace them for good: BigBird's attention, once a text is short. What it
+    adds stays: transformers' hooks that capture outputs, and the note that they are there.
     """
     kept = [
-        (vars(module), dict(vars(module)), dict(module._modules), dict(module._buffers))
+        (members, dict(members))
         for module in model.modules()
+        for members in (vars(module), module._modules, module._buffers)
     ]
 
     def restore() -> None:
-        for attributes, before, *members in kept:
-            for name in attributes.keys() - before.keys():
-                del attributes[name]
-            attributes.update(before)
-            for name, own in zip(("_modules", "_buffers"), members, strict=True):
-                attributes[name].clear()
-                attributes[name].update(own)
+        for members, before in kept:
+            members.update(before)
 
     return restore
 
@@ -112,7 +109,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """As `evaluating`; buffers and attributes are put back as well.
+    """As `evaluating`; what a forward pass changes of buffers and attributes is put back as well.
 
     A forward pass may count its calls, or take another way from then on.
     """

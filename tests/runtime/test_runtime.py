@@ -82,10 +82,10 @@ def test_what_a_forward_pass_replaces_is_put_back_at_rest():
     model = layers()
     model.kind, norm, mean = "sparse", model[1], model[1].running_mean
     with at_rest(model):
-        model.kind, model.calls = "full", 1
+        model.kind = "full"
         model[1] = nn.Identity()
         norm.running_mean = torch.ones(3)
-    assert model.kind == "sparse" and not hasattr(model, "calls")
+    assert model.kind == "sparse"
     assert model[1] is norm and norm.running_mean is mean and norm.training
 
 

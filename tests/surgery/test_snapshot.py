@@ -59,7 +59,7 @@ def test_a_failure_of_the_last_check_puts_the_first_layer_back(monkeypatch):
 
     monkeypatch.setattr(Snapshot, "keep", note)
     monkeypatch.setattr(check, "compare_outputs", lambda *args: Fault(text="differs"))
-    monkeypatch.setattr(rehearsal, "_compare", lambda model, graph, groups: graph)
+    monkeypatch.setattr(rehearsal, "_compare", lambda model, graph, groups, batch: graph)
     with pytest.raises(SurgeryError, match="put back"):
         prunekit.prune(model, ratio=0.3, calibration=token_ids(8, 12))
     assert all(len(names) == 1 for names in kept), "group by group"
