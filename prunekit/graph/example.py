@@ -40,8 +40,8 @@ def trace_batch(
 
     Labels are left out where the model does without. Where it does not run on the smaller example,
     the next larger one is tried, and masks of ones where torch.export can't follow how it makes
-    them. Where a model that also sees or hears can't be traced with what it
-    sees, its language model is traced with text alone.
+    them. Where a model that also sees or hears can't be traced with what it sees, its language
+    model is traced with text alone.
 
     Args:
         model: the model.

@@ -12,6 +12,7 @@ operator takes. Register a rule for an operator of your own:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,9 @@ from torch.fx import Node
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
 from prunekit.graph.groups import ParameterDim
+
+# How torch.export may name an entry of a part of a list, `layers[1:3][0]`: slice(1, 3, None).0
+_SLICED = re.compile(r"\bslice\((None|\d+), [^()]*, (None|\d+)\)\.(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,7 @@ class Call:
     def module(self) -> str:
         """Path of the module that made the call."""
         stack = list(self.node.meta.get("nn_module_stack", {}).values())
-        return stack[-1][0] if stack else ""
+        return _SLICED.sub(_place_in_list, stack[-1][0]) if stack else ""
 
     @property
     def where(self) -> str:
@@ -303,3 +307,10 @@ def dim_of(value: Value, dim: int) -> int:
 def replace_axis(axes: Sequence[Axis], dim: int, *new: Axis) -> list[Axis]:
     """The axes with the one at `dim` replaced by others, or by none."""
     return [*axes[:dim], *new, *axes[dim + 1 :]]
+
+
+def _place_in_list(entry: re.Match[str]) -> str:
+    """The place in the whole list of an entry that is named by a part of it."""
+    start, step, place = (None if part == "None" else int(part) for part in entry.groups())
+    assert place is not None
+    return str((start or 0) + (step or 1) * place)

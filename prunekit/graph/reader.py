@@ -143,6 +143,7 @@ def _member(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDi
     if owners[0] == DIAGONAL or len(counts.unique()) != 1:
         return None
     consumed = (place, atom) in findings.consumed
+    first, *others = findings.tensors[name]
     return Member(
         parameter=name,
         dim=dim,
@@ -150,22 +151,18 @@ def _member(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDi
         index=_index_table(owners, atom.size),
         partly=consumed and findings.widest_sum(name, atom) < len(owners),
         elsewhere=name in findings.otherwise or bool(findings.contracted.get(name, set()) - {dim}),
-        stacked=len(axes := findings.tensors[name]) == 3
-        and any("expert" in own.tags for own in ax.atoms(axes[0])),
+        stacked=len(others) == 2 and any("expert" in own.tags for own in ax.atoms(first)),
         apart=_is_apart(model, findings, atom, place),
     )
 
 
 def _is_apart(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDim) -> bool:
-    """Whether the modules that sum over the atom are not a single one that holds the parameter.
-
-    A module that torch.export names by a slice of a list (`layers[:3]`) tells nothing.
-    """
+    """Whether the modules that sum over the atom are not a single one that holds the parameter."""
     name = place[0]
     if name in findings.buffers:
         return False
-    parameter, paths = model.get_parameter(name), findings.summing_modules(place, atom)
-    modules = {model.get_submodule(path) for path in paths if "slice(" not in path}
+    parameter = model.get_parameter(name)
+    modules = {model.get_submodule(path) for path in findings.summing_modules(place, atom)}
     return len(modules) > 1 or any(
         all(parameter is not own for own in module.parameters(recurse=False)) for module in modules
     )

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -239,8 +240,13 @@ class _Tracer:
                 for dim, axis in enumerate(self.tensors[name])
                 if axis is contraction.axis
             )
-            module = call.module if call.node.meta.get("nn_module_stack") else None
+            known = call.node.meta.get("nn_module_stack") and call.module in self._paths
+            module = call.module if known else None
             self.contractions.append(replace(contraction, dims=frozenset(dims), module=module))
+
+    @cached_property
+    def _paths(self) -> set[str]:
+        return {path for path, _ in self.model.named_modules(remove_duplicate=False)}
 
 
 def _values_in(tree: Any) -> list[Value]:

@@ -155,7 +155,7 @@ def _check_groups(
     for group in again.groups:
         places = [(m.parameter, m.dim) for m in group.members if not m.parameter.startswith(idle)]
         known[frozenset(places)].append(group)
-    names = graph.names_after(removed)
+    names, gone = graph.names_after(removed), graph.positions(removed)
     for name, units in leave_out_dropped(graph, removed).items():
         left = graph[name].num_units - len(units)
         members = [m for m in graph[name].members if m.parameter in names]
@@ -168,19 +168,24 @@ def _check_groups(
             text = f"the cut model reads {counts} units where {left} were left"
             return Fault(text=text, group=name)
         place = names[members[0].parameter], members[0].dim
-        expected = _positions_left(graph, removed, name, members[0])
+        lost = gone.get((members[0].parameter, members[0].dim), ())
+        expected = _positions_left(graph, graph[name], units, members[0], lost)
         if not any(torch.equal(expected, found) for g in read for found in _positions(g, place)):
             text = f"the cut model reads other units of {place[0]} than were left"
             return Fault(text=text, group=name)
     return None
 
 
-def _positions_left(graph: CouplingGraph, removed: Removed, name: str, member: Member) -> Tensor:
-    """Where the units that are left of a group lie in a member's dim after the cut, rising."""
-    units = kept_positions(graph[name].num_units, removed[name])
-    gone = graph.positions(removed)[member.parameter, member.dim]
-    left = kept_positions(graph.shapes[member.parameter][member.dim], sorted(gone))
-    return torch.isin(left, member.index[units]).nonzero().flatten()
+def _positions_left(
+    graph: CouplingGraph, group: Group, units: list[int], member: Member, lost: Collection[int]
+) -> Tensor:
+    """Where what is left of a group lies in a member's dim after the cut, rising.
+
+    `units` are those that the group lost, `lost` the positions of the dim that any group did.
+    """
+    kept = kept_positions(group.num_units, units)
+    left = kept_positions(graph.shapes[member.parameter][member.dim], sorted(lost))
+    return torch.isin(left, member.index[kept]).nonzero().flatten()
 
 
 def _positions(group: Group, place: ParameterDim) -> Iterator[Tensor]:

@@ -248,7 +248,7 @@ class _Stage:
         if not self.compares:
             return None
         fault = compare_shapes(self.outputs, outputs)
-        counts = fault is None and _halve_a_dim(self.graph, removed)
+        counts = fault is None and _share_dims(self.graph, removed)
         return count_units(self.copy, self.graph, removed) if counts else fault
 
     def _run(self) -> list[Tensor]:
@@ -265,10 +265,10 @@ def _refuse_saving(model: nn.Module) -> str | None:
     return None
 
 
-def _halve_a_dim(graph: CouplingGraph, removed: _Removed) -> bool:
-    """Whether inexact groups own parts of dims: a slice by constants may go on to take the old one.
+def _share_dims(graph: CouplingGraph, removed: _Removed) -> bool:
+    """Whether inexact groups own dims together with others: a slice may go on to take the old part.
 
-    Nothing that the model computes tells, as nothing masked equals a cut of them.
+    Nothing that the model computes tells, as nothing masked equals a cut of such groups.
     """
     owners = Counter(place for group in graph.groups for place in _places(group))
     inexact = (graph[name] for name in removed if not graph[name].exact)

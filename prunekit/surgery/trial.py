@@ -52,10 +52,8 @@ class Trial:
         Args:
             cuts: the cuts of groups of different structure by keys; name of a group → units.
         """
-        if (
-            self._find_fault({n: units for cut in cuts.values() for n, units in cut.items()})
-            is None
-        ):
+        together = {name: units for cut in cuts.values() for name, units in cut.items()}
+        if self._find_fault(together) is None:
             return {}
         faults = {key: self._find_fault(removed) for key, removed in cuts.items()}
         return {key: fault.text for key, fault in faults.items() if fault}

@@ -241,3 +241,13 @@ def test_networkx_view():
     assert (
         graph.edges["layers.0.mlp", "model.layers.0.mlp.down_proj.weight[1]"]["role"] == "consumer"
     )
+
+
+def test_layers_that_are_run_from_a_part_of_their_list_are_known_by_their_places():
+    """Where modules are shared, torch.export names such a layer `slice(None, 3, None).0`."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.input_layernorm = layer.post_attention_layernorm = nn.Identity()
+    graph = prunekit.trace(model, example())
+    paths = {extent.module for extent in graph.extents}
+    assert "model.layers.2.self_attn" in paths <= dict(model.named_modules()).keys()
