@@ -2,13 +2,15 @@
 
 They are recorded without running a layer: stand-ins note their arguments and pass the hidden states
 on. A layer whose other arguments depend on the results of the layers before it can't be run by
-itself: a second recording, with stand-ins that change the hidden states, shows whether they do.
+itself: a second recording, with stand-ins that change the hidden states, shows whether they do, and
+a third one, whether a layer is given what the layers before it return beside the hidden states
+(T5's position bias, say, which its first layer computes for all).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,16 +21,18 @@ from torch import Tensor, nn
 from prunekit.calibration.hooks import Stop, replacing
 from prunekit.calibration.store import Kept, Store
 from prunekit.data.batches import Batch, Numbered, copy_batch
-from prunekit.model.stack import layers_in
+from prunekit.model.stack import hidden_of_output, layers_in
 
 _tree = torch.utils._pytree
-# What a layer may return, given its hidden states; None: no cache, no weights of the attention.
-_RETURNED: tuple[Callable[[Tensor], Any], ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, None, None),
+# What a layer may return: its hidden states, and something else, which is None where there is no
+# cache and where the weights of the attention are not asked for.
+_RETURNED: tuple[Callable[[Tensor, object], Any], ...] = (
+    lambda hidden, other: hidden,
+    lambda hidden, other: (hidden,),
+    lambda hidden, other: (hidden, other),
+    lambda hidden, other: (hidden, other, other),
 )
+_MARK = object()  # stands for something else in a recording that shows where it goes
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ def record_calls(
 ) -> Recording | None:
     """Record the calls of the layers; None where they can't be run one by one.
 
-    Layers return their hidden states alone, or in a tuple with what there is none of here (a cache,
-    the weights of the attention): each form is tried.
+    Layers return their hidden states alone, or in a tuple with what the layers behind them are not
+    given, or do as well without (a cache that is None): each form is tried.
     """
     for give_back in _RETURNED:
         recording = _record_batches(model, layers, batches, store, give_back)
@@ -82,22 +86,73 @@ def _record_batches(
     layers: nn.ModuleList,
     batches: Sequence[Numbered],
     store: Store,
-    give_back: Callable[[Tensor], Any],
+    returned: Callable[[Tensor, object], Any],
 ) -> Recording | None:
     recording = Recording([], [])
     for _, batch in batches:
-        recorder = _record_batch(model, layers, batch, give_back, changing=False)
+        recorder = _record_batch(model, layers, batch, returned)
         if recorder is None or recorder.first is None:
             recording.free()
             return None
         recording.hidden.append(store.put(recorder.first))
         before = recording.calls[-1] if recording.calls else None
         recording.calls.append(_share_tensors(recorder.calls, before))
-    again = _record_batch(model, layers, batches[0][1], give_back, changing=True)
-    if again is None or not _equal_tensors(recording.calls[0], again.calls):
+    first = batches[0][1]
+    again = _record_batch(model, layers, first, returned, changing=True)
+    sound = again is not None and _equal_tensors(recording.calls[0], again.calls)
+    if sound:
+        marked = _record_batch(model, layers, first, returned, other=_MARK)
+        used = marked is None or any(leaf is _MARK for leaf in _arguments(marked.calls))
+        sound = not used or _equals_whole(model, layers, first, recording)
+    if not sound:
         recording.free()
         return None
     return recording
+
+
+def _arguments(calls: Sequence[LayerCall]) -> list[Any]:
+    """All arguments of the calls, one after another."""
+    return _tree.tree_leaves([(call.args, call.kwargs) for call in calls])
+
+
+@torch.no_grad()
+def _equals_whole(
+    model: nn.Module, layers: nn.ModuleList, batch: Batch, recording: Recording
+) -> bool:
+    """Whether the layers, run by their recorded calls, give what they give inside the model.
+
+    Two runs of the model tell what differs by chance, as sums on a GPU may. False where the layers
+    can't be run, as their weights are not there.
+    """
+    if any(parameter.is_meta for parameter in layers.parameters()):
+        return False
+    first, second = (_run_whole(model, layers, batch) for _ in range(2))
+    hidden = recording.hidden[0].get(copy=True)
+    try:
+        for call, layer in zip(recording.calls[0], layers, strict=True):
+            output = hidden_of_output(call.make(layer, hidden))
+            assert output is not None
+            hidden = output
+    except Exception:  # a layer can't do without what others return
+        return False
+    return bool((hidden - first).abs().max() <= 4 * (second - first).abs().max())
+
+
+def _run_whole(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> Tensor:
+    """The hidden states behind the last layer, as the model runs it."""
+    seen: list[Tensor] = []
+
+    def stop(layer: nn.Module, args: Any, output: Any) -> None:
+        hidden = hidden_of_output(output)
+        assert hidden is not None
+        seen.append(hidden.clone())
+        raise Stop
+
+    hook = layers[-1].register_forward_hook(stop)
+    with suppress(Stop):
+        model(**copy_batch(batch))
+    hook.remove()
+    return seen[0]
 
 
 @torch.no_grad()
@@ -105,11 +160,13 @@ def _record_batch(
     model: nn.Module,
     layers: nn.ModuleList,
     batch: Batch,
-    give_back: Callable[[Tensor], Any],
-    changing: bool,
+    returned: Callable[[Tensor, object], Any],
+    *,
+    other: object = None,
+    changing: bool = False,
 ) -> _Recorder | None:
     """Run the model with stand-ins for its layers; None where not all are called, in order."""
-    recorder = _Recorder(len(layers), give_back, changing)
+    recorder = _Recorder(len(layers), lambda hidden: returned(hidden, other), changing)
     with ExitStack() as stack:
         for i, layer in layers_in(layers).items():
             stack.enter_context(replacing(layer, partial(recorder.stand_in, i)))
@@ -117,7 +174,7 @@ def _record_batch(
             model(**copy_batch(batch))
         except Stop:
             pass
-        except Exception:  # the model takes more from a layer than its hidden states
+        except Exception:  # the model takes something else from a layer
             return None
     return recorder if len(recorder.calls) == len(layers) else None
 
@@ -188,11 +245,8 @@ def _share(value: Any, last: Any) -> Any:
 
 def _equal_tensors(left: Sequence[LayerCall], right: Sequence[LayerCall]) -> bool:
     """Whether two recordings of the same batch hold equal tensors."""
-    leaves = [
-        _tree.tree_leaves([(call.args, call.kwargs) for call in calls]) for calls in (left, right)
-    ]
     return all(
         one.shape == two.shape and torch.equal(one, two)
-        for one, two in zip(*leaves, strict=False)
+        for one, two in zip(_arguments(left), _arguments(right), strict=False)
         if isinstance(one, Tensor) and isinstance(two, Tensor)
     )

@@ -302,7 +302,7 @@ class Layer(nn.Module):
 
     def __init__(self, how):
         super().__init__()
-        self.how = how
+        self.how, self.first = how, False
         self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
         self.ffn = nn.Sequential(self.up, nn.ReLU(), self.down)
 
@@ -314,6 +314,10 @@ class Layer(nn.Module):
             h = self.ffn(x)
             h += x
             return h
+        if self.how == "hands on a bias":  # as T5: the first layer makes that of all
+            (bias,) = before
+            bias = x.new_full((12,), float(self.first)) if bias is None else bias
+            return x + self.ffn(x + bias), bias
         return x + self.ffn(x) + sum(0.1 * other for other in before)
 
 
@@ -329,6 +333,11 @@ class Stack(nn.Module):
 
     def forward(self, x):
         first = before = x
+        if self.how == "hands on a bias":
+            self.layers[0].first, bias = True, None
+            for layer in self.layers:
+                x, bias = layer(x, bias)
+            return x
         for layer in self.layers:
             extra = {
                 "given the layer before": (before,),
@@ -348,6 +357,7 @@ class Stack(nn.Module):
         "given the layer before",
         "given the first",
         "given a function",
+        "hands on a bias",
         "shares weights",
     ],
 )
