@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import TraceError, first_line
 from prunekit.graph.choices import WAYS, EveryPositionChosen
+from prunekit.model.compat import keep_frequencies
 from prunekit.model.wrappers import without_hooks
 
 try:  # private to torch (seen in 2.13): without it, tracing is only slower
@@ -59,7 +60,8 @@ class InputsError(TraceError):
 def meta_copy(model: nn.Module, *, parameters_only: bool = False) -> nn.Module:
     """Copy a module with all its tensors on the meta device; ties stay, no weight is copied.
 
-    With `parameters_only`, buffers and other tensors keep their numbers.
+    With `parameters_only`, buffers and other tensors keep their numbers. Otherwise there are none
+    to tell how long a text is, so that rotary frequencies stay as they are.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -76,7 +78,9 @@ def meta_copy(model: nn.Module, *, parameters_only: bool = False) -> nn.Module:
         ):
             if isinstance(tensor, Tensor):
                 memo.setdefault(id(tensor), tensor.detach().to("meta"))
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    keep_frequencies(copied)
+    return copied
 
 
 class _ListsAsSlices(TorchFunctionMode):

@@ -7,7 +7,7 @@ names; which member triggers the search does not matter, since a group is a clas
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from prunekit.graph.operators import Call, Choice, Contraction, Note, Value, fin
 from prunekit.graph.reader import read_extents, read_groups, read_products
 from prunekit.graph.stacks import Watch, find_stacks
 from prunekit.graph.sublayers import SublayerWatch
+from prunekit.model.compat import follows_length
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import canonical_names, shared_names
 from prunekit.model.wrappers import unwrap
@@ -38,6 +39,7 @@ _INPUT = "it is an axis of the model's input"
 _OUTPUT = "it is an axis of the model's output"
 _UNUSED = "the forward pass does not use it"
 _TORCH_ATTENTION = "torch.nn.MultiheadAttention needs heads × head width equal to its input's width"
+_FREQUENCIES = "its rotary frequencies are computed anew for long texts, from the width it had"
 
 
 def trace(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> CouplingGraph:
@@ -118,7 +120,8 @@ class _Tracer:
             _pin_all(value.axes, _OUTPUT)
         for name in self.tensors.keys() - self.used.keys():
             _pin_all(self.tensors[name], _UNUSED)
-        self._pin_torch_attention()
+        self._pin_modules(lambda m: isinstance(m, nn.MultiheadAttention), _TORCH_ATTENTION)
+        self._pin_modules(follows_length, _FREQUENCIES)
         never = len(program.graph.nodes)
         in_order = sorted(self.tensors, key=lambda name: self.used.get(name, never))
         return Findings(
@@ -162,14 +165,14 @@ class _Tracer:
             self.used[name] = min(first, self.used.get(name, first))
         return Value(axes=self.tensors[name], tainted=True, sources=frozenset([name]))
 
-    def _pin_torch_attention(self) -> None:
-        """Pin all of torch's own attention: it takes the width of its heads from its input's."""
+    def _pin_modules(self, wanted: Callable[[nn.Module], bool], reason: str) -> None:
+        """Pin all of some modules, which take a width from something else than their tensors."""
         for path, module in self.model.named_modules():
-            if isinstance(module, nn.MultiheadAttention):
+            if wanted(module):
                 prefix = f"{path}." if path else ""
                 for name, axes in self.tensors.items():
                     if name.startswith(prefix):
-                        _pin_all(axes, _TORCH_ATTENTION)
+                        _pin_all(axes, reason)
 
     def _interpret(self, module: GraphModule, values: dict[str, Any]) -> Any:
         """The outputs of a graph, given the values of its inputs; `values` takes all the others."""

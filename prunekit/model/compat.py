@@ -47,10 +47,11 @@ def has(config: Any, name: str) -> bool:
 
 
 def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
-    """Make the config of a model type, without the check `validate_architecture`.
+    """Make the config of a model type, without the checks of its architecture and its frequencies.
 
-    That check refuses a hidden size that the number of heads doesn't divide; of a model that lost
-    channels, that is no mistake. The class's `__init__` is wrapped by huggingface_hub's `strict`,
+    They refuse a hidden size that the number of heads doesn't divide, and frequencies (Phi-3's)
+    that are not as many as follow from the two; of a model that lost channels, that is no mistake.
+    The class's `__init__` is wrapped by huggingface_hub's `strict`,
     which runs every validator after it; here the wrapped one runs, then the other validators.
 
     Raises:
@@ -64,7 +65,7 @@ def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
     config = config_class.__new__(config_class)
     config_class.__init__.__wrapped__(config, **values)
     for validate in config_class.__class_validators__:
-        if validate.__name__ != "validate_architecture":
+        if validate.__name__ not in ("validate_architecture", "validate_rope"):
             validate(config)
     return config
 
@@ -115,13 +116,42 @@ def written_whole(model: PreTrainedModel) -> Iterator[None]:
 def let_save_itself(model: PreTrainedModel) -> None:
     """Let transformers' own `save_pretrained` write a pruned model, whose config would refuse it.
 
-    All weights are written, as in `written_whole`.
+    All weights are written, as in `written_whole`, by the names that they have in the model:
+    `PreTrainedModel.save_pretrained` would write those that the class's first checkpoints had, and
+    stacked experts one by one.
 
     The class of this one config becomes a subclass without the check. The config can't be made of
     the subclass from the start: the auto classes find the model's class by the class of its config.
     """
     model.config.__class__ = pruned_config(model.config.model_type, __name__)
     model._keys_to_ignore_on_save = set()
+    model._weight_conversions = []
+
+
+def follows_length(module: nn.Module) -> bool:
+    """Whether a module computes its rotary frequencies anew where a text is long.
+
+    transformers' decorator `dynamic_rope_update` does so in the forward pass of the module, whose
+    `rope_type` is a word, or a word for each type of layers.
+    """
+    kinds = vars(module).get("rope_type")
+    words = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+    return any(isinstance(word, str) and _grows(word) for word in words)
+
+
+def keep_frequencies(model: nn.Module) -> None:
+    """Let every module keep the rotary frequencies that it has, however long a text is.
+
+    Which ones a text gets depends on numbers; to what they are coupled does not.
+    """
+    for module in filter(follows_length, model.modules()):
+        kinds: Any = module.rope_type
+        fixed: Any = dict.fromkeys(kinds, "default") if isinstance(kinds, Mapping) else "default"
+        module.rope_type = fixed
+
+
+def _grows(rope_type: str) -> bool:
+    return "dynamic" in rope_type or rope_type == "longrope"
 
 
 @contextmanager

@@ -77,14 +77,17 @@ def layer_of(model: nn.Module, path: str) -> int | None:
 def give_views(model: nn.Module, overrides: Mapping[int, dict[str, Any]]) -> None:
     """Let every module inside a layer see its layer's config; all see the model's where the layers
     agree.
+
+    Rotary frequencies that are computed anew for a long text are read off the config again, which
+    refuses what differs from layer to layer: their module sees the dense model's values.
     """
     config: Any = model.config
     for path, module in model.named_modules():
         own = isinstance(module.__dict__.get("config"), LayerConfig | type(config))
-        if own and (layer := layer_of(model, path)) is not None:
-            module.config = (
-                LayerConfig(config, overrides.get(layer, {})) if config.is_heterogeneous else config
-            )
+        layer = layer_of(model, path) if own else None
+        if layer is not None or (own and "rope_type" in vars(module)):
+            values = {} if layer is None else overrides.get(layer, {})
+            module.config = LayerConfig(config, values) if config.is_heterogeneous else config
 
 
 @cache

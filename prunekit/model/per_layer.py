@@ -204,6 +204,7 @@ def _become_global(model: nn.Module, values: Mapping[str, int]) -> bool:
         setattr(config, name, value)
     try:
         config.validate_architecture()
+        config.validate_rope()  # Phi-3 expects as many frequencies as follow from the head count
         if not derives or _class_builds_its_layers(model):
             return True
     except Exception:  # the class refuses them, or others that its config holds

@@ -17,7 +17,7 @@ from prunekit.model.build import (
     make_dense_config,
     needs_prunekit,
 )
-from prunekit.model.compat import decode_floats, let_save_itself
+from prunekit.model.compat import decode_floats, follows_length, let_save_itself
 from prunekit.model.modeling_prunekit import empty_sublayers
 from prunekit.model.record import RECORD, make_record, stock_class
 
@@ -141,14 +141,18 @@ def _other_number(
 ) -> str | None:
     """The name of a number or table that differs between two modules of one class; None: none.
 
-    Tables are buffers that no file holds, for the class computes them.
+    Tables are buffers that no file holds, for the class computes them. Frequencies that follow the
+    length of a text are those of the text before.
     """
+    follows = follows_length(module)
     tables = {
         name: buffer
         for name, buffer in module._buffers.items()
         if f"{path}.{name}".lstrip(".") not in saved and buffer is not None
     }
     for name, value in [*vars(module).items(), *tables.items()]:
+        if follows and name.endswith("inv_freq") and "original" not in name:
+            continue
         anew = other._buffers.get(name, vars(other).get(name, value))
         if not name.startswith("_") and not _agree(value, anew):
             return name

@@ -9,8 +9,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import tiny_llama, token_ids
-from transformers import DynamicCache, Trainer, TrainingArguments
+from conftest import randomise, tiny_llama, token_ids
+from transformers import (
+    DynamicCache,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 import prunekit
 
@@ -98,6 +106,33 @@ def test_a_model_that_is_pruned_again_has_the_record_of_its_new_sizes(tmp_path):
         prunekit.prune(model, ratio=0.2, calibration=IDS)
         again = through_transformers(model, tmp_path / str(_))
         assert torch.equal(logits(again), logits(model))
+
+
+IMAGES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+IMAGES |= {"num_hidden_layers": 3, "image_size": [16, 16], "patch_size": 8}
+EXPERTS = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+EXPERTS |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (
+            lambda: YolosForObjectDetection(YolosConfig(**IMAGES, num_detection_tokens=4)),
+            {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))},
+        ),
+        (lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS)), {"input_ids": IDS}),
+    ],
+    ids=["renamed", "stacked"],
+)
+def test_weights_keep_the_names_of_the_model(build, inputs, tmp_path):
+    """transformers would write them as the class's first checkpoints had them."""
+    model = randomise(build())
+    shares = ["policy=manual", "policy.values=[0,1,1]"]
+    prunekit.prune(model, ratio=0.1, method="magnitude", calibration=[inputs], overrides=shares)
+    again = through_transformers(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_cache_makes_no_classes(pruned, tmp_path):
