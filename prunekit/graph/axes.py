@@ -115,10 +115,14 @@ def pin(axis: Axis, reason: str) -> None:
         atom.pinned = atom.pinned or reason
 
 
-def mark_inexact(axis: Axis, reason: str) -> None:
-    """Note that an operator mixes the positions of this axis (a mean, a norm, a softmax)."""
+def mark_inexact(axis: Axis, reason: str, *, weights: bool = False) -> None:
+    """Note that an operator mixes the positions of this axis (a mean, a norm, a softmax).
+
+    `weights` tells whether these are positions of a weight, from which another weight is computed.
+    """
     for atom in atoms(axis):
         atom.inexact = atom.inexact or reason
+        atom.tags.add("computed" if weights else "mixed")
 
 
 def tag(axis: Axis, name: str) -> None:

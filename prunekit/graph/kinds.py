@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -12,6 +13,13 @@ from prunekit.graph.findings import Findings
 from prunekit.graph.groups import Kind
 
 _GROUPED = "the router chooses groups of experts first; each can lose the same number of experts"
+
+# Parameters of which torch's weight norm, spectral norm and parametrizations make a weight.
+_OF_TORCH = re.compile(r"(^|\.)parametrizations\.|_(g|v|orig)$")
+_WAY_OUT = (
+    "make a plain weight of it first (torch.nn.utils.parametrize.remove_parametrizations, or "
+    "torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
+)
 
 
 def find_kind(findings: Findings, atom: Atom, layer: int | None) -> Kind:
@@ -57,6 +65,21 @@ def why_grouping(findings: Findings, atom: Atom) -> str | None:
         if _counts_groups(axis, atom):
             return _GROUPED
     return None
+
+
+def why_computed(findings: Findings, atom: Atom, kind: Kind) -> str | None:
+    """Why an atom keeps its size, from all of which weights are computed; None for any other atom.
+
+    Where activations are normalised over it as well, a cut has no masked model to equal, anyway. So
+    it is with channels of a class that standardises its own weights (BiT): they may be cut.
+    """
+    if "computed" not in atom.tags or "mixed" in atom.tags:
+        return None
+    is_made = any(_OF_TORCH.search(name) for name, _ in findings.places[atom])
+    if kind == "channel" and not is_made:
+        return None
+    reason = f"{atom.inexact}, and weights that stay would change"
+    return f"{reason}; {_WAY_OUT}" if is_made else reason
 
 
 def _counts_groups(axis: Axis, atom: Atom) -> bool:

@@ -19,7 +19,7 @@ from prunekit.graph.axes import DIAGONAL, Atom
 from prunekit.graph.coupling import Extent, Product
 from prunekit.graph.findings import Findings
 from prunekit.graph.groups import CoupledGroup, Kind, Member, ParameterDim
-from prunekit.graph.kinds import find_fewest, find_kind, why_grouping
+from prunekit.graph.kinds import find_fewest, find_kind, why_computed, why_grouping
 from prunekit.graph.naming import Location, choose_names, locate
 
 # The order of groups whose members are last used by the same operator.
@@ -109,7 +109,7 @@ def _mark_scales(findings: Findings) -> None:
     """
     for atom in (atom for axis in findings.folds for atom in ax.atoms(axis)):
         if any((place, atom) in findings.consumed for place in findings.places[atom]):
-            atom.inexact = atom.inexact or "weights are summed over it, for a scale"
+            ax.mark_inexact((atom,), "weights are summed over it, for a scale", weights=True)
 
 
 def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
@@ -122,13 +122,14 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
         else:
             members.append(member)
     location = locate(model, [name for name, _ in places if name not in findings.buffers])
+    kind = find_kind(findings, atom, location.layer)
     uses = [findings.consumed[(m.parameter, m.dim), atom] for m in members if m.role == "consumer"]
     return _Draft(
         atom=atom,
         location=location,
-        kind=find_kind(findings, atom, location.layer),
+        kind=kind,
         members=tuple(members),
-        fixed=fixed,
+        fixed=fixed or why_computed(findings, atom, kind),
         parameters_per_unit=sum(_numel_of_unit(findings, member) for member in members),
         order=max(uses, default=-1),
         fewest=find_fewest(findings, atom),

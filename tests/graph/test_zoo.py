@@ -3,6 +3,7 @@ leaves.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from conftest import randomise, zero_units
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import prunekit
 from prunekit.errors import SurgeryError
@@ -296,11 +297,6 @@ NETS = {  # name → a network, its input, (kind, units) of what is prunable
         ROWS,
         [("mlp", 8)],
     ),
-    "spectral norm": (
-        lambda: nn.Sequential(spectral_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)),
-        ROWS,
-        [("mlp", 8)],
-    ),
     "bags": (
         lambda: nn.Sequential(nn.EmbeddingBag(11, 8), nn.ReLU(), nn.Linear(8, 3)),
         None,
@@ -414,12 +410,40 @@ def test_why_not():
     assert "padded" in reasons("resnet")["wide.weight"]
 
 
-def test_a_scale_made_of_all_of_a_weight_is_inexact():
-    _, graph, _, _ = build("spectral norm")
-    assert not graph["mlp"].exact
-    assert "for a scale" in graph["mlp"].reason
-    _, graph, _, _ = build("weight norm")
-    assert graph["mlp"].exact, "each row has a norm of its own"
+class Divided(nn.Linear):
+    """A linear module of one's own whose weight is divided by its norm."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("make", "way_out"),
+    [
+        (spectral_norm, "remove_parametrizations"),
+        (partial(weight_norm, dim=None), "remove_parametrizations"),
+        (nn.utils.spectral_norm, "remove_spectral_norm"),
+        (lambda linear: Divided(5, 8), "would change"),
+    ],
+    ids=["spectral norm", "one norm", "hooks", "own"],
+)
+def test_a_cut_that_would_change_the_weights_that_stay_is_refused(make, way_out):
+    net = randomise(nn.Sequential(make(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)))
+    group = prunekit.trace(net, (torch.randn(2, 5),))["mlp"]
+    assert not group.prunable
+    assert way_out in group.reason
+
+
+def test_a_weight_that_was_made_plain_is_cut():
+    net = randomise(nn.Sequential(spectral_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)))
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    assert prunekit.trace(net, (torch.randn(2, 5),))["mlp"].exact
+
+
+def test_a_weight_that_an_unknown_operator_makes_keeps_its_sizes():
+    net = nn.Sequential(orthogonal(nn.Linear(6, 6)), nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    graph = prunekit.trace(net, (torch.randn(2, 6),))
+    assert graph["mlp"].prunable
 
 
 def test_attributes_follow():

@@ -22,7 +22,7 @@ def _reduce(call: Call) -> Value:
     dims = call.get("dim", list(range(len(value.axes))))
     dims = {dim_of(value, d) for d in (dims if isinstance(dims, list | tuple) else [dims])}
     for dim in dims:
-        ax.mark_inexact(value.axes[dim], f"{call.where} reduces over it")
+        ax.mark_inexact(value.axes[dim], f"{call.where} reduces over it", weights=not value.data)
     if call.get("keepdim", False):
         out = call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
     else:
@@ -58,9 +58,8 @@ def _reduce_twice(call: Call) -> tuple[Value, Value]:
 @operator_rule("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.log_softmax")
 def _softmax(call: Call) -> Value:
     value = call.value("self")
-    ax.mark_inexact(
-        value.axes[dim_of(value, call.arguments["dim"])], f"{call.where} normalises over it"
-    )
+    axis = value.axes[dim_of(value, call.arguments["dim"])]
+    ax.mark_inexact(axis, f"{call.where} normalises over it", weights=not value.data)
     return call.make(value.axes, value, softmax=True)
 
 
@@ -73,7 +72,7 @@ def _norm(call: Call) -> Value:
             for axis, own in zip(value.axes[-rank:], affine.axes, strict=True):
                 ax.unify(axis, own)
     for axis in value.axes[-rank:]:
-        ax.mark_inexact(axis, f"{call.where} normalises over it")
+        ax.mark_inexact(axis, f"{call.where} normalises over it", weights=not value.data)
     if rank == 1:
         call.note("normalized_shape", value.axes[-1])
     return call.make(value.axes)
@@ -81,13 +80,17 @@ def _norm(call: Call) -> Value:
 
 @operator_rule("aten._weight_norm")
 def _weight_norm(call: Call) -> Value:
-    """The weight g v / ‖v‖, a norm for each position of one dim over all the others."""
+    """The weight g v / ‖v‖, a norm for each position of one dim over all the others.
+
+    Dim −1 is none of them: there is one norm.
+    """
     value, scale = call.value("v"), call.value("g")
-    kept = dim_of(value, call.get("dim", 0))
-    ax.unify(value.axes[kept], scale.axes[kept])
+    kept = call.get("dim", 0)
+    if kept >= 0:
+        ax.unify(value.axes[kept], scale.axes[kept])
     for dim, axis in enumerate(value.axes):
         if dim != kept:
-            ax.mark_inexact(axis, f"{call.where} normalises over it")
+            ax.mark_inexact(axis, f"{call.where} normalises over it", weights=True)
     return call.make(value.axes)
 
 
@@ -97,7 +100,7 @@ def _batch_norm(call: Call) -> Value:
     value = call.value("input")
     if call.get("training") or call.get("use_input_stats"):
         for axis in value.axes[2:]:
-            ax.mark_inexact(axis, f"{call.where} normalises over it")
+            ax.mark_inexact(axis, f"{call.where} normalises over it", weights=not value.data)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (own := call.get(name)) is not None:
             ax.unify(value.axes[1], own.axes[0])
