@@ -26,7 +26,6 @@ from prunekit.allocation.objective import Objective, set_objective
 from prunekit.allocation.scope import Scope
 from prunekit.allocation.shape import count_removed
 from prunekit.allocation.slots import gather_steps, make_slots
-from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.store import Store
 from prunekit.checkpoint.streamed import Streamed
 from prunekit.compensation import Compensation
@@ -52,6 +51,7 @@ from prunekit.runtime.versions import versions
 from prunekit.schedules import Assignment, Schedule, State
 from prunekit.schedules.folders import NOWHERE, Folders, activations_folder
 from prunekit.schedules.method import Method, compose_pruning
+from prunekit.schedules.misfits import find_misfits
 from prunekit.surgery import apply_plan, shapes
 from prunekit.surgery.finite import check_finite_outputs
 from prunekit.surgery.rehearsal import rehearse
@@ -254,7 +254,9 @@ def rehearse_cut(
     everything = [*graph.groups, *graph.stacks]
     groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
     if method and method.needs_matrices:
-        graph = _leave_whole(graph, _find_misfits(model, groups))
+        misfits = find_misfits(model, graph, groups)
+        if any(group.name not in misfits for group in groups if group.members):
+            graph = _leave_whole(graph, misfits)
         groups = [group for group in groups if graph[group.name].prunable]
     graph = rehearse(model, graph, groups, saved=saved, batch=batch)
     for line in tell_left_out(list_left_out(model, graph, config, scope)):
@@ -325,7 +327,7 @@ def allocate(
     shape = _find_shape(model, graph, config, method, groups)
     objective = set_objective(method.cost, costs, config, shape)
     if method.needs_matrices:
-        _check_repairable(method, model, groups)
+        _check_repairable(method, model, graph, groups)
     setting = _make_setting(costs, objective, config, method, tools or Tools())
     if shape is None:
         shares = _find_shares(setting, config, method)
@@ -460,45 +462,29 @@ def choose_and_cut(
     return plan
 
 
-def _check_repairable(method: Method, model: nn.Module, groups: Sequence[Group]) -> None:
+def _check_repairable(
+    method: Method, model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
+) -> None:
     """Raise ConfigError where a group has no linear consumer whose inputs can be observed."""
     backend = method.schedule if method.compensation is None else method.compensation
     section = "schedule" if method.compensation is None else "compensation"
-    for group in groups:
-        if error := _find_misfit(model, group):
-            raise ConfigError(
-                f"{section}={type(backend).__name__.lower()}: {error} ({group.kind}); "
-                "use schedule=oneshot compensation=none"
-            ) from error
+    for name, error in find_misfits(model, graph, groups).items():
+        raise ConfigError(
+            f"{section}={type(backend).__name__.lower()}: {error} ({graph[name].kind}); "
+            "use schedule=oneshot compensation=none"
+        ) from error
 
 
-def _find_misfits(model: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
-    """Group → why its inputs can't be observed; nothing where no group would be left."""
-    errors = {group.name: _find_misfit(model, group) for group in groups if group.members}
-    if all(errors.values()):
-        return {}
-    return {name: str(error) for name, error in errors.items() if error}
-
-
-def _leave_whole(graph: CouplingGraph, reasons: Mapping[str, str]) -> CouplingGraph:
+def _leave_whole(graph: CouplingGraph, reasons: Mapping[str, TraceError]) -> CouplingGraph:
     """The graph with groups that are not to be cut, given the reason for each."""
 
     def leave(group: CoupledGroup) -> CoupledGroup:
-        reason = reasons[group.name].removeprefix(f"{group.name}: ")
+        reason = str(reasons[group.name]).removeprefix(f"{group.name}: ")
         way_out = "schedule=oneshot compensation=none cuts it"
         return replace(group, prunable=False, exact=False, reason=f"{reason}; {way_out}")
 
     groups = (leave(group) if group.name in reasons else group for group in graph.groups)
     return replace(graph, groups=tuple(groups))
-
-
-def _find_misfit(model: nn.Module, group: Group) -> TraceError | None:
-    """Why a group has no linear consumer whose inputs can be observed, if so."""
-    try:
-        find_consumers(model, group)
-    except TraceError as error:
-        return error
-    return None
 
 
 def _name_limits(config: RunConfig, method: Method, stepped: bool) -> str:

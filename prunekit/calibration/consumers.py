@@ -6,12 +6,12 @@ uses (an embedding that is tied to the head is looked up), whose inputs say noth
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,11 +24,18 @@ from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
 from prunekit.model.ties import Place, parameter_places
+from prunekit.runtime.modes import at_rest
 from prunekit.runtime.numbers import computing_type
 
 See = Callable[["Consumer", Tensor], None]  # see(consumer, inputs [..., n])
 _MATRIX = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _PRODUCTS = (F.linear, torch.bmm, Tensor.bmm, *_MATRIX)
+_SUMS = (torch.addmm, Tensor.addmm)  # the product of the second and the third argument is added
+_CASTS = (
+    *(Tensor.to, Tensor.type, Tensor.type_as),
+    *(Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double),
+)
+_ROUNDED = 0.02  # what half precision may make of a product, as a share of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +64,33 @@ class Consumer:
         """Whether the columns that stay may change: no other use of the parameter reads them."""
         return not self.member.elsewhere
 
-    @property
+    @cached_property
     def is_hooked(self) -> bool:
         """Whether the module is called with the inputs of the product, and with nothing else.
 
-        That holds of stock modules, and of others that hold no second matrix. Of the rest the
-        products themselves have to be watched.
+        That holds of stock modules, and of others that compute x Wᵀ + b. Of the rest the products
+        themselves have to be watched.
         """
         if self.expert is not None:
             return False
-        matrices = [p for p in self.module.parameters() if p.ndim > 1]
-        return is_stock(self.module) or (self.is_repairable and len(matrices) == 1)
+        return is_stock(self.module) or (self.is_repairable and self._is_linear())
 
-    @property
-    def takes_inputs_alone(self) -> bool:
-        """Whether the module can be called with the inputs of the product and with nothing else."""
-        arguments = inspect.signature(self.module.forward).parameters.values()
-        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        needed = [a for a in arguments if a.default is a.empty and a.kind not in several]
-        return len(needed) == 1
+    def _is_linear(self) -> bool:
+        """Whether the module gives x Wᵀ + b of two random tokens; on meta, with random weights."""
+        if self.parameter.is_meta:
+            module = copy.deepcopy(self.module).to_empty(device="cpu")
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)
+            return replace(self, module=module)._is_linear()
+        weight = self.weight()
+        x = torch.randn(weight.shape[1] * 2, generator=torch.Generator().manual_seed(0))
+        x = x.view(1, 2, -1).to(self.parameter)
+        with at_rest(self.module), torch.no_grad(), suppress(Exception):
+            given = self.module.forward(x)
+            bias = None if self.bias is None else self.bias.to(weight)
+            wanted = F.linear(x.to(weight), weight, bias)
+            return bool((given - wanted).norm() <= _ROUNDED * wanted.norm())
+        return False
 
     @property
     def _stored(self) -> Tensor:
@@ -208,7 +223,7 @@ class _Products(TorchFunctionMode):
 
     A product with one expert's slice, which is a new tensor each time, is known by the address of
     its memory, and by the dim of the parameter that it sums over; a batched product with the whole
-    parameter shows the inputs of all experts.
+    parameter shows the inputs of all experts. A matrix that is cast first is followed.
     """
 
     def __init__(self, consumers: Sequence[Consumer], see: See) -> None:
@@ -216,19 +231,62 @@ class _Products(TorchFunctionMode):
         self.see = see
         self.places = {c.parameter.data_ptr() + (c.expert or 0) * _stride(c): c for c in consumers}
         self.whole: dict[int, list[Consumer]] = defaultdict(list)
+        self.casts: dict[Consumer, Tensor] = {}  # held, so that no other tensor gets their memory
         for consumer in consumers:
             self.whole[consumer.parameter.data_ptr()].append(consumer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
-            inputs, weight = args[0], args[1]
-            if weight.ndim == 2 and (consumer := self.places.get(weight.data_ptr())):
-                if weight.stride(1 if func is F.linear else 0) == consumer.stride:
-                    self.see(consumer, inputs)
-            elif weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
-                for consumer, own in zip(all_, inputs, strict=True):
-                    self.see(consumer, own)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            self._look(func, *args, *kwargs.values())
+        elif func in _SUMS:
+            self._look(func, *args[1:])
+        result = func(*args, **kwargs)
+        if func in _CASTS and result is not args[0] and (consumer := self._find(args[0])):
+            self.casts[consumer] = result
+        return result
+
+    def _look(self, func: Any, inputs: Any = None, weight: Any = None, *_: Any) -> None:
+        """Show the inputs of a product, where its second factor is the weight of a consumer."""
+        if not isinstance(weight, Tensor):
+            return
+        if weight.ndim == 2 and (consumer := self._find(weight)):
+            if weight.stride(1 if func is F.linear else 0) == consumer.stride:
+                self.see(consumer, inputs)
+        elif weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
+            for consumer, own in zip(all_, inputs, strict=True):
+                self.see(consumer, own)
+
+    def _find(self, weight: Tensor) -> Consumer | None:
+        """The consumer whose weight, or a cast of it, lies in the memory of a matrix."""
+        address = weight.data_ptr()
+        casts = (c for c, cast in self.casts.items() if cast.data_ptr() == address)
+        return self.places.get(address) or next(casts, None)
+
+
+def find_unseen(consumers: Sequence[Consumer], run: Callable[[], object]) -> list[Consumer]:
+    """The consumers whose module runs, and whose inputs are not seen: another operator takes them.
+
+    Args:
+        consumers: of one model.
+        run: runs the model once.
+    """
+    watched = [c for c in consumers if c.expert is None and not c.is_hooked]
+    if not watched:
+        return []
+    seen, ran = set[Consumer](), set[Consumer]()
+    with ExitStack() as stack:
+        for consumer in watched:
+            note = partial(_note_run, ran, consumer)
+            stack.callback(consumer.module.register_forward_pre_hook(note).remove)
+        stack.enter_context(watching(watched, lambda consumer, _: seen.add(consumer)))
+        run()
+    return [consumer for consumer in watched if consumer in ran - seen]
+
+
+def _note_run(ran: set[Consumer], consumer: Consumer, *_: Any) -> None:
+    """Forward pre-hook of a consumer's module, once the first two arguments are bound."""
+    ran.add(consumer)
 
 
 def _stride(consumer: Consumer) -> int:

@@ -159,9 +159,7 @@ class Stream:
         candidates = [
             consumer
             for consumer in lone
-            if consumer.expert is None
-            and consumer.takes_inputs_alone
-            and sum(consumer.module is other.module for other in lone) == 1
+            if consumer.is_hooked and sum(consumer.module is other.module for other in lone) == 1
         ]
         return LayerPass(
             index=i,

@@ -125,7 +125,7 @@ def let_save_itself(model: PreTrainedModel) -> None:
     """
     model.config.__class__ = pruned_config(model.config.model_type, __name__)
     model._keys_to_ignore_on_save = set()
-    model._weight_conversions = []
+    vars(model)["_weight_conversions"] = []
 
 
 def follows_length(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from prunekit.runtime.modes import at_rest
 from prunekit.surgery.layers import passing_over
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+_OF_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -25,8 +26,9 @@ class _WithoutDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
-            kwargs = {**kwargs, "dropout_p": 0.0}
+        if func is F.scaled_dot_product_attention:
+            kwargs = {**kwargs, **dict(zip(_OF_ATTENTION, args, strict=False)), "dropout_p": 0.0}
+            args = ()
         return func(*args, **kwargs)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import prunekit
 from prunekit.calibration.activations import gather_input_statistics
 from prunekit.calibration.walk import Walk, find_consumers
-from prunekit.errors import TraceError
+from prunekit.errors import ConfigError, TraceError
 from prunekit.surgery.shapes import find_needed_multiples
 
 
@@ -105,6 +105,60 @@ def test_the_inputs_of_the_product_count_and_not_those_of_the_module(
     hessian, tokens = hessian_seen(model, group, [{"x": x}], parameter)
     assert tokens == len(x)
     torch.testing.assert_close(hessian, second_moment(hidden(model, x).detach()))
+
+
+class Before(nn.Linear):
+    """A linear module of one's own that does something before its one product."""
+
+    def __init__(self, how):
+        super().__init__(8, 4)
+        self.how = how
+
+    def forward(self, x):
+        return self.how(self, x)
+
+
+class Called(nn.Module):
+    """Calls it on what a linear module makes."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), Before(how)
+
+    def forward(self, x):
+        return self.down(self.up(x).tanh())
+
+
+@pytest.mark.parametrize(
+    ("how", "is_hooked"),
+    [
+        (lambda m, x: F.linear(x.relu(), m.weight, m.bias), False),
+        (lambda m, x: F.linear(input=x.relu(), weight=m.weight), False),
+        (lambda m, x: torch.addmm(m.bias, x.relu(), m.weight.t()), False),
+        (lambda m, x: F.linear(x.relu().double(), m.weight.double()).float(), False),
+        (lambda m, x: x @ m.weight.t() + m.bias, True),
+    ],
+    ids=["activation", "keywords", "addmm", "cast", "product alone"],
+)
+def test_what_a_module_multiplies_counts_and_not_what_it_is_called_with(how, is_hooked):
+    """The columns that stay solve the least squares of the product on its own inputs."""
+    model, x = randomise(Called(how), 1), torch.randn(64, 5)
+    hidden, weight = model.up(x).tanh().detach().double(), model.down.weight.detach().double()
+    hidden = hidden if is_hooked else hidden.relu()
+    (consumer,) = find_consumers(model, prunekit.trace(model, {"x": x[:2]})["mlp"])
+    assert consumer.is_hooked == is_hooked
+    result = prunekit.prune(model, ratio=0.3, calibration=[{"x": x}])
+    kept = [j for j in range(8) if j not in result.plan.removed["mlp"]]
+    best = torch.linalg.lstsq(hidden[:, kept], hidden @ weight.T).solution.T
+    torch.testing.assert_close(model.down.weight.double(), best, rtol=1e-2, atol=1e-2)
+
+
+def test_a_product_that_nothing_shows_leaves_its_group_whole_before_calibration():
+    model = randomise(Called(lambda m, x: torch.einsum("ti,oi->to", x.relu(), m.weight)), 1)
+    with pytest.raises(ConfigError, match=r"down\.weight is multiplied by in another way"):
+        prunekit.prune(model, ratio=0.3, calibration=[{"x": torch.randn(64, 5)}])
+    prunekit.prune(model, ratio=0.3, method="magnitude", calibration=[{"x": torch.randn(8, 5)}])
+    assert model.down.weight.shape[1] < 8
 
 
 class Residual(nn.Module):

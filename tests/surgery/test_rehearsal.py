@@ -200,6 +200,24 @@ def test_positions_are_counted_too():
     assert text == "the cut model reads other units of layers.1.up.weight than were left"
 
 
+class Dropping(nn.Module):
+    """Drops attention out in evaluation mode, too, told so by the fifth argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x, p=0.5):
+        return F.scaled_dot_product_attention(self.q(x), x, x, None, p)
+
+
+def test_attention_drops_nothing_out_while_models_are_compared():
+    model, x = Dropping(), torch.randn(2, 5, 8)
+    graph = trace(model, {"x": x})
+    (output,) = run_example(model, graph)
+    torch.testing.assert_close(output, model(x, 0.0))
+
+
 def test_a_class_that_refuses_the_sizes_counts_in_memory_where_it_takes_the_uncut_model():
     """MPNet's config wants the number of heads to divide the hidden size."""
     torch.manual_seed(0)

@@ -1,0 +1,46 @@
+"""Groups whose inputs can't be observed, found before calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from prunekit.calibration.consumers import Consumer, find_consumers, find_unseen
+from prunekit.errors import TraceError
+from prunekit.graph import CouplingGraph, Group
+from prunekit.surgery.masking import run_example
+
+
+def find_misfits(
+    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
+) -> dict[str, TraceError]:
+    """Find the groups without a linear consumer, or with one whose inputs nothing shows.
+
+    The model runs on the graph's example where a module of one's own computes a product, unless its
+    weights are on meta.
+
+    Args:
+        model: the model.
+        graph: its graph.
+        groups: groups of it; those whose units are whole modules have no consumer and are right.
+
+    Returns:
+        Name of a group → what is wrong with it.
+    """
+    errors: dict[str, TraceError] = {}
+    owners: dict[Consumer, str] = {}
+    for group in (group for group in groups if group.members):
+        try:
+            owners |= dict.fromkeys(find_consumers(model, group), group.name)
+        except TraceError as error:
+            errors[group.name] = error
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        for consumer in find_unseen(list(owners), partial(run_example, model, graph)):
+            group_name = owners[consumer]
+            errors[group_name] = TraceError(
+                f"{group_name}: layer-wise pruning expects a product by linear, matmul or addmm, "
+                f"{consumer.member.parameter} is multiplied by in another way"
+            )
+    return errors
