@@ -121,7 +121,7 @@ class SearchFigures:
         cuts: the seeds by their names, and the winner of each round.
         rounds: the rounds, in order.
         prices: group → KL(dense ‖ dense model with this group alone at the share it has in the
-            last winner).
+            best cut, or at the level of the last round next to it).
         evaluations: how many candidates were judged in all rounds.
         passes: the cost of judging them, in forward passes over the calibration set.
         samples: database, fitness, held_out → how many calibration samples each had.

@@ -40,12 +40,10 @@ class Builder:
         return self.assignment.importance.by_layer if self.orders is None else None
 
     def cut(self, database: Database, counts: Mapping[str, int]) -> None:
-        """Cut the groups by these counts, as an ordinary run would: weights change, no shapes.
-
-        The database's levels are lost where they are masks.
-        """
+        """Cut the groups by these counts, as an ordinary run would: weights change, no shapes."""
         if not self.walks:
-            self.fill(database, {name: [count] for name, count in counts.items()}, counts)
+            self._note_masks(database, {name: [count] for name, count in counts.items()})
+            database.place(counts)
         elif self.orders is None:
             cut_groups(self.assignment, self.damping, counts=counts)
         else:
@@ -69,10 +67,7 @@ class Builder:
         """
         database.clear()
         if not self.walks:
-            assert self.orders is not None
-            for name, counts in levels.items():
-                for count in counts:
-                    database.note_mask(name, self.orders[name][:count])
+            self._note_masks(database, levels)
             database.place(expected)
             return
         groups = [g for g in self.assignment.groups if any(levels.get(g.name, ()))]
@@ -87,6 +82,12 @@ class Builder:
                 shelf.put_aside(database, group.name)
             database.place({**database.placed, group.name: expected.get(group.name, 0)})
         say(f"levels of {len(groups)} groups: {database.nbytes:,} bytes")
+
+    def _note_masks(self, database: Database, levels: Mapping[str, Sequence[int]]) -> None:
+        assert self.orders is not None
+        for name, counts in levels.items():
+            for count in counts:
+                database.note_mask(name, self.orders[name][:count])
 
     def _fill_group(
         self, database: Database, group: Group, sites: Sequence[Site], counts: Sequence[int]

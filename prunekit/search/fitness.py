@@ -31,7 +31,7 @@ _tree = torch.utils._pytree
 CHUNK = 2048  # tokens of logits in float32 at once, at most
 # Elements of a temporary tensor: one that stays in the cache of a processor; one for whose size few
 # kernels of a GPU are launched.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Of the dense model's probabilities, on its first batches; later ones are computed each time.
 _KEPT_BYTES = 1 << 30
 

@@ -40,11 +40,10 @@ class Move:
 
 
 def climb(
-    arena: Arena, start: Candidate, batches: tuple[int, int], sweeps: int, rng: random.Random
+    arena: Arena, parent: Parent, batches: tuple[int, int], sweeps: int, rng: random.Random
 ) -> tuple[Parent, list[SearchPoint]]:
     """Take guided steps while they help, at most `sweeps` of them; `batches`: few, and many."""
-    parent = arena.raise_parent(start)
-    best = arena.measure_at_limit([start], batches[1])[0]
+    best = arena.measure_at_limit([parent.candidate], batches[1])[0]
     curve = [SearchPoint(evaluations=arena.evaluations, divergence=best)]
     for _ in range(sweeps):
         children = combine(arena.space, parent.candidate, probe(arena, parent, batches), rng)

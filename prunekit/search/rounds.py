@@ -13,6 +13,7 @@ from prunekit.runtime.console import say
 from prunekit.search.arena import Arena
 from prunekit.search.bench import Bench, Checked
 from prunekit.search.evolution import Stage, evolve, fit
+from prunekit.search.fitness import Divergence
 from prunekit.search.guide import climb
 from prunekit.search.levels import Candidate
 from prunekit.search.seeds import pack, price_levels
@@ -37,7 +38,8 @@ class Result:
         winner: the best candidate but for those that the round began with, cut as an ordinary run
             would; or the knapsack of a later round, where that is better so.
         packed: the knapsack seed, cut so; None where it was not asked for, and in later rounds.
-        prices: slot → the KL of replacing it alone by its level in the winner.
+        prices: slot → the KL of replacing it alone by its level in the best cut so far; none where
+            more rounds follow.
         figures: what the round did.
     """
 
@@ -77,6 +79,8 @@ class Start:
         reach: how far from the centre levels may be, as a share of a group's units.
         packs: a knapsack is made of this round's levels.
         first: it is a seed.
+        to_beat: KL of the centre on held-out samples; None in the first round.
+        last: no round follows, even where this one helps.
     """
 
     centre: Mapping[str, int]
@@ -85,6 +89,12 @@ class Start:
     reach: float
     packs: bool
     first: bool = True
+    to_beat: Divergence | None = None
+    last: bool = True
+
+    def helps(self, winner: Checked) -> bool:
+        """Whether held-out samples confirm that a cut is better than the centre."""
+        return self.to_beat is None or winner.held_out.mean < self.to_beat.mean
 
 
 def run_round(
@@ -99,21 +109,30 @@ def run_round(
     space, few, many = arena.space, effort.stages[0].batches, effort.stages[-1].batches
     starts = [bench.steps_of(start.centre)]
     starts += [fit(space, space.nearest(counts), set(), rng) for counts in start.others]
-    packed = None
+    centre, packed = None, None
     if start.packs:
-        prices = price_levels(arena, arena.raise_parent(starts[0]), few)
+        centre = arena.raise_parent(starts[0])
+        prices = price_levels(arena, centre, few)
         packed = fit(space, pack(space, prices), set(), rng)
         starts.append(packed)
     values = arena.measure_at_limit(starts, many)
     best = starts[values.index(min(values))]
-    parent, curve = climb(arena, best, (few, many), effort.sweeps, rng)
+    parent = centre if centre and best == starts[0] else arena.raise_parent(best)
+    parent, curve = climb(arena, parent, (few, many), effort.sweeps, rng)
     winner, more = evolve(arena, parent, effort.stages, effort.children, effort.generations, rng)
     curve += more
     if winner in starts:
         # Levels fit the centre, which has an advantage here; cut exactly, others may be better.
         winner = next(iter(arena.find_others(starts, many)), winner)
     named = {"winner": winner} | ({} if packed is None else {"packed": packed})
-    alone = {name: _price_alone(arena, candidate, few) for name, candidate in named.items()}
+    cuts = {name: _check(bench, shelf, name, space.counts(c)) for name, c in named.items()}
+    seed = cuts.pop("packed", None) if start.first else None
+    lowest = min(cuts.values(), key=lambda cut: cut.fitness)
+    alone: dict[str, float] = {}
+    if start.last or not start.helps(lowest):
+        taken = lowest.counts if start.helps(lowest) else start.centre
+        alone = _price_alone(arena, space.nearest(taken), few)
+    _tell(curve)
     figures = SearchRound(
         step=start.step,
         database_bytes=bench.database.nbytes,
@@ -121,11 +140,7 @@ def run_round(
         tokens=round(arena.tokens),
         curve=tuple(curve),
     )
-    _tell(curve)
-    cuts = {name: _check(bench, shelf, name, space.counts(c)) for name, c in named.items()}
-    seed = cuts.pop("packed", None) if start.first else None
-    lowest = min(cuts, key=lambda name: cuts[name].fitness)
-    return Result(winner=cuts[lowest], packed=seed, prices=alone[lowest], figures=figures)
+    return Result(winner=lowest, packed=seed, prices=alone, figures=figures)
 
 
 def _check(bench: Bench, shelf: Shelf, name: str, counts: Mapping[str, int]) -> Checked:
@@ -134,11 +149,11 @@ def _check(bench: Bench, shelf: Shelf, name: str, counts: Mapping[str, int]) -> 
     return Checked.from_json(content)
 
 
-def _price_alone(arena: Arena, winner: Candidate, batches: int) -> dict[str, float]:
-    """Slot → the KL of the dense model with the slot alone at its level in the winner."""
-    dense = (0,) * len(winner)
-    cut = [i for i, step in enumerate(winner) if step]
-    alone = [(*dense[:i], winner[i], *dense[i + 1 :]) for i in cut]
+def _price_alone(arena: Arena, taken: Candidate, batches: int) -> dict[str, float]:
+    """Slot → the KL of the dense model with the slot alone at its level in the cut."""
+    dense = (0,) * len(taken)
+    cut = [i for i, step in enumerate(taken) if step]
+    alone = [(*dense[:i], taken[i], *dense[i + 1 :]) for i in cut]
     prices = dict(zip(cut, arena.measure(alone, batches), strict=True))
     return {slot.name: prices.get(i, 0.0) for i, slot in enumerate(arena.space.slots)}
 

@@ -178,6 +178,8 @@ class Search(Policy):
                 reach=step * self.levels / 2 if results else 1.0,
                 packs=KNAPSACK in self.seeds,
                 first=not results,
+                to_beat=best.held_out if results else None,
+                last=number == self.rounds,
             )
             rng = random.Random(f"{bench.setting.seed} {number}")
             shelf = Shelf(tools=bench.setting.tools, name=f"search-round-{number}")
@@ -187,7 +189,7 @@ class Search(Policy):
             result = Result.from_json(content)
             say(f"its winner, cut exactly: KL to the dense model {result.winner.fitness:.4f}")
             results.append(result)
-            if len(results) > 1 and result.winner.held_out.mean >= best.held_out.mean:
+            if not start.helps(result.winner):
                 say("held-out samples don't confirm that this round helps")
                 break
             cuts = [best, result.winner, *([result.packed] if result.packed else [])]

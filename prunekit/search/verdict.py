@@ -77,7 +77,7 @@ def describe_search(
         verdict=verdict,
         cuts=cuts,
         rounds=tuple(result.figures for result in results),
-        prices=next(result.prices for result in results if result.winner is winner),
+        prices=results[-1].prices,
         evaluations=sum(result.figures.evaluations for result in results),
         passes=sum(result.figures.tokens for result in results) / tokens,
         samples={
