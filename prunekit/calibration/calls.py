@@ -4,7 +4,8 @@ They are recorded without running a layer: stand-ins note their arguments and pa
 on. A layer whose other arguments depend on the results of the layers before it can't be run by
 itself: a second recording, with stand-ins that change the hidden states, shows whether they do, and
 a third one, whether a layer is given what the layers before it return beside the hidden states
-(T5's position bias, say, which its first layer computes for all).
+(T5's position bias, say, which its first layer computes for all). The second one goes on behind the
+last layer, as far as the head: layers that a model goes through again have several inputs.
 """
 
 from __future__ import annotations
@@ -167,36 +168,53 @@ def _record_batch(
 ) -> _Recorder | None:
     """Run the model with stand-ins for its layers; None where not all are called, in order."""
     recorder = _Recorder(len(layers), lambda hidden: returned(hidden, other), changing)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     with ExitStack() as stack:
         for i, layer in layers_in(layers).items():
             stack.enter_context(replacing(layer, partial(recorder.stand_in, i)))
+        if isinstance(head, nn.Module):
+            stack.enter_context(replacing(head, _stop))
         try:
             model(**copy_batch(batch))
         except Stop:
             pass
         except Exception:  # the model takes something else from a layer
-            return None
-    return recorder if len(recorder.calls) == len(layers) else None
+            if not recorder.complete:
+                return None
+    return recorder if recorder.complete and not recorder.repeated else None
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    """A forward method that ends the forward pass."""
+    raise Stop
 
 
 class _Recorder:
     """Notes the calls of stand-ins that pass on the hidden states they are given.
 
     Args:
-        num_layers: after the last layer's call the forward pass ends.
+        num_layers: how many layers there are.
         give_back: makes what the stand-ins return of the hidden states.
-        changing: whether the hidden states passed on are others than those given.
+        changing: whether the hidden states passed on are others than those given; then the forward
+            pass goes on behind the last layer, where it ends otherwise.
 
     Attributes:
         first: the hidden states before the first layer.
         calls: one for each layer called so far.
+        repeated: whether a layer was called behind the last one.
     """
 
     def __init__(self, num_layers: int, give_back: Callable[[Tensor], Any], changing: bool) -> None:
         self.num_layers, self.give_back, self.changing = num_layers, give_back, changing
         self.first: Tensor | None = None
         self.calls: list[LayerCall] = []
+        self.repeated = False
         self._passed_on: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers were called, in order."""
+        return len(self.calls) == self.num_layers
 
     def stand_in(self, layer: int, *args: Any, **kwargs: Any) -> Any:
         """The forward method of one layer's stand-in.
@@ -209,12 +227,13 @@ class _Recorder:
         hidden = args[0] if key is None else kwargs.pop(key)
         others = _tree.tree_leaves((args[1:], kwargs))
         chained = isinstance(hidden, Tensor) if self.first is None else hidden is self._passed_on
+        self.repeated = self.complete
         if layer != len(self.calls) or not chained or any(other is hidden for other in others):
             raise Stop
         if self.first is None:
             self.first = hidden.clone()
         self.calls.append(LayerCall(args[1:], kwargs, key))
-        if len(self.calls) == self.num_layers:
+        if self.complete and not self.changing:
             raise Stop
         # Any changed values will do: an argument that changes too depends on the hidden states.
         self._passed_on = 2 * hidden + 1 if self.changing else hidden

@@ -338,6 +338,10 @@ class Stack(nn.Module):
             for layer in self.layers:
                 x, bias = layer(x, bias)
             return x
+        if self.how == "gone through twice":
+            for layer in (*self.layers, *self.layers):
+                x = layer(x.tanh() if layer is self.layers[0] else x)
+            return x
         for layer in self.layers:
             extra = {
                 "given the layer before": (before,),
@@ -358,6 +362,7 @@ class Stack(nn.Module):
         "given the first",
         "given a function",
         "hands on a bias",
+        "gone through twice",
         "shares weights",
     ],
 )
