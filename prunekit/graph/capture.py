@@ -50,6 +50,7 @@ _OTHER_WAY = (
     "or a module in it can be pruned by itself"
 )
 _ON_META = partial(torch.device, "meta")  # the device of tensors that are made without one
+_Casts = dict[str, torch.dtype]  # the path of a module → the type that a forward pass casts it to
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -139,16 +140,20 @@ def capture(
         TraceError: torch.export can't follow the module (data-dependent control flow, say).
     """
     errors: list[Exception] = []
+    casts: _Casts = {}
     programs: list[ExportedProgram] = []
     ways = [*WAYS]
     while ways:
         way = ways.pop(0)
-        skeleton = without_hooks(meta_copy(model)).eval()
+        skeleton, known = _make_skeleton(model, casts), len(casts)
         watch(skeleton)
         try:
-            with _capturing(lines), way() as mode:
+            with _capturing(skeleton, casts, lines), way() as mode:
                 program = _export(skeleton, example_inputs)
         except Exception as error:
+            if len(casts) > known:
+                ways.insert(0, way)
+                continue
             errors.append(error)
             if _mixes_devices(error) and way is not _ON_META:
                 ways = [_ON_META]
@@ -165,12 +170,22 @@ def capture(
         return min(programs, key=_count_unknown)
     if problem := _find_misnamed(model, example_inputs):
         raise TraceError(f"{type(model).__name__}: {problem}") from errors[0]
-    by_numbers = type(errors[0]).__name__ in _NUMBERS_NEEDED
+    raise _refuse(model, errors[0]) from errors[0]
+
+
+def _make_skeleton(model: nn.Module, casts: _Casts) -> nn.Module:
+    """The copy on meta that is captured, with the casts made that its forward pass would make."""
+    skeleton = without_hooks(meta_copy(model)).eval()
+    for path, dtype in casts.items():
+        skeleton.get_submodule(path).to(dtype)
+    return skeleton
+
+
+def _refuse(model: nn.Module, error: Exception) -> TraceError:
+    by_numbers = type(error).__name__ in _NUMBERS_NEEDED
     kind, way_out = (TraceError, WAY_OUT) if by_numbers else (InputsError, _OTHER_WAY)
-    text = (
-        f"torch.export can't capture its forward pass: {_explain(errors[0], by_numbers)}{way_out}"
-    )
-    raise kind(f"{type(model).__name__}: {text}") from errors[0]
+    text = f"torch.export can't capture its forward pass: {_explain(error, by_numbers)}{way_out}"
+    return kind(f"{type(model).__name__}: {text}")
 
 
 def _find_misnamed(
@@ -221,21 +236,29 @@ def _has_unknown_size(node: torch.fx.Node) -> bool:
 
 
 @contextmanager
-def _casting_what_differs() -> Iterator[None]:
-    """Let a module cast to the type that it has be itself: torch.export refuses any cast."""
+def _casting_what_differs(skeleton: nn.Module, casts: _Casts) -> Iterator[None]:
+    """Let a module cast to the type that it has be itself: torch.export refuses any cast.
+
+    Casts to another type, which it refuses, are noted: they can be made before.
+    """
     cast = nn.Module.to
+    paths = {module: path for path, module in skeleton.named_modules()}
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         kinds = {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}
-        has_it = kinds == {*args, *kwargs.values()}
-        return self if has_it else cast(self, *args, **kwargs)
+        wanted = {*args, *kwargs.values()}
+        if kinds == wanted:
+            return self
+        if self in paths and all(isinstance(dtype, torch.dtype) for dtype in wanted):
+            casts[paths[self]] = min(wanted, key=str)
+        return cast(self, *args, **kwargs)
 
     with patch.object(nn.Module, "to", to):
         yield
 
 
 @contextmanager
-def _capturing(lines: bool) -> Iterator[None]:
+def _capturing(skeleton: nn.Module, casts: _Casts, lines: bool) -> Iterator[None]:
     """Let torch.export go about its work quickly and in silence.
 
     The graph is read and never run: writing Python code for it, as torch.export does after each of
@@ -246,7 +269,7 @@ def _capturing(lines: bool) -> Iterator[None]:
         stack.enter_context(_ListsAsSlices())
         stack.enter_context(_noting_lines(lines))
         stack.enter_context(use_lazy_graphs(True))
-        stack.enter_context(_casting_what_differs())
+        stack.enter_context(_casting_what_differs(skeleton, casts))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         if os.environ.get("PRUNEKIT_TRACEBACK") != "1":

@@ -269,9 +269,10 @@ def _untainted_outputs(node: Node, *, data: bool) -> Any:
     """The outputs of an operator that no weight went into: all their sizes are fixed.
 
     Not so where every position holds the same number, as a recurrent state does at first: a module
-    mostly takes such a size from a tensor that it got.
+    mostly takes such a size from a tensor that it got. Such a state is an activation.
     """
-    reason = None if _fills(node) else f"its size is fixed by {node.target}"
+    fills = _fills(node)
+    reason, data = None if fills else f"its size is fixed by {node.target}", data or fills
 
     def fix(output: Any) -> Any:
         return _fix(output, reason, data=data) if isinstance(output, Tensor) else output

@@ -111,7 +111,7 @@ def test_experts_that_look_at_numbers_are_traced_and_cut(options):
 
 class Named(nn.Module):
     """Experts that a loop finds by their names, and a mask that is made unless it is compiled
-    (Switch); the router is cast to the type that it has (NLLB-MoE)."""
+    (Switch); the router is cast to single precision, mostly what it has been (NLLB-MoE)."""
 
     def __init__(self):
         super().__init__()
@@ -132,12 +132,20 @@ class Named(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         x, mask = self.embedding(input_ids).flatten(0, 1), attention_mask[..., None].flatten(0, 1)
         self.router = self.router.to(torch.float32)
-        sent = F.one_hot(self.router(x).argmax(-1), 2).T
+        sent = F.one_hot(self.router(x.float()).argmax(-1), 2).T
         out = torch.zeros_like(x)
         for expert in (sent.sum(1) > 0).nonzero():
             (token,) = torch.where(sent[expert[0]])
             out.index_add_(0, token, self.experts[f"expert_{expert[0]}"](x[token]))
         return self.head((x + out) * mask)
+
+
+def test_a_module_that_a_pass_casts_to_another_type_is_traced():
+    model = Named().bfloat16()
+    ids = torch.randint(0, 20, (4, 6))
+    graph = prunekit.trace(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert {f"experts.expert_{i}" for i in (0, 1)} <= {g.module for g in graph.groups if g.prunable}
+    assert model.router.weight.dtype == torch.bfloat16
 
 
 def test_experts_by_name_and_masks_that_are_made_are_traced_and_cut():

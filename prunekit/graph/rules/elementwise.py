@@ -97,6 +97,7 @@ def _prelu(call: Call) -> Value:
     if slope.shape[0] > 1:
         ax.unify(value.axes[1], slope.axes[0])
         call.note("num_parameters", slope.axes[0])
+    ax.tag(_features(value), "nonlinear")
     return call.make(value.axes)
 
 
