@@ -25,9 +25,9 @@ from prunekit.search import Search
 from prunekit.search.bench import LARGEST, make_budget
 from prunekit.search.bench import Bench as SearchBench
 from prunekit.search.database import Database
-from prunekit.search.guide import TOGETHER
-from prunekit.search.levels import Space
-from prunekit.search.seeds import PRICED
+from prunekit.search.guide import TOGETHER, count_hopeful
+from prunekit.search.levels import Candidate, Space
+from prunekit.search.seeds import pick_levels
 
 RATIO = 0.2
 CUT_SECONDS = 36.4  # LLaMA-7B's shape, 128 × 2,048 tokens, 20 %: the schedule alone
@@ -120,9 +120,8 @@ def plan_round(
     reach = 1.0 if number == 1 else step * policy.levels / 2
     space = bench.plan_levels(centre, step, reach)
     few, many = (count_tokens(tokens, shape, policy) for tokens in policy.tokens)
-    calls = count_candidates(space, policy)
-    tokens = (calls["prices"] + calls["alone"] + calls["probes"]) * few / 2
-    tokens += calls["probes"] / 2 * (many - few) / 2  # the better half of them
+    calls = count_candidates(space, policy, bench.steps_of(centre), number)
+    tokens = (calls["prices"] + calls["alone"]) * few / 2 + calls["probes"] * many / 2
     tokens += (calls["starts"] + calls["steps"]) * many + calls["children"] * few
     tokens += policy.generations * policy.survivors[0] * (many - few)
     return {
@@ -132,16 +131,22 @@ def plan_round(
     }
 
 
-def count_candidates(space: Space, policy: Search) -> dict[str, int]:
+def count_candidates(
+    space: Space, policy: Search, centre: Candidate, number: int
+) -> dict[str, int]:
     """How many candidates a round judges at most, by what they are for."""
-    slots = len(space.slots)
+    slots, parts = len(space.slots), policy.prices[0 if number == 1 else -1]
+    priced = [
+        {*pick_levels(slot, levels, parts)} - {own}
+        for slot, levels, own in zip(space.slots, space.levels, centre, strict=True)
+    ]
     return {
         "starts": len(policy.seeds),
-        "prices": sum(min(len(levels), PRICED + 2) for levels in space.levels),
-        "probes": policy.sweeps * 2 * slots,
+        "prices": sum(map(len, priced)),
+        "probes": policy.sweeps * 2 * min(count_hopeful(slots), slots),
         "steps": policy.sweeps * (sum(n <= slots for n in TOGETHER) + 1),
         "children": policy.generations * policy.children,
-        "alone": slots,
+        "alone": slots if number == policy.rounds else 0,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prunekit.allocation.budget import Budget
@@ -67,6 +67,7 @@ class Bench:
         database: the levels of the present round.
         judge: judges on the samples of the fitness.
         checker: judges on held-out samples.
+        checked: the cuts that were checked, by their counts.
     """
 
     setting: Setting
@@ -75,6 +76,7 @@ class Bench:
     database: Database
     judge: Judge
     checker: Judge
+    checked: dict[tuple[tuple[str, int], ...], Checked] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -103,7 +105,16 @@ class Bench:
             store.close()
 
     def check(self, counts: Mapping[str, int]) -> Checked:
-        """Cut the model by these counts, as an ordinary run would, and judge it; undo the cut."""
+        """Cut the model by these counts, as an ordinary run would, and judge it; undo the cut.
+
+        The same cut is not made twice.
+        """
+        key = tuple(sorted((name, count) for name, count in counts.items() if count))
+        if key not in self.checked:
+            self.checked[key] = self._check(counts)
+        return self.checked[key]
+
+    def _check(self, counts: Mapping[str, int]) -> Checked:
         self.database.place({})
         self.builder.cut(self.database, counts)
         fitness = [self.judge.measure(b) for b in range(len(self.judge.batches))]

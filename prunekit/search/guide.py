@@ -1,8 +1,8 @@
 """Guided steps: every slot is moved by one level alone, then the best moves are made together.
 
-Two evaluations a slot tell what each move changes in KL and in cost. The moves that win most KL for
-the cost that they give back are made, and the cheapest moves that save as much cost. How many of
-them are right at once is tried: their prices add up only nearby.
+Evaluations tell what the moves that look best change in KL and in cost. The moves that win most KL
+for the cost that they give back are made, and the cheapest moves that save as much cost. How many
+of them are right at once is tried: their prices add up only nearby.
 
 Few tokens tell prices badly, and the best of many noisy prices are too good to be true. So a price
 is taken to be worse than measured by its standard error over the samples.
@@ -18,7 +18,10 @@ from prunekit.report.parts import SearchPoint
 from prunekit.search.arena import Arena, Parent
 from prunekit.search.evolution import fit
 from prunekit.search.levels import Candidate, Space
+from prunekit.search.seeds import Prices, price_between
 
+_PART = 3  # one of so many moves of either kind is priced on many batches,
+_LEAST = 8  # and at least so many
 _ERRORS = 1.0  # standard errors by which a price is taken to be worse than measured
 TOGETHER = (1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)  # how many moves back are tried at once
 
@@ -40,13 +43,22 @@ class Move:
 
 
 def climb(
-    arena: Arena, parent: Parent, batches: tuple[int, int], sweeps: int, rng: random.Random
+    arena: Arena,
+    parent: Parent,
+    batches: tuple[int, int],
+    sweeps: int,
+    rng: random.Random,
+    prices: Prices | None = None,
 ) -> tuple[Parent, list[SearchPoint]]:
-    """Take guided steps while they help, at most `sweeps` of them; `batches`: few, and many."""
+    """Take guided steps while they help, at most `sweeps` of them.
+
+    `batches`: few, and many. `prices`: of levels, where they are known (`probe`).
+    """
     best = arena.measure_at_limit([parent.candidate], batches[1])[0]
     curve = [SearchPoint(evaluations=arena.evaluations, divergence=best)]
     for _ in range(sweeps):
-        children = combine(arena.space, parent.candidate, probe(arena, parent, batches), rng)
+        moves = probe(arena, parent, batches, prices)
+        children = combine(arena.space, parent.candidate, moves, rng)
         values = arena.measure_at_limit(children, batches[1], [parent] * len(children))
         curve.append(SearchPoint(evaluations=arena.evaluations, divergence=min([best, *values])))
         if not values or min(values) >= best:
@@ -56,11 +68,14 @@ def climb(
     return parent, curve
 
 
-def probe(arena: Arena, parent: Parent, batches: tuple[int, int]) -> list[Move]:
+def probe(
+    arena: Arena, parent: Parent, batches: tuple[int, int], prices: Prices | None = None
+) -> list[Move]:
     """Moves of slots by one level, with their prices at the parent on many batches.
 
-    All are priced on few batches first, at the better end of what these leave open; the better half
-    of those that give back, and of those that save, is priced on many.
+    All are guessed from the prices of levels, or without them priced on few batches first, at the
+    better end of what these leave open; the better part of those that give back, and of those that
+    save, is priced on many.
     """
     space, own = arena.space, parent.candidate
     cost = space.cost(own)
@@ -75,12 +90,34 @@ def probe(arena: Arena, parent: Parent, batches: tuple[int, int]) -> list[Move]:
         if after is not None and space.cost(after) != cost
     }
     few, many = batches
-    if few < many:
-        moves = _price(arena, parent, known, few, -_ERRORS)
+    if few < many or prices:
+        if prices:
+            moves = _guess(space, parent, known, prices)
+        else:
+            moves = _price(arena, parent, known, few, -_ERRORS)
         sides = (_sort_back(moves), _sort_saving(moves))
-        hopeful = [move for side in sides for move in side[: -(-len(side) // 2)]]
+        hopeful = [move for side in sides for move in side[: count_hopeful(len(side))]]
         known = {(move.slot, move.levels): known[move.slot, move.levels] for move in hopeful}
     return _price(arena, parent, known, many, _ERRORS)
+
+
+def count_hopeful(moves: int) -> int:
+    """How many of the moves of either kind are priced on many batches, at most."""
+    return max(-(-moves // _PART), _LEAST)
+
+
+def _guess(
+    space: Space, parent: Parent, moved: Mapping[tuple[int, int], Candidate], prices: Prices
+) -> list[Move]:
+    """The moves to these candidates, at prices between those of levels; none beyond them."""
+    own, moves = parent.candidate, []
+    cost = space.cost(own)
+    for (i, levels), after in moved.items():
+        before, then = (price_between(space.slots[i], prices[i], c[i]) for c in (own, after))
+        if before is not None and then is not None:
+            price = (then - before) / (cost - space.cost(after))
+            moves.append(Move(slot=i, levels=levels, price=price))
+    return moves
 
 
 def _price(

@@ -15,7 +15,6 @@ from prunekit.search.bench import Bench, Checked
 from prunekit.search.evolution import Stage, evolve, fit
 from prunekit.search.fitness import Divergence
 from prunekit.search.guide import climb
-from prunekit.search.levels import Candidate
 from prunekit.search.seeds import pack, price_levels
 from prunekit.search.shelf import Shelf
 
@@ -27,6 +26,7 @@ class Effort:
     sweeps: int
     generations: int
     children: int
+    prices: Sequence[int]
     stages: Sequence[Stage]
 
 
@@ -100,7 +100,9 @@ class Start:
 def run_round(
     bench: Bench, start: Start, effort: Effort, rng: random.Random, shelf: Shelf | None = None
 ) -> Result:
-    """Build the database, climb from the best start, evolve, and cut the winner exactly.
+    """Build the database, climb from the best start, and cut the winner exactly.
+
+    Where guided steps find nothing better, evolution tries.
 
     `shelf`: keeps what the round has finished.
     """
@@ -109,29 +111,30 @@ def run_round(
     space, few, many = arena.space, effort.stages[0].batches, effort.stages[-1].batches
     starts = [bench.steps_of(start.centre)]
     starts += [fit(space, space.nearest(counts), set(), rng) for counts in start.others]
-    centre, packed = None, None
+    centre, packed, prices = None, None, None
     if start.packs:
         centre = arena.raise_parent(starts[0])
-        prices = price_levels(arena, centre, few)
+        prices = price_levels(arena, centre, few, effort.prices[0 if start.first else -1])
         packed = fit(space, pack(space, prices), set(), rng)
         starts.append(packed)
     values = arena.measure_at_limit(starts, many)
     best = starts[values.index(min(values))]
     parent = centre if centre and best == starts[0] else arena.raise_parent(best)
-    parent, curve = climb(arena, parent, (few, many), effort.sweeps, rng)
-    winner, more = evolve(arena, parent, effort.stages, effort.children, effort.generations, rng)
+    parent, curve = climb(arena, parent, (few, many), effort.sweeps, rng, prices)
+    generations = effort.generations if parent.candidate in starts else 0
+    winner, more = evolve(arena, parent, effort.stages, effort.children, generations, rng)
     curve += more
-    if winner in starts:
+    if begun := winner in starts:
         # Levels fit the centre, which has an advantage here; cut exactly, others may be better.
         winner = next(iter(arena.find_others(starts, many)), winner)
-    named = {"winner": winner} | ({} if packed is None else {"packed": packed})
+    named = {"winner": winner}
+    # A winner that was found on the way from the knapsack has been compared with it already.
+    if packed is not None and (start.first or begun or best != packed):
+        named["packed"] = packed
     cuts = {name: _check(bench, shelf, name, space.counts(c)) for name, c in named.items()}
     seed = cuts.pop("packed", None) if start.first else None
     lowest = min(cuts.values(), key=lambda cut: cut.fitness)
-    alone: dict[str, float] = {}
-    if start.last or not start.helps(lowest):
-        taken = lowest.counts if start.helps(lowest) else start.centre
-        alone = _price_alone(arena, space.nearest(taken), few)
+    alone = _price_alone(arena, start, lowest, few)
     _tell(curve)
     figures = SearchRound(
         step=start.step,
@@ -149,8 +152,15 @@ def _check(bench: Bench, shelf: Shelf, name: str, counts: Mapping[str, int]) -> 
     return Checked.from_json(content)
 
 
-def _price_alone(arena: Arena, taken: Candidate, batches: int) -> dict[str, float]:
-    """Slot → the KL of the dense model with the slot alone at its level in the cut."""
+def _price_alone(arena: Arena, start: Start, winner: Checked, batches: int) -> dict[str, float]:
+    """Slot → the KL of the dense model with the slot alone at its level in the best cut.
+
+    None while more rounds follow.
+    """
+    helps = start.helps(winner)
+    if helps and not start.last:
+        return {}
+    taken = arena.space.nearest(winner.counts if helps else start.centre)
     dense = (0,) * len(taken)
     cut = [i for i, step in enumerate(taken) if step]
     alone = [(*dense[:i], taken[i], *dense[i + 1 :]) for i in cut]

@@ -60,8 +60,10 @@ class Search(Policy):
             knapsack, of which each later round has one of its own.
         rounds: how often a database is built around the best cut so far; fewer, where a round's
             winner is no better on held-out samples.
-        sweeps: guided steps of a round at most, two evaluations a group each.
-        generations: generations of a round, after its guided steps.
+        prices: into how many parts the levels of a group are divided, to be priced for the knapsack
+            and the guided steps: in the first round, and in later ones.
+        sweeps: guided steps of a round at most.
+        generations: generations of a round whose guided steps found nothing better.
         children: children of a generation.
         survivors: how many of them are left after each stage of judging.
         tokens: how many tokens they are judged on at each stage.
@@ -76,9 +78,10 @@ class Search(Policy):
     empties: ClassVar[bool] = True
     step: float = 0.125
     levels: int = 8
-    seeds: Sequence[str] = ("uniform", "log_increase", "expected_loss", KNAPSACK)
+    seeds: Sequence[str] = ("expected_loss", KNAPSACK)
     rounds: int = 3
-    sweeps: int = 2
+    prices: Sequence[int] = (4, 2)
+    sweeps: int = 1
     generations: int = 2
     children: int = 16
     survivors: Sequence[int] = (4, 1)
@@ -93,7 +96,7 @@ class Search(Policy):
             _expect_number(key, getattr(self, key), 1)
         for key in ("sweeps", "generations"):
             _expect_number(key, getattr(self, key), 0)
-        for key in ("survivors", "tokens"):
+        for key in ("prices", "survivors", "tokens"):
             values = getattr(self, key)
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ConfigError(f"policy.{key}: expected a list of numbers, got {values!r}")
@@ -163,6 +166,7 @@ class Search(Policy):
             sweeps=self.sweeps,
             generations=self.generations,
             children=self.children,
+            prices=self.prices,
             stages=stages,
         )
         best = min(seeds.values(), key=lambda checked: checked.fitness)

@@ -9,11 +9,12 @@ from test_search import make_setting
 from prunekit.compensation import Obs as Repair
 from prunekit.importance import Obs
 from prunekit.policies import Uniform
+from prunekit.search import guide
 from prunekit.search.bench import Bench, make_budget
 from prunekit.search.fitness import Divergence
 from prunekit.search.guide import Move, combine, probe
 from prunekit.search.samples import split_samples
-from prunekit.search.seeds import price_levels
+from prunekit.search.seeds import pack, price_between, price_levels
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,13 @@ def test_levels_are_priced_beside_those_of_the_other_slots(arena, bench):
         arena.database.place(space.counts((*own[:slot], step, *own[slot + 1 :])))
         return bench.judge.measure(0).mean
 
-    prices = price_levels(arena, arena.raise_parent(own), 1)
+    prices = price_levels(arena, arena.raise_parent(own), 1, 2)
     for slot, levels in enumerate(space.levels):
-        assert prices[slot].keys() == set(levels)  # few enough to price all of them
+        assert prices[slot].keys() == {0, own[slot], levels[2], levels[-1]}
         for step, price in prices[slot].items():
-            expected = divergence(slot, step) - divergence(slot, 0)
+            expected = divergence(slot, step) - divergence(slot, own[slot])
             assert price == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        assert prices[slot][levels[-1]] > 0
+        assert prices[slot][0] < 0 < prices[slot][levels[-1]]
 
 
 def test_other_candidates_than_those_known_come_by_their_divergence(arena, bench):
@@ -90,16 +91,38 @@ def test_other_candidates_than_those_known_come_by_their_divergence(arena, bench
     assert values == sorted(values)
 
 
-def test_half_of_the_moves_is_priced_on_many_samples(arena, bench):
-    """The better half of both kinds, and at the prices that all samples tell."""
+def test_the_better_moves_are_priced_on_many_samples(arena, bench, monkeypatch):
+    """A third of both kinds, rounded up, at the prices that all samples tell."""
+    monkeypatch.setattr(guide, "_LEAST", 1)
     own = tuple(levels[1] for levels in arena.space.levels)
     parent, many = arena.raise_parent(own), len(bench.judge.batches)
     everything = probe(arena, parent, (many, many))
     hopeful = probe(arena, parent, (1, many))
     assert many > 1
-    assert all(move in everything for move in hopeful)
-    for levels in (-1, 1):
-        assert 2 * sum(move.levels == levels for move in hopeful) == len(own)
+    # The price of a level: those of the slots 0 and 1 rise least, those of 2 and 3 most.
+    known = {i: {levels[0]: 0.0, levels[4]: 1.0 + i} for i, levels in enumerate(arena.space.levels)}
+    guessed = probe(arena, parent, (1, many), known)
+    assert {m.slot for m in guessed if m.levels == 1} == {0, 1}
+    assert {m.slot for m in guessed if m.levels == -1} == {2, 3}
+    for moves in (hopeful, guessed):
+        assert all(move in everything for move in moves)
+        for levels in (-1, 1):
+            assert 2 * sum(move.levels == levels for move in moves) == len(own)
+
+
+def test_a_knapsack_takes_levels_between_those_that_are_priced(arena):
+    """Of 40 channels one slot gives 10 at least, and the slot with the lowest prices the others."""
+    space = arena.space
+    first, *_, last = space.levels
+    prices = {i: {levels[0]: 0.0, levels[4]: 4.0 + i} for i, levels in enumerate(space.levels)}
+    prices[3] = {last[1]: 0.0, last[4]: 1000.0}
+    assert pack(space, prices) == (first[3], 0, 0, last[1])
+    slot = space.slots[3]
+    low, middle, high = (slot.removed[last[level]] for level in (1, 2, 4))
+    expected = 1000 * (middle - low) / (high - low)
+    assert price_between(slot, prices[3], last[2]) == pytest.approx(expected)
+    assert price_between(slot, prices[3], last[4]) == 1000
+    assert price_between(slot, prices[3], last[0]) is None
 
 
 def test_moves_are_made_only_where_they_promise_to_win(arena):
