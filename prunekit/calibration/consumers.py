@@ -265,28 +265,42 @@ class _Products(TorchFunctionMode):
 
 
 def find_unseen(consumers: Sequence[Consumer], run: Callable[[], object]) -> list[Consumer]:
-    """The consumers whose module runs, and whose inputs are not seen: another operator takes them.
+    """The consumers that are at work, and whose inputs are not seen: another operator takes them.
+
+    A stacked expert counts as seen where one of its stack is: a few tokens don't reach them all.
 
     Args:
         consumers: of one model.
         run: runs the model once.
     """
-    watched = [c for c in consumers if c.expert is None and not c.is_hooked]
+    watched = [consumer for consumer in consumers if not consumer.is_hooked]
     if not watched:
         return []
-    seen, ran = set[Consumer](), set[Consumer]()
+    seen, ran = set[Any](), set[Any]()
     with ExitStack() as stack:
-        for consumer in watched:
-            note = partial(_note_run, ran, consumer)
-            stack.callback(consumer.module.register_forward_pre_hook(note).remove)
-        stack.enter_context(watching(watched, lambda consumer, _: seen.add(consumer)))
+        for module in {consumer.module for consumer in watched}:
+            if type(module).forward is nn.Module.forward:  # it holds weights and is never called
+                ran.add(module)
+            note = partial(_note_run, ran, module)
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        see = partial(_note_seen, seen)
+        stack.enter_context(watching(watched, see))
         run()
-    return [consumer for consumer in watched if consumer in ran - seen]
+    return [c for c in watched if c.module in ran and _stack_of(c) not in seen]
 
 
-def _note_run(ran: set[Consumer], consumer: Consumer, *_: Any) -> None:
-    """Forward pre-hook of a consumer's module, once the first two arguments are bound."""
-    ran.add(consumer)
+def _stack_of(consumer: Consumer) -> Any:
+    """The use of a parameter that the consumer is, or is a part of."""
+    return consumer.module, consumer.attribute, consumer.member.dim
+
+
+def _note_run(ran: set[Any], module: nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a module, once the first two arguments are bound."""
+    ran.add(module)
+
+
+def _note_seen(seen: set[Any], consumer: Consumer, _: Tensor) -> None:
+    seen.add(_stack_of(consumer))
 
 
 def _stride(consumer: Consumer) -> int:

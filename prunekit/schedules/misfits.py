@@ -7,7 +7,12 @@ from functools import partial
 
 from torch import nn
 
-from prunekit.calibration.consumers import Consumer, find_consumers, find_unseen
+from prunekit.calibration.consumers import (
+    Consumer,
+    find_consumers,
+    find_unseen,
+    running_experts_in_turn,
+)
 from prunekit.errors import TraceError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.surgery.masking import run_example
@@ -37,7 +42,9 @@ def find_misfits(
         except TraceError as error:
             errors[group.name] = error
     if not any(parameter.is_meta for parameter in model.parameters()):
-        for consumer in find_unseen(list(owners), partial(run_example, model, graph)):
+        with running_experts_in_turn(model, list(owners)):
+            unseen = find_unseen(list(owners), partial(run_example, model, graph))
+        for consumer in unseen:
             group_name = owners[consumer]
             errors[group_name] = TraceError(
                 f"{group_name}: layer-wise pruning expects a product by linear, matmul or addmm, "

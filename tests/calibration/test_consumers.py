@@ -161,6 +161,25 @@ def test_a_product_that_nothing_shows_leaves_its_group_whole_before_calibration(
     assert model.down.weight.shape[1] < 8
 
 
+class Soft(nn.Module):
+    """Experts that are summed up by one product of three tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.head = nn.Linear(6, 4), nn.Linear(6, 3)
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 9)), nn.Parameter(torch.randn(4, 9, 6))
+
+    def forward(self, x):
+        gates = self.router(x).softmax(-1)
+        hidden = torch.einsum("tc,ech->teh", x, self.up).relu()
+        return self.head(x + torch.einsum("te,teh,ehc->tc", gates, hidden, self.down))
+
+
+def test_stacked_weights_whose_inputs_nothing_shows_stay_whole_too():
+    with pytest.raises(ConfigError, match="down is multiplied by in another way"):
+        prunekit.prune(randomise(Soft(), 1), ratio=0.2, calibration=[{"x": torch.randn(64, 6)}])
+
+
 class Residual(nn.Module):
     """A square matrix from the residual stream to itself."""
 
