@@ -459,6 +459,9 @@ def choose_and_cut(
     snapshot.note_biases()
     if streamed is None:
         let_others_save(model)
+    budget = assignment.budget
+    if not any(plan.removed.values()) and budget.limit < budget.cost({}):
+        say("nothing was removed: each step of a group removes more than twice what was asked for")
     return plan
 
 

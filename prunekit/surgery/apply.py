@@ -114,9 +114,8 @@ def _check_alone(
 
     fault = None
     for expectation in expectations(model, graph, exact, run):
-        fault = cut_until_right(
-            cut, expectation.check if run is None else expectation.check_outputs
-        )
+        check = expectation.check if run is None else expectation.check_outputs
+        fault = cut_until_right(cut, check, expectation.check_outputs)
         if fault is None:
             last[0].undo()
             return last[0].guesses

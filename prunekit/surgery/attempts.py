@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
 from prunekit.graph import CouplingGraph
 from prunekit.surgery.attributes import Attempt, attempts
-from prunekit.surgery.changes import Changes
+from prunekit.surgery.changes import Changes, Guess
 from prunekit.surgery.check import Check, Run, catch_fault, expectations
 from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
@@ -35,18 +35,20 @@ def cut_and_check(
     fault = None
     for expectation in expectations(model, graph, removed, run):
         check = expectation.check if run is None else expectation.check_outputs
-        fault = cut_until_right(partial(cut_model, model, graph, removed), check)
+        cut = partial(cut_model, model, graph, removed)
+        fault = cut_until_right(cut, check, expectation.check_outputs)
         if fault is None or not fault.runs:
             break
     return fault
 
 
-def cut_until_right(cut: Cut, check: Check) -> Fault | None:
+def cut_until_right(cut: Cut, check: Check, quick: Check | None = None) -> Fault | None:
     """Cut as the first strategy says whose result passes the check.
 
     Args:
         cut: cuts as an attempt says; on an error it leaves the model as it was.
         check: tells what is wrong with the cut model.
+        quick: a part of the check that takes less time, if there is one.
 
     Returns:
         None once the model is cut. Where no attempt passes, the fault of the first attempt, which
@@ -55,7 +57,7 @@ def cut_until_right(cut: Cut, check: Check) -> Fault | None:
     faults: list[Fault] = []
     guessed: list[str] = []
     for attempt in attempts(guessed):
-        changes, fault = try_cut(partial(cut, attempt), check)
+        changes, fault = try_cut(partial(cut, attempt), check, quick)
         if fault is None:
             return None
         faults.append(fault)
@@ -63,7 +65,9 @@ def cut_until_right(cut: Cut, check: Check) -> Fault | None:
     return faults[0]
 
 
-def try_cut(cut: Callable[[], Changes], check: Check) -> tuple[Changes | None, Fault | None]:
+def try_cut(
+    cut: Callable[[], Changes], check: Check, quick: Check | None = None
+) -> tuple[Changes | None, Fault | None]:
     """Cut and check; a cut with a fault is undone, and guesses that are not needed taken back.
 
     Returns:
@@ -79,7 +83,7 @@ def try_cut(cut: Callable[[], Changes], check: Check) -> tuple[Changes | None, F
     try:
         fault = catch_fault(cut_and_check)
         if fault is None:
-            _revert_needless_guesses(made[0], check)
+            _revert_needless_guesses(made[0], check, quick or check)
         is_right = fault is None
     finally:  # after an interruption too
         if made and not is_right:
@@ -87,12 +91,25 @@ def try_cut(cut: Callable[[], Changes], check: Check) -> tuple[Changes | None, F
     return (made[0] if made else None), fault
 
 
-def _revert_needless_guesses(changes: Changes, check: Check) -> None:
-    """Take back one guess after another; those stay without which the check fails."""
+def _revert_needless_guesses(changes: Changes, check: Check, quick: Check) -> None:
+    """Take back one guess after another; those stay without which the check fails.
+
+    The whole check is made once, behind the quick ones; after each guess only where it fails then.
+    """
+    guesses = list(changes.guesses)
+    changes.guesses[:] = _find_needed(guesses, quick)
+    if len(changes.guesses) < len(guesses) and quick != check and catch_fault(check):
+        for guess in guesses:
+            guess.repeat()
+        changes.guesses[:] = _find_needed(guesses, check)
+
+
+def _find_needed(guesses: Sequence[Guess], check: Check) -> list[Guess]:
+    """Take back one guess after another; those without which a check fails are made again."""
     needed = []
-    for guess in changes.guesses:
+    for guess in guesses:
         guess.revert()
         if catch_fault(check):
             guess.repeat()
             needed.append(guess)
-    changes.guesses[:] = needed
+    return needed

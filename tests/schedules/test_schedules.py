@@ -6,6 +6,7 @@ from conftest import example, inputs_of, tiny_llama, token_ids
 from torch import nn
 
 import prunekit
+from prunekit import pipeline
 from prunekit.calibration import walk as walking
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import trace
@@ -176,6 +177,19 @@ def test_five_lines_that_are_no_language_model():
     plain = copy.deepcopy(dense)
     prunekit.prune(plain, ratio=0.5, method="random", calibration=[{"input": x}])
     assert (net(x) - dense(x)).square().mean() < 0.5 * (plain(x) - dense(x)).square().mean()
+
+
+def test_it_is_said_where_no_step_is_small_enough(monkeypatch):
+    said = []
+    monkeypatch.setattr(pipeline, "say", said.append)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5))
+    x = [{"input": torch.randn(4, 4)}]
+    result = prunekit.prune(net, ratio=0.1, method="random", calibration=x)
+    assert not result.plan.removed
+    assert said[-1].startswith("nothing was removed")
+    prunekit.prune(net, ratio=0.3, method="random", calibration=x)
+    assert net[0].out_features == 2
+    assert len([line for line in said if line.startswith("nothing was removed")]) == 1
 
 
 @pytest.mark.parametrize(
