@@ -111,8 +111,16 @@ def expect(
     if _loaded(model):
         with masked(model, graph, removed), _computing(model, wide), recording.recording():
             outputs = run()
-    if not all(torch.isfinite(output).all() for output in outputs):
-        raise DataError("the model's outputs hold NaN or infinity before anything is cut")
+    if not _are_finite(outputs):
+        with _computing(model, wide):
+            finite_before = _are_finite(run())
+        names = ", ".join(list(removed)[:3])
+        raise DataError(
+            f"{names}: the model's outputs hold NaN or infinity where units are masked; "
+            "scope.exclude leaves groups out"
+            if finite_before
+            else "the model's outputs hold NaN or infinity before anything is cut"
+        )
     return Expectation(
         model=model,
         graph=graph,
@@ -122,6 +130,10 @@ def expect(
         outputs=outputs,
         recording=recording,
     )
+
+
+def _are_finite(outputs: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(output).all()) for output in outputs)
 
 
 def expectations(

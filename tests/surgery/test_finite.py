@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
+from torch import nn
 
 import prunekit
 from prunekit.calibration.walk import Walk
@@ -21,3 +22,10 @@ def test_the_first_module_that_gives_other_numbers_is_named(monkeypatch):
         prunekit.prune(model, ratio=0.2, calibration=token_ids(8, 12))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_units_without_which_numbers_are_not_finite_are_named():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3), dim=1)  # a norm a column
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), normed)
+    with pytest.raises(DataError, match=r"mlp: .* NaN or infinity where units are masked"):
+        prunekit.prune(net, ratio=0.2, method="random", calibration=[{"input": torch.randn(4, 6)}])
