@@ -149,10 +149,8 @@ def _run_whole(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> Tensor:
         seen.append(hidden.clone())
         raise Stop
 
-    hook = layers[-1].register_forward_hook(stop)
-    with suppress(Stop):
+    with layers[-1].register_forward_hook(stop), suppress(Stop):
         model(**copy_batch(batch))
-    hook.remove()
     return seen[0]
 
 
