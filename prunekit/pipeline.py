@@ -254,8 +254,9 @@ def rehearse_cut(
     everything = [*graph.groups, *graph.stacks]
     groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
     if method and method.needs_matrices:
-        misfits = find_misfits(model, graph, groups)
-        if any(group.name not in misfits for group in groups if group.members):
+        with_weights = [group for group in groups if group.members]
+        misfits = find_misfits(model, graph, with_weights)
+        if len(misfits) < len(with_weights):
             graph = _leave_whole(graph, misfits)
         groups = [group for group in groups if graph[group.name].prunable]
     graph = rehearse(model, graph, groups, saved=saved, batch=batch)
@@ -471,9 +472,10 @@ def _check_repairable(
     """Raise ConfigError where a group has no linear consumer whose inputs can be observed."""
     backend = method.schedule if method.compensation is None else method.compensation
     section = "schedule" if method.compensation is None else "compensation"
+    kinds = {group.name: group.kind for group in groups}
     for name, error in find_misfits(model, graph, groups).items():
         raise ConfigError(
-            f"{section}={type(backend).__name__.lower()}: {error} ({graph[name].kind}); "
+            f"{section}={type(backend).__name__.lower()}: {error} ({kinds[name]}); "
             "use schedule=oneshot compensation=none"
         ) from error
 

@@ -29,14 +29,14 @@ def find_misfits(
     Args:
         model: the model.
         graph: its graph.
-        groups: groups of it; those whose units are whole modules have no consumer and are right.
+        groups: groups of it; those whose units are whole modules have no consumer.
 
     Returns:
         Name of a group → what is wrong with it.
     """
     errors: dict[str, TraceError] = {}
     owners: dict[Consumer, str] = {}
-    for group in (group for group in groups if group.members):
+    for group in groups:
         try:
             owners |= dict.fromkeys(find_consumers(model, group), group.name)
         except TraceError as error:
