@@ -75,8 +75,8 @@ def record_calls(
     Layers return their hidden states alone, or in a tuple with what the layers behind them are not
     given, or do as well without (a cache that is None): each form is tried.
     """
-    for give_back in _RETURNED:
-        recording = _record_batches(model, layers, batches, store, give_back)
+    for returned in _RETURNED:
+        recording = _record_batches(model, layers, batches, store, returned)
         if recording is not None:
             return recording
     return None

@@ -79,8 +79,9 @@ class Consumer:
         """Whether the module gives x Wᵀ + b of two random tokens; on meta, with random weights."""
         if self.parameter.is_meta:
             module = copy.deepcopy(self.module).to_empty(device="cpu")
+            generator = torch.Generator().manual_seed(1)  # the program's own draws stay as they are
             for parameter in module.parameters():
-                nn.init.normal_(parameter)
+                nn.init.normal_(parameter, generator=generator)
             return replace(self, module=module)._is_linear()
         weight = self.weight()
         x = torch.randn(weight.shape[1] * 2, generator=torch.Generator().manual_seed(0))

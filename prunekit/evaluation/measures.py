@@ -86,7 +86,8 @@ class Measures:
         self.device, self.stored = device, stored
         self.longest = longest(model)
         self.macs_tokens = min(settings.macs, self.longest or settings.macs)
-        check_length("eval.window", settings.window, model)
+        if settings.corpora:
+            check_length("eval.window", settings.window, model)
         self.windows = {
             shown: share(self._how_windows(name, corpora), partial(self._windows, name, corpora))
             for name, shown in _name_corpora(settings.corpora).items()

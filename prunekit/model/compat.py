@@ -51,8 +51,8 @@ def make_config(model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
 
     They refuse a hidden size that the number of heads doesn't divide, and frequencies (Phi-3's)
     that are not as many as follow from the two; of a model that lost channels, that is no mistake.
-    The class's `__init__` is wrapped by huggingface_hub's `strict`,
-    which runs every validator after it; here the wrapped one runs, then the other validators.
+    The class's `__init__` is wrapped by huggingface_hub's `strict`, which runs every validator
+    after it; here the wrapped one runs, then the other validators.
 
     Raises:
         Exception: whatever the class raises of values that it can't take.
