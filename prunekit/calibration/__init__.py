@@ -8,7 +8,7 @@ The way of a calibration token from its batch to a Hessian:
 3. `stream`: layer after layer, group after group, a `layer_pass` runs the layer on the hidden
    states as far as the group's `consumers`.
 4. `consumers`: hooks show the inputs x [n] of each consumer; `feeding` passes them on.
-5. `observe`: padding is left out, held-out samples are set apart, consumers that are fed the same
+5. `observe`: held-out samples are set apart, consumers that are fed the same
    inputs share a site.
 6. `moments`: H ← H + (x xᵀ − H) / tokens.
 7. `statistics`: H becomes A = (H + λI)⁻¹, by which the caller of the walk chooses units and repairs

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.taps import is_stock
-from prunekit.data.batches import Batch, padding_mask
+from prunekit.data.batches import Batch
+from prunekit.data.padding import remove_padding
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.model.ties import tensor_places
@@ -32,11 +33,9 @@ class InputSums:
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 
-    def add(self, mask: Tensor | None, x: Tensor) -> None:
-        """Take in x [..., n]; `mask` [...] is False at padding."""
-        fits = mask is not None and mask.shape == x.shape[:-1]
-        rows = x[mask.to(x.device)] if mask is not None and fits else x.flatten(0, -2)
-        rows = rows.detach().double()
+    def add(self, x: Tensor) -> None:
+        """Take in x [..., n]."""
+        rows = x.flatten(0, -2).detach().double()
         self.tokens += len(rows)
         self.total = self.total + rows.sum(0)
         self.squares = self.squares + rows.square().sum(0)
@@ -58,6 +57,8 @@ def gather_input_statistics(
 ) -> dict[str, InputSums]:
     """Gather statistics of the inputs of all stock linear modules, in evaluation mode.
 
+    Padding does not count.
+
     Args:
         model: the model; it is left as it was.
         names: the parameters of interest; those that are no weight of such a module are left out.
@@ -67,36 +68,29 @@ def gather_input_statistics(
         Name of the weight → statistics, for modules that ran.
 
     Raises:
-        DataError: inputs hold NaN or infinity.
+        DataError: inputs hold NaN or infinity; padding that can't be removed.
     """
     places = tensor_places(model)
     modules = {
         name: [p.module for p in places[name] if p.attribute == "weight" and is_stock(p.module)]
         for name in names
     }
-    watcher = _Watcher({name: InputSums() for name, readers in modules.items() if readers})
+    inputs = {name: InputSums() for name, readers in modules.items() if readers}
     with undisturbed(model), ExitStack() as stack, torch.no_grad():
-        for name in watcher.inputs:
+        for name, own in inputs.items():
             for module in modules[name]:
-                see = partial(watcher.see, name)
+                see = partial(_see, own)
                 stack.callback(module.register_forward_pre_hook(see).remove)
-        for batch in track(batches, "activations", len(batches)):
-            watcher.mask = padding_mask(batch)
+        rows = remove_padding(model, batches)
+        for batch in track(rows, "activations", len(rows)):
             model(**without_cache(model, batch))
-    fed = {name: inputs for name, inputs in watcher.inputs.items() if inputs.tokens}
-    for name, inputs in fed.items():
-        if not torch.isfinite(inputs.norm()).all():
+    fed = {name: own for name, own in inputs.items() if own.tokens}
+    for name, own in fed.items():
+        if not torch.isfinite(own.norm()).all():
             raise DataError(f"{name}: its inputs hold NaN or infinity")
     return fed
 
 
-@dataclass
-class _Watcher:
-    """The statistics by weight, and the padding mask of the batch in turn [B, T]."""
-
-    inputs: dict[str, InputSums]
-    mask: Tensor | None = None
-
-    def see(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of a module, once its weight's `name` is bound."""
-        self.inputs[name].add(self.mask, args[0])
+def _see(inputs: InputSums, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a module, once the statistics of its `inputs` are bound."""
+    inputs.add(args[0])

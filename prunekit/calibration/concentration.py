@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from prunekit.calibration.consumers import find_consumers
 from prunekit.calibration.weigher import lone
-from prunekit.data.batches import Batch, copy_batch, count_positions, padding_mask
+from prunekit.data.batches import Batch, copy_batch, count_positions
+from prunekit.data.padding import remove_padding
 from prunekit.graph import Group
 from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import at_least_float32
@@ -59,16 +60,14 @@ def measure_concentration(
         for name, consumer in consumers.items():
             handle = consumer.module.register_forward_pre_hook(partial(note, name))
             stack.callback(handle.remove)
-        for batch in batches:
-            mask = padding_mask(batch)
-            if mask is None:
-                mask = torch.ones(count_positions(batch), dtype=torch.bool)
-            places.append(torch.where(mask, mask.cumsum(1) - 1, -1).flatten().cpu())
+        for batch in remove_padding(model, batches):
+            rows, length = count_positions(batch)
+            places.append(torch.arange(length).repeat(rows))
             model(**copy_batch(batch))
     place = torch.cat(places)
     whole = {name: torch.cat(own) for name, own in squares.items() if own}
     return {
-        name: _concentrate(own.cpu()[place >= 0], place[place >= 0])
+        name: _concentrate(own.cpu(), place)
         for name, own in whole.items()
         if len(own) == len(place)  # tokens that were regrouped have lost their places
     }

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.data.batches import Batch, remove_padding
+from prunekit.data.batches import Batch
+from prunekit.data.padding import remove_padding
 from prunekit.errors import DataError, TraceError
 from prunekit.model.inputs import without_cache
 from prunekit.runtime.console import track
@@ -109,7 +110,7 @@ def gather_expert_sums(
             module = model.get_submodule(path)
             hook = module.register_forward_pre_hook(own.see, with_kwargs=True)
             stack.callback(hook.remove)
-        rows = remove_padding(batches)
+        rows = remove_padding(model, batches)
         for batch in track(rows, "experts", len(rows)):
             model(**without_cache(model, batch))
     return sums

@@ -71,32 +71,24 @@ class Moments:
     def add(
         self,
         inputs: Tensor,
-        mask: Tensor | None = None,
         error: Tensor | None = None,
         samples: Sequence[int] = (),
-        tokens: int | None = None,
         weights: Tensor | None = None,
     ) -> None:
         """Take in inputs [..., n], and errors [..., d] where there are `outputs`.
 
         `weights` [...] ≥ 0 are those of the tokens, where tokens have weights; without them a token
-        weighs 1. `mask` [...] is False at padding, where zeros are taken in; `tokens` is how many
-        positions it leaves. `samples` are the numbers of the rows, for `check`. Nothing waits for
-        the device, but for the number of tokens where there is a mask and it is not given.
+        weighs 1. `samples` are the numbers of the rows, for `check`. Nothing waits for the device.
         """
-        x = _zero_padding(inputs.detach(), mask)
+        x = inputs.detach().flatten(0, -2)
         root = peak = None
         if self.weight is not None:
             given = x.new_ones(inputs.shape[:-1]) if weights is None else weights
-            root = _zero_padding(given.to(x.device, self.dtype)[..., None], mask).sqrt()
+            root = given.to(x.device, self.dtype).flatten()[:, None].sqrt()
             peak = root.amax() if _multiplies_half(x) else None
             x = _weigh_rows(x, root, peak, x.dtype)
-        if mask is None:
-            tokens = len(x)
-        elif tokens is None:
-            tokens = int(mask.count_nonzero())
-        new = self.tokens + tokens
-        if not tokens:
+        new = self.tokens + len(x)
+        if not len(x):
             return
         old, share = self.tokens / new, 1 / new
         for start in range(0, len(self.hessian), _PANEL):
@@ -108,7 +100,7 @@ class Moments:
             self.weight.mul_(old).add_(root.square().sum(), alpha=share)
         if self.cross is not None and self.error is not None:
             assert error is not None
-            e = _zero_padding(error.detach(), mask)
+            e = error.detach().flatten(0, -2)
             e = e if root is None else _weigh_rows(e, root, peak, self.dtype)
             _add_product(self.cross, e, x, old, share, peak)
             self.error.mul_(old).add_(_sum_rows(e, root, peak, self.dtype), alpha=share)
@@ -189,13 +181,6 @@ class Moments:
         for start in range(0, len(self.hessian), _PANEL):
             end = start + _PANEL
             self.hessian[start:end, end:] = self.hessian[end:, start:end].T
-
-
-def _zero_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows [N, n] of a tensor [..., n]; zeros where `mask` [...] is False."""
-    if mask is not None:
-        tensor = tensor.masked_fill(~mask.to(tensor.device)[..., None], 0)
-    return tensor.flatten(0, -2)
 
 
 def _tiny(dtype: torch.dtype) -> float:

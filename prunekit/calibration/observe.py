@@ -18,7 +18,7 @@ from prunekit.calibration.activations import InputSums
 from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.weighting import EQUAL, Weighting
-from prunekit.data.batches import Batch, Padding, count_positions
+from prunekit.data.batches import Batch, count_positions
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
@@ -90,14 +90,13 @@ class Observation:
     choosing: Weighting | None = None
     metric: Tensor | None = None
     sites: dict[Consumer, Site] = field(default_factory=dict)
-    regrouped: bool = False  # whether tokens came in other places than they have in the batch
+    regrouped: bool = False  # whether tokens came in other places than their weights have
 
     @contextmanager
     def of(
         self,
         sample: int,
         batch: Batch,
-        padding: Padding | None,
         wanted: Tensor | None = None,
         weights: TokenWeights = (None, None),
     ) -> Iterator[None]:
@@ -105,13 +104,12 @@ class Observation:
 
         Args:
             sample: the number of the batch's first calibration sample.
-            batch: the keyword arguments of the forward call.
-            padding: the padding of the batch, if it has any.
+            batch: the keyword arguments of the forward call, without padding.
             wanted: the target of a lone consumer [..., d], if it has one.
             weights: of the tokens [B, T], for the moments and for choosing; None: all are alike.
         """
         self._weights = weights
-        self._padding, self._positions = padding, count_positions(batch)
+        self._positions = count_positions(batch)
         self._sample = sample
         self._wanted: Tensor | None = wanted
         self._fed: list[tuple[Tensor, Site]] = []
@@ -129,31 +127,28 @@ class Observation:
         self._add(site, inputs.view(*self._positions, -1) if flattened else inputs)
 
     def _add(self, site: Site, inputs: Tensor) -> None:
-        """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments."""
-        fits = self._padding is not None and self._padding.mask.shape == inputs.shape[:-1]
-        padding = self._padding if fits else None
-        in_place = inputs.shape[:-1] == self._positions
-        weights, for_choosing = self._weights if in_place else (None, None)
-        self.regrouped |= not in_place
-        mask = None if padding is None else padding.mask
+        """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments.
+
+        Which tokens an expert gets is not known, even where they are as many as all of them.
+        """
+        places = None if site.consumers[0].expert is not None else inputs.shape[:-1]
+        weights, for_choosing = (_place_weights(own, places) for own in self._weights)
+        self.regrouped |= (weights is None) != (self._weights[0] is None)
         samples = range(self._sample, self._sample + len(inputs))
-        tokens = None if padding is None else sum(padding.tokens)
         if site.choosing is not None:
-            site.choosing.add(inputs, mask, None, samples, tokens, for_choosing)
+            site.choosing.add(inputs, None, samples, for_choosing)
         if self._wanted is None or site.held is None:
-            site.moments.add(inputs, mask, None, samples, tokens, weights)
+            site.moments.add(inputs, None, samples, weights)
             return
         output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
         error = at_least_float32(self._wanted.reshape(output.shape)) - output
         for moments, held in ((site.moments, False), (site.held, True)):
             rows = [i for i, n in enumerate(samples) if (n % HELD_OUT == HELD_OUT - 1) == held]
-            part, own, lost, weigh = (
-                None if one is None else runs_of_rows(one, rows)
-                for one in (inputs, mask, error, weights)
+            part, lost, weigh = (
+                None if one is None else runs_of_rows(one, rows) for one in (inputs, error, weights)
             )
             assert part is not None
-            tokens = None if padding is None else sum(padding.tokens[i] for i in rows)
-            moments.add(part, own, lost, [samples[i] for i in rows], tokens, weigh)
+            moments.add(part, lost, [samples[i] for i in rows], weigh)
 
     def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
         """The site of other consumers that were fed this very tensor, or a new one."""
@@ -212,6 +207,15 @@ class Observation:
                 part.finish()
         _share_moments(sites)
         return sites
+
+
+def _place_weights(weights: Tensor | None, places: torch.Size | None) -> Tensor | None:
+    """The weights of the tokens at these places [B, T]; None where they are others' weights."""
+    if weights is None or places is None:
+        return None
+    if weights.shape == (math.prod(places),):
+        weights = weights.view(places)
+    return weights if weights.shape == places else None
 
 
 def runs_of_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:

@@ -30,7 +30,7 @@ from prunekit.calibration.store import Kept, Store
 from prunekit.calibration.targets import compute_target, is_added
 from prunekit.calibration.token_norms import Norms, block_norms, has_norms, stream_norms
 from prunekit.calibration.weigher import OWN_NORM, Weigher
-from prunekit.data.batches import Numbered, Padding, count_positions, find_padding
+from prunekit.data.batches import Numbered, count_positions
 from prunekit.graph import Group
 from prunekit.model.stack import layers_in, stacks_around
 from prunekit.runtime.console import say
@@ -44,9 +44,9 @@ class Stream:
     """The layers of a model, their groups and consumers, and what goes into the layers.
 
     `consumers`: group name → its consumers. `source`: where the weights of the layers come from;
-    None where all are in memory. `padding`: that of each batch. `weigher`: gives the tokens their
-    weights. `normed`: whether the model has norms. `whole`: the names of groups that nothing is
-    removed from, and that are not shown.
+    None where all are in memory. `weigher`: gives the tokens their weights. `normed`: whether the
+    model has norms. `whole`: the names of groups that nothing is removed from, and that are not
+    shown.
     """
 
     layers: nn.ModuleList
@@ -56,7 +56,6 @@ class Stream:
     store: Store
     source: Layers | None
     recording: Recording
-    padding: Sequence[Padding | None]
     weigher: Weigher = field(default_factory=Weigher)
     normed: bool = True
     whole: set[str] = field(default_factory=set)
@@ -90,9 +89,8 @@ class Stream:
             recording = record_calls(model, layers, batches, store)
         if hold_everywhere(recording is not None, store.device):
             assert recording is not None
-            padding = find_padding([batch for _, batch in batches])
             found = dict(consumers)
-            stream = cls(layers, groups, found, batches, store, source, recording, padding)
+            stream = cls(layers, groups, found, batches, store, source, recording)
             return replace(stream, weigher=weigher or stream.weigher, normed=has_norms(model))
         if recording is not None:
             recording.free()
@@ -216,7 +214,7 @@ class Stream:
         weights = self.weigher.weigh(group.name, partial(self._find_norms, layer, group))
         self._feed(layer, group, observation, target, weights)
         observation.check()
-        if observation.regrouped and any(one is not None for one in weights[0]):
+        if observation.regrouped:
             self.weigher.say_once(group.name, "its tokens are regrouped: all weigh the same")
         return observation
 
@@ -282,9 +280,7 @@ class Stream:
             if looks or block is not None:
                 feeding.aside = {} if block is None else block.inputs
             observing = (
-                observation.of(sample, batch, self.padding[b], wanted, weights[b])
-                if observation
-                else nullcontext()
+                observation.of(sample, batch, wanted, weights[b]) if observation else nullcontext()
             )
             looking = finder.looking(consumers[0]) if looks else nullcontext()
             with observing, watching(consumers, feeding.see), looking:

@@ -33,9 +33,8 @@ from prunekit.data.batches import (
     Numbered,
     copy_batch,
     count_positions,
-    find_padding,
-    remove_padding,
 )
+from prunekit.data.padding import remove_padding
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import Group
 from prunekit.runtime.console import say
@@ -79,14 +78,15 @@ class Walk:
         group that is done has no sites.
 
         Raises:
-            DataError: NaN or infinity among the activations; fewer batches than processes.
+            DataError: NaN or infinity among the activations; fewer batches than processes; padding
+                that can't be removed.
             TraceError: a group without linear consumers; streamed layers that can't be run one by
                 one.
             ConfigError: token weights from gradients of a streamed model.
         """
         consumers = {group.name: find_consumers(self.model, group) for group in self.groups}
         everyone = [consumer for own in consumers.values() for consumer in own]
-        batches = self._own_batches(with_experts=any(c.expert is not None for c in everyone))
+        batches = self._own_batches()
         store = self.store or Store(next(self.model.parameters()).device)
         try:
             with evaluating(self.model), running_experts_in_turn(self.model, everyone):
@@ -104,12 +104,9 @@ class Walk:
         finally:
             store.close()
 
-    def _own_batches(self, with_experts: bool) -> list[Numbered]:
-        """The batches of this process, numbered.
-
-        Experts get tokens whose places in the batch nobody knows: padding has to be removed before.
-        """
-        batches = remove_padding(self.batches) if with_experts else self.batches
+    def _own_batches(self) -> list[Numbered]:
+        """The batches of this process without padding, numbered."""
+        batches = remove_padding(self.model, self.batches)
         if len(batches) < world_size():
             raise DataError(
                 f"expected a batch for each of {world_size()} processes, got {len(batches)}: "
@@ -186,9 +183,8 @@ def observe_whole_model(
     """The sites of consumers, after a forward pass of the whole model on each batch."""
     consumers = observation.consumers
     with together():
-        padding = find_padding([batch for _, batch in batches])
-        for (sample, batch), own, weigh in zip(batches, padding, weights, strict=True):
-            observing = observation.of(sample, batch, own, weights=weigh)
+        for (sample, batch), weigh in zip(batches, weights, strict=True):
+            observing = observation.of(sample, batch, weights=weigh)
             with observing, watching(consumers, observation.see):
                 model(**copy_batch(batch))
         observation.check()

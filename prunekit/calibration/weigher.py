@@ -12,7 +12,7 @@ from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.observe import TokenWeights
 from prunekit.calibration.token_norms import Norms, OutputGradients, gather_gradients
 from prunekit.calibration.weighting import EQUAL, Outputs, Weighting
-from prunekit.data.batches import Numbered, Padding, count_positions, find_padding
+from prunekit.data.batches import Numbered, count_positions
 from prunekit.runtime.console import say
 from prunekit.runtime.processes import add_up, together
 
@@ -33,7 +33,6 @@ class Weigher:
     weighting: Weighting = EQUAL
     choosing: Weighting | None = None
     batches: Sequence[Numbered] = ()
-    padding: Sequence[Padding | None] = ()
     gradients: Mapping[str, OutputGradients] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
@@ -60,14 +59,7 @@ class Weigher:
         for gradient in gradients.values():
             if gradient.products is not None:
                 add_up(gradient.products)
-        padding = find_padding([batch for _, batch in batches])
-        return cls(
-            weighting=weighting,
-            choosing=choosing,
-            batches=batches,
-            padding=padding,
-            gradients=gradients,
-        )
+        return cls(weighting=weighting, choosing=choosing, batches=batches, gradients=gradients)
 
     @property
     def needs_norms(self) -> bool:
@@ -91,7 +83,7 @@ class Weigher:
             batches = [batch for _, batch in self.batches]
             device = next(v.device for v in batches[0].values() if isinstance(v, torch.Tensor))
             shapes = [count_positions(batch) for batch in batches]
-            return weighting.of_positions(shapes, self.padding, device)
+            return weighting.of_positions(shapes, device)
         squares = norms
         if weighting.tokens == "gradient":
             squares = self.gradients[name].norms if name in self.gradients else None
@@ -102,7 +94,7 @@ class Weigher:
             return [None] * len(self.batches)
         if weighting.tokens == "gradient":
             return squares
-        return weighting.of_norms(squares, self.padding)
+        return weighting.of_norms(squares)
 
     def metric_of(self, name: str) -> Tensor | None:
         """Σ δ δᵀ [d, d] or Σ δ² [d] of the outputs of a group's consumer; None: all are alike."""

@@ -15,7 +15,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from prunekit.data.batches import Padding
 from prunekit.errors import ConfigError, DataError, expect_one_of
 from prunekit.runtime.processes import gather_all, world_size
 
@@ -68,9 +67,7 @@ class Weighting:
         """Whether the weights come from norms in the dense model."""
         return self.tokens in ("relative", "clipped")
 
-    def of_norms(
-        self, squares: Sequence[Tensor], padding: Sequence[Padding | None]
-    ) -> list[Tensor]:
+    def of_norms(self, squares: Sequence[Tensor]) -> list[Tensor]:
         """The weights [B, T] of each batch, given ‖h‖² [B, T] of each batch.
 
         All processes take the quantile over the tokens of all of them. A token of norm zero has
@@ -79,47 +76,34 @@ class Weighting:
         assert self.needs_norms
         if self.tokens == "relative":
             return [torch.where(square > 0, 1 / square, 0) for square in squares]
-        limit = _quantile(_without_padding(squares, padding), self.clip_quantile)
+        limit = _quantile(_join(squares), self.clip_quantile)
         return [torch.where(square > limit, limit / square, 1) for square in squares]
 
-    def of_positions(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        padding: Sequence[Padding | None],
-        device: torch.device,
-    ) -> list[Tensor]:
-        """The weights [B, T] of each batch of these shapes under without_first; padding is skipped.
+    def of_positions(self, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+        """The weights [B, T] of each batch of these shapes under without_first.
 
         Raises:
             DataError: no sample is longer than what is left out.
         """
-        weights = []
-        for (rows, length), own in zip(shapes, padding, strict=True):
-            mask = torch.ones(rows, length, device=device) if own is None else own.mask.to(device)
-            weights.append((mask.cumsum(1) > self.first_tokens).float())
-        longest = max(
-            (length if own is None else max(own.tokens))
-            for (_, length), own in zip(shapes, padding, strict=True)
-        )
+        longest = max(length for _, length in shapes)
         if longest <= self.first_tokens:
             raise DataError(
                 f"tokens=without_first: expected samples of more than {self.first_tokens} tokens, "
                 f"the longest has {longest}"
             )
+        weights = []
+        for rows, length in shapes:
+            counts = torch.arange(length, device=device) >= self.first_tokens
+            weights.append(counts.float().expand(rows, length))
         return weights
 
 
 EQUAL = Weighting()
 
 
-def _without_padding(squares: Sequence[Tensor], padding: Sequence[Padding | None]) -> Tensor:
-    """The values of all batches [tokens], and of all processes, without those of padding."""
-    own = torch.cat(
-        [
-            square.flatten() if pad is None else square[pad.mask.to(square.device)]
-            for square, pad in zip(squares, padding, strict=True)
-        ]
-    )
+def _join(squares: Sequence[Tensor]) -> Tensor:
+    """The values of all batches [tokens], and of all processes."""
+    own = torch.cat([square.flatten() for square in squares])
     if world_size() == 1:
         return own
     return torch.cat(gather_all(own.cpu())).to(own.device)

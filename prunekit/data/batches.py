@@ -1,10 +1,9 @@
-"""Batches: the keyword arguments of forward calls, how they are made, their rows and padding."""
+"""Batches: the keyword arguments of forward calls, how they are made, their rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,7 +127,7 @@ def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
     return {key: own.get(key, _take(value, list(rows), size)) for key, value in batch.items()}
 
 
-def _take(value: Any, rows: slice | list[int], size: int) -> Any:
+def _take(value: Any, rows: list[int], size: int) -> Any:
     """These rows of a tensor that has `size` of them; any other value as it is."""
     by_row = isinstance(value, Tensor) and value.ndim and len(value) == size
     return value[rows] if by_row else value
@@ -142,60 +141,13 @@ def copy_batch(batch: Batch) -> Batch:
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """BoolTensor [B, T], False at padding; None where the batch has none.
+    """BoolTensor [B, T], False where `input_ids` [B, T] are padding; None where none of them are.
 
     Read from an `attention_mask` [B, T]. One of more dimensions says who attends to whom, and not
     what is padding.
     """
-    mask = _mask_of(batch)
-    return None if mask is None or mask.all() else mask
-
-
-def _mask_of(batch: Batch) -> Tensor | None:
-    """A batch's `attention_mask` [B, T] as booleans; None where it has none."""
     given = batch.get("attention_mask")
-    return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
-
-
-@dataclass(frozen=True)
-class Padding:
-    """The padding of a batch: `mask` [B, T] is False there, `tokens` are the others of each row."""
-
-    mask: Tensor
-    tokens: Sequence[int]
-
-
-def find_padding(batches: Sequence[Batch]) -> list[Padding | None]:
-    """The padding of each batch, None where it has none. A device is waited for once in all."""
-    masks = [_mask_of(batch) for batch in batches]
-    sums = [mask.sum(1) for mask in masks if mask is not None]
-    counts = iter(torch.cat([own.to(sums[0].device) for own in sums]).tolist() if sums else ())
-    found: list[Padding | None] = []
-    for mask in masks:
-        tokens = [] if mask is None else [next(counts) for _ in range(len(mask))]
-        full = mask is None or sum(tokens) == mask.numel()
-        found.append(None if full or mask is None else Padding(mask, tokens))
-    return found
-
-
-def remove_padding(batches: Sequence[Batch]) -> list[Batch]:
-    """Split padded batches into rows without their padding; batches without padding stay."""
-    rows: list[Batch] = []
-    for batch in batches:
-        mask = padding_mask(batch)
-        if mask is None:
-            rows.append(batch)
-        else:
-            rows += [_row(batch, mask, index) for index in range(len(mask))]
-    return rows
-
-
-def _row(batch: Batch, mask: Tensor, index: int) -> Batch:
-    """One row of a batch with the positions that its mask [B, T] keeps."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
-            return value[index : index + 1, mask[index]]
-        return _take(value, slice(index, index + 1), len(mask))
-
-    return {key: cut(value) for key, value in batch.items()}
+    if not isinstance(given, Tensor) or given.ndim != 2:
+        return None
+    mask = given.bool()
+    return None if mask.all() else mask

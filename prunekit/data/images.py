@@ -15,6 +15,7 @@ from torch import Tensor
 from prunekit.data.batches import Batch, count_positions
 from prunekit.data.chats import turns_of
 from prunekit.data.corpora import RECORDS, read_records
+from prunekit.data.padding import has_rows
 from prunekit.errors import DataError, first_line
 
 _PLACEHOLDER = "<image>"  # where an image belongs in a chat's text, as LLaVA's data have it
@@ -26,7 +27,8 @@ class ImageSamples:
     """Samples with images, each as the arguments of a forward call.
 
     Attributes:
-        batches: arguments of forward calls of several samples each, padded on the right.
+        batches: arguments of forward calls of several samples each, padded on the right; of one
+            sample each where they can't be told apart in what the processor makes of several.
         available: how many records there were to draw from.
     """
 
@@ -109,8 +111,11 @@ def draw_image_samples(
     for start in range(0, samples, rows):
         numbers = chosen[start : start + rows]
         where = f"{path}: records {', '.join(str(number + 1) for number in sorted(set(numbers)))}"
-        batch = _process([_Sample.read(path, n, records[n]) for n in numbers], processor, where)
-        batches.append(_shorten(batch, length, marks, where))
+        read = [_Sample.read(path, n, records[n]) for n in numbers]
+        made = [_process(read, processor, where)]
+        if not has_rows(made[0], len(read)):
+            made = [_process([sample], processor, where) for sample in read]
+        batches += [_shorten(batch, length, marks, where) for batch in made]
     return ImageSamples(batches=batches, available=len(records))
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.data.batches import Batch, padding_mask
+from prunekit.data.batches import Batch
+from prunekit.data.padding import remove_padding
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import expect_stacks
@@ -47,10 +48,8 @@ class Similarity(ScoreImportance):
                     layer = model.get_submodule(f"{stack.module}.{unit}")
                     see = meters[stack.name, unit].see
                     hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
-            for batch in track(batches, "similarity", len(batches)):
-                mask = padding_mask(batch)
-                for meter in meters.values():
-                    meter.mask = mask
+            rows = remove_padding(model, batches)
+            for batch in track(rows, "similarity", len(rows)):
                 model(**without_cache(model, batch))
         return {
             stack.name: torch.stack(
@@ -64,13 +63,11 @@ class Similarity(ScoreImportance):
 class _Meter:
     """The mean of 1 − cosine over the tokens that one layer has seen.
 
-    The sums stay on the device of the layer, so that no layer waits for it. `mask` [B, T] is true
-    where the tokens of the current batch are no padding.
+    The sums stay on the device of the layer, so that no layer waits for it.
     """
 
-    mask: Tensor | None = None
     sums: list[Tensor] = field(default_factory=list)
-    counts: list[Tensor | int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
     def see(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the layer that adds the tokens of one call."""
@@ -80,16 +77,10 @@ class _Meter:
         wide = at_least_float32(before), at_least_float32(after)
         cosines = F.cosine_similarity(*wide, dim=-1)
         change = 1 - cosines.double()
-        if self.mask is None:
-            self.sums.append(change.sum())
-            self.counts.append(change.numel())
-        else:
-            mask = self.mask.to(change.device)
-            self.sums.append(change.masked_fill(~mask, 0).sum())
-            self.counts.append(mask.sum())
+        self.sums.append(change.sum())
+        self.counts.append(change.numel())
 
     def mean(self) -> Tensor:
         """The mean, float64 [] on the CPU; 0 where no token was seen."""
         total = sum(float(part) for part in self.sums)
-        count = sum(int(part) for part in self.counts)
-        return torch.tensor(max(total / max(count, 1), 0.0), dtype=torch.float64)
+        return torch.tensor(max(total / max(sum(self.counts), 1), 0.0), dtype=torch.float64)

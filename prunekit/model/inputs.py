@@ -85,7 +85,7 @@ def rows_of_packed(inputs: Mapping[str, Any], rows: int) -> dict[str, list[torch
         rows: how many rows the call has.
 
     Returns:
-        Name of an argument → a tensor for each row; nothing of arguments that are not packed.
+        Name of an argument → a tensor for each row, of the packed ones and of their grids.
     """
     packed = {}
     for name, grid_name in _GRIDS.items():
@@ -96,4 +96,5 @@ def rows_of_packed(inputs: Mapping[str, Any], rows: int) -> dict[str, list[torch
             sizes = grids.prod(-1).view(rows, -1).sum(1).tolist()
             if sum(sizes) == len(patches):
                 packed[name] = list(patches.split(sizes))
+                packed[grid_name] = list(grids.split(len(grids) // rows))
     return packed

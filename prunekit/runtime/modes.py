@@ -101,9 +101,15 @@ def keep_gradients(model: nn.Module) -> Restore:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode during a `with` block; afterwards every module's mode is what it was."""
-    with restoring(keep_modes(model)):
+    """Evaluation mode during a `with` block; afterwards every module's mode is what it was.
+
+    Torch's own encoders leave padding in place, where they would make nested tensors without it.
+    """
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    with restoring(keep_modes(model), keep_attributes(encoders, "use_nested_tensor")):
         model.eval()
+        for encoder in encoders:
+            encoder.use_nested_tensor = False
         yield
 
 

@@ -36,8 +36,8 @@ def site(x, errors, weight, bias=None):
     consumer = Consumer(module=linear, member=member, name="linear")
     moments = [Moments(x.shape[1], "linear", outputs=len(weight)) for _ in range(2)]
     held = torch.arange(len(x)) % 8 == 7
-    moments[0].add(x, ~held, errors)
-    moments[1].add(x, held, errors)
+    moments[0].add(x[~held], errors[~held])
+    moments[1].add(x[held], errors[held])
     for part in moments:
         part.finish()
     return Site([consumer], moments[0], moments[1])
@@ -289,7 +289,7 @@ def test_half_precision_is_multiplied_on_a_gpu_and_summed_in_float32(dtype, size
     errors = (size * torch.randn(5, 700, 90, generator=generator)).cuda()
     moments = Moments(1100, "a", "cuda", dtype, 90)
     for part in range(5):
-        moments.add(x[part : part + 1], None, errors[part : part + 1])
+        moments.add(x[part : part + 1], errors[part : part + 1])
     moments.finish()
     wide, lost = x.flatten(0, 1).double(), errors.flatten(0, 1).double()
     hessian = wide.T @ wide / len(wide)
@@ -309,7 +309,7 @@ def test_weighted_rows_are_multiplied_in_half_precision_on_a_gpu(dtype, size):
     moments = Moments(1100, "a", "cuda", dtype, 90, weighted=True)
     for part in range(5):
         rows = slice(part, part + 1)
-        moments.add(x[rows], None, errors[rows], weights=weights[rows])
+        moments.add(x[rows], errors[rows], weights=weights[rows])
     moments.finish()
     wide, lost = x.flatten(0, 1).double(), errors.flatten(0, 1).double()
     share = (weights.double() / weights.double().sum()).flatten()[:, None]

@@ -19,7 +19,6 @@ from prunekit.calibration.statistics import invert_moments, pose_problem
 from prunekit.calibration.walk import Walk
 from prunekit.calibration.weighting import Weighting
 from prunekit.compensation import Obs as Repair
-from prunekit.data.batches import find_padding
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import trace
 from prunekit.importance import Obs
@@ -51,18 +50,15 @@ def blocks(model):
     return [group for group in graph.groups if group.kind in ("attention", "mlp")]
 
 
-@pytest.mark.parametrize("is_padded", [False, True])
-def test_moments_and_repair_are_weighted_least_squares(is_padded):
+def test_moments_and_repair_are_weighted_least_squares():
     x, w, weight = draw(4, 25, 12), draw(4, 25, seed=1).square(), draw(5, 12, seed=2)
-    error, mask = draw(4, 25, 5, seed=3), torch.ones(4, 25, dtype=torch.bool)
-    mask[2, 7:] = not is_padded
+    error = draw(4, 25, 5, seed=3)
     moments = Moments(12, "here", dtype=x.dtype, outputs=5, weighted=True)
     for i in range(0, 4, 2):
         part = slice(i, i + 2)
-        own = mask[part] if is_padded else None
-        moments.add(x[part], own, error[part], weights=w[part])
+        moments.add(x[part], error[part], weights=w[part])
     moments.finish()
-    rows, errors, share = x[mask], error[mask], (w[mask] / w[mask].sum())[:, None]
+    rows, errors, share = x.flatten(0, 1), error.flatten(0, 1), (w / w.sum()).flatten()[:, None]
     torch.testing.assert_close(moments.hessian, rows.T @ (share * rows))
     torch.testing.assert_close(moments.mean, (share * rows).sum(0))
     torch.testing.assert_close(moments.cross, errors.T @ (share * rows))
@@ -397,13 +393,12 @@ def test_samples_and_models_that_leave_no_weights_are_refused():
 def test_the_quantile_is_over_the_tokens_of_all_processes(monkeypatch):
     squares = [draw(3, 7).square(), draw(2, 7, seed=1).square()]
     weighting = Weighting(tokens="clipped", clip_quantile=0.8)
-    none = find_padding([{"input_ids": token_ids(3, 7)}])
-    whole = weighting.of_norms(squares, [*none, *none])
+    whole = weighting.of_norms(squares)
     monkeypatch.setattr("prunekit.calibration.weighting.world_size", lambda: 2)
     monkeypatch.setattr(
         "prunekit.calibration.weighting.gather_all", lambda own: [own, squares[1].flatten()]
     )
-    assert torch.equal(weighting.of_norms(squares[:1], none)[0], whole[0])
+    assert torch.equal(weighting.of_norms(squares[:1])[0], whole[0])
 
 
 BOTH = ["importance.tokens=relative", "compensation.tokens=gradient"]

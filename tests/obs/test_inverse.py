@@ -207,7 +207,7 @@ def test_moments_are_the_mean_over_tokens_whatever_the_batches():
     mask[3, 2:] = False
     moments = Moments(6, "here")
     for row, keep in zip(x, mask, strict=True):
-        moments.add(row[None], keep[None])
+        moments.add(row[None, keep])
     flat = x[mask].double()
     torch.testing.assert_close(
         moments.hessian.double(), flat.T @ flat / len(flat), rtol=1e-5, atol=1e-6
