@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.gradients.taps import is_stock
 from prunekit.data.batches import Batch
 from prunekit.data.padding import remove_padding
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
+from prunekit.model.linear import is_stock
 from prunekit.model.ties import tensor_places
 from prunekit.runtime.console import track
 from prunekit.runtime.modes import undisturbed
@@ -72,7 +72,7 @@ def gather_input_statistics(
     """
     places = tensor_places(model)
     modules = {
-        name: [p.module for p in places[name] if p.attribute == "weight" and is_stock(p.module)]
+        name: {p.module for p in places[name] if p.attribute == "weight" and is_stock(p.module)}
         for name in names
     }
     inputs = {name: InputSums() for name, readers in modules.items() if readers}

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunekit.calibration.gradients.taps import is_stock
 from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
-from prunekit.model.ties import Place, parameter_places
+from prunekit.model.linear import is_stock, places_of_product
+from prunekit.model.ties import parameter_places
 from prunekit.runtime.modes import at_rest
 from prunekit.runtime.numbers import computing_type
 
@@ -44,6 +44,7 @@ class Consumer:
 
     `module`: holds the parameter, as its `attribute`, and computes the product over the units.
     `expert`: its place in a stacked parameter [experts, …]; None for a matrix of its own.
+    `others`: the linear modules that hold the same parameter, which all change with it.
     """
 
     module: nn.Module
@@ -51,6 +52,12 @@ class Consumer:
     name: str
     expert: int | None = None
     attribute: str = "weight"
+    others: tuple[nn.Module, ...] = ()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The module and the others."""
+        return self.module, *self.others
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -58,6 +65,11 @@ class Consumer:
         parameter = getattr(self.module, self.attribute)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    @property
+    def is_reused(self) -> bool:
+        """Whether a forward pass computes the product more than once."""
+        return self.member.reused
 
     @property
     def is_repairable(self) -> bool:
@@ -69,9 +81,9 @@ class Consumer:
         """Whether the module is called with the inputs of the product, and with nothing else.
 
         That holds of stock modules, and of others that compute x Wᵀ + b. Of the rest the products
-        themselves have to be watched.
+        themselves have to be watched, and so have those of several modules.
         """
-        if self.expert is not None:
+        if self.expert is not None or self.others:
             return False
         return is_stock(self.module) or (self.is_repairable and self._is_linear())
 
@@ -130,12 +142,22 @@ class Consumer:
             self.set_bias(bias if self.bias is None else self.bias.data + bias.to(self.bias))
 
     def set_bias(self, bias: Tensor) -> None:
-        """Give the module this bias [d_out]."""
+        """Give the module this bias [d_out]; the biases of the others change by as much."""
         bias = bias.to(self.parameter)
         if self.bias is None:
-            self.module.bias = nn.Parameter(bias, requires_grad=self.parameter.requires_grad)
-        else:
-            self.bias.data.copy_(bias)
+            for module in self.modules:
+                requires_grad = self.parameter.requires_grad
+                module.bias = nn.Parameter(bias.clone(), requires_grad=requires_grad)
+            return
+        for other in {module.bias for module in self.others} - {self.bias}:
+            assert isinstance(other, nn.Parameter)
+            other.data.add_(bias - self.bias.data)
+        self.bias.data.copy_(bias)
+
+    def drop_bias(self) -> None:
+        """Take the bias from the module, and from the others."""
+        for module in self.modules:
+            module.register_parameter("bias", None)
 
 
 def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
@@ -148,36 +170,43 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
     consumers = []
     for member in group.consumers:
         shape = model.get_parameter(member.parameter).shape
-        if len(shape) not in (2, 3) or (len(shape) == 3 and member.dim == 0):
-            raise TraceError(
-                f"{group.name}: layer-wise pruning expects matrices, {member.parameter} is none"
-            )
-        if member.partly:
-            raise TraceError(
-                f"{group.name}: layer-wise pruning expects a product with all of a matrix, "
-                f"{member.parameter} is used in parts"
-            )
-        module, attribute, name = _place_of_product(places[member.parameter])
-        # What such a product is fed isn't what its module is, and the module's bias isn't its own.
-        if member.apart and len(shape) == 2 and (is_stock(module) or not member.elsewhere):
-            raise TraceError(
-                f"{group.name}: layer-wise pruning expects a product that is the call of one "
-                f"module, {member.parameter} is used outside of it, too"
-            )
+        own = places_of_product(places[member.parameter])
+        module, *others = (place.module for place in own)
+        if fault := _find_fault(member, shape, [module, *others]):
+            raise TraceError(f"{group.name}: layer-wise pruning expects {fault}")
         experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
         consumers += [
             Consumer(
                 module=module,
                 member=member,
-                name=name.rpartition(".")[0],
+                name=own[0].name.rpartition(".")[0],
                 expert=expert,
-                attribute=attribute,
+                attribute=own[0].attribute,
+                others=tuple(others),
             )
             for expert in experts
         ]
     if not consumers:
         raise TraceError(f"{group.name}: layer-wise pruning expects a linear consumer, found none")
     return consumers
+
+
+def _find_fault(member: Member, shape: Sequence[int], modules: Sequence[nn.Module]) -> str | None:
+    """What is expected of a member of this shape and isn't there; None where it is a consumer.
+
+    `modules`: those that hold the parameter and compute its product.
+    """
+    name = member.parameter
+    if len(shape) not in (2, 3) or (len(shape) == 3 and member.dim == 0):
+        return f"matrices, {name} is none"
+    if member.partly:
+        return f"a product with all of a matrix, {name} is used in parts"
+    # What such a product is fed isn't what its module is, and the module's bias isn't its own.
+    if member.apart and len(shape) == 2 and (is_stock(modules[0]) or not member.elsewhere):
+        return f"a product that is the call of one module, {name} is used outside of it, too"
+    if len(modules) > 1 and len({module.bias is None for module in modules}) > 1:
+        return f"a bias in all modules that hold {name}, or in none"
+    return None
 
 
 def find_lone_consumer(model: nn.Module, group: Group) -> Consumer | None:
@@ -187,11 +216,6 @@ def find_lone_consumer(model: nn.Module, group: Group) -> Consumer | None:
     except TraceError:
         return None
     return consumers[0] if len(consumers) == 1 and consumers[0].is_hooked else None
-
-
-def _place_of_product(places: Sequence[Place]) -> Place:
-    """The place of a parameter whose module computes x Wᵀ, or else the canonical place."""
-    return next((place for place in places if is_stock(place.module)), places[0])
 
 
 @contextmanager

@@ -151,9 +151,14 @@ class Observation:
             moments.add(part, lost, [samples[i] for i in rows], weigh)
 
     def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
-        """The site of other consumers that were fed this very tensor, or a new one."""
+        """The site of other consumers that were fed this very tensor, or a new one.
+
+        A consumer that is used again may be fed other tensors then, and has a site of its own.
+        """
         for fed, site in self._fed:
-            if fed is inputs and torch.equal(site.consumers[0].member.index, consumer.member.index):
+            first, own = site.consumers[0].member, consumer.member
+            once = not first.reused and not own.reused
+            if fed is inputs and once and torch.equal(first.index, own.index):
                 site.consumers.append(consumer)
                 self.sites[consumer] = site
                 return site

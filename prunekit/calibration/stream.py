@@ -32,7 +32,7 @@ from prunekit.calibration.token_norms import Norms, block_norms, has_norms, stre
 from prunekit.calibration.weigher import OWN_NORM, Weigher
 from prunekit.data.batches import Numbered, count_positions
 from prunekit.graph import Group
-from prunekit.model.stack import layers_in, stacks_around
+from prunekit.model.stack import stacks_around
 from prunekit.runtime.console import say
 from prunekit.runtime.processes import add_up, hold_everywhere, together
 
@@ -74,8 +74,8 @@ class Stream:
     ) -> Stream | None:
         """Record the calls of the layers; None where these can't be run one by one.
 
-        They can where all groups lie in one list of layers that share no consumer, and each layer
-        takes only hidden states from the one before it, in every process.
+        They can where all groups lie in one list of layers, none has a consumer that is used again,
+        and each layer takes only hidden states from the one before it, in every process.
         """
         paths = stacks_around(model, [group.module for group in groups])
         path = next(iter(paths), None)
@@ -83,8 +83,6 @@ class Stream:
             return None
         layers = model.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)
-        if _share_consumers(layers, consumers):
-            return None
         with source.outside() if source else nullcontext():
             recording = record_calls(model, layers, batches, store)
         if hold_everywhere(recording is not None, store.device):
@@ -293,16 +291,6 @@ class Stream:
         if reason not in self.said:
             self.said.add(reason)
             say(f"{group.name}, and others like it: {reason} is taken")
-
-
-def _share_consumers(layers: nn.ModuleList, consumers: Mapping[str, list[Consumer]]) -> bool:
-    """Whether a consumer lies in more than one layer."""
-    inside = [set(layer.modules()) for layer in layers_in(layers).values()]
-    return any(
-        sum(consumer.module in modules for modules in inside) > 1
-        for own in consumers.values()
-        for consumer in own
-    )
 
 
 def _count_rows(batches: Sequence[Numbered], device: torch.device) -> int:

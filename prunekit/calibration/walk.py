@@ -74,6 +74,9 @@ class Walk:
     def __iter__(self) -> Iterator[Visit]:
         """Yield (group, sites) in execution order; the caller may change consumers in between.
 
+        Groups whose consumers are used more than once, as layers share them, come before all others
+        on what the dense layers feed every use: so whatever is cut later sees them as they stay.
+
         Every site holds consumers that are fed the same inputs, and the moments of these inputs. A
         group that is done has no sites.
 
@@ -91,16 +94,20 @@ class Walk:
         try:
             with evaluating(self.model), running_experts_in_turn(self.model, everyone):
                 weigher = self._open_weigher(consumers, batches)
-                stream = Stream.open(
-                    self.model, self.groups, consumers, batches, store, self.layers, weigher
-                )
+                visit_whole = partial(self._visit_with_whole_passes, batches, weigher)
+                again = {n: own for n, own in consumers.items() if any(c.is_reused for c in own)}
+                if again:
+                    name = next(iter(again))
+                    yield from visit_whole(again, f"{name}: its weights are used more than once")
+                once = {n: own for n, own in consumers.items() if n not in again}
+                groups = [group for group in self.groups if group.name in once]
+                stream = Stream.open(self.model, groups, once, batches, store, self.layers, weigher)
                 if stream is not None:
-                    names = {group.name for group in self.groups}
-                    if whose := names if weigher.needs_norms else self.targets.keys():
+                    if whose := once.keys() if weigher.needs_norms else self.targets.keys():
                         stream.bring_along(self.model, self.around, whose)
                     yield from stream.walk(self.targets, self.done)
-                else:
-                    yield from self._visit_with_whole_passes(consumers, batches, weigher)
+                elif once:
+                    yield from visit_whole(once, "the layers can't be run one by one")
         finally:
             store.close()
 
@@ -132,25 +139,23 @@ class Walk:
 
     def _visit_with_whole_passes(
         self,
-        consumers: Mapping[str, list[Consumer]],
         batches: Sequence[Numbered],
         weigher: Weigher,
+        consumers: Mapping[str, list[Consumer]],
+        why: str,
     ) -> Iterator[Visit]:
-        """Yield (group, sites) where every group takes forward passes of the whole model."""
+        """Yield (group, sites) where every group takes forward passes of the whole model.
+
+        `consumers`: those of the groups. `why`: the reason for the messages.
+        """
         if self.layers:
-            raise TraceError(
-                "memory.stream: the layers can't be run one by one; load the model whole "
-                "(memory.stream=false)"
-            )
-        say(
-            "the layers can't be run one by one: every group takes forward passes of the whole "
-            "model"
-        )
+            raise TraceError(f"memory.stream: {why}; load the model whole (memory.stream=false)")
+        say(f"{why}: each of {len(consumers)} groups takes forward passes of the whole model")
         norms: dict[str, Norms] = {}
         if weigher.needs_norms:
             weigher.say_once("tokens", OWN_NORM)
             norms = output_norms(self.model, lone(consumers), [batch for _, batch in batches])
-        for group in self.groups:
+        for group in (group for group in self.groups if group.name in consumers):
             if group.name in self.done:
                 yield group, []
             else:

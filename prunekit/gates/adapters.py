@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.calibration.gradients.taps import is_stock
 from prunekit.errors import ConfigError
 from prunekit.gates.places import Adapted, Gate
 from prunekit.gates.updates import Factors, Updates
+from prunekit.model.linear import is_stock
 from prunekit.model.stack import all_layers
 from prunekit.model.ties import tensor_places
 from prunekit.model.updates import is_transposed

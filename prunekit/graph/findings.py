@@ -67,6 +67,10 @@ class Findings:
                     sums[place, atom].append(order)
         return dict(sums)
 
+    def is_summed_again(self, place: ParameterDim, atom: Atom) -> bool:
+        """Whether an atom is summed over more than once in a dim of a parameter."""
+        return len(set(self._sums.get((place, atom), ()))) > 1
+
     def summing_modules(self, place: ParameterDim, atom: Atom) -> set[str]:
         """The paths of the modules that sum over an atom in a dim of a parameter, as far known."""
         modules = (self.contractions[order].module for order in self._sums.get((place, atom), ()))

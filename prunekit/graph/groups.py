@@ -52,8 +52,11 @@ class Member:
             one use would change the other.
         partly: whether every product sums over a part of the dim only, so that there are no inputs
             as wide as it: experts that lie one after another in a matrix.
-        apart: whether another module than a single one that holds the parameter sums over the dim,
-            too: `F.linear(x, a.weight.t())` outside of `a`. The inputs of `a` are no inputs of it.
+        apart: whether another module than the linear ones that hold the parameter sums over the
+            dim, too: `F.linear(x, a.weight.t())` outside of `a`. The inputs of `a` are no inputs of
+            it.
+        reused: whether a forward pass sums over the dim more than once: a module that runs again,
+            or several that hold the same parameter.
         stacked: whether the parameter is that of stacked experts [experts, rows, columns].
     """
 
@@ -64,6 +67,7 @@ class Member:
     elsewhere: bool = False
     partly: bool = False
     apart: bool = False
+    reused: bool = False
     stacked: bool = False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,10 @@ from prunekit.graph.findings import Findings
 from prunekit.graph.groups import CoupledGroup, Kind, Member, ParameterDim
 from prunekit.graph.kinds import find_fewest, find_kind, why_computed, why_grouping
 from prunekit.graph.naming import Location, choose_names, locate
+from prunekit.model.linear import places_of_product
+from prunekit.model.ties import Place, parameter_places
+
+_Held = Mapping[str, Sequence[Place]]  # canonical name of a parameter → its places
 
 # The order of groups whose members are last used by the same operator.
 _RANK = ("attention", "mlp", "expert", "query_head", "head_dim", "latent", "channel", "other")
@@ -64,8 +68,9 @@ def read_groups(model: nn.Module, findings: Findings) -> dict[Atom, CoupledGroup
         The atom whose indices are the group's units → the group.
     """
     _mark_scales(findings)
+    held = parameter_places(model)
     drafts = [
-        _draft(model, findings, atom)
+        _draft(model, findings, held, atom)
         for atom, places in findings.places.items()
         if atom.size > 1 and any(name not in findings.buffers for name, _ in places)
     ]
@@ -112,11 +117,11 @@ def _mark_scales(findings: Findings) -> None:
             ax.mark_inexact((atom,), "weights are summed over it, for a scale", weights=True)
 
 
-def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
+def _draft(model: nn.Module, findings: Findings, held: _Held, atom: Atom) -> _Draft:
     places = findings.places[atom]
     members, fixed = [], atom.pinned or why_grouping(findings, atom)
     for place in places:
-        member = _member(model, findings, atom, place)
+        member = _member(model, findings, held, atom, place)
         if member is None:
             fixed = fixed or f"its units own uneven parts of {place[0]}"
         else:
@@ -136,7 +141,9 @@ def _draft(model: nn.Module, findings: Findings, atom: Atom) -> _Draft:
     )
 
 
-def _member(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDim) -> Member | None:
+def _member(
+    model: nn.Module, findings: Findings, held: _Held, atom: Atom, place: ParameterDim
+) -> Member | None:
     """The slice of a parameter that the atom's units own; None where they own uneven parts."""
     name, dim = place
     owners = ax.owners(findings.axis(place), atom)
@@ -153,20 +160,17 @@ def _member(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDi
         partly=consumed and findings.widest_sum(name, atom) < len(owners),
         elsewhere=name in findings.otherwise or bool(findings.contracted.get(name, set()) - {dim}),
         stacked=len(others) == 2 and any("expert" in own.tags for own in ax.atoms(first)),
-        apart=_is_apart(model, findings, atom, place),
+        apart=name in held and _is_apart(model, findings, held[name], atom, place),
+        reused=findings.is_summed_again(place, atom),
     )
 
 
-def _is_apart(model: nn.Module, findings: Findings, atom: Atom, place: ParameterDim) -> bool:
-    """Whether the modules that sum over the atom are not a single one that holds the parameter."""
-    name = place[0]
-    if name in findings.buffers:
-        return False
-    parameter = model.get_parameter(name)
+def _is_apart(
+    model: nn.Module, findings: Findings, places: Sequence[Place], atom: Atom, place: ParameterDim
+) -> bool:
+    """Whether an atom is summed over by other modules than those of the parameter's `places`."""
     modules = {model.get_submodule(path) for path in findings.summing_modules(place, atom)}
-    return len(modules) > 1 or any(
-        all(parameter is not own for own in module.parameters(recurse=False)) for module in modules
-    )
+    return not modules <= {own.module for own in places_of_product(places)}
 
 
 def _numel_of_unit(findings: Findings, member: Member) -> int:

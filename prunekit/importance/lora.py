@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import mean_loss
 from prunekit.calibration.gradients.state import recomputing, should_recompute
-from prunekit.calibration.gradients.taps import is_stock, tap
+from prunekit.calibration.gradients.taps import tap
 from prunekit.data.batches import Batch
 from prunekit.errors import ConfigError, DataError
 from prunekit.graph import CouplingGraph, Group, Member
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import sum_by_structure
+from prunekit.model.linear import is_stock
 from prunekit.model.ties import Place, tensor_places
 from prunekit.model.updates import is_transposed
 from prunekit.runtime.console import track

@@ -123,7 +123,7 @@ class Database:
             if bias is not None:
                 consumer.set_bias(bias)
             elif consumer.bias is not None:
-                consumer.bias.data.zero_()
+                consumer.set_bias(torch.zeros_like(consumer.bias))
 
     def reset_all(self) -> None:
         """Give all consumers their dense weights, whatever they hold at present."""
@@ -136,7 +136,7 @@ class Database:
         for name, consumers in self._consumers.items():
             for consumer, (_, bias) in zip(consumers, self._dense[name], strict=True):
                 if bias is None and consumer.bias is not None:
-                    consumer.module.register_parameter("bias", None)
+                    consumer.drop_bias()
 
     def note_mask(self, name: str, units: Sequence[int]) -> None:
         """Add a level of which only the units that are gone need be known."""

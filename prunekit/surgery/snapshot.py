@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekit.graph import Group
+from prunekit.model.ties import parameter_places
 from prunekit.runtime.console import say
 from prunekit.runtime.memory import to_host
 
@@ -29,15 +30,15 @@ class Snapshot:
         self.model, self.everything, self.copies = model, everything, copies
         # Modules, not names: where whole layers go, the names of later layers change.
         self._kept: dict[tuple[nn.Module, str], Tensor | None] = {}
+        self._places = parameter_places(model)
 
     def keep(self, groups: Iterable[Group]) -> None:
         """Copy what may change of these groups; what is copied already stays."""
         for group in groups:
             for member in group.members if self.everything else group.consumers:
-                path, _, attribute = member.parameter.rpartition(".")
-                module = self.model.get_submodule(path)
-                self._keep(module, attribute)
-                self._keep(module, "bias")
+                self.keep_parameters([member.parameter])
+                for place in self._places.get(member.parameter, ()):
+                    self._keep(place.module, "bias")
 
     def keep_parameters(self, names: Iterable[str]) -> None:
         """Copy parameters that may change, by their names; what is copied already stays."""

@@ -7,7 +7,7 @@ from prunekit.calibration.gradients.loss import Loss, mean_loss
 from prunekit.calibration.gradients.passes import FISHER, MEAN, GradientMoments
 from prunekit.calibration.gradients.scores import score_positions
 from prunekit.calibration.gradients.state import recomputing
-from prunekit.calibration.gradients.taps import is_stock, tap
+from prunekit.calibration.gradients.taps import tap
 
 __all__ = [
     "FISHER",
@@ -15,7 +15,6 @@ __all__ = [
     "Loss",
     "GradientMoments",
     "recomputing",
-    "is_stock",
     "mean_loss",
     "score_positions",
     "tap",

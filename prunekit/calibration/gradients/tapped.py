@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.gradients.loss import is_language_model
-from prunekit.calibration.gradients.taps import is_stock
 from prunekit.data.batches import Batch, split_samples
 from prunekit.model.inputs import without_cache
+from prunekit.model.linear import is_stock
 from prunekit.model.ties import tensor_places
 
 

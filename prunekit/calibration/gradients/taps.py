@@ -15,16 +15,6 @@ Keep = Callable[[Tensor], Tensor]
 Receive = Callable[[Tensor, Tensor], None]
 
 
-def is_stock(module: nn.Module) -> bool:
-    """Whether a module computes only x Wᵀ + b (Linear), or x W + b (transformers' Conv1D)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return "forward" not in vars(module) and type(module).forward in (
-        nn.Linear.forward,
-        Conv1D.forward,
-    )
-
-
 def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
     """Have `receive(keep(x), δ)` called in each backward pass, once for each call of the module.
 
