@@ -336,8 +336,8 @@ def test_hooks_equal_one_backward_a_sample(importance, make, monkeypatch):
 
 
 class Oddities(nn.Module):
-    """A language model with a layer that runs twice, one that is overridden, one seen flat, and a
-    tied weight.
+    """A language model with a layer that runs twice, one that is overridden, one seen flat, one
+    whose weight is used outside of it too, and a tied weight.
     """
 
     def __init__(self):
@@ -350,6 +350,7 @@ class Oddities(nn.Module):
         self.embed = nn.Embedding(53, 12)
         self.twice, self.scaled, self.flat = nn.Linear(12, 12), Double(12, 12), nn.Linear(12, 12)
         self.plain, self.out = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.shared = nn.Linear(12, 12)
         self.head = nn.Linear(12, 53, bias=False)
         self.head.weight = self.embed.weight
 
@@ -359,6 +360,7 @@ class Oddities(nn.Module):
         x = x + self.scaled(x).tanh()
         x = x + self.flat(x.flatten(0, 1)).view(x.shape).tanh()
         x = x + self.out(self.plain(x).relu_())
+        x = x + self.shared(x).tanh() * torch.stack([*self.shared.weight.split(4)]).sum()
         return CausalLMOutput(logits=self.head(x))
 
 
@@ -378,7 +380,10 @@ def test_which_modules_are_read_by_hooks():
     model = Oddities()
     names = [name for name, _ in model.named_parameters()]
     found = tapped_modules.find_tapped(model, batches(token_ids(4, 7, vocabulary=53)), names)
-    assert set(found) == {"plain.weight", "plain.bias", "out.weight", "out.bias"}
+    assert set(found) == {
+        *("plain.weight", "plain.bias", "out.weight", "out.bias"),
+        "shared.bias",
+    }
 
 
 class Broken(RuntimeError):
