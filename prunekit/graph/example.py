@@ -40,8 +40,9 @@ def trace_batch(
 
     Labels are left out where the model does without. Where it does not run on the smaller example,
     the next larger one is tried, and masks of ones where torch.export can't follow how it makes
-    them. Where a model that also sees or hears can't be traced with what it sees, its language
-    model is traced with text alone.
+    them. Where the first dims of its arguments are no samples (the nodes of a graph, time), the
+    batch is taken as it is. Where a model that also sees or hears can't be traced with what it
+    sees, its language model is traced with text alone.
 
     Args:
         model: the model.
@@ -49,7 +50,7 @@ def trace_batch(
         check: raises TraceError where the example of a graph won't do.
 
     Raises:
-        TraceError: the model can't be traced with two whole samples.
+        TraceError: the model can't be traced with two whole samples, nor with all of them.
     """
 
     def trace_checked(example: Mapping[str, Any]) -> CouplingGraph:
@@ -70,6 +71,9 @@ def trace_batch(
         if masks:
             with suppress(*_UNTRACEABLE):
                 return trace_checked(next(examples_of(model, {**batch, **masks})))
+        if not _tensor_names(batch) <= _TEXT and _sizes(batch) != _sizes(_first_samples(batch)):
+            with suppress(*_UNTRACEABLE):
+                return trace_checked(batch)
         graph = _trace_text(model, batch)
         if graph is None:
             raise
@@ -115,7 +119,7 @@ def examples_of(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str
     """The examples of a batch to try one after another, each larger than the one before."""
     samples = _first_samples(batch)
     unlabelled = _leave_out_labels(model, samples)
-    tensors = {name for name, value in unlabelled.items() if isinstance(value, Tensor)}
+    tensors = _tensor_names(unlabelled)
     if "input_ids" in tensors and tensors <= _TEXT:
         short = {name: _shorten(value, unlabelled) for name, value in unlabelled.items()}
         if any(short[name].shape != unlabelled[name].shape for name in tensors):
@@ -123,6 +127,14 @@ def examples_of(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str
     yield unlabelled
     if unlabelled.keys() != samples.keys():
         yield samples
+
+
+def _tensor_names(batch: Mapping[str, Any]) -> set[str]:
+    return {name for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def _sizes(batch: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def longer_example(
@@ -137,7 +149,7 @@ def longer_example(
     tokens = whole.get("input_ids")
     if not isinstance(traced, Tensor) or not isinstance(tokens, Tensor):
         return None
-    return whole if tokens.shape != traced.shape else None
+    return whole if tokens.shape[1:] != traced.shape[1:] else None
 
 
 def _leave_out_labels(model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Examples of batches: whole samples, shortened where they are plain text, without labels."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
@@ -69,6 +71,30 @@ def test_what_does_not_run_on_less_is_traced_with_more(build):
     assert any(group.num_units == 32 and group.prunable for group in graph.groups)
     with pytest.raises(TraceError):
         trace_batch(model, {"input_ids": torch.randint(0, 20, (6, 13))})
+
+
+class Nodes(nn.Module):
+    """Of a graph: x [nodes, 5], and who is beside whom [nodes, nodes]."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x, beside):
+        return self.down(beside @ self.up(x).relu())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "slimgpt"])
+def test_what_has_no_samples_is_traced_as_it_is(method):
+    dense = Nodes()
+    batch = {"x": torch.randn(12, 5), "beside": torch.rand(12, 12)}
+    options = ["compensation=none"] if method == "slimgpt" else []
+    done = prunekit.prune(
+        copy.deepcopy(dense), ratio=0.2, method=method, calibration=[batch], overrides=options
+    )
+    (removed,) = done.plan.removed.values()
+    dense.down.weight.data[:, list(removed)] = 0
+    torch.testing.assert_close(done.model(**batch), dense(**batch))
 
 
 def test_a_model_of_documents_is_pruned_with_its_boxes():
