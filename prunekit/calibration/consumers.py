@@ -23,7 +23,7 @@ from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
 from prunekit.model.linear import is_stock, places_of_product
-from prunekit.model.ties import parameter_places
+from prunekit.model.ties import Place, parameter_places
 from prunekit.runtime.modes import at_rest
 from prunekit.runtime.numbers import computing_type
 
@@ -172,7 +172,7 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
         shape = model.get_parameter(member.parameter).shape
         own = places_of_product(places[member.parameter])
         module, *others = (place.module for place in own)
-        if fault := _find_fault(member, shape, [module, *others]):
+        if fault := _find_fault(member, shape, own):
             raise TraceError(f"{group.name}: layer-wise pruning expects {fault}")
         experts: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
         consumers += [
@@ -191,12 +191,14 @@ def find_consumers(model: nn.Module, group: Group) -> list[Consumer]:
     return consumers
 
 
-def _find_fault(member: Member, shape: Sequence[int], modules: Sequence[nn.Module]) -> str | None:
+def _find_fault(member: Member, shape: Sequence[int], own: Sequence[Place]) -> str | None:
     """What is expected of a member of this shape and isn't there; None where it is a consumer.
 
-    `modules`: those that hold the parameter and compute its product.
+    `own`: the places of the parameter in modules that compute its product.
     """
-    name = member.parameter
+    name, modules = member.parameter, [place.module for place in own]
+    if own[0].attribute != "weight" and is_stock(modules[0]):
+        return f"a weight that is a parameter, {name} is one that it is computed from"
     if len(shape) not in (2, 3) or (len(shape) == 3 and member.dim == 0):
         return f"matrices, {name} is none"
     if member.partly:

@@ -10,7 +10,7 @@ from functools import cached_property
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Atom, Axis
 from prunekit.graph.groups import ParameterDim
-from prunekit.graph.operators import Choice, Contraction, Note
+from prunekit.graph.operators import Choice, Contraction, Normed, Note
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +24,8 @@ class Findings:
         otherwise: the parameters that meet activations in any other way too.
         notes: sizes that modules may keep in attributes.
         folds: axes that two weights are summed over against each other.
+        normed: parameters and an axis of them each position of which is divided by its norm. What
+            reads that axis is the norm that the weight is given instead, and not the parameter.
         products: for each operator with multiply-adds the axes whose product counts them.
         choices: axes of which the best positions are chosen.
     """
@@ -34,6 +36,7 @@ class Findings:
     otherwise: frozenset[str]
     notes: tuple[Note, ...]
     folds: tuple[Axis, ...]
+    normed: tuple[Normed, ...]
     products: tuple[tuple[Axis, ...], ...]
     choices: tuple[Choice, ...]
 
@@ -60,11 +63,15 @@ class Findings:
     @cached_property
     def _sums(self) -> dict[tuple[ParameterDim, Atom], list[int]]:
         """A dim of a parameter, an atom → everywhere in `contractions` that the atom is summed."""
+        normed = {
+            (name, atom) for own, axis in self.normed for name in own for atom in ax.atoms(axis)
+        }
         sums: dict[tuple[ParameterDim, Atom], list[int]] = defaultdict(list)
         for order, contraction in enumerate(self.contractions):
             for atom in ax.atoms(contraction.axis):
                 for place in contraction.dims or self._dims_with(atom, contraction.sources):
-                    sums[place, atom].append(order)
+                    if (place[0], atom) not in normed:
+                        sums[place, atom].append(order)
         return dict(sums)
 
     def is_summed_again(self, place: ParameterDim, atom: Atom) -> bool:

@@ -87,6 +87,9 @@ class Choice:
     count: int
 
 
+Normed = tuple[frozenset[str], Axis]  # names of parameters, and the axis of them meant
+
+
 @dataclass
 class Call:
     """One operator call: its arguments by schema name, `Value`s in place of tensors."""
@@ -96,6 +99,7 @@ class Call:
     contractions: list[Contraction] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
+    normed: list[Normed] = field(default_factory=list)
     products: list[tuple[Axis, ...]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 

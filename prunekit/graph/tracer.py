@@ -25,7 +25,7 @@ from prunekit.graph.axes import Axis
 from prunekit.graph.capture import WAY_OUT, capture
 from prunekit.graph.coupling import CouplingGraph
 from prunekit.graph.findings import Findings
-from prunekit.graph.operators import Call, Choice, Contraction, Note, Value, find_rule
+from prunekit.graph.operators import Call, Choice, Contraction, Normed, Note, Value, find_rule
 from prunekit.graph.reader import read_extents, read_groups, read_products
 from prunekit.graph.stacks import Watch, find_stacks
 from prunekit.graph.sublayers import SublayerWatch
@@ -110,6 +110,7 @@ class _Tracer:
     otherwise: set[str] = field(default_factory=set)
     notes: list[Note] = field(default_factory=list)
     folds: list[Axis] = field(default_factory=list)
+    normed: list[Normed] = field(default_factory=list)
     products: list[tuple[Axis, ...]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 
@@ -131,6 +132,7 @@ class _Tracer:
             otherwise=frozenset(self.otherwise),
             notes=tuple(self.notes),
             folds=tuple(self.folds),
+            normed=tuple(self.normed),
             products=tuple(self.products),
             choices=tuple(self.choices),
         )
@@ -227,6 +229,7 @@ class _Tracer:
         self._note_uses(call)
         self.notes.extend(call.notes)
         self.folds.extend(call.folds)
+        self.normed.extend(call.normed)
         self.products.extend(call.products)
         self.choices.extend(call.choices)
         return outputs

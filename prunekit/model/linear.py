@@ -20,13 +20,13 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def places_of_product(places: Sequence[Place]) -> list[Place]:
-    """The places of a parameter in stock linear modules, each module once; else the canonical one.
+    """The places of a weight in stock linear modules, each module once; else the canonical one.
 
     Args:
         places: all places of the parameter, the canonical one first.
     """
     stock: dict[nn.Module, Place] = {}
     for place in places:
-        if is_stock(place.module):
+        if place.attribute == "weight" and is_stock(place.module):
             stock.setdefault(place.module, place)
     return list(stock.values()) or [places[0]]

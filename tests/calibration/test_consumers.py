@@ -161,6 +161,22 @@ def test_a_product_that_nothing_shows_leaves_its_group_whole_before_calibration(
     assert model.down.weight.shape[1] < 8
 
 
+def test_a_norm_for_each_column_is_no_matrix_to_repair():
+    normed = nn.utils.weight_norm(
+        nn.Linear(8, 4), dim=1
+    )  # of hooks: a linear module holds the parts
+    model, batches = (
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), normed),
+        [{"input": torch.randn(64, 5)}],
+    )
+    with pytest.raises(
+        ConfigError, match="expects a weight that is a parameter, 2.weight_g is one"
+    ):
+        prunekit.prune(randomise(model, 1), ratio=0.2, calibration=batches)
+    prunekit.prune(model, ratio=0.2, method="magnitude", calibration=batches)
+    assert normed.weight_g.shape == (1, 6)
+
+
 class Soft(nn.Module):
     """Experts that are summed up by one product of three tensors."""
 

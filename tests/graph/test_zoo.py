@@ -293,9 +293,16 @@ NETS = {  # name → a network, its input, (kind, units) of what is prunable
     ),
     "buffers": (Buffers, ROWS, [("channel", 8)]),
     "weight norm": (
-        lambda: nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3)),
-        ROWS,
-        [("mlp", 8)],
+        lambda: nn.Sequential(
+            weight_norm(nn.Conv2d(3, 8, 3)),
+            nn.ReLU(),
+            weight_norm(nn.ConvTranspose2d(8, 10, 3)),  # a norm for each channel that comes in
+            nn.Flatten(2),
+            nn.ReLU(),
+            nn.Linear(64, 2),
+        ),
+        IMAGES,
+        [("channel", 8)],
     ),
     "bags": (
         lambda: nn.Sequential(nn.EmbeddingBag(11, 8), nn.ReLU(), nn.Linear(8, 3)),

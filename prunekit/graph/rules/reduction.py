@@ -82,16 +82,18 @@ def _norm(call: Call) -> Value:
 def _weight_norm(call: Call) -> Value:
     """The weight g v / ‖v‖, a norm for each position of one dim over all the others.
 
-    Dim −1 is none of them: there is one norm.
+    Dim −1 is none of them: there is one norm. A position is masked by its g: v = 0 has no norm.
     """
     value, scale = call.value("v"), call.value("g")
-    kept = call.get("dim", 0)
+    kept, axes = call.get("dim", 0), list(value.axes)
     if kept >= 0:
         ax.unify(value.axes[kept], scale.axes[kept])
+        call.normed.append((value.sources, value.axes[kept]))
+        axes[kept] = scale.axes[kept]
     for dim, axis in enumerate(value.axes):
         if dim != kept:
             ax.mark_inexact(axis, f"{call.where} normalises over it", weights=True)
-    return call.make(value.axes)
+    return call.make(axes)
 
 
 @operator_rule("aten.batch_norm", "aten.instance_norm")
