@@ -62,7 +62,8 @@ def prune_vocabulary(
         ```
 
     Args:
-        model: a causal language model of transformers.
+        model: a model of transformers that reads tokens. Outputs of one without a head over them, a
+            classifier's say, stay as they are.
         tokenizer: its fast tokenizer: byte-pair encoding or a unigram model.
         texts: the documents that tell which tokens are needed.
         min_count: how often a token must occur in them to stay.

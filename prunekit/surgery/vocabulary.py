@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import SurgeryError
+from prunekit.errors import SurgeryError, first_line
 from prunekit.model.attributes import resize
+from prunekit.model.inputs import without_cache
 from prunekit.model.ties import Place, parameter_places
 from prunekit.runtime.modes import at_rest
 from prunekit.runtime.precision import computing_in
@@ -54,26 +55,30 @@ def special_ids(model: nn.Module) -> set[int]:
 def cut_vocabulary(model: nn.Module, kept: Tensor) -> None:
     """Keep some rows of a model's embedding and its head, in place; ids are counted anew.
 
-    Config and generation config follow: the size of the vocabulary, and all special ids.
+    Config and generation config follow: the size of the vocabulary, and all special ids. Where the
+    model has no head over the tokens (a classifier), its outputs stay as they are.
 
     Args:
-        model: a causal language model of transformers.
+        model: a model of transformers that reads tokens.
         kept: int64 [K], rising: the ids that stay, all of `special_ids` among them.
 
     Raises:
         SurgeryError: the head has another number of rows, a special id would go, or the cut model's
-            logits are not the old ones of the tokens that stay; the model is then as it was.
+            logits are not the old ones of the tokens that stay; the model is then as it was. It
+            does not run on tokens alone.
     """
     rows = vocabulary_rows(model)
     if missing := special_ids(model) - set(kept.tolist()):
         raise SurgeryError(f"groups=vocabulary: expected special ids to stay, {missing} would go")
     example = _example(kept)
-    before = _logits(model, kept[example])[..., kept]
+    before = _run(model, kept[example])
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+        before = before[..., kept]
     changes = Changes(model)
     try:
         _cut_rows(model, rows, kept, changes)
         _follow(model, rows, kept, changes)
-        _compare(before, _logits(model, example))
+        _compare(before, _run(model, example))
     except BaseException:
         changes.undo()
         raise
@@ -85,12 +90,25 @@ def _example(kept: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    """Float32 logits [2, 8, vocabulary] in host memory, of ids [2, 8]."""
+def _run(model: Any, ids: Tensor) -> Tensor:
+    """The first output in float32 and in host memory, of ids [2, 8]: logits, where there are any.
+
+    Raises:
+        SurgeryError: the model does not run on them.
+    """
     device = model.get_input_embeddings().weight.device
-    with at_rest(model), computing_in(torch.float32, device):
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.float().cpu()
+    inputs = {"input_ids": ids.to(device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    try:
+        with at_rest(model), computing_in(torch.float32, device):
+            output: Tensor = model(**without_cache(model, inputs))[0]
+    except Exception as error:  # whatever a model raises
+        raise SurgeryError(
+            f"groups=vocabulary: expected a model that runs on tokens alone, "
+            f"{type(model).__name__} does not: {first_line(error)}"
+        ) from error
+    return output.float().cpu()
 
 
 def _compare(before: Tensor, after: Tensor) -> None:
@@ -117,6 +135,10 @@ def _cut_rows(model: Any, rows: int, kept: Tensor, changes: Changes) -> None:
                 f" it has {size}"
             )
         slice_tensor(places, removed, changes)
+    for module in model.modules():  # BART and its kin add it to their logits
+        bias = module._buffers.get("final_logits_bias")
+        if bias is not None and bias.shape[-1] == rows:
+            changes.set(module, "final_logits_bias", bias[..., kept.to(bias.device)])
 
 
 def _vocabulary_tensors(model: Any) -> Mapping[str, list[Place]]:
@@ -132,7 +154,7 @@ def _vocabulary_tensors(model: Any) -> Mapping[str, list[Place]]:
 
 def _follow(model: Any, rows: int, kept: Tensor, changes: Changes) -> None:
     """Bring sizes and ids in line, in modules and configs."""
-    sizes = {"vocab_size": (rows, len(kept))}
+    sizes = dict.fromkeys(("vocab_size", "decoder_vocab_size"), (rows, len(kept)))
     configs = list(_configs(model))
     resize([*configs, *model.modules()], sizes, changes.set)
     new_ids = {old: new for new, old in enumerate(kept.tolist())}
