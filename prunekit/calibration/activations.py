@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.calibration.padding import remove_padding
 from prunekit.data.batches import Batch
-from prunekit.data.padding import remove_padding
 from prunekit.errors import DataError
 from prunekit.model.inputs import without_cache
 from prunekit.model.linear import is_stock

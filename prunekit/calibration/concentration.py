@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.consumers import find_consumers
+from prunekit.calibration.padding import remove_padding
 from prunekit.calibration.weigher import lone
 from prunekit.data.batches import Batch, copy_batch, count_positions
-from prunekit.data.padding import remove_padding
 from prunekit.graph import Group
 from prunekit.runtime.modes import undisturbed
 from prunekit.runtime.numbers import at_least_float32

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.calibration.padding import remove_padding
 from prunekit.data.batches import Batch
-from prunekit.data.padding import remove_padding
 from prunekit.errors import DataError, TraceError
 from prunekit.model.inputs import without_cache
 from prunekit.runtime.console import track

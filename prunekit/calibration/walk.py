@@ -23,6 +23,7 @@ from prunekit.calibration.consumers import (
 from prunekit.calibration.layers import Layers
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.observe import Observation, Site, TokenWeights
+from prunekit.calibration.padding import remove_padding
 from prunekit.calibration.store import Store
 from prunekit.calibration.stream import Stream, Visit
 from prunekit.calibration.token_norms import Norms, output_norms
@@ -34,7 +35,6 @@ from prunekit.data.batches import (
     copy_batch,
     count_positions,
 )
-from prunekit.data.padding import remove_padding
 from prunekit.errors import ConfigError, DataError, TraceError
 from prunekit.graph import Group
 from prunekit.runtime.console import say

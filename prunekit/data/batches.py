@@ -113,6 +113,12 @@ def count_positions(batch: Batch) -> tuple[int, int]:
     return (len(tensors[0]) if tensors else 1), 1
 
 
+def has_rows(batch: Mapping[str, Tensor], rows: int) -> bool:
+    """Whether each argument can be split into this number of rows."""
+    packed = rows_of_packed(batch, rows)
+    return all(name in packed or len(value) == rows for name, value in batch.items())
+
+
 def split_samples(batch: Batch) -> list[Batch]:
     """The rows of a batch, each as a batch of one."""
     rows, _ = count_positions(batch)

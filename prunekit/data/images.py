@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.data.batches import Batch, count_positions
+from prunekit.data.batches import Batch, count_positions, has_rows
 from prunekit.data.chats import turns_of
 from prunekit.data.corpora import RECORDS, read_records
-from prunekit.data.padding import has_rows
 from prunekit.errors import DataError, first_line
 
 _PLACEHOLDER = "<image>"  # where an image belongs in a chat's text, as LLaVA's data have it

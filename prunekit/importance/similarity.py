@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunekit.calibration.padding import remove_padding
 from prunekit.data.batches import Batch
-from prunekit.data.padding import remove_padding
 from prunekit.graph import CouplingGraph, Group
 from prunekit.importance.base import ScoreImportance
 from prunekit.importance.structures import expect_stacks

@@ -10,8 +10,8 @@ from torch import nn
 
 import prunekit
 from prunekit.calibration.activations import gather_input_statistics
+from prunekit.calibration.padding import remove_padding
 from prunekit.calibration.walk import Walk
-from prunekit.data.padding import remove_padding
 from prunekit.errors import DataError
 from prunekit.graph import trace
 
@@ -106,6 +106,30 @@ def test_rows_with_the_same_padding_stay_together():
         assert made["scale"] is batch["scale"] and made["use_cache"] is False
     whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
     assert remove_padding(tiny_llama(layers=1), whole)[0] is whole[0]
+
+
+class Masked(nn.Module):
+    """Per token, or mixed; what the mask is true at counts for nothing."""
+
+    def __init__(self, mixes):
+        super().__init__()
+        self.linear, self.mixes = nn.Linear(4, 3), mixes
+
+    def forward(self, x, attention_mask):
+        x = x.masked_fill(attention_mask.bool()[..., None], 0)
+        return self.linear(x + x.sum(1, keepdim=True) if self.mixes else x)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_mask_that_means_the_opposite_is_refused(mixes):
+    model, mask = Masked(mixes), mask_of([6, 6, 4, 1, 5], 6)
+    with pytest.raises(DataError, match="attention_mask: expected 1 at tokens and 0 at padding"):
+        remove_padding(model, [{"x": torch.randn(5, 6, 4), "attention_mask": 1 - mask}])
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"attention_mask": 1 - kwargs["attention_mask"]}),
+        with_kwargs=True,
+    )
+    assert len(remove_padding(model, [{"x": torch.randn(5, 6, 4), "attention_mask": mask}])) == 4
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ encoder, a decoder, an image tower and experts have tokens of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from prunekit.data.batches import Batch
+from prunekit.data.batches import Batch, copy_batch
 from prunekit.errors import DataError
 from prunekit.model.inputs import rows_of_packed
+from prunekit.runtime.modes import at_rest
 
 # Masks [samples, tokens] → whose tokens they are of, and what they hold at tokens. The first one of
 # a side counts.
@@ -53,39 +56,47 @@ def remove_padding(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
 
     Raises:
         DataError: padding between tokens; arguments that can't be split into rows; a module of
-            one's own, of whose arguments it isn't clear which one a mask belongs to; nothing but
-            padding.
+            one's own, of whose arguments it isn't clear which one a mask belongs to, or to which a
+            mask means the opposite; nothing but padding.
     """
     rows: list[Batch] = []
+    checked = not _is_own(model)
     for batch in batches:
         masks = _find_masks(model, batch)
+        if masks and not checked:
+            _check_meaning(model, batch, masks)
+            checked = True
         rows += _split(model, batch, masks) if masks else [batch]
     if batches and not rows:
         raise DataError("calibration: expected tokens, got nothing but padding")
     return rows
 
 
-def has_rows(batch: Mapping[str, Tensor], rows: int) -> bool:
-    """Whether each argument can be split into this number of rows."""
-    packed = rows_of_packed(batch, rows)
-    return all(name in packed or len(value) == rows for name, value in batch.items())
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Mask:
+    """A mask of a batch: `kept` [B, T] is False at padding, `whose` are the arguments it is of."""
+
+    name: str
+    kept: Tensor
+    whose: Sequence[str]
 
 
-def _find_masks(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Side → BoolTensor [B, T] on the CPU, False at padding, of the sides that have padding."""
-    masks: dict[str, Tensor] = {}
+def _find_masks(model: nn.Module, batch: Batch) -> dict[str, _Mask]:
+    """Side → its mask, of the sides that have padding."""
+    masks: dict[str, _Mask] = {}
     for name, (side, kept) in _MASKS.items():
         given = batch.get(name)
         if side in masks or not isinstance(given, Tensor) or given.ndim != 2:
             continue
         mask = given.bool() == kept
-        if not mask.all() and _belongs(model, batch, name, side):
-            masks[side] = mask.cpu()
+        whose = [] if mask.all() else _find_masked(model, batch, name, side)
+        if whose:  # some models ignore theirs (Whisper)
+            masks[side] = _Mask(name=name, kept=mask, whose=whose)
     return masks
 
 
-def _belongs(model: nn.Module, batch: Batch, name: str, side: str) -> bool:
-    """Whether a mask [B, T] is that of an argument [B, T, …]; some models ignore theirs (Whisper).
+def _find_masked(model: nn.Module, batch: Batch, name: str, side: str) -> list[str]:
+    """The arguments [B, T, …] that a mask [B, T] is of.
 
     Raises:
         DataError: this isn't clear of a module of one's own.
@@ -97,14 +108,67 @@ def _belongs(model: nn.Module, batch: Batch, name: str, side: str) -> bool:
         if isinstance(value, Tensor) and value.shape[:2] == shape and other not in _MASKS
         if _side_of(model, other) == side
     ]
-    if not hasattr(getattr(model, "config", None), "is_encoder_decoder"):
+    if _is_own(model):
         several = len(whose) > 1 and not _KNOWN.issuperset(whose)
         if several or not whose or shape[0] == shape[1]:
             raise DataError(
                 f"calibration: {name} {list(shape)}: whose padding it tells of isn't clear among "
                 f"{', '.join(batch)}: {_WAY_OUT}"
             )
-    return bool(whose)
+    return whose
+
+
+def _is_own(model: nn.Module) -> bool:
+    """Whether a module is none of transformers: what its arguments mean isn't known."""
+    return not hasattr(getattr(model, "config", None), "is_encoder_decoder")
+
+
+@torch.no_grad()
+def _check_meaning(model: nn.Module, batch: Batch, masks: Mapping[str, _Mask]) -> None:
+    """Check that outputs at tokens depend on tokens, and not on padding.
+
+    Raises:
+        DataError: they do not: a mask may mean the opposite to a module of one's own.
+    """
+
+    def run(mask: _Mask, changed: Tensor) -> list[Tensor]:
+        given = dict(copy_batch(batch))
+        for name in mask.whose:
+            value = given[name]
+            turned = value.max() + value.min() - value  # token ids stay in their range
+            where = changed.view(*changed.shape, *[1] * (value.ndim - 2))
+            given[name] = torch.where(where, turned, value)
+        leaves = tree_leaves(model(**given))
+        return [_at_tokens(leaf, mask.kept) for leaf in leaves if isinstance(leaf, Tensor)]
+
+    for mask in masks.values():
+        with at_rest(model):
+            nothing = torch.zeros_like(mask.kept)
+            plain, *others = (run(mask, where) for where in (nothing, ~mask.kept, mask.kept))
+        by_padding, by_tokens = (
+            not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(plain, other, strict=True))
+            for other in others
+        )
+        if by_padding or not by_tokens:
+            name, (_, at_tokens) = mask.name, _MASKS[mask.name]
+            seen = (
+                "padding changes what the model gives at tokens"
+                if by_padding
+                else "what the model gives at tokens does not depend on them"
+            )
+            raise DataError(
+                f"calibration: {name}: expected {at_tokens:d} at tokens and {not at_tokens:d} at "
+                f"padding, but {seen}: {_WAY_OUT}"
+            )
+
+
+def _at_tokens(output: Tensor, mask: Tensor) -> Tensor:
+    """An output where `mask` [B, T] is true; all of it where it has no tokens."""
+    if output.shape[:2] == mask.shape:
+        return output[mask]
+    if output.shape[:2] == mask.T.shape:
+        return output.transpose(0, 1)[mask]
+    return output[mask.flatten()] if output.shape[:1] == (mask.numel(),) else output
 
 
 def _side_of(model: nn.Module, name: str) -> str:
@@ -116,9 +180,9 @@ def _side_of(model: nn.Module, name: str) -> str:
     return _SIDES.get(name.partition("_")[0], "text")
 
 
-def _split(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor]) -> Iterator[Batch]:
+def _split(model: nn.Module, batch: Batch, masks: Mapping[str, _Mask]) -> Iterator[Batch]:
     """The runs of rows with the same padding, without it."""
-    kept = list(zip(*(mask.tolist() for mask in masks.values()), strict=True))
+    kept = list(zip(*(mask.kept.tolist() for mask in masks.values()), strict=True))
     packed = rows_of_packed(batch, len(kept))
     for own, run in groupby(range(len(kept)), kept.__getitem__):
         rows = list(run)
@@ -131,7 +195,7 @@ def _split(model: nn.Module, batch: Batch, masks: Mapping[str, Tensor]) -> Itera
                 made[name] = torch.cat([packed[name][row] for row in rows])
             elif isinstance(value, Tensor) and value.ndim:
                 side = _side_of(model, name)
-                span = (spans[side], masks[side].shape[1]) if side in masks else None
+                span = (spans[side], masks[side].kept.shape[1]) if side in masks else None
                 made[name] = _cut(name, value, slice(rows[0], rows[-1] + 1), len(kept), span)
             else:
                 made[name] = value
