@@ -453,6 +453,21 @@ def test_a_weight_that_an_unknown_operator_makes_keeps_its_sizes():
     assert graph["mlp"].prunable
 
 
+def test_maxouts_are_ffns():
+    def run(net, x):
+        hidden = net.stem(x).unflatten(-1, (-1, 3)).amax(-1)
+        return net.out(torch.maximum(net.first(hidden), net.second(hidden)))
+
+    sizes = {"stem": (5, 24), "first": (8, 6), "second": (8, 6), "out": (6, 3)}
+    net = randomise(Net(run, **{name: nn.Linear(*size) for name, size in sizes.items()}))
+    batches = [{"x": torch.randn(4, 7, 5)}]
+    result = prunekit.prune(net, ratio=0.3, method="magnitude", calibration=batches)
+    kinds = {group.num_units: group.kind for group in result.graph.groups if group.exact}
+    assert kinds == {8: "mlp", 6: "mlp"}
+    assert net.first.in_features < 8
+    assert net.out.in_features < 6
+
+
 def test_attributes_follow():
     net, graph, _, _ = build("grouped convolution")
     groups = {group.num_units: group.name for group in graph.groups if group.prunable}

@@ -14,11 +14,11 @@ def _mul(call: Call) -> Value:
     out = call.elementwise(*values)
     whole = [v for v in values if v.data and v.tainted and v.shape == out.shape]
     if len(whole) == 2:  # and not a norm, which multiplies with one number for all features
-        ax.tag(_features(out), "nonlinear")  # a gate
+        ax.tag(features(out), "nonlinear")  # a gate
     return out
 
 
-def _features(value: Value) -> ax.Axis:
+def features(value: Value) -> ax.Axis:
     """The axis of an activation's features: the last one, unless positions come last."""
     for axis in value.axes[-1:-3:-1]:
         if any(atom.pinned is None for atom in ax.atoms(axis)):
@@ -33,10 +33,17 @@ eq ne lt le gt ge xlogy hypot complex
 """
 
 
+@operator_rule(*aten("maximum minimum max.other min.other fmax fmin"))
+def _largest(call: Call) -> Value:
+    values = call.inputs()
+    out = call.elementwise(*values)
+    if all(value.data and value.tainted and value.shape == out.shape for value in values):
+        ax.tag(features(out), "nonlinear")  # a maxout
+    return out
+
+
 @operator_rule(*aten(_BINARY, in_place=True))
-@operator_rule(
-    *aten("maximum minimum max.other min.other fmax fmin where rsub logaddexp polar __and__ __or__")
-)
+@operator_rule(*aten("where rsub logaddexp polar __and__ __or__"))
 def _elementwise(call: Call) -> Value:
     return call.elementwise(*call.inputs())
 
@@ -87,7 +94,7 @@ def _unary(call: Call) -> Value:
 @operator_rule(*aten(_ACTIVATIONS, in_place=True))
 def _activation(call: Call) -> Value:
     out = _unary(call)
-    ax.tag(_features(out), "nonlinear")
+    ax.tag(features(out), "nonlinear")
     return out
 
 
@@ -97,7 +104,7 @@ def _prelu(call: Call) -> Value:
     if slope.shape[0] > 1:
         ax.unify(value.axes[1], slope.axes[0])
         call.note("num_parameters", slope.axes[0])
-    ax.tag(_features(value), "nonlinear")
+    ax.tag(features(value), "nonlinear")
     return call.make(value.axes)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 from prunekit.graph import axes as ax
 from prunekit.graph.axes import Axis
 from prunekit.graph.operators import Call, Value, aten, dim_of, operator_rule
+from prunekit.graph.rules.elementwise import features
 
 _REDUCTIONS = """
 mean sum prod var std amax amin argmax any all max.default min.default norm linalg_vector_norm
 logsumexp argmin nansum nanmean
 """
+_LARGEST = ("amax", "amin", "max", "min")
 
 
 @operator_rule(*aten(_REDUCTIONS))
@@ -27,6 +29,9 @@ def _reduce(call: Call) -> Value:
         out = call.make([() if i in dims else axis for i, axis in enumerate(value.axes)], value)
     else:
         out = call.make([axis for i, axis in enumerate(value.axes) if i not in dims], value)
+    free = any(atom.pinned is None for dim in dims for atom in ax.atoms(value.axes[dim]))
+    if free and value.data and call.operator.split(".")[1] in _LARGEST:
+        ax.tag(features(out), "nonlinear")  # a maxout
     if "argm" not in call.operator:
         return out
     return replace(out, indexes=_reduced(value, dims), counted=())
