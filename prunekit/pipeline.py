@@ -180,6 +180,7 @@ def prune_model(
     stored: torch.dtype | None = None,
     folders: Folders = NOWHERE,
     streamed: Streamed | None = None,
+    graph: CouplingGraph | None = None,
 ) -> Result[Model]:
     """Trace, allocate, choose and repair, cut: the whole of pruning, in this order.
 
@@ -193,11 +194,11 @@ def prune_model(
         stored: the type that bytes are counted in; None: that of the weights.
         folders: the run's folders.
         streamed: a model that is cut and written layer by layer; its weights stay on disk.
+        graph: what `trace_model` gave of it; None: it is traced now.
     """
-    with stages("trace"):
-        trace = trace_sound if streamed is None else trace_batch
-        graph = trace(model, batches[0])
-        graph = rehearse_cut(model, graph, config, method, saved=folders.saves, batch=batches[0])
+    graph = graph or trace_model(
+        model, config, method, batches, stages, folders=folders, streamed=streamed
+    )
     dense = num_parameters(model)
     with stages("prune"):
         state = folders.open_state(config, graph, batches)
@@ -215,6 +216,29 @@ def prune_model(
         assignment.state.remove()
     updates = name_updates(model, assignment.adapters)
     return Result(model=model, plan=plan, report=report, graph=graph, updates=updates)
+
+
+def trace_model(
+    model: nn.Module,
+    config: RunConfig,
+    method: Method,
+    batches: Sequence[Batch],
+    stages: Stages,
+    *,
+    folders: Folders = NOWHERE,
+    streamed: Streamed | None = None,
+) -> CouplingGraph:
+    """Trace a model, and mark the groups that can't be cut; arguments as of `prune_model`.
+
+    Raises:
+        DataError: weights, or outputs on the first batch, that are not finite.
+        TraceError: a model that the tracer can't follow, or with nothing to prune.
+        ConfigError: no group of the kinds that the configuration names can be cut.
+    """
+    with stages("trace"):
+        trace = trace_sound if streamed is None else trace_batch
+        graph = trace(model, batches[0])
+        return rehearse_cut(model, graph, config, method, saved=folders.saves, batch=batches[0])
 
 
 def trace_sound(model: nn.Module, batch: Batch) -> CouplingGraph:

@@ -28,7 +28,7 @@ from prunekit.jobs.streaming import open_streamed_source
 from prunekit.jobs.vocabulary import Reduction, other_groups, refuse_teacher
 from prunekit.model.updates import Factors
 from prunekit.model.weights import cast_weights, check_finite, round_weights
-from prunekit.pipeline import Result, prune_model
+from prunekit.pipeline import Result, prune_model, trace_model
 from prunekit.plan import PruningPlan
 from prunekit.recovery import Recovery
 from prunekit.report import Report
@@ -51,10 +51,11 @@ def run_prune(job: Job) -> Outcome:
     if subject.streamed is None:
         check_finite(subject.model)
     say(_announce(job.config, method, subject, windows))
+    graph = _trace(job, method, subject, windows, reduction)
     columns: dict[str, Evaluation] = {}
     with job.stages("evaluate_dense"):
         columns["dense"] = opened.evaluate_as_loaded()
-    cut = _cut(job, method, subject, windows, reduction)
+    cut = _cut(job, method, subject, windows, reduction, graph)
     columns["dense"] = cut.comparable(columns["dense"])
     with job.stages("evaluate_pruned"):
         columns["pruned"] = subject.evaluate()
@@ -133,17 +134,18 @@ def _cut(
     subject: Subject,
     windows: Drawn | None,
     reduction: Reduction | None,
+    graph: CouplingGraph | None,
 ) -> _Cut:
     """Remove tokens, then units, where either is asked for."""
     figures, warnings = Report(base=base_of(job.config)), list[str]()
-    plan, graph, updates = PruningPlan({}), None, dict[str, Factors]()
+    plan, updates = PruningPlan({}), dict[str, Factors]()
     if reduction:
         with job.stages("vocabulary"):
             reduction.cut()
         figures = figures.merge(Report(vocabulary=reduction.figures))
         warnings += reduction.warnings()
     if windows is not None:
-        result = _prune(job, method, subject, windows)
+        result = _prune(job, method, subject, windows, graph)
         plan, graph, updates = result.plan, result.graph, dict(result.updates)
         calibration = describe_calibration(job.config, windows)
         figures = result.report.merge(figures).merge(Report(calibration=calibration))
@@ -181,7 +183,30 @@ def make_calibration(job: Job, subject: Subject, windows: Drawn) -> list[Batch]:
     )
 
 
-def _prune(job: Job, method: Method, subject: Subject, windows: Drawn) -> Result[PreTrainedModel]:
+def _trace(
+    job: Job,
+    method: Method,
+    subject: Subject,
+    windows: Drawn | None,
+    reduction: Reduction | None,
+) -> CouplingGraph | None:
+    """Trace the model before any work, to tell what can't be cut; not where tokens go first."""
+    if windows is None or reduction is not None:
+        return None
+    return trace_model(
+        subject.model,
+        replace(job.config, groups=other_groups(job.config)),
+        method,
+        make_calibration(job, subject, windows),
+        job.stages,
+        folders=folders_of(job),
+        streamed=subject.streamed,
+    )
+
+
+def _prune(
+    job: Job, method: Method, subject: Subject, windows: Drawn, graph: CouplingGraph | None
+) -> Result[PreTrainedModel]:
     """Prune the model on the windows, and round its weights to the type that is saved."""
     result = prune_model(
         subject.model,
@@ -192,6 +217,7 @@ def _prune(job: Job, method: Method, subject: Subject, windows: Drawn) -> Result
         stored=subject.stored,
         folders=folders_of(job),
         streamed=subject.streamed,
+        graph=graph,
     )
     if subject.streamed is None:
         round_weights(subject.model, subject.stored)

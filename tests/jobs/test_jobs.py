@@ -158,6 +158,18 @@ def test_shares_are_searched_alone_and_taken_by_hand(place):
         jobs.run(config, place / "no")
 
 
+def test_what_can_not_be_cut_is_told_before_anything_is_measured(place, monkeypatch):
+    measured = []
+    monkeypatch.setattr(jobs.job.Subject, "evaluate_as_loaded", measured.append)
+    texts = (f"data.calibration.path={place}/text.txt", "data.calibration.samples=4")
+    options = [f"model.path={place}/dense", "method=magnitude", "groups=expert", *texts]
+    options += ["data.calibration.sequence_length=32", "eval.window=32"]
+    config = cfg.check(cfg.compose(options))
+    with pytest.raises(PrunekitError, match="groups=expert: .*no prunable group"):
+        jobs.run(config, place / "no")
+    assert not measured
+
+
 def test_the_share_of_the_largest_tokens_is_told(place):
     report, printed = done("task=tokens", "model.path=dense", "output_dir=tokens", cwd=place)
     first = report["large_tokens"][0]
