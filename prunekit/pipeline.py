@@ -279,7 +279,7 @@ def rehearse_cut(
     groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
     if method and method.needs_matrices:
         with_weights = [group for group in groups if group.members]
-        misfits = find_misfits(model, graph, with_weights)
+        misfits = find_misfits(model, graph, with_weights, method.compensation)
         if len(misfits) < len(with_weights):
             graph = _leave_whole(graph, misfits)
         groups = [group for group in groups if graph[group.name].prunable]
@@ -497,7 +497,7 @@ def _check_repairable(
     backend = method.schedule if method.compensation is None else method.compensation
     section = "schedule" if method.compensation is None else "compensation"
     kinds = {group.name: group.kind for group in groups}
-    for name, error in find_misfits(model, graph, groups).items():
+    for name, error in find_misfits(model, graph, groups, method.compensation).items():
         raise ConfigError(
             f"{section}={type(backend).__name__.lower()}: {error} ({kinds[name]}); "
             "use schedule=oneshot compensation=none"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.calibration.gradients.taps import input_of
 from prunekit.calibration.padding import remove_padding
 from prunekit.data.batches import Batch
 from prunekit.errors import DataError
@@ -80,7 +81,7 @@ def gather_input_statistics(
         for name, own in inputs.items():
             for module in modules[name]:
                 see = partial(_see, own)
-                stack.callback(module.register_forward_pre_hook(see).remove)
+                stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
         rows = remove_padding(model, batches)
         for batch in track(rows, "activations", len(rows)):
             model(**without_cache(model, batch))
@@ -91,6 +92,8 @@ def gather_input_statistics(
     return fed
 
 
-def _see(inputs: InputSums, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _see(
+    inputs: InputSums, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Forward pre-hook of a module, once the statistics of its `inputs` are bound."""
-    inputs.add(args[0])
+    inputs.add(input_of(args, kwargs))

@@ -6,8 +6,8 @@ projection. Such a module need not run again once the inputs of its consumer are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.consumers import Consumer
+from prunekit.calibration.consumers import Consumer, watching
 from prunekit.calibration.hooks import Stop
 from prunekit.calibration.store import Kept, Store
 
@@ -67,7 +67,8 @@ class Block:
         if by_batch is self.inputs or last:
             by_batch.pop(batch).free()
         if by_batch is self.inputs:
-            output = self.consumer.module(output)
+            hooked = self.consumer.is_hooked
+            output = self.consumer.module(output) if hooked else self.consumer.multiply(output)
             if not last:
                 self.outputs[batch] = store.put(output, copy=False)
         return output
@@ -129,10 +130,10 @@ class Finder:
         }
 
     @contextmanager
-    def looking(self, consumer: Consumer | None = None) -> Iterator[None]:
-        """Watch one run of the layer, and find the blocks of all consumers at its end.
+    def looking(self, consumer: Consumer | None = None, *, stops: bool = False) -> Iterator[None]:
+        """Watch one run of the layer; find the blocks of all consumers, or of one, at its end.
 
-        For one `consumer` alone the run ends behind the outermost module around it.
+        `stops`: the run ends behind the outermost module around the one `consumer`.
         """
         consumers = self.consumers if consumer is None else [consumer]
         sightings = {one: Sighting(one) for one in consumers}
@@ -140,9 +141,11 @@ class Finder:
             for one, sighting in sightings.items():
                 around = self._around(one.module)
                 for module in around:
-                    last = consumer is not None and module is around[-1]
-                    note = partial(sighting.note, stop=last)
+                    note = partial(sighting.note, stop=stops and module is around[-1])
                     stack.callback(module.register_forward_hook(note).remove)
+            others = [one for one in consumers if not one.is_hooked]
+            see = partial(_note_inputs, sightings)
+            stack.enter_context(watching(others, see) if others else nullcontext())
             yield
         for one, sighting in sightings.items():
             block = sighting.find_block()
@@ -151,10 +154,14 @@ class Finder:
                 block.first = None  # only targets need it
             self._blocks[one] = block if useful else None
 
+    def path_of(self, module: nn.Module) -> str:
+        """The path of a module inside the layer; empty for others."""
+        found = (path for path, other in self.layer.named_modules() if other is module)
+        return next(found, "")
+
     def _around(self, module: nn.Module) -> list[nn.Module]:
         """The module and those around it inside the layer, the innermost first."""
-        path = next(path for path, other in self.layer.named_modules() if other is module)
-        parts = path.split(".")
+        parts = self.path_of(module).split(".")
         return [self.layer.get_submodule(".".join(parts[:k])) for k in range(len(parts), 0, -1)]
 
 
@@ -164,7 +171,8 @@ class Sighting:
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
         # The output itself, to compare with, and a copy: the layer may write to its output later.
-        self.own: list[tuple[Tensor, Tensor]] = []
+        self.own: list[tuple[Tensor, int, Tensor]] = []
+        self.inputs: Tensor | None = None  # of a product that a module of one's own computes
         self.around: list[tuple[nn.Module, Any]] = []  # the innermost module returns first
 
     def note(self, module: nn.Module, args: Any, output: Any, *, stop: bool) -> None:
@@ -174,7 +182,8 @@ class Sighting:
             Stop: `stop` says that nothing behind this module is of interest.
         """
         if module is self.consumer.module and isinstance(output, Tensor):
-            self.own.append((output, output.clone()))
+            own = self.inputs is None or self.consumer.gives(self.inputs, output)
+            self.own += [(output, output._version, output.clone())] if own else []
         self.around.append((module, output))
         if stop:
             raise Stop
@@ -186,7 +195,7 @@ class Sighting:
         """
         if len(self.own) != 1:
             return None
-        output, first = self.own[0]
+        output, version, first = self.own[0]
         block = None
         for module, returned in self.around:
             leaves, spec = _tree.tree_flatten(returned)
@@ -194,10 +203,24 @@ class Sighting:
             if len(places) != 1:
                 continue
             leaf = leaves[places[0]]
-            if leaf is output or torch.equal(leaf, output):  # a device is waited for if need be
+            # Equal values would not do: what a module masks, say, it need not mask in this batch.
+            if leaf._version == version and _is_same(leaf, output):
                 rest = [None if k in places else leaf for k, leaf in enumerate(leaves)]
                 block = Block(module, self.consumer, rest, spec, places[0], first)
         return block
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is another one, or a view of it that differs in nothing."""
+    same = one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    return same and one.stride() == other.stride()
+
+
+def _note_inputs(
+    sightings: Mapping[Consumer, Sighting], consumer: Consumer, inputs: Tensor
+) -> None:
+    """See the inputs of a consumer's product, once the sightings are bound."""
+    sightings[consumer].inputs = inputs
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 They are recorded without running a layer: stand-ins note their arguments and pass the hidden states
 on. A layer whose other arguments depend on the results of the layers before it can't be run by
-itself: a second recording, with stand-ins that change the hidden states, shows whether they do, and
-a third one, whether a layer is given what the layers before it return beside the hidden states
-(T5's position bias, say, which its first layer computes for all). The second one goes on behind the
-last layer, as far as the head: layers that a model goes through again have several inputs.
+itself: a second recording, with stand-ins that change the hidden states, shows whether they do. It
+goes on behind the last layer, as far as the head: layers that a model goes through again have
+several inputs. What layers hand on beside the hidden states (T5's position bias, say, which its
+first layer computes for all), in arguments or in attributes of an object that they share, shows
+where two rows of the batches go through the layers in turn, beside the model itself; without the
+weights, a third recording shows what is handed on in arguments.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from prunekit.calibration.hooks import Stop, replacing
 from prunekit.calibration.store import Kept, Store
-from prunekit.data.batches import Batch, Numbered, copy_batch
+from prunekit.data.batches import Batch, Numbered, copy_batch, split_samples
 from prunekit.model.stack import hidden_of_output, layers_in
 
 _tree = torch.utils._pytree
@@ -56,10 +59,15 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Recording:
-    """What goes into the layers: `hidden` [batch] before the first one, `calls` [batch][layer]."""
+    """What goes into the layers: `hidden` [batch] before the first one, `calls` [batch][layer].
+
+    `written`: whether layers may write to dicts or lists that they are given, for others to read:
+    those of a batch must then go through the layers in order, and each layer be run once on them.
+    """
 
     hidden: list[Kept]
     calls: list[list[LayerCall]]
+    written: bool = False
 
     def free(self) -> None:
         """Let go of the hidden states."""
@@ -101,42 +109,64 @@ def _record_batches(
     first = batches[0][1]
     again = _record_batch(model, layers, first, returned, changing=True)
     sound = again is not None and _equal_tensors(recording.calls[0], again.calls)
-    if sound:
+    if sound and any(parameter.is_meta for parameter in layers.parameters()):
         marked = _record_batch(model, layers, first, returned, other=_MARK)
-        used = marked is None or any(leaf is _MARK for leaf in _arguments(marked.calls))
-        sound = not used or _equals_whole(model, layers, first, recording)
+        sound = marked is not None and all(leaf is not _MARK for leaf in arguments(marked.calls))
+        recording = replace(recording, written=bool(_containers(recording.calls[0])))
+    elif sound:
+        given = [batch for _, batch in batches]
+        sound, written = _equal_whole(model, layers, given, returned)
+        recording = replace(recording, written=written)
     if not sound:
         recording.free()
         return None
     return recording
 
 
-def _arguments(calls: Sequence[LayerCall]) -> list[Any]:
+def arguments(calls: Sequence[LayerCall]) -> list[Any]:
     """All arguments of the calls, one after another."""
     return _tree.tree_leaves([(call.args, call.kwargs) for call in calls])
 
 
 @torch.no_grad()
-def _equals_whole(
-    model: nn.Module, layers: nn.ModuleList, batch: Batch, recording: Recording
-) -> bool:
-    """Whether the layers, run by their recorded calls, give what they give inside the model.
+def _equal_whole(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    batches: Sequence[Batch],
+    returned: Callable[[Tensor, object], Any],
+) -> tuple[bool, bool]:
+    """Whether layers, run one by one on two rows in turn, give what they give inside the model.
 
-    Two runs of the model tell what differs by chance, as sums on a GPU may. False where the layers
-    can't be run, as their weights are not there.
+    Also, whether they wrote to dicts or lists that they were given.
+
+    The rows are the first of the first batch and the last of the last one: a layer that others
+    leave something behind for finds that of the other row. Two runs of the model tell what differs
+    by chance, as sums on a GPU may.
     """
-    if any(parameter.is_meta for parameter in layers.parameters()):
-        return False
-    first, second = (_run_whole(model, layers, batch) for _ in range(2))
-    hidden = recording.hidden[0].get(copy=True)
+    rows = [split_samples(batches[0])[0], split_samples(batches[-1])[-1]]
+    wholes = [[_run_whole(model, layers, row) for _ in range(2)] for row in rows]
+    recorders = [_record_batch(model, layers, row, returned) for row in rows]
+    states: list[Tensor] = []
+    for recorder in recorders:
+        if recorder is None or recorder.first is None:
+            return False, False
+        states.append(recorder.first)
+    found = [one for recorder in recorders if recorder for one in _containers(recorder.calls)]
+    before = [_content(container) for container in found]
     try:
-        for call, layer in zip(recording.calls[0], layers, strict=True):
-            output = hidden_of_output(call.make(layer, hidden))
-            assert output is not None
-            hidden = output
+        for i, layer in layers_in(layers).items():
+            for k, recorder in enumerate(recorders):
+                assert recorder is not None
+                output = hidden_of_output(recorder.calls[i].make(layer, states[k]))
+                assert output is not None
+                states[k] = output
     except Exception:  # a layer can't do without what others return
-        return False
-    return bool((hidden - first).abs().max() <= 4 * (second - first).abs().max())
+        return False, False
+    alike = all(
+        bool((hidden - first).abs().max() <= 4 * (second - first).abs().max())
+        for hidden, (first, second) in zip(states, wholes, strict=True)
+    )
+    return alike, before != [_content(container) for container in found]
 
 
 def _run_whole(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> Tensor:
@@ -233,9 +263,59 @@ class _Recorder:
         self.calls.append(LayerCall(args[1:], kwargs, key))
         if self.complete and not self.changing:
             raise Stop
-        # Any changed values will do: an argument that changes too depends on the hidden states.
-        self._passed_on = 2 * hidden + 1 if self.changing else hidden
+        # An argument that changes too depends on the hidden states: on their order, perhaps.
+        self._passed_on = self._change(hidden) if self.changing else hidden
         return self.give_back(self._passed_on)
+
+    def _change(self, hidden: Tensor) -> Tensor:
+        """Other hidden states, with no value, sign or order of values in common."""
+        generator = torch.Generator().manual_seed(len(self.calls))
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden)
+        return hidden * noise + noise
+
+
+def _containers(calls: Sequence[LayerCall]) -> list[Any]:
+    """The dicts and lists among the arguments of calls, and inside of these."""
+    found: list[Any] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict | list):
+            found.append(value)
+        if isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part)
+
+    for call in calls:
+        look((call.args, *call.kwargs.values()))
+    return found
+
+
+def _content(container: Any) -> list[Any]:
+    """What a dict or a list holds: its keys, and which values."""
+    values = container.values() if isinstance(container, dict) else container
+    keys = list(container) if isinstance(container, dict) else []
+    return [*keys, *map(id, values)]
+
+
+def copy_containers(calls: Sequence[LayerCall]) -> list[LayerCall]:
+    """The calls of all layers on a batch, with dicts and lists of their own for layers to write to.
+
+    One that several layers are given stays one; tensors stay the same.
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, tuple) and type(value) is tuple:
+            return tuple(copied(part) for part in value)
+        if not isinstance(value, dict | list):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = own = copy.copy(value)
+            for key in value if isinstance(value, dict) else range(len(value)):
+                own[key] = copied(value[key])
+        return copies[id(value)]
+
+    return [replace(call, args=copied(call.args), kwargs=copied(call.kwargs)) for call in calls]
 
 
 def _share_tensors(
@@ -264,6 +344,6 @@ def _equal_tensors(left: Sequence[LayerCall], right: Sequence[LayerCall]) -> boo
     """Whether two recordings of the same batch hold equal tensors."""
     return all(
         one.shape == two.shape and torch.equal(one, two)
-        for one, two in zip(_arguments(left), _arguments(right), strict=False)
+        for one, two in zip(arguments(left), arguments(right), strict=False)
         if isinstance(one, Tensor) and isinstance(two, Tensor)
     )

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.consumers import find_consumers
+from prunekit.calibration.consumers import Consumer, find_consumers, watching
 from prunekit.calibration.padding import remove_padding
 from prunekit.calibration.weigher import lone
 from prunekit.data.batches import Batch, copy_batch, count_positions
@@ -52,14 +49,12 @@ def measure_concentration(
     consumers = lone({group.name: find_consumers(model, group) for group in groups})
     squares: dict[str, list[Tensor]] = {name: [] for name in consumers}
     places: list[Tensor] = []
+    names = {consumer: name for name, consumer in consumers.items()}
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        squares[name].append(at_least_float32(args[0]).square().sum(-1).flatten())
+    def note(consumer: Consumer, inputs: Tensor) -> None:
+        squares[names[consumer]].append(at_least_float32(inputs).square().sum(-1).flatten())
 
-    with undisturbed(model), ExitStack() as stack:
-        for name, consumer in consumers.items():
-            handle = consumer.module.register_forward_pre_hook(partial(note, name))
-            stack.callback(handle.remove)
+    with undisturbed(model), watching(list(names), note):
         for batch in remove_padding(model, batches):
             rows, length = count_positions(batch)
             places.append(torch.arange(length).repeat(rows))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunekit.calibration.gradients.taps import input_of
 from prunekit.errors import TraceError
 from prunekit.graph import Group, Member
 from prunekit.model.compat import experts_computed
@@ -76,13 +77,22 @@ class Consumer:
         """Whether the columns that stay may change: no other use of the parameter reads them."""
         return not self.member.elsewhere
 
-    @cached_property
-    def is_hooked(self) -> bool:
-        """Whether the module is called with the inputs of the product, and with nothing else.
+    @property
+    def is_stock(self) -> bool:
+        """Whether the modules are all stock ones."""
+        return self.expert is None and all(is_stock(module) for module in self.modules)
 
-        That holds of stock modules, and of others that compute x Wᵀ + b. Of the rest the products
-        themselves have to be watched, and so have those of several modules.
+    @property
+    def is_hooked(self) -> bool:
+        """Whether the module is sure to be called with the inputs of the product: one stock module.
+
+        Of the rest the products themselves have to be watched.
         """
+        return self.is_stock and not self.others
+
+    @cached_property
+    def is_linear(self) -> bool:
+        """Whether the outputs of the module are x Wᵀ + b, so that they may have a target."""
         if self.expert is not None or self.others:
             return False
         return is_stock(self.module) or (self.is_repairable and self._is_linear())
@@ -99,16 +109,33 @@ class Consumer:
         x = torch.randn(weight.shape[1] * 2, generator=torch.Generator().manual_seed(0))
         x = x.view(1, 2, -1).to(self.parameter)
         with at_rest(self.module), torch.no_grad(), suppress(Exception):
-            given = self.module.forward(x)
-            bias = None if self.bias is None else self.bias.to(weight)
-            wanted = F.linear(x.to(weight), weight, bias)
-            return bool((given - wanted).norm() <= _ROUNDED * wanted.norm())
+            return self.gives(x, self.module.forward(x))
         return False
+
+    def gives(self, inputs: Tensor, output: Tensor) -> bool:
+        """Whether an output [..., d_out] is x Wᵀ + b of inputs [..., n], but for rounding."""
+        with torch._C.DisableTorchFunction():  # nobody is to see this product
+            weight, bias = self.weight(), getattr(self.module, "bias", None)
+            added = bias.to(weight) if isinstance(bias, Tensor) else None
+            wanted = F.linear(inputs.to(weight), weight, added)
+            return bool((output - wanted).norm() <= _ROUNDED * wanted.norm())
+
+    def multiply(self, inputs: Tensor) -> Tensor:
+        """Inputs [..., n] → x Wᵀ + b [..., d_out], without the hooks of the module."""
+        if self.is_hooked:
+            return self.module.forward(inputs)
+        with torch._C.DisableTorchFunction():
+            return F.linear(inputs, self._stored.to(inputs), self.bias)
 
     @property
     def _stored(self) -> Tensor:
         stored = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
         return stored if self.member.dim == self.parameter.ndim - 1 else stored.T
+
+    @property
+    def stacked(self) -> int:
+        """How many matrices the parameter holds."""
+        return 1 if self.expert is None else len(self.parameter)
 
     @property
     def outputs(self) -> int:
@@ -128,9 +155,16 @@ class Consumer:
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias [d_out] that the module adds to W x; None without one, and for experts."""
-        bias = getattr(self.module, "bias", None) if self.expert is None else None
-        return bias if isinstance(bias, nn.Parameter) else None
+        """The bias [d_out] that the module adds to W x; None where it adds none of this name."""
+        bias = getattr(self.module, "bias", None)
+        return (
+            bias if isinstance(bias, nn.Parameter) and (self.is_stock or self.is_linear) else None
+        )
+
+    @property
+    def can_be_biased(self) -> bool:
+        """Whether the module adds a bias, or would if it had one."""
+        return self.is_stock or self.bias is not None
 
     def store(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Write W [d_out, n] back, and add `bias` [d_out] to the one of the module.
@@ -217,7 +251,7 @@ def find_lone_consumer(model: nn.Module, group: Group) -> Consumer | None:
         consumers = find_consumers(model, group)
     except TraceError:
         return None
-    return consumers[0] if len(consumers) == 1 and consumers[0].is_hooked else None
+    return consumers[0] if len(consumers) == 1 and consumers[0].is_linear else None
 
 
 @contextmanager
@@ -226,15 +260,18 @@ def watching(consumers: Sequence[Consumer], see: See) -> Iterator[None]:
     with ExitStack() as stack:
         for consumer in (c for c in consumers if c.is_hooked):
             show = partial(_show_inputs, consumer, see)
-            stack.callback(consumer.module.register_forward_pre_hook(show).remove)
+            hook = consumer.module.register_forward_pre_hook(show, with_kwargs=True)
+            stack.callback(hook.remove)
         if others := [c for c in consumers if not c.is_hooked]:
             stack.enter_context(_Products(others, see))
         yield
 
 
-def _show_inputs(consumer: Consumer, see: See, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _show_inputs(
+    consumer: Consumer, see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Forward pre-hook of a consumer's module, once the first two arguments are bound."""
-    see(consumer, args[0])
+    see(consumer, input_of(args, kwargs))
 
 
 @contextmanager
@@ -250,7 +287,8 @@ class _Products(TorchFunctionMode):
 
     A product with one expert's slice, which is a new tensor each time, is known by the address of
     its memory, and by the dim of the parameter that it sums over; a batched product with the whole
-    parameter shows the inputs of all experts. A matrix that is cast first is followed.
+    parameter shows the inputs of all experts. A matrix that is cast first is followed. `others`:
+    the consumers whose weight something else was computed from.
     """
 
     def __init__(self, consumers: Sequence[Consumer], see: See) -> None:
@@ -259,40 +297,98 @@ class _Products(TorchFunctionMode):
         self.places = {c.parameter.data_ptr() + (c.expert or 0) * _stride(c): c for c in consumers}
         self.whole: dict[int, list[Consumer]] = defaultdict(list)
         self.casts: dict[Consumer, Tensor] = {}  # held, so that no other tensor gets their memory
+        self.others: set[Consumer] = set()
         for consumer in consumers:
             self.whole[consumer.parameter.data_ptr()].append(consumer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        shown = False
         if func in _PRODUCTS:
-            self._look(func, *args, *kwargs.values())
+            shown = self._look(func, *args, *kwargs.values())
         elif func in _SUMS:
-            self._look(func, *args[1:])
+            shown = self._look(func, *args[1:])
+        elif func is torch.einsum:
+            shown = self._look_at_sum(*args)
         result = func(*args, **kwargs)
-        if func in _CASTS and result is not args[0] and (consumer := self._find(args[0])):
-            self.casts[consumer] = result
+        if func in _CASTS and result is not args[0] and self._find(args[0]):
+            self._follow(args[0], result)
+        elif not shown and isinstance(result, Tensor) and result.is_floating_point():
+            own = result.untyped_storage().data_ptr()
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.untyped_storage().data_ptr() != own:
+                    self.others |= {consumer} if (consumer := self._find(arg)) else set()
         return result
 
-    def _look(self, func: Any, inputs: Any = None, weight: Any = None, *_: Any) -> None:
-        """Show the inputs of a product, where its second factor is the weight of a consumer."""
+    def _follow(self, source: Tensor, cast: Tensor) -> None:
+        """Know a cast of a consumer's weight, or of a whole stack, as what it was cast from."""
+        stack = self.whole.get(source.data_ptr(), [])
+        if cast.ndim == 3 and len(cast) == len(stack):
+            self.whole[cast.data_ptr()] = stack
+            self.casts |= dict(zip(stack, cast, strict=True))
+        elif consumer := self._find(source):
+            self.casts[consumer] = cast
+
+    def _look(self, func: Any, inputs: Any = None, weight: Any = None, *_: Any) -> bool:
+        """Show the inputs of a product with the weight of a consumer; False where it is none."""
         if not isinstance(weight, Tensor):
-            return
-        if weight.ndim == 2 and (consumer := self._find(weight)):
-            if weight.stride(1 if func is F.linear else 0) == consumer.stride:
+            return False
+        if weight.ndim == 2 and (consumer := self._find_matrix(weight)):
+            if found := weight.stride(1 if func is F.linear else 0) == consumer.stride:
                 self.see(consumer, inputs)
-        elif weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
+            return found
+        if weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
             for consumer, own in zip(all_, inputs, strict=True):
                 self.see(consumer, own)
+            return True
+        if func in _MATRIX and inputs.ndim == 2 and weight.ndim > 1:  # W x, with x [..., n, T]
+            return self._show_columns(inputs, 1, weight, -2)
+        return False
+
+    def _look_at_sum(self, equation: Any, *operands: Any) -> bool:
+        """Show the inputs of an einsum of a weight and one other tensor, such as "bti,oi->bto"."""
+        if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
+            return False
+        terms, output = equation.replace(" ", "").split("->")
+        names = dict(zip(operands, terms.split(","), strict=True))
+        for weight, inputs in (operands, operands[::-1]):
+            of_weight, of_inputs = names[weight], names[inputs]
+            summed = [k for k, name in enumerate(of_weight) if name not in output]
+            if weight.ndim != 2 or "." in of_weight or len(summed) != 1:
+                continue
+            name = of_weight[summed[0]]
+            if set(of_inputs) - set(output) != {name} or set(of_inputs) & set(of_weight) != {name}:
+                continue
+            before, _, behind = of_inputs.partition(name)
+            dim = -1 - len(behind) if "." in before else len(before)
+            if self._show_columns(weight, summed[0], inputs, dim):
+                return True
+        return False
+
+    def _show_columns(self, weight: Tensor, summed: int, inputs: Tensor, dim: int) -> bool:
+        """Show inputs whose `dim` is multiplied with the dim `summed` of a consumer's weight."""
+        consumer = self._find_matrix(weight)
+        if consumer is None or weight.stride(summed) != consumer.stride:
+            return False
+        last = dim % inputs.ndim == inputs.ndim - 1
+        self.see(consumer, inputs if last else inputs.movedim(dim, -1))
+        return True
 
     def _find(self, weight: Tensor) -> Consumer | None:
-        """The consumer whose weight, or a cast of it, lies in the memory of a matrix."""
+        """The consumer whose weight, or a cast of it, begins in memory where a tensor does."""
         address = weight.data_ptr()
         casts = (c for c, cast in self.casts.items() if cast.data_ptr() == address)
         return self.places.get(address) or next(casts, None)
 
+    def _find_matrix(self, weight: Tensor) -> Consumer | None:
+        """The consumer whose whole weight, or a cast of it, a matrix is."""
+        consumer = self._find(weight)
+        whole = consumer and weight.numel() == consumer.parameter.shape.numel() // consumer.stacked
+        return consumer if whole else None
+
 
 def find_unseen(consumers: Sequence[Consumer], run: Callable[[], object]) -> list[Consumer]:
-    """The consumers that are at work, and whose inputs are not seen: another operator takes them.
+    """The consumers that are at work, and whose inputs are not all seen: other operators take them.
 
     A stacked expert counts as seen where one of its stack is: a few tokens don't reach them all.
 
@@ -310,10 +406,14 @@ def find_unseen(consumers: Sequence[Consumer], run: Callable[[], object]) -> lis
                 ran.add(module)
             note = partial(_note_run, ran, module)
             stack.callback(module.register_forward_pre_hook(note).remove)
-        see = partial(_note_seen, seen)
-        stack.enter_context(watching(watched, see))
+        products = stack.enter_context(_Products(watched, partial(_note_seen, seen)))
         run()
-    return [c for c in watched if c.module in ran and _stack_of(c) not in seen]
+    others = {_stack_of(consumer) for consumer in products.others if consumer.is_repairable}
+    return [
+        c
+        for c in watched
+        if c.module in ran and (_stack_of(c) not in seen or _stack_of(c) in others)
+    ]
 
 
 def _stack_of(consumer: Consumer) -> Any:

@@ -7,6 +7,7 @@ of moments.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from prunekit.calibration.consumers import Consumer
 from prunekit.calibration.moments import Moments
 from prunekit.calibration.weighting import EQUAL, Weighting
 from prunekit.data.batches import Batch, count_positions
+from prunekit.errors import TraceError
 from prunekit.runtime.console import say
 from prunekit.runtime.numbers import at_least_float32
 
@@ -75,6 +77,23 @@ class Site:
         return float(((weight @ self.moments.hessian.to(weight)) * weight).sum())
 
 
+@dataclass(frozen=True)
+class Fed:
+    """Inputs as a consumer was fed them: a tensor, and how often it had been written to."""
+
+    inputs: Tensor
+    version: int
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether nothing has written to the tensor since."""
+        return self.inputs._version == self.version
+
+    def is_one_of(self, others: Sequence[Fed]) -> bool:
+        """Whether it is the same tensor, with the same values, as one of others."""
+        return any(self.inputs is o.inputs and self.version == o.version for o in others)
+
+
 @dataclass
 class Observation:
     """Gathers the moments of all inputs of a group's consumers.
@@ -112,25 +131,55 @@ class Observation:
         self._positions = count_positions(batch)
         self._sample = sample
         self._wanted: Tensor | None = wanted
-        self._fed: list[tuple[Tensor, Site]] = []
+        self._times = Counter[Consumer]()  # how often each was fed
+        self._fed: dict[Site, list[Fed]] = {}  # what the first consumer of each site was fed
+        self._opened: set[Site] = set()
         yield
+        for consumer, site in list(self.sites.items()):
+            if (times := self._times[consumer]) < len(self._fed.get(site, ())):
+                self._part(consumer, site, times)
         self._fed.clear()
         self._wanted = None  # memory outside of the store is needed for one batch at a time only
 
     def see(self, consumer: Consumer, inputs: Tensor) -> None:
         """Take in the inputs [..., n] of a consumer, and the errors [..., d] of its outputs."""
-        site = self.sites.get(consumer) or self._find_site(consumer, inputs)
+        fed = Fed(inputs, inputs._version)
+        site = self.sites.get(consumer) or self._find_site(consumer, fed)
+        times = self._times[consumer]
+        self._times[consumer] += 1
         if site.consumers[0] is not consumer:
-            return  # the first consumer of the site has taken in the same inputs
-        self._fed.append((inputs, site))
-        flattened = inputs.ndim == 2 and len(inputs) == math.prod(self._positions)
-        self._add(site, inputs.view(*self._positions, -1) if flattened else inputs)
+            if fed.is_one_of(self._fed[site][times : times + 1]):
+                return  # the first consumer of the site has taken in the same inputs
+            site = self._part(consumer, site, times)
+        self._fed.setdefault(site, []).append(fed)
+        self._add(site, inputs)
+
+    def _part(self, consumer: Consumer, site: Site, times: int) -> Site:
+        """Give a consumer that was fed as a site's first one, but for now, a site of its own.
+
+        Raises:
+            TraceError: what it was fed is not at hand any more.
+        """
+        before = self._fed[site][:times]
+        if site not in self._opened or not all(fed.is_as_it_was for fed in before):
+            raise TraceError(
+                f"{consumer.name}: layer-wise pruning expects it to be fed the inputs of "
+                f"{site.consumers[0].name}, as at first, in all batches; in a later one it was not"
+            )
+        site.consumers.remove(consumer)
+        own = self._open_site(consumer)
+        for fed in before:
+            self._add(own, fed.inputs)
+        self._fed[own] = before
+        return own
 
     def _add(self, site: Site, inputs: Tensor) -> None:
         """Add inputs [B, T, n], or [rows, n] where tokens were regrouped, to the moments.
 
         Which tokens an expert gets is not known, even where they are as many as all of them.
         """
+        if inputs.ndim == 2 and len(inputs) == math.prod(self._positions):
+            inputs = inputs.view(*self._positions, -1)
         places = None if site.consumers[0].expert is not None else inputs.shape[:-1]
         weights, for_choosing = (_place_weights(own, places) for own in self._weights)
         self.regrouped |= (weights is None) != (self._weights[0] is None)
@@ -140,7 +189,7 @@ class Observation:
         if self._wanted is None or site.held is None:
             site.moments.add(inputs, None, samples, weights)
             return
-        output = site.consumers[0].module.forward(inputs)  # without the hooks of the module
+        output = site.consumers[0].multiply(inputs)
         error = at_least_float32(self._wanted.reshape(output.shape)) - output
         for moments, held in ((site.moments, False), (site.held, True)):
             rows = [i for i, n in enumerate(samples) if (n % HELD_OUT == HELD_OUT - 1) == held]
@@ -150,15 +199,11 @@ class Observation:
             assert part is not None
             moments.add(part, lost, [samples[i] for i in rows], weigh)
 
-    def _find_site(self, consumer: Consumer, inputs: Tensor) -> Site:
-        """The site of other consumers that were fed this very tensor, or a new one.
-
-        A consumer that is used again may be fed other tensors then, and has a site of its own.
-        """
-        for fed, site in self._fed:
-            first, own = site.consumers[0].member, consumer.member
-            once = not first.reused and not own.reused
-            if fed is inputs and once and torch.equal(first.index, own.index):
+    def _find_site(self, consumer: Consumer, fed: Fed) -> Site:
+        """The site of other consumers that were fed this very tensor, or a new one."""
+        for site in self._opened:
+            alike = torch.equal(site.consumers[0].member.index, consumer.member.index)
+            if alike and fed.is_one_of(self._fed[site][:1]):
                 site.consumers.append(consumer)
                 self.sites[consumer] = site
                 return site
@@ -182,6 +227,7 @@ class Observation:
             None if self.choosing is None else open_moments(self.choosing, None),
             self.metric,
         )
+        self._opened.add(self.sites[consumer])
         return self.sites[consumer]
 
     def check(self) -> None:

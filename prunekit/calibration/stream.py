@@ -15,12 +15,13 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from prunekit.calibration.blocks import Finder
-from prunekit.calibration.calls import Recording, record_calls
+from prunekit.calibration.calls import LayerCall, Recording, copy_containers, record_calls
 from prunekit.calibration.consumers import Consumer, find_lone_consumer, watching
 from prunekit.calibration.feeding import Feeding
 from prunekit.calibration.layer_pass import LayerPass
@@ -46,7 +47,8 @@ class Stream:
     `consumers`: group name → its consumers. `source`: where the weights of the layers come from;
     None where all are in memory. `weigher`: gives the tokens their weights. `normed`: whether the
     model has norms. `whole`: the names of groups that nothing is removed from, and that are not
-    shown.
+    shown. `times`: the class of a layer, and the paths of consumers inside it → how often each of
+    these is fed in a pass.
     """
 
     layers: nn.ModuleList
@@ -60,6 +62,7 @@ class Stream:
     normed: bool = True
     whole: set[str] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
+    times: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -129,13 +132,15 @@ class Stream:
             targets = {}
         hidden: list[Kept] = self.recording.hidden
         dense: list[Kept] = []
+        dense_calls = self.recording.calls
         needs_dense = bool(targets) or self.weigher.needs_norms
         for i in range(last + 1):
             if self.source:
                 self.source.enter(i)
             if needs_dense and i == first:
                 dense = list(hidden)  # up to the first layer that is cut both streams are the same
-            layer = self._open_layer(i, hidden, dense, shallow=needs_dense)
+                dense_calls = [copy_containers(calls) for calls in self.recording.calls]
+            layer = self._open_layer(i, hidden, dense, dense_calls, shallow=needs_dense)
             after = layer.run_dense() if dense else []
             yield from self._visit_groups(layer, targets, done)
             self._leave_layer(layer, is_last=i == last)
@@ -144,7 +149,12 @@ class Stream:
             dense = after
 
     def _open_layer(
-        self, i: int, hidden: list[Kept], dense: list[Kept], shallow: bool
+        self,
+        i: int,
+        hidden: list[Kept],
+        dense: list[Kept],
+        dense_calls: Sequence[list[LayerCall]],
+        shallow: bool,
     ) -> LayerPass:
         """Begin the pass of a layer; blocks are looked for around the lone consumers of groups."""
         lone = [
@@ -155,12 +165,14 @@ class Stream:
         candidates = [
             consumer
             for consumer in lone
-            if consumer.is_hooked and sum(consumer.module is other.module for other in lone) == 1
+            if consumer.is_linear and sum(consumer.module is other.module for other in lone) == 1
         ]
         return LayerPass(
             index=i,
             layer=self.layers[i],
             calls=[calls[i] for calls in self.recording.calls],
+            dense_calls=[calls[i] for calls in dense_calls],
+            written=self.recording.written,
             batches=self.batches,
             hidden=hidden,
             dense=dense,
@@ -260,11 +272,13 @@ class Stream:
     ) -> None:
         """Run a layer on all batches as far as the consumers of a group.
 
-        On the first batch it runs on to see whether the lone consumer of the group has a block; the
-        inputs of such a consumer are put aside, so that the block need not run again.
+        On the first batch it runs on to see whether a lone consumer has a block; the inputs of such
+        a one are put aside, so that the block need not run again. In the first layer of a class it
+        runs to its end, to see how often each consumer is fed.
         """
         consumers, finder = self.consumers[group.name], layer.finder
         block = finder.block_of(consumers)
+        kind = type(layer.layer), *(finder.path_of(consumer.module) for consumer in consumers)
         for b, (sample, batch) in enumerate(self.batches):
             looks = block is None and b == 0 and finder.must_look_for(consumers)
             if observation is None and block is None and not looks:
@@ -272,17 +286,22 @@ class Stream:
             wanted = None
             if observation is not None and block is not None and target != "pruned":
                 wanted = compute_target(layer, b, block, target)
+            times = self.times.get(kind)
+            stops_at = None if looks else times
             feeding = Feeding(
-                consumers, observation, self.store, b, stops=not looks, needed=finder.shallow
+                consumers, observation, self.store, b, stops_at, needed=finder.shallow
             )
             if looks or block is not None:
                 feeding.aside = {} if block is None else block.inputs
             observing = (
                 observation.of(sample, batch, wanted, weights[b]) if observation else nullcontext()
             )
-            looking = finder.looking(consumers[0]) if looks else nullcontext()
+            stops = times == [1]
+            looking = finder.looking(consumers[0], stops=stops) if looks else nullcontext()
             with observing, watching(consumers, feeding.see), looking:
                 layer.run_pruned(b)
+            if all(counted := feeding.counted()):
+                self.times.setdefault(kind, counted)
             if looks:
                 block = finder.block_of(consumers)
                 feeding.hand_over(block)

@@ -53,38 +53,45 @@ def run_dense_blocks(layer: LayerPass, batch: int, block: Block) -> Tensor:
 def is_added(layer: LayerPass, block: Block) -> bool:
     """Whether the block's output is simply added to the residual stream, in all processes.
 
-    Tried once, on the dense states of the first batch, with the blocks behind this one giving zero.
+    Tried once, on the dense states of a batch or two, with the blocks behind this one giving zero.
     Notes in the block whether the stream is nothing but a sum of blocks: streams are not run then.
     """
-    if block.added is not None:
-        return block.added
-    earlier, later = layer.finder.around(block)
-    own = block.dense[0].get()
-    rest = {other: other.dense[0].get() for other in earlier}
-    rest |= {other: torch.zeros_like(other.dense[0].get()) for other in later}
-    given = layer.run(0, {**rest, block: own}, dense=True)
-    parts = [own, *(other.dense[0].get() for other in earlier), layer.dense[0].get()]
-    fits = all(part.numel() == given.numel() for part in parts)
-    is_sum = fits and bool(_is_sum_of(given, [part.reshape(given.shape) for part in parts]))
-    block.added = block.ends_sum = hold_everywhere(is_sum, layer.store.device)
-    if block.ends_sum:
-        return True
-    without = layer.run(0, {**rest, block: torch.zeros_like(own)}, dense=True)
-    holds = own.numel() == given.numel() and bool(_is_sum(given, without, own.reshape(given.shape)))
-    block.added = hold_everywhere(holds, layer.store.device)
+    if block.added is None:
+        tried = [_try_sum(layer, batch, block) for batch in layer.trials]
+        added, ends_sum = (all(holds) for holds in zip(*tried, strict=True))
+        block.ends_sum = hold_everywhere(ends_sum, layer.store.device)
+        block.added = hold_everywhere(added, layer.store.device)
     return block.added
 
 
+def _try_sum(layer: LayerPass, batch: int, block: Block) -> tuple[bool, bool]:
+    """Whether a block's output is added to the stream, and whether that is a sum of blocks."""
+    earlier, later = layer.finder.around(block)
+    own = block.dense[batch].get()
+    rest = {other: other.dense[batch].get() for other in earlier}
+    rest |= {other: torch.zeros_like(other.dense[batch].get()) for other in later}
+    given = layer.run(batch, {**rest, block: own}, dense=True)
+    parts = [own, *(other.dense[batch].get() for other in earlier), layer.dense[batch].get()]
+    fits = all(part.numel() == given.numel() for part in parts)
+    if fits and bool(_is_sum_of(given, [part.reshape(given.shape) for part in parts])):
+        return True, True
+    without = layer.run(batch, {**rest, block: torch.zeros_like(own)}, dense=True)
+    fits = own.numel() == given.numel()
+    return fits and bool(_is_sum(given, without, own.reshape(given.shape))), False
+
+
 def _is_sum(total: Tensor, rest: Tensor, part: Tensor) -> Tensor:
-    """Whether total = rest + part, but for rounding, as a number on the device.
+    """Whether total = rest + part, but for the rounding of a few additions, on the device.
 
     Only elements where the rest is small are looked at: rounding is small there, while elsewhere
     massive activations may hide a difference.
     """
+    rounding = 2 * torch.finfo(total.dtype).eps
     total, rest, part = (at_least_float32(one) for one in (total, rest, part))
     small = rest.abs() <= rest[:1].abs().median()
-    lost, own = ((one * small).square().sum() for one in (total - rest - part, part))
-    return lost <= 0.01 * own
+    size = total.abs() + rest.abs() + part.abs()
+    lost, most = ((one * small).square().sum() for one in (total - rest - part, rounding * size))
+    return lost <= most
 
 
 def _is_sum_of(total: Tensor, parts: Sequence[Tensor]) -> Tensor:

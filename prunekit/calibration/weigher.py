@@ -108,5 +108,5 @@ class Weigher:
 
 
 def lone(consumers: Mapping[str, Sequence[Consumer]]) -> dict[str, Consumer]:
-    """Group name → its consumer, of groups that have a single one whose module is hooked."""
-    return {name: own[0] for name, own in consumers.items() if len(own) == 1 and own[0].is_hooked}
+    """Group name → its consumer, of groups that have a single one whose module is linear."""
+    return {name: own[0] for name, own in consumers.items() if len(own) == 1 and own[0].is_linear}

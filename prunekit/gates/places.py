@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration.consumers import find_consumers
+from prunekit.calibration.gradients.taps import input_of
 from prunekit.errors import ConfigError, TraceError
 from prunekit.graph import CouplingGraph, Group, LayerStack, Member
 from prunekit.model.stack import hidden_of_call, hidden_of_output
@@ -73,10 +74,11 @@ class _Inputs(Gate):
     def open(self, values: Tensor) -> Iterator[None]:
         factors = spread(values, self.unit_of)
 
-        def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0] * factors.to(args[0]), *args[1:])
+        def multiply(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            inputs = input_of(args, kwargs)
+            return (inputs * factors.to(inputs), *args[1:]), kwargs if args else {}
 
-        handle = self.module.register_forward_pre_hook(multiply)
+        handle = self.module.register_forward_pre_hook(multiply, with_kwargs=True)
         with restoring(handle.remove):
             yield
 

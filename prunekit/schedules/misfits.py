@@ -13,13 +13,17 @@ from prunekit.calibration.consumers import (
     find_unseen,
     running_experts_in_turn,
 )
+from prunekit.compensation.base import Compensation
 from prunekit.errors import TraceError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.surgery.masking import run_example
 
 
 def find_misfits(
-    model: nn.Module, graph: CouplingGraph, groups: Sequence[Group]
+    model: nn.Module,
+    graph: CouplingGraph,
+    groups: Sequence[Group],
+    compensation: Compensation | None = None,
 ) -> dict[str, TraceError]:
     """Find the groups without a linear consumer, or with one whose inputs nothing shows.
 
@@ -30,6 +34,7 @@ def find_misfits(
         model: the model.
         graph: its graph.
         groups: groups of it; those whose units are whole modules have no consumer.
+        compensation: what repairs the consumers: one that adds biases needs modules that take them.
 
     Returns:
         Name of a group → what is wrong with it.
@@ -41,6 +46,12 @@ def find_misfits(
             owners |= dict.fromkeys(find_consumers(model, group), group.name)
         except TraceError as error:
             errors[group.name] = error
+    for consumer, group_name in owners.items():
+        if compensation and compensation.adds_biases and not consumer.can_be_biased:
+            errors[group_name] = TraceError(
+                f"{group_name}: expected modules that add a bias, {consumer.name or 'the model'} "
+                f"adds none to its product with {consumer.member.parameter}"
+            )
     if not any(parameter.is_meta for parameter in model.parameters()):
         with running_experts_in_turn(model, list(owners)):
             unseen = find_unseen(list(owners), partial(run_example, model, graph))

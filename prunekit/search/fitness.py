@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration.calls import Recording, record_calls
+from prunekit.calibration.calls import Recording, copy_containers, record_calls
 from prunekit.calibration.hooks import replacing, return_always
 from prunekit.calibration.store import Kept, Store
 from prunekit.calibration.walk import number_batches
@@ -168,8 +168,12 @@ class Judge:
         layer need not run.
         """
         calls, output = self._recording.calls[batch], None
+        begins = first
+        if self._recording.written:
+            first, calls = 0, copy_containers(calls)
+            hidden = self._recording.hidden[batch].get(copy=True)
         for i in range(first, self.layers):
-            if trail is not None and i > first:
+            if trail is not None and i > begins:
                 trail[i].append(self.store.put(hidden))
             if trail is not None and i == self.layers - 1:
                 break

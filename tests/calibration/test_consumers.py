@@ -130,31 +130,53 @@ class Called(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("how", "is_hooked"),
+    ("how", "is_linear"),
     [
         (lambda m, x: F.linear(x.relu(), m.weight, m.bias), False),
         (lambda m, x: F.linear(input=x.relu(), weight=m.weight), False),
         (lambda m, x: torch.addmm(m.bias, x.relu(), m.weight.t()), False),
         (lambda m, x: F.linear(x.relu().double(), m.weight.double()).float(), False),
-        (lambda m, x: x @ m.weight.t() + m.bias, True),
+        (lambda m, x: torch.einsum("...i,oi->...o", x.relu(), m.weight), False),
+        (lambda m, x: torch.einsum("oi,it->to", m.weight, x.relu().t()), False),
+        (lambda m, x: (m.weight @ x.relu().t()).t(), False),
+        (lambda m, x: F.linear(x.relu() if x.ndim == 2 else x, m.weight, m.bias), True),
+        (lambda m, x: x.relu() @ m.weight.t() if x.ndim == 2 else F.linear(x, m.weight), False),
     ],
-    ids=["activation", "keywords", "addmm", "cast", "product alone"],
+    ids=[
+        *("activation", "keywords", "addmm", "cast", "einsum", "einsum of columns", "columns"),
+        *("linear elsewhere", "linear elsewhere without the bias"),
+    ],
 )
-def test_what_a_module_multiplies_counts_and_not_what_it_is_called_with(how, is_hooked):
+def test_what_a_module_multiplies_counts_and_not_what_it_is_called_with(how, is_linear):
     """The columns that stay solve the least squares of the product on its own inputs."""
     model, x = randomise(Called(how), 1), torch.randn(64, 5)
     hidden, weight = model.up(x).tanh().detach().double(), model.down.weight.detach().double()
-    hidden = hidden if is_hooked else hidden.relu()
+    hidden = hidden.relu()
     (consumer,) = find_consumers(model, prunekit.trace(model, {"x": x[:2]})["mlp"])
-    assert consumer.is_hooked == is_hooked
+    assert consumer.is_linear == is_linear
     result = prunekit.prune(model, ratio=0.3, calibration=[{"x": x}])
     kept = [j for j in range(8) if j not in result.plan.removed["mlp"]]
     best = torch.linalg.lstsq(hidden[:, kept], hidden @ weight.T).solution.T
     torch.testing.assert_close(model.down.weight.double(), best, rtol=1e-2, atol=1e-2)
 
 
-def test_a_product_that_nothing_shows_leaves_its_group_whole_before_calibration():
-    model = randomise(Called(lambda m, x: torch.einsum("ti,oi->to", x.relu(), m.weight)), 1)
+def tensordot(module, x):
+    """A product that nothing shows."""
+    return torch.einsum("ti,oi->ot", x.relu(), module.weight * 2).t()
+
+
+def slices(module, x):
+    """Two halves of a matrix, each with inputs of its own."""
+    return torch.cat([F.linear(x, module.weight[:2]), F.linear(x.sin(), module.weight[2:])], -1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [tensordot, lambda m, x: F.linear(x, m.weight) + tensordot(m, x), slices],
+    ids=["all", "a part", "slices"],
+)
+def test_a_product_that_nothing_shows_leaves_its_group_whole_before_calibration(how):
+    model = randomise(Called(how), 1)
     with pytest.raises(ConfigError, match=r"down\.weight is multiplied by in another way"):
         prunekit.prune(model, ratio=0.3, calibration=[{"x": torch.randn(64, 5)}])
     prunekit.prune(model, ratio=0.3, method="magnitude", calibration=[{"x": torch.randn(8, 5)}])
@@ -175,6 +197,90 @@ def test_a_norm_for_each_column_is_no_matrix_to_repair():
         prunekit.prune(randomise(model, 1), ratio=0.2, calibration=batches)
     prunekit.prune(model, ratio=0.2, method="magnitude", calibration=batches)
     assert normed.weight_g.shape == (1, 6)
+
+
+class Cast(nn.Module):
+    """Stacked experts that take a token each, and are cast as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 6, 9)), nn.Parameter(torch.randn(2, 9, 6))
+
+    def forward(self, x):
+        down = self.down.double()
+        hidden = [(x[:, e] @ self.up[e]).relu().double() for e in range(2)]
+        return torch.stack([hidden[e] @ down[e] for e in range(2)], 1).to(x.dtype)
+
+
+def test_each_expert_of_a_stack_that_is_cast_is_fed_its_own_inputs():
+    model, x = randomise(Cast(), 1), torch.randn(40, 2, 6)
+    group = group_of(prunekit.trace(model, {"x": x[:2]}), "down", 1)
+    ((_, sites),) = Walk(model=model, groups=[group], batches=[{"x": x}])
+    for site in sites:
+        e = site.consumers[0].expert
+        wanted = second_moment((x[:, e] @ model.up[e]).relu().detach())
+        torch.testing.assert_close(site.moments.hessian.double(), wanted)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda m, x: F.linear(x, m.weight), lambda m, x: F.linear(x, m.weight) + 3 * m.bias],
+    ids=["none", "another"],
+)
+def test_biases_that_a_module_does_not_add_are_not_compensated_with(how):
+    model, x = randomise(Called(how), 1), torch.randn(64, 5)
+    with pytest.raises(ConfigError, match=r"expected modules that add a bias, down adds none"):
+        prunekit.prune(model, ratio=0.3, calibration=[{"x": x}], overrides=["compensation=bias"])
+    bias = model.down.bias.detach().clone()
+    prunekit.prune(model, ratio=0.3, calibration=[{"x": x}], overrides=["compensation.bias=true"])
+    assert torch.equal(model.down.bias, bias)
+
+
+class Two(nn.Module):
+    """Two consumers of the same units, fed in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.up, self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.how = how
+
+    def forward(self, x):
+        return self.how(self, self.up(x).tanh())
+
+
+def written_to(model, h):
+    y = model.a(h)
+    return y + model.b(F.silu(h, inplace=True))
+
+
+@pytest.mark.parametrize(
+    ("how", "fed", "sites"),
+    [
+        (lambda m, h: m.a(h) + m.b(input=h), lambda h: [h], 1),
+        (written_to, lambda h: [F.silu(h)], 2),
+        (lambda m, h: m.a(h) + m.b(h) + m.b(h.sin()), lambda h: [h, h.sin()], 2),
+        (lambda m, h: m.a(h) + m.a(h.sin()) + m.b(h), lambda h: [h], 2),
+        (lambda m, h: m.a(h.sin()) + m.a(h) + m.b(h), lambda h: [h], 2),
+    ],
+    ids=["the same", "written to", "one more", "one fewer", "another before"],
+)
+def test_consumers_share_moments_where_all_that_they_are_fed_is_the_same(how, fed, sites):
+    model, x = randomise(Two(how), 1), torch.randn(64, 5)
+    group = prunekit.trace(model, {"x": x[:2]})["mlp"]
+    ((_, found),) = Walk(model=model, groups=[group], batches=[{"x": x[:40]}, {"x": x[40:]}])
+    assert len(found) == sites
+    (site,) = (s for s in found if any(c.name == "b" for c in s.consumers))
+    inputs = torch.cat(fed(model.up(x).tanh().detach()))
+    assert site.moments.tokens == len(inputs)
+    torch.testing.assert_close(site.moments.hessian.double(), second_moment(inputs))
+
+
+def test_consumers_that_part_in_a_later_batch_are_refused():
+    model = randomise(Two(lambda m, h: m.a(h) + m.b(h if len(h) == 40 else h.sin())), 1)
+    batches = [{"x": torch.randn(40, 5)}, {"x": torch.randn(24, 5)}]
+    group = prunekit.trace(model, {"x": torch.randn(40, 5)})["mlp"]
+    with pytest.raises(TraceError, match="b: .* to be fed the inputs of a, as at first"):
+        list(Walk(model=model, groups=[group], batches=batches))
 
 
 class Soft(nn.Module):

@@ -188,7 +188,7 @@ def test_where_the_residual_target_does_not_exist_the_next_best_is_taken(monkeyp
     granite = build("granite", FIRST["granite"], "sdpa")
     granite.config.residual_multiplier = 0.5
     for layer in granite.model.layers:
-        layer.residual_multiplier = 0.5  # what is added is not what the consumer gives
+        layer.residual_multiplier = 0.95  # what is added is not what the consumer gives
     granite.model.embed_tokens.weight.data[:, 3] *= (
         1e3  # massive activations hide small differences
     )

@@ -3,6 +3,8 @@
 import copy
 import gc
 from collections import Counter
+from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ from operations import Counting
 from torch import nn
 
 import prunekit
+from prunekit.calibration import calls
 from prunekit.calibration import walk as walking
 from prunekit.calibration.blocks import Finder
 from prunekit.calibration.consumers import Consumer, find_consumers
 from prunekit.calibration.layer_pass import LayerPass
+from prunekit.calibration.moments import Moments
 from prunekit.calibration.store import Store
 from prunekit.errors import DataError
-from prunekit.graph import trace
+from prunekit.graph import Member, trace
 
 FAMILIES = [
     "llama",
@@ -74,6 +78,13 @@ def test_one_pass_gives_what_whole_models_give(family, monkeypatch):
         torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-5 * float(two.abs().max()) + 1e-12)
 
 
+@pytest.fixture
+def untried(monkeypatch):
+    """No two rows go through the layers before all others do."""
+    monkeypatch.setattr(calls, "_equal_whole", lambda *_: (True, False))
+
+
+@pytest.mark.usefixtures("untried")
 def test_no_pass_is_made_twice():
     model = tiny_llama()
     ran = Counter()
@@ -86,11 +97,12 @@ def test_no_pass_is_made_twice():
         pass
     for layer in range(3):
         found = {name.rsplit(".", 1)[1]: n for name, n in ran.items() if f"layers.{layer}." in name}
-        assert (
-            found["q_proj"] == found["k_proj"] == found["gate_proj"] == found["up_proj"] == 4
-        )  # batches
+        # Batches; that of the first layer's attention goes on to its end, to see what is fed twice.
+        whole = layer == 0
+        assert found["q_proj"] == found["k_proj"] == 4
+        assert found["gate_proj"] == found["up_proj"] == 4 + whole
         assert found["o_proj"] == 4 + 1  # the first batch also tells what the block's output is
-        assert found["down_proj"] == (4 + 1 if layer < 2 else 1)
+        assert found["down_proj"] == (4 + 1 if layer < 2 else 1) + whole
     assert not ran["lm_head"]
 
 
@@ -115,11 +127,12 @@ def test_a_device_is_not_waited_for_at_every_batch(target, padded):
         assert len(found) == len(groups)
         waits.append(counting.waited.total())
     assert waits[0] == waits[1]
-    # For each group its moments, and whether its output is added to the stream; for each layer but
-    # the last its outputs.
-    assert waits[0] <= (1 + (target == "residual")) * len(groups) + 2
+    # For each group its moments, and whether its output is added to the stream, tried on a batch or
+    # two; for each layer but the last its outputs.
+    assert waits[0] <= (1 + 2 * (target == "residual")) * len(groups) + 2
 
 
+@pytest.mark.usefixtures("untried")
 def test_the_dense_stream_begins_where_something_is_cut():
     """Up to there it is the pruned one; against a walk that cuts nothing in the first layer."""
     ran, found = Counter(), []
@@ -297,6 +310,13 @@ def test_the_sample_with_nan_is_named(streamed, monkeypatch):
         prunekit.prune(model, calibration=given)
 
 
+class Clamped(nn.Sequential):
+    """Modules in turn, and a limit that the first batch does not reach."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-2, 2)
+
+
 class Layer(nn.Module):
     """An FFN with a residual connection, in one of several ways a layer may be written."""
 
@@ -304,9 +324,22 @@ class Layer(nn.Module):
         super().__init__()
         self.how, self.first = how, False
         self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
-        self.ffn = nn.Sequential(self.up, nn.ReLU(), self.down)
+        kind = Clamped if how == "clamps its block" else nn.Sequential
+        self.ffn = kind(self.up, nn.ReLU(), self.down)
 
     def forward(self, x, *before):
+        if self.how == "runs its block twice":
+            x = x + self.ffn(x)
+        if self.how == "given those to work on":
+            return x + before[0] * self.ffn(x)
+        if self.how == "leaves something behind":
+            self.left["x"] = x if self.first else self.left["x"]
+            return x + self.ffn(x + self.left["x"])
+        if self.how == "writes to a dict":
+            (shared,) = before
+            y = self.ffn(x + shared.get("y", 0))
+            shared["y"] = y.tanh()
+            return x + y
         if self.how == "writes its input":
             x += self.ffn(x)
             return x
@@ -324,8 +357,10 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     def __init__(self, how):
         super().__init__()
-        self.how = how
+        self.how, self.left = how, {}
         self.layers = nn.ModuleList(Layer(how) for _ in range(3))
+        for layer in self.layers:
+            layer.first, layer.left = layer is self.layers[0], self.left
         if how == "shares weights":
             for layer in self.layers[1:]:
                 layer.ffn = self.layers[0].ffn
@@ -333,8 +368,9 @@ class Stack(nn.Module):
 
     def forward(self, x):
         first = before = x
+        left = {}
         if self.how == "hands on a bias":
-            self.layers[0].first, bias = True, None
+            bias = None
             for layer in self.layers:
                 x, bias = layer(x, bias)
             return x
@@ -347,6 +383,8 @@ class Stack(nn.Module):
                 "given the layer before": (before,),
                 "given the first": (first,),
                 "given a function": (x.tanh(),),
+                "given those to work on": (x > x.mean(),),
+                "writes to a dict": (left,),
             }
             x, before = layer(x, *extra.get(self.how, ())), x
         return x
@@ -361,6 +399,11 @@ class Stack(nn.Module):
         "given the layer before",
         "given the first",
         "given a function",
+        "given those to work on",
+        "clamps its block",
+        "runs its block twice",
+        "leaves something behind",
+        "writes to a dict",
         "hands on a bias",
         "gone through twice",
         "shares weights",
@@ -370,6 +413,7 @@ def test_layers_however_they_are_written(how, monkeypatch):
     torch.manual_seed(0)
     dense = Stack(how)
     x = torch.randn(40, 12)
+    x[:16] *= 0.5
     given = [{"x": part} for part in x.split(16)]
     results = []
     for streamed in (True, False):
@@ -385,6 +429,62 @@ def test_layers_however_they_are_written(how, monkeypatch):
         results[0].model.parameters(), results[1].model.parameters(), strict=True
     ):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+
+
+def test_what_layers_write_to_a_dict_is_apart_in_the_dense_stream(monkeypatch):
+    torch.manual_seed(0)
+    dense, given = Stack("writes to a dict"), [{"x": torch.randn(16, 12)} for _ in range(2)]
+    found, wanted, run_dense = [], [], LayerPass.run_dense
+
+    def noted(layer):
+        after = run_dense(layer)
+        found.extend(kept.get(copy=True) for kept in after)
+        return after
+
+    monkeypatch.setattr(LayerPass, "run_dense", noted)
+    options = ["policy=uniform", "compensation.target=dense"]
+    model = copy.deepcopy(dense)
+    prunekit.prune(model, ratio=0.3, calibration=copy.deepcopy(given), overrides=options)
+    for layer in dense.layers:
+        layer.register_forward_hook(lambda _, args, output: wanted.append(output.detach()))
+    for batch in given:
+        dense(**batch)
+    by_layer = [wanted[i] for i in (0, 3, 1, 4, 2, 5)]
+    torch.testing.assert_close(found, by_layer[: len(found)])
+    assert len(found) >= 4
+
+
+class Masking(nn.Module):
+    """Layers that add their FFN where a mask says so, which the first batch does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer("given those to work on") for _ in range(3))
+
+    def forward(self, x, mask):
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def test_a_block_is_no_summand_where_only_a_later_batch_masks_it():
+    torch.manual_seed(0)
+    model, x, later = Masking(), torch.randn(16, 12), torch.rand(16, 1) > 0.5
+    given = [{"x": x, "mask": torch.ones(16, 1, dtype=torch.bool)}, {"x": x + 1, "mask": later}]
+    graph = prunekit.trace(model, given[0])
+    groups = [group for group in graph.groups if group.kind == "mlp"]
+    targets = {group.name: "residual" for group in groups}
+    fed = [[], [], []]
+    with ExitStack() as stack, torch.no_grad():
+        for layer, own in zip(model.layers, fed, strict=True):
+            note = partial(lambda own, _, args: own.append(args[0].double()), own)
+            stack.callback(layer.down.register_forward_pre_hook(note).remove)
+        for batch in given:
+            model(**batch)
+    walk = walking.Walk(model=model, groups=groups, batches=given, targets=targets, around=groups)
+    for own, (_, (site,)) in zip(map(torch.cat, fed), walk, strict=True):
+        found = Moments.together([site.moments, site.held]).hessian
+        torch.testing.assert_close(found.double(), own.T @ own / len(own))
 
 
 @pytest.mark.parametrize("target", ["dense", "residual"])
@@ -485,7 +585,8 @@ class Pair(nn.Module):
 
 def test_a_module_that_returns_more_than_a_product_is_no_block():
     layer = nn.Sequential(nn.Linear(4, 4), Pair())
-    lone = [Consumer(module=layer[i], member=None, name=str(i)) for i in range(2)]
+    member = Member(parameter="weight", dim=1, role="consumer", index=torch.arange(4)[:, None])
+    lone = [Consumer(module=layer[i], member=member, name=str(i)) for i in range(2)]
     finder = Finder(layer, lone, True)
     with finder.looking():
         layer(torch.randn(2, 4))

@@ -4,7 +4,7 @@ y = x Wᵀ + b  ⇒  ∂L/∂W = Σ_t δ_t x_tᵀ, ∂L/∂b = Σ_t δ_t, with �
 that autograd computes no gradient of it: whoever taps computes the part that is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 Keep = Callable[[Tensor], Tensor]
 Receive = Callable[[Tensor, Tensor], None]
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a module of one input, by position or by its name."""
+    return next(iter((*args, *kwargs.values())))
 
 
 def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
@@ -25,7 +30,7 @@ def tap(module: nn.Module, keep: Keep, receive: Receive) -> RemovableHandle:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        x = next(iter((*args, *kwargs.values())))
+        x = input_of(args, kwargs)
         with torch.no_grad():
             kept = keep(x)
         return _Tap.apply(
