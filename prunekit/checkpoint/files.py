@@ -50,8 +50,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError where a folder holds an adapter of peft and no model."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: expected a model, got an adapter of peft: save its model after "
+            "merge_and_unload()"
+        )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's `config.json`; CheckpointError where it is missing or damaged."""
+    refuse_adapter(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: expected a config.json in the model folder, found none")
     config: dict[str, Any] = decode_floats(read_json(folder / "config.json"))

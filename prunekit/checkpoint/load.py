@@ -309,5 +309,6 @@ def load_tokenizer(
         )
     except Exception as error:
         raise CheckpointError(
-            f"{directory}: can't load the tokenizer: {first_line(error)}"
+            f"{directory}: can't load the tokenizer: {first_line(error)}; a model without one is "
+            "pruned by prunekit.prune, with batches of its own"
         ) from error

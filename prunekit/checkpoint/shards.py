@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.files import INDEX, weight_map
+from prunekit.checkpoint.files import INDEX, refuse_adapter, weight_map
 from prunekit.errors import CheckpointError, first_line
 
 _DTYPES = {
@@ -108,6 +108,7 @@ class Shards:
         """
         if not (folder / INDEX).exists():
             if not (folder / "model.safetensors").exists():
+                refuse_adapter(folder)
                 raise CheckpointError(
                     f"{folder}: expected safetensors in the model folder, found none"
                 )

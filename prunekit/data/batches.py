@@ -27,8 +27,8 @@ def make_batches(
 
     Args:
         model: the model that the batches are for.
-        calibration: token ids int64 [N, T] with T ≥ 2; or keyword arguments of forward calls, which
-            are taken as they are.
+        calibration: token ids int64 [N, T] with T ≥ 2, which an encoder and a decoder both read; or
+            keyword arguments of forward calls, which are taken as they are.
         batch_size: how many windows of token ids make a batch.
         device: where token ids go.
 
@@ -42,7 +42,8 @@ def make_batches(
     batches: list[Batch]
     if isinstance(calibration, Tensor):
         _check_token_ids(model, calibration)
-        batches = [{"input_ids": chunk.to(device)} for chunk in calibration.split(batch_size)]
+        chunks = [chunk.to(device) for chunk in calibration.split(batch_size)]
+        batches = [{"input_ids": chunk, **_decoded(model, chunk)} for chunk in chunks]
     else:
         batches = list(calibration)
     strangers = [type(batch).__name__ for batch in batches if not isinstance(batch, Mapping)]
@@ -55,6 +56,15 @@ def make_batches(
         for batch in batches:
             _check_arguments(model, batch)
     return [without_cache(model, batch) for batch in batches]
+
+
+def _decoded(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What the decoder of an encoder–decoder reads: the same tokens [N, T], one later."""
+    config = getattr(model, "config", None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if not getattr(config, "is_encoder_decoder", False) or shift is None:
+        return {}
+    return {"decoder_input_ids": shift(labels=ids)}
 
 
 def _check_token_ids(model: nn.Module, ids: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunekit.config import EvalConfig
 from prunekit.data.corpora import load_corpus, stamp_of
 from prunekit.data.tokens import DENSEST, evaluation_windows
+from prunekit.errors import ConfigError
 from prunekit.evaluation.cache import Cache, default_folder, model_key
 from prunekit.evaluation.comparison import TENSOR_CORES, Comparison
 from prunekit.evaluation.cost import Macs, count_macs, measure_size, odd_widths
@@ -30,7 +31,7 @@ from prunekit.evaluation.perplexity import describe_protocol, perplexity
 from prunekit.evaluation.speed import Speed, measure_speed
 from prunekit.evaluation.task_scores import TaskScore
 from prunekit.evaluation.tasks import check_tasks, evaluate_tasks
-from prunekit.model.inputs import check_length, longest
+from prunekit.model.inputs import check_length, longest, predicts_tokens
 from prunekit.runtime.files import digest
 from prunekit.runtime.processes import rank, world_size
 
@@ -66,7 +67,7 @@ class Measures:
 
     Raises:
         ConfigError: an unknown task, a window longer than the model allows, a prompt that does not
-            fit.
+            fit, a model that does not predict the next token.
         DataError: a corpus or a task's file that can't be read, is empty or too short.
     """
 
@@ -84,6 +85,11 @@ class Measures:
     ) -> None:
         self.settings, self.seed, self.tokenizer = settings, seed, tokenizer
         self.device, self.stored = device, stored
+        if (settings.corpora or settings.tasks or settings.prompts) and not predicts_tokens(model):
+            raise ConfigError(
+                "eval: expected a model that predicts the next token of a text, got "
+                f"{type(model).__name__}; eval=none takes any"
+            )
         self.longest = longest(model)
         self.macs_tokens = min(settings.macs, self.longest or settings.macs)
         if settings.corpora:

@@ -70,6 +70,15 @@ def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
     return inputs
 
 
+def predicts_tokens(model: Any) -> bool:
+    """Whether a model predicts the token behind each one of a text, as far as it tells.
+
+    Encoders and their heads do not, nor does a decoder beside an encoder.
+    """
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not encodes and bool(getattr(model, "can_generate", lambda: True)())
+
+
 def text_config(model: nn.Module) -> Any:
     """The config of the language model in a model, which may also see or hear; or None."""
     config: Any = getattr(model, "config", None)

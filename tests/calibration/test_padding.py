@@ -12,6 +12,7 @@ import prunekit
 from prunekit.calibration.activations import gather_input_statistics
 from prunekit.calibration.padding import remove_padding
 from prunekit.calibration.walk import Walk
+from prunekit.data.batches import make_batches
 from prunekit.errors import DataError
 from prunekit.graph import trace
 
@@ -51,6 +52,9 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding():
         "decoder_attention_mask": masks["decoder"],
         "use_cache": False,
     }
+    (made,) = make_batches(model, batch["input_ids"], 4, torch.device("cpu"))
+    expected = torch.cat([torch.zeros(4, 1).long(), made["input_ids"][:, :-1]], 1)
+    assert torch.equal(made["decoder_input_ids"], expected)  # of token ids alone
     graph = trace(model, {name: value[:2] for name, value in batch.items() if name != "use_cache"})
     groups = [group for group in graph.groups if group.kind == "mlp"]
     paths = [group.consumers[0].parameter.removesuffix(".weight") for group in groups]

@@ -287,6 +287,13 @@ def test_a_folder_that_is_missing():
         prunekit.from_pretrained("/nowhere/model")
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"an adapter of peft: save .* merge_and_unload"):
+        prunekit.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_turned_into_half_precision_is_saved(tmp_path, dtype):
     """Its tables are rounded with it; that is no cut that a folder could not describe."""

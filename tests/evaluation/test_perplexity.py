@@ -7,15 +7,26 @@ import math
 import pytest
 import torch
 from conftest import tiny_llama, token_ids
+from transformers import BertConfig, BertModel
 
+from prunekit.config import EvalConfig
 from prunekit.data.tokens import evaluation_windows
 from prunekit.errors import ConfigError
+from prunekit.evaluation.measures import Measures
 from prunekit.evaluation.perplexity import describe_protocol, perplexity
 
 
 class Characters:
     def __call__(self, text, **_):
         return {"input_ids": [ord(letter) % 97 for letter in text]}
+
+
+def test_a_model_that_predicts_no_next_token_is_refused():
+    encoder = BertModel(BertConfig(hidden_size=16, num_hidden_layers=0, num_attention_heads=2))
+    around = {"corpora": {}, "seed": 0, "tokenizer": Characters(), "device": "cpu"}
+    settings = EvalConfig(corpora=["embedded"])
+    with pytest.raises(ConfigError, match="predicts the next token of a text, got BertModel; eval"):
+        Measures(settings, **around, model=encoder, stored=torch.float32)
 
 
 TEXT = "".join(chr(33 + int(i)) for i in token_ids(1, 203)[0])

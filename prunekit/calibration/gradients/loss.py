@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.data.batches import Batch, count_positions, padding_mask
 from prunekit.errors import DataError
-from prunekit.model.inputs import without_cache
+from prunekit.model.inputs import predicts_tokens, without_cache
 from prunekit.runtime.numbers import at_least_float32
 
 IGNORED = -100  # the target of positions that don't count, as in transformers
@@ -62,13 +62,8 @@ def calibration_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 
 def is_language_model(model: Any, outputs: Any, batch: Batch) -> bool:
-    """Whether these outputs hold logits [B, T, V] of the tokens after the batch's `input_ids`.
-
-    Those of an encoder with a head for each token, and of a decoder beside an encoder, do not.
-    """
-    config = getattr(model, "config", None)
-    goes_on = getattr(model, "can_generate", lambda: True)()
-    if not goes_on or getattr(config, "is_encoder_decoder", False):
+    """Whether these outputs hold logits [B, T, V] of the tokens after the batch's `input_ids`."""
+    if not predicts_tokens(model):
         return False
     logits, ids = getattr(outputs, "logits", None), batch.get("input_ids")
     if not isinstance(logits, Tensor) or not isinstance(ids, Tensor):
