@@ -47,13 +47,15 @@ class Trial:
     def find_faults(self, cuts: Mapping[Hashable, _Removed]) -> dict[Hashable, str]:
         """Which of some cuts leave a model that computes something else, and what it is.
 
-        All of them together are tried first, one by one only where that fails.
+        All of them together are tried first, one by one only where that fails, or where there are
+        several lists of layers: the same layers of each may go where others could not.
 
         Args:
             cuts: the cuts of groups of different structure by keys; name of a group → units.
         """
         together = {name: units for cut in cuts.values() for name, units in cut.items()}
-        if self._find_fault(together) is None:
+        lists = sum(stack.name in together for stack in self.graph.stacks)
+        if lists < 2 and self._find_fault(together) is None:
             return {}
         faults = {key: self._find_fault(removed) for key, removed in cuts.items()}
         return {key: fault.text for key, fault in faults.items() if fault}

@@ -138,6 +138,27 @@ def test_layers_that_are_alike_share_a_verdict_and_others_do_not(cuts):
     assert ["layers.1"] not in cuts
 
 
+class InStep(Layers):
+    """Each layer has a gate in another list, and runs with the one in the same place."""
+
+    def __init__(self):
+        super().__init__(free, free, free, free)
+        self.gates = nn.ModuleList(nn.Linear(12, 12) for _ in self.layers)
+
+    def forward(self, x):
+        for layer, gate in zip(self.layers, self.gates, strict=False):
+            x = x + layer(gate(x))
+        return self.head(x)
+
+
+def test_lists_that_run_in_step_are_tried_one_by_one():
+    model = InStep().eval()
+    graph = trace(model, {"x": torch.randn(2, 3, 12)})
+    assert {stack.name for stack in graph.stacks if stack.prunable} == {"layers", "gates"}
+    after = rehearse(model, graph, graph.stacks, saved=False)
+    assert not any(stack.prunable for stack in after.stacks)
+
+
 class Heads(nn.Module):
     """Attention that takes its heads by twos only."""
 
