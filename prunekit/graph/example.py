@@ -17,7 +17,7 @@ from prunekit.errors import TraceError
 from prunekit.graph.capture import InputsError
 from prunekit.graph.coupling import CouplingGraph
 from prunekit.graph.tracer import trace
-from prunekit.model.inputs import rows_of_packed
+from prunekit.model.inputs import longest, rows_of_packed
 from prunekit.model.parts import find_language_part, image_tokens
 
 _ROWS, _TOKENS = 2, 8  # of an example
@@ -150,6 +150,30 @@ def longer_example(
     if not isinstance(traced, Tensor) or not isinstance(tokens, Tensor):
         return None
     return whole if tokens.shape[1:] != traced.shape[1:] else None
+
+
+def twice_as_long(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The first samples of a batch, repeated to twice their length along one of their dims.
+
+    A model may go another way with inputs longer than those it is calibrated with. Which dim is a
+    length isn't known: the model may not take what is given. None are given that hold images, or
+    more tokens than the model was made for.
+    """
+    samples = _leave_out_labels(model, _first_samples(batch))
+    tensors = [value for value in samples.values() if isinstance(value, Tensor)]
+    first = next((tensor for tensor in tensors if 2 <= tensor.ndim <= 3), None)
+    limit = longest(model)
+    for length in () if first is None else first.shape[1:]:
+        if length == 1 or (limit is not None and 2 * length > limit):
+            continue
+
+        def repeat(value: Any, length: int = length) -> Any:
+            if not isinstance(value, Tensor) or not value.ndim:
+                return value
+            times = [1, *(1 + (size == length) for size in value.shape[1:])]
+            return value.repeat(times)
+
+        yield {name: repeat(value) for name, value in samples.items()}
 
 
 def _leave_out_labels(model: nn.Module, samples: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from prunekit.errors import CheckpointError, SurgeryError
 from prunekit.graph import CouplingGraph, Group
 from prunekit.graph.capture import as_under_export, meta_copy
 from prunekit.graph.choices import WAYS
-from prunekit.graph.example import longer_example
+from prunekit.graph.example import longer_example, twice_as_long
 from prunekit.graph.groups import ParameterDim, sort_by_likeness
 from prunekit.model.modeling_prunekit import place_in_stack
 from prunekit.model.verify import required_record
@@ -36,7 +36,7 @@ from prunekit.surgery.check import compare_shapes
 from prunekit.surgery.counting import count_units, layer_structures
 from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
-from prunekit.surgery.masking import run_example
+from prunekit.surgery.masking import run_example, run_inputs
 from prunekit.surgery.shapes import find_needed_multiples
 from prunekit.surgery.sizes import HEADS
 from prunekit.surgery.trial import Trial, outer_units
@@ -114,7 +114,7 @@ def _compare(
         for key, (first, *_) in alike.items()
         if all(group.exact for group in first)
     }
-    longer = None if batch is None else longer_example(model, batch, graph)
+    longer = [] if batch is None else _find_longer(model, batch, graph)
     verdicts = {
         group.name: {"prunable": False, "exact": False, "reason": _explain(fault)}
         for key, fault in Trial(model=model, graph=graph, longer=longer).find_faults(cuts).items()
@@ -122,6 +122,19 @@ def _compare(
         for group in bundle
     }
     return _change(graph, verdicts) if verdicts else graph
+
+
+def _find_longer(
+    model: nn.Module, batch: Mapping[str, Any], graph: CouplingGraph
+) -> list[Mapping[str, Any]]:
+    """Samples of a batch as long as they are, and twice as long, where the model takes these."""
+    whole = longer_example(model, batch, graph)
+    found: list[Mapping[str, Any]] = [] if whole is None else [whole]
+    for samples in twice_as_long(model, batch):
+        with suppress(Exception):
+            run_inputs(model, samples)
+            return [*found, samples]
+    return found
 
 
 def _explain(fault: str) -> str:

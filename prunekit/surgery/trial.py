@@ -2,8 +2,8 @@
 
 A copy on meta tells whether a cut model runs, and not what it computes: a slice by constants still
 runs, and a width that stands in the code as a number. So units of one group of each structure are
-cut, and the model is compared with the masked one on the example, a few tokens long, and on samples
-as long as they are, with which it may go another way.
+cut, and the model is compared with the masked one on the example, a few tokens long, on samples as
+long as they are, and on samples twice as long, with which it may go another way.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from prunekit.graph import CouplingGraph, Group
 from prunekit.surgery.attempts import cut_until_right
 from prunekit.surgery.attributes import Attempt
 from prunekit.surgery.changes import Changes
-from prunekit.surgery.check import Run, expectations
+from prunekit.surgery.check import Expectation, catch_fault, expect, expectations
 from prunekit.surgery.cut import cut_model
 from prunekit.surgery.fault import Fault
 from prunekit.surgery.masking import run_inputs
 
 _Removed = Mapping[str, list[int]]
+_INCOMPARABLE = (DataError, torch.OutOfMemoryError)  # no finite numbers, or no memory for them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,36 +38,40 @@ class Trial:
     Args:
         model: the model, its weights loaded; it is put back after every cut.
         graph: its graph.
-        longer: keyword arguments to compare with beside the example; None: there are none.
+        longer: keyword arguments to compare with beside the example.
     """
 
     model: nn.Module
     graph: CouplingGraph
-    longer: Mapping[str, Any] | None = None
+    longer: Sequence[Mapping[str, Any]] = ()
 
     def find_faults(self, cuts: Mapping[Hashable, _Removed]) -> dict[Hashable, str]:
         """Which of some cuts leave a model that computes something else, and what it is.
 
-        All of them together are tried first, one by one only where that fails, or where there are
-        several lists of layers: the same layers of each may go where others could not.
+        All of them together are tried first, one by one only where that fails. Lists of layers are
+        tried apart, with an inner layer too: of two lists, a run may cut other layers.
 
         Args:
             cuts: the cuts of groups of different structure by keys; name of a group → units.
         """
-        together = {name: units for cut in cuts.values() for name, units in cut.items()}
-        lists = sum(stack.name in together for stack in self.graph.stacks)
-        if lists < 2 and self._find_fault(together) is None:
-            return {}
-        faults = {key: self._find_fault(removed) for key, removed in cuts.items()}
+        layers = {key: cut for key, cut in cuts.items() if not self.graph[next(iter(cut))].members}
+        faults = {key: self._find_fault_of_layers(cut) for key, cut in layers.items()}
+        rest = {key: cut for key, cut in cuts.items() if key not in layers}
+        together = {name: units for cut in rest.values() for name, units in cut.items()}
+        if together and self._find_fault(together):
+            faults |= {key: self._find_fault(removed) for key, removed in rest.items()}
         return {key: fault.text for key, fault in faults.items() if fault}
 
-    def _find_fault(self, removed: _Removed) -> Fault | None:
-        fault = self._find_fault_on(None, removed)
-        if fault is None and self.longer is not None:
-            fault = self._find_fault_on(partial(run_inputs, self.model, self.longer), removed)
+    def _find_fault_of_layers(self, cut: _Removed) -> Fault | None:
+        fault = self._find_fault(cut)
+        for name, units in cut.items():
+            middle = self.graph[name].num_units // 2
+            for alone in ([middle], units[-1:]):
+                fault = fault or self._find_fault({name: alone})
         return fault
 
-    def _find_fault_on(self, run: Run | None, removed: _Removed) -> Fault | None:
+    def _find_fault(self, removed: _Removed) -> Fault | None:
+        """What is wrong with a cut that is right on the example, as the run's own cut will be."""
         last: list[Changes] = []
 
         def cut(attempt: Attempt) -> Changes:
@@ -74,17 +79,28 @@ class Trial:
             return last[0]
 
         fault = None
-        # Without finite numbers, or memory for the longer samples, there is nothing to compare.
-        with suppress(DataError, torch.OutOfMemoryError):
-            for expectation in expectations(self.model, self.graph, removed, run):
+        with suppress(*_INCOMPARABLE):
+            for expectation in expectations(self.model, self.graph, removed):
+                others = self._expect_longer(removed, expectation.wide)
                 try:
                     fault = cut_until_right(cut, expectation.check_outputs)
+                    for other in others:
+                        fault = fault or catch_fault(other.check_outputs)
                 finally:
                     for changes in last:
                         changes.undo()
                 if fault is None or not fault.runs:
                     break
         return fault
+
+    def _expect_longer(self, removed: _Removed, wide: torch.dtype) -> list[Expectation]:
+        """What the model must compute of the longer samples."""
+        found = []
+        for samples in self.longer:
+            run = partial(run_inputs, self.model, samples)
+            with suppress(*_INCOMPARABLE):
+                found.append(expect(self.model, self.graph, removed, wide, run))
+        return found
 
 
 def outer_units(cut: _Removed, groups: Sequence[Group]) -> dict[str, list[int]]:
