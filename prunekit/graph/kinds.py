@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 from prunekit.graph import axes as ax
@@ -22,8 +22,12 @@ _WAY_OUT = (
 )
 
 
-def find_kind(findings: Findings, atom: Atom, layer: int | None) -> Kind:
-    """The kind of an atom's units, by the tags that operators gave it and by its places."""
+def find_kind(findings: Findings, atom: Atom, layer_of: Callable[[Atom], int | None]) -> Kind:
+    """The kind of an atom's units, by the tags that operators gave it and by its places.
+
+    `layer_of` gives the layer that the places of an atom lie in; None: in several, or in none.
+    """
+    layer = layer_of(atom)
     places = findings.places[atom]
     if atom in findings.attention:
         return "query_head" if _repeats_heads(findings, atom) else "attention"
@@ -35,7 +39,7 @@ def find_kind(findings: Findings, atom: Atom, layer: int | None) -> Kind:
         return "channel"
     if len(places) == 1:
         return "other"
-    if layer is not None and _feeds_heads(findings, atom):
+    if layer is not None and any(layer_of(heads) == layer for heads in _heads_of(findings, atom)):
         return "latent"
     if layer is None and any(len(findings.tensors[name]) > 2 for name, _ in places):
         return "channel"  # of a convolution
@@ -49,14 +53,15 @@ def _repeats_heads(findings: Findings, atom: Atom) -> bool:
     return "broadcast" in atom.tags and any("broadcast" not in other.tags for other in others)
 
 
-def _feeds_heads(findings: Findings, atom: Atom) -> bool:
-    """Whether the atom is summed over to make heads: the rank of their factored projection."""
+def _heads_of(findings: Findings, atom: Atom) -> Iterator[Atom]:
+    """What counts heads that the atom is summed over to make: it is the rank of their projection.
+
+    So does a residual stream that something looks at head by head (WavLM), in all layers at once.
+    """
     for name, dim in findings.places[atom]:
         if ((name, dim), atom) in findings.consumed:
             others = (axis for i, axis in enumerate(findings.tensors[name]) if i != dim)
-            if any(other in findings.attention for axis in others for other in ax.atoms(axis)):
-                return True
-    return False
+            yield from {a for axis in others for a in ax.atoms(axis)} & findings.attention
 
 
 def why_grouping(findings: Findings, atom: Atom) -> str | None:

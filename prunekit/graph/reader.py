@@ -117,6 +117,10 @@ def _mark_scales(findings: Findings) -> None:
             ax.mark_inexact((atom,), "weights are summed over it, for a scale", weights=True)
 
 
+def _locate(model: nn.Module, findings: Findings, atom: Atom) -> Location:
+    return locate(model, [n for n, _ in findings.places[atom] if n not in findings.buffers])
+
+
 def _draft(model: nn.Module, findings: Findings, held: _Held, atom: Atom) -> _Draft:
     places = findings.places[atom]
     members, fixed = [], atom.pinned or why_grouping(findings, atom)
@@ -126,8 +130,8 @@ def _draft(model: nn.Module, findings: Findings, held: _Held, atom: Atom) -> _Dr
             fixed = fixed or f"its units own uneven parts of {place[0]}"
         else:
             members.append(member)
-    location = locate(model, [name for name, _ in places if name not in findings.buffers])
-    kind = find_kind(findings, atom, location.layer)
+    location = _locate(model, findings, atom)
+    kind = find_kind(findings, atom, lambda other: _locate(model, findings, other).layer)
     uses = [findings.consumed[(m.parameter, m.dim), atom] for m in members if m.role == "consumer"]
     return _Draft(
         atom=atom,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomise, token_ids, zero_consumers
 from families import IDS
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, WavLMConfig, WavLMModel
 
 import prunekit
 from prunekit.allocation.limits import find_demands
@@ -213,3 +213,17 @@ def test_a_router_finds_as_many_experts_as_it_chooses(more, fewest):
     prunekit.apply_plan(
         model, graph, prunekit.PruningPlan({group.name: range(group.num_units - fewest)})
     )
+
+
+def test_an_ffn_behind_a_stream_that_is_seen_as_heads_is_no_latent():
+    """WavLM's gate of relative positions views the residual stream head by head."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    convolutions = {"conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (5,)}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    config = WavLMConfig(
+        **sizes, **convolutions, **positions, num_hidden_layers=2, num_feat_extract_layers=1
+    )
+    model = WavLMModel(config).eval()
+    graph = prunekit.trace(model, {"input_values": torch.randn(2, 100)})
+    kinds = {g.kind: g.num_units for g in graph.groups if "feed_forward" in g.name and g.exact}
+    assert kinds == {"mlp": 24}
