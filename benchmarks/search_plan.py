@@ -135,9 +135,9 @@ def count_candidates(
     space: Space, policy: Search, centre: Candidate, number: int
 ) -> dict[str, int]:
     """How many candidates a round judges at most, by what they are for."""
-    slots, parts = len(space.slots), policy.prices[0 if number == 1 else -1]
+    slots = len(space.slots)
     priced = [
-        {*pick_levels(slot, levels, parts)} - {own}
+        {*pick_levels(slot, levels, policy.prices)} - {own}
         for slot, levels, own in zip(space.slots, space.levels, centre, strict=True)
     ]
     return {

@@ -26,7 +26,7 @@ class Effort:
     sweeps: int
     generations: int
     children: int
-    prices: Sequence[int]
+    prices: int
     stages: Sequence[Stage]
 
 
@@ -114,7 +114,7 @@ def run_round(
     centre, packed, prices = None, None, None
     if start.packs:
         centre = arena.raise_parent(starts[0])
-        prices = price_levels(arena, centre, few, effort.prices[0 if start.first else -1])
+        prices = price_levels(arena, centre, few, effort.prices)
         packed = fit(space, pack(space, prices), set(), rng)
         starts.append(packed)
     values = arena.measure_at_limit(starts, many)

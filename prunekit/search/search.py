@@ -61,7 +61,7 @@ class Search(Policy):
         rounds: how often a database is built around the best cut so far; fewer, where a round's
             winner is no better on held-out samples.
         prices: into how many parts the levels of a group are divided, to be priced for the knapsack
-            and the guided steps: in the first round, and in later ones.
+            and the guided steps.
         sweeps: guided steps of a round at most.
         generations: generations of a round whose guided steps found nothing better.
         children: children of a generation.
@@ -80,7 +80,7 @@ class Search(Policy):
     levels: int = 8
     seeds: Sequence[str] = ("expected_loss", KNAPSACK)
     rounds: int = 3
-    prices: Sequence[int] = (4, 2)
+    prices: int = 4
     sweeps: int = 1
     generations: int = 2
     children: int = 16
@@ -92,11 +92,11 @@ class Search(Policy):
     def __post_init__(self) -> None:
         if not (is_number(self.step) and 0 < self.step <= 0.5):
             raise ConfigError(f"policy.step: expected a number in (0, 0.5], got {self.step!r}")
-        for key in ("levels", "rounds", "children"):
+        for key in ("levels", "rounds", "prices", "children"):
             _expect_number(key, getattr(self, key), 1)
         for key in ("sweeps", "generations"):
             _expect_number(key, getattr(self, key), 0)
-        for key in ("prices", "survivors", "tokens"):
+        for key in ("survivors", "tokens"):
             values = getattr(self, key)
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ConfigError(f"policy.{key}: expected a list of numbers, got {values!r}")

@@ -80,7 +80,7 @@ def test_a_round_finds_the_best_of_all_candidates(method):
             sweeps=3,
             generations=6,
             children=8,
-            prices=(4, 4),
+            prices=4,
             stages=[Stage(batches=1, survivors=6), Stage(batches=batches, survivors=2)],
         )
         start = Start(centre=seed, others=[], step=0.25, reach=1.0, packs=True, first=False)
@@ -257,7 +257,7 @@ def test_seconds_are_met_by_the_measured_table(monkeypatch):
         ({"rounds": 0}, r"policy\.rounds: expected a whole number ≥ 1, got 0"),
         ({"tokens": [64]}, r"policy\.survivors: expected a number for each stage"),
         ({"tokens": 64}, r"policy\.tokens: expected a list of numbers, got 64"),
-        ({"prices": 2}, r"policy\.prices: expected a list of numbers, got 2"),
+        ({"prices": 0}, r"policy\.prices: expected a whole number ≥ 1, got 0"),
         ({"fitness": 0.7, "held_out": 0.3}, r"policy\.fitness, policy\.held_out"),
         ({"seeds": ["unifrom"]}, r"policy\.seeds: unknown 'unifrom': did you mean uniform"),
         ({"seeds": ["knapsack"]}, r"policy\.seeds: expected one of uniform"),
