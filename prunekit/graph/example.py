@@ -153,7 +153,7 @@ def longer_example(
 
 
 def twice_as_long(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The first samples of a batch, repeated to twice their length along one of their dims.
+    """The first sample of a batch, repeated to twice its length along one of its dims.
 
     A model may go another way with inputs longer than those it is calibrated with. Which dim is a
     length isn't known: the model may not take what is given. None are given that hold images, or
@@ -171,7 +171,7 @@ def twice_as_long(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[s
             if not isinstance(value, Tensor) or not value.ndim:
                 return value
             times = [1, *(1 + (size == length) for size in value.shape[1:])]
-            return value.repeat(times)
+            return (value[:1] if len(value) == _ROWS else value).repeat(times)
 
         yield {name: repeat(value) for name, value in samples.items()}
 

@@ -521,33 +521,3 @@ def test_the_way_of_longer_samples_is_compared_where_memory_lets_it(monkeypatch,
     after = rehearse(model, graph, [graph["mlp"]], batch=batch)
     assert after["mlp"].prunable == (length == 8 or not memory)
     assert after is graph or "the input of down differs" in after["mlp"].reason
-
-
-class Paired(nn.Module):
-    """Two lists of layers that go together, which nothing but their order tells."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Residual() for _ in range(4))
-        self.gates = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
-
-    def forward(self, x):
-        for layer, gate in zip(self.layers, self.gates, strict=False):
-            x = layer(x, gate(x))
-        return x
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, x, given):
-        return x + self.down(self.up(x + given).relu())
-
-
-def test_lists_of_layers_that_go_together_stay_whole():
-    model = Paired()
-    graph = trace(model, {"x": torch.randn(2, 3, 6)})
-    after = rehearse(model, graph, graph.stacks, batch={"x": torch.randn(2, 3, 6)})
-    assert not after["layers"].prunable and "differs" in after["layers"].reason
