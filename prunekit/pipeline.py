@@ -272,16 +272,19 @@ def rehearse_cut(
         batch: what the graph's example was taken from, if anything.
 
     Raises:
-        ConfigError: none can, or `scope.exclude` leaves none.
+        ConfigError: none can, `scope.exclude` leaves none, or the importance can't score one.
     """
     scope = method.scope if method else Scope()
     everything = [*graph.groups, *graph.stacks]
     groups = scope.select_groups(choose_groups(model, graph, config.groups), everything)
+    if method and (importance := method.importance.at_once):
+        importance.expect_groups(graph, groups)
     if method and method.needs_matrices:
         with_weights = [group for group in groups if group.members]
         misfits = find_misfits(model, graph, with_weights, method.compensation)
-        if len(misfits) < len(with_weights):
-            graph = _leave_whole(graph, misfits)
+        if misfits and len(misfits) == len(with_weights):
+            _check_repairable(method, model, graph, with_weights)
+        graph = _leave_whole(graph, misfits)
         groups = [group for group in groups if graph[group.name].prunable]
     graph = rehearse(model, graph, groups, saved=saved, batch=batch)
     for line in tell_left_out(list_left_out(model, graph, config, scope)):

@@ -146,6 +146,13 @@ class ScoreImportance(Importance, ABC):
         """Whether the units of one group can be scored alone, while the others are being cut."""
         return True
 
+    def expect_groups(self, graph: CouplingGraph, groups: Sequence[Group]) -> None:
+        """Check, before any work, that these groups can be scored: most importances score any.
+
+        Raises:
+            ConfigError: one can't.
+        """
+
     @abstractmethod
     def structures(
         self,

@@ -24,6 +24,11 @@ from prunekit.runtime.console import say
 class Reap(ScoreImportance):
     """The mean norm of an expert's gated output, over the tokens that are sent to the expert."""
 
+    def expect_groups(self, graph: CouplingGraph, groups: Sequence[Group]) -> None:
+        """Check that all are experts whose matrices are stacked."""
+        for group in groups:
+            _stacked_member(graph, group)
+
     def structures(
         self,
         model: nn.Module,

@@ -158,14 +158,21 @@ def test_shares_are_searched_alone_and_taken_by_hand(place):
         jobs.run(config, place / "no")
 
 
-def test_what_can_not_be_cut_is_told_before_anything_is_measured(place, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("groups=expert", "groups=expert: .*no prunable group"),
+        ("importance=reap", r"scores experts \(groups=expert\), not"),
+    ],
+)
+def test_what_can_not_be_cut_is_told_first(place, monkeypatch, option, message):
     measured = []
     monkeypatch.setattr(jobs.job.Subject, "evaluate_as_loaded", measured.append)
     texts = (f"data.calibration.path={place}/text.txt", "data.calibration.samples=4")
-    options = [f"model.path={place}/dense", "method=magnitude", "groups=expert", *texts]
+    options = [f"model.path={place}/dense", "method=magnitude", option, *texts]
     options += ["data.calibration.sequence_length=32", "eval.window=32"]
     config = cfg.check(cfg.compose(options))
-    with pytest.raises(PrunekitError, match="groups=expert: .*no prunable group"):
+    with pytest.raises(PrunekitError, match=message):
         jobs.run(config, place / "no")
     assert not measured
 
