@@ -127,11 +127,20 @@ PARTS = {
     "expected": ("policy=expected_loss",),
     "curves": curves("obs"),
     "losses": curves("loss"),
+    "knapsack": (
+        "policy=search",
+        "policy.seeds=[expected_loss,knapsack]",
+        "policy.rounds=1",
+        "policy.sweeps=0",
+        "policy.generations=0",
+    ),
 }
 SURVEY = (
     "equal",
     "full + everywhere, loss",
     "full + expected",
+    "equal + knapsack",
+    "full + knapsack",
     "equal + expected",
     "peak_to_peak + rescored + expected",
     "mixed full + rescored + expected",
