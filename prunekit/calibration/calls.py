@@ -139,12 +139,16 @@ def _equal_whole(
 
     Also, whether they wrote to dicts or lists that they were given.
 
-    The rows are the first of the first batch and the last of the last one: a layer that others
-    leave something behind for finds that of the other row. Two runs of the model tell what differs
-    by chance, as sums on a GPU may.
+    The rows are the first of the first batch and the last of the last one, or these batches where
+    the model takes no rows of them: a layer that others leave something behind for finds that of
+    the other row. Two runs of the model tell what differs by chance, as sums on a GPU may.
     """
     rows = [split_samples(batches[0])[0], split_samples(batches[-1])[-1]]
-    wholes = [[_run_whole(model, layers, row) for _ in range(2)] for row in rows]
+    try:
+        wholes = [[_run_whole(model, layers, row) for _ in range(2)] for row in rows]
+    except Exception:
+        rows = [batches[0], batches[-1]]
+        wholes = [[_run_whole(model, layers, row) for _ in range(2)] for row in rows]
     recorders = [_record_batch(model, layers, row, returned) for row in rows]
     states: list[Tensor] = []
     for recorder in recorders:

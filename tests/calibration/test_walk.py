@@ -431,6 +431,33 @@ def test_layers_however_they_are_written(how, monkeypatch):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
 
 
+class Nodes(nn.Module):
+    """Layers on the nodes of a graph: a batch [nodes, 12] with its edges has no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer("plain") for _ in range(3))
+
+    def forward(self, x, edges):
+        x = edges @ x
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_batches_without_rows_go_through_the_layers_one_by_one_too():
+    torch.manual_seed(0)
+    model, given = Nodes(), [{"x": torch.randn(n, 12), "edges": torch.eye(n)} for n in (16, 24)]
+    groups = [group for group in prunekit.trace(model, given[0]).groups if group.kind == "mlp"]
+    x = torch.cat([batch["x"] for batch in given])
+    for (_, (site,)), layer in zip(
+        walking.Walk(model=model, groups=groups, batches=given), model.layers, strict=True
+    ):
+        fed = layer.up(x).relu().detach()
+        torch.testing.assert_close(site.moments.hessian, fed.T @ fed / len(fed))
+        x = layer(x)
+
+
 def test_what_layers_write_to_a_dict_is_apart_in_the_dense_stream(monkeypatch):
     torch.manual_seed(0)
     dense, given = Stack("writes to a dict"), [{"x": torch.randn(16, 12)} for _ in range(2)]
