@@ -337,8 +337,9 @@ class _Products(TorchFunctionMode):
             if found := weight.stride(1 if func is F.linear else 0) == consumer.stride:
                 self.see(consumer, inputs)
             return found
-        if weight.ndim == inputs.ndim == 3 and (all_ := self.whole.get(weight.data_ptr())):
-            for consumer, own in zip(all_, inputs, strict=True):
+        stack = self.whole.get(weight.data_ptr(), []) if weight.ndim == inputs.ndim == 3 else []
+        if stack and len(stack) == len(weight):
+            for consumer, own in zip(stack, inputs, strict=True):
                 self.see(consumer, own)
             return True
         if func in _MATRIX and inputs.ndim == 2 and weight.ndim > 1:  # W x, with x [..., n, T]

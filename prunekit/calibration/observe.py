@@ -148,7 +148,7 @@ class Observation:
         times = self._times[consumer]
         self._times[consumer] += 1
         if site.consumers[0] is not consumer:
-            if fed.is_one_of(self._fed[site][times : times + 1]):
+            if fed.is_one_of(self._fed.get(site, [])[times : times + 1]):
                 return  # the first consumer of the site has taken in the same inputs
             site = self._part(consumer, site, times)
         self._fed.setdefault(site, []).append(fed)
@@ -160,7 +160,7 @@ class Observation:
         Raises:
             TraceError: what it was fed is not at hand any more.
         """
-        before = self._fed[site][:times]
+        before = self._fed.get(site, [])[:times]
         if site not in self._opened or not all(fed.is_as_it_was for fed in before):
             raise TraceError(
                 f"{consumer.name}: layer-wise pruning expects it to be fed the inputs of "

@@ -275,8 +275,16 @@ def test_consumers_share_moments_where_all_that_they_are_fed_is_the_same(how, fe
     torch.testing.assert_close(site.moments.hessian.double(), second_moment(inputs))
 
 
-def test_consumers_that_part_in_a_later_batch_are_refused():
-    model = randomise(Two(lambda m, h: m.a(h) + m.b(h if len(h) == 40 else h.sin())), 1)
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda m, h: m.a(h) + m.b(h if len(h) == 40 else h.sin()),
+        lambda m, h: m.a(h) + m.b(h) if len(h) == 40 else m.b(h) + m.a(h),
+    ],
+    ids=["inputs", "order"],
+)
+def test_consumers_that_part_in_a_later_batch_are_refused(how):
+    model = randomise(Two(how), 1)
     batches = [{"x": torch.randn(40, 5)}, {"x": torch.randn(24, 5)}]
     group = prunekit.trace(model, {"x": torch.randn(40, 5)})["mlp"]
     with pytest.raises(TraceError, match="b: .* to be fed the inputs of a, as at first"):
