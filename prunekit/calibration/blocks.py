@@ -7,7 +7,7 @@ projection. Such a module need not run again once the inputs of its consumer are
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -145,7 +145,7 @@ class Finder:
                     stack.callback(module.register_forward_hook(note).remove)
             others = [one for one in consumers if not one.is_hooked]
             see = partial(_note_inputs, sightings)
-            stack.enter_context(watching(others, see) if others else nullcontext())
+            stack.enter_context(watching(others, see))
             yield
         for one, sighting in sightings.items():
             block = sighting.find_block()
